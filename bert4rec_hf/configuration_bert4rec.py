@@ -1,0 +1,98 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""The architecture of BERT4Rec, and the item loss that `forward(labels=...)` computes."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Token ids below are [PAD], [MASK] and [UNK]; items follow, sorted by raw id.
+FIRST_ITEM_ID = 3
+
+
+@strict
+class Bert4RecConfig(PreTrainedConfig):
+    r"""
+    Configuration of a BERT4Rec model (Sun et al., CIKM 2019, https://arxiv.org/abs/1904.06690).
+
+    The defaults are a small model with rotary positions and pre-normalisation, which learns in a fraction of the
+    steps of the paper's. The paper's architecture is `position_embedding_type="learned_from_start"`,
+    `normalization="post"`, `prediction_head=True`.
+
+    Args:
+        vocab_size (`int`, defaults to 1003):
+            Number of token ids: the special tokens 0, 1, 2 and the items from 3 on.
+        hidden_size (`int`, defaults to 64):
+            Width of the item embeddings and of the encoder.
+        num_hidden_layers (`int`, defaults to 2):
+            Number of Transformer layers.
+        num_attention_heads (`int`, defaults to 2):
+            Number of attention heads; divides `hidden_size`.
+        intermediate_size (`int`, defaults to 256):
+            Width of the feed-forward layers.
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the feed-forward layers and of the prediction head: any name in `transformers.ACT2FN`.
+        hidden_dropout_prob (`float`, defaults to 0.1):
+            Dropout of the embeddings and of the output of every sublayer.
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout of the attention weights. Above 0 it costs the fast attention kernels on CPU.
+        max_position_embeddings (`int`, defaults to 200):
+            Longest input, the [MASK] at its end included.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights.
+        layer_norm_eps (`float`, defaults to 1e-12):
+            Epsilon of the layer normalisations.
+        position_embedding_type (`str`, defaults to `"rotary"`):
+            `"rotary"` (Su et al. 2021, https://arxiv.org/abs/2104.09864), `"learned_from_start"`: one vector for
+            the first item, one for the second …, or `"learned_from_end"`: counted back from the newest.
+        rope_theta (`float`, defaults to 10000.0):
+            Base of the rotary frequencies.
+        normalization (`str`, defaults to `"pre"`):
+            `"pre"`: a LayerNorm before each sublayer and one after the last; `"post"`: after the embeddings and
+            after each residual connection, as in BERT.
+        prediction_head (`bool`, defaults to `False`):
+            Whether a dense layer, activation and LayerNorm stand between encoder and item table (equation 7).
+        item_loss (`str`, defaults to `"softmax"`):
+            What `forward(labels=...)` computes in training: `"softmax"` is the cross-entropy over all items.
+        filter_seen_items (`bool`, defaults to `False`):
+            The serving policy: whether the items of a user's history are never recommended.
+    """
+
+    model_type = "bert4rec"
+    keys_to_ignore_at_inference = ["prediction_states"]
+
+    vocab_size: int = 1003
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    max_position_embeddings: int = 200
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-12
+    position_embedding_type: Literal["rotary", "learned_from_start", "learned_from_end"] = "rotary"
+    rope_theta: float | int = 10000.0
+    normalization: Literal["pre", "post"] = "pre"
+    prediction_head: bool = False
+    item_loss: Literal["softmax"] = "softmax"
+    filter_seen_items: bool = False
+    pad_token_id: int | None = 0
+    mask_token_id: int | None = 1
+    unk_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads; got {self.hidden_size} and "
+                f"{self.num_attention_heads}: choose for example hidden_size="
+                f"{(self.hidden_size // self.num_attention_heads + 1) * self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "rotary" and self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                "rotary positions need heads of an even width; got hidden_size / num_attention_heads = "
+                f"{self.hidden_size} / {self.num_attention_heads}: choose other sizes or learned positions"
+            )
+        super().__post_init__(**kwargs)

@@ -1,0 +1,869 @@
+"""From a raw interaction log to one history a user, split for training, validation and test (Ibis).
+
+Two tables matter. The *log* has one row an event: user, item, and a time or a sequence number. The
+*histories* have one row a user: the item ids in order of time, and three integers that say which part of
+them trains and which positions are the targets of validation and test. Whatever the protocol, the history
+of a target is all that lies before its position.
+"""
+
+import csv
+import glob
+import gzip
+import json
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+
+HISTORIES_FILE = "histories.parquet"
+PREPARATION_FILE = "preparation.json"
+
+SOURCE_ROW = "__source_row__"  # added by `read_log`: the row's place in the source
+DELIMITERS = (",", "\t", ";", "|")
+RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_position", "test_position"}
+WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
+
+# Rows of a CSV file from which its column types are guessed; a second's work, 20 times DuckDB's default.
+SNIFFED_ROWS = 400_000
+ROW_GROUP_SIZE = 16_384
+
+LENGTH_CHOICES = (50, 100, 200)
+FILTER_SEEN_BELOW = 0.05
+
+
+def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
+    """A CSV, TSV or Parquet log as an Ibis table on a DuckDB connection of its own.
+
+    Nothing is read before the table is used. `SOURCE_ROW` is added, so that events of the same time can
+    keep the order that they have in the source.
+
+    Args:
+        source: A file or a glob pattern. The files of a glob follow one another in the order of their names.
+            A CSV file is UTF-8, starts with a header, may be gzipped, and uses one of `DELIMITERS`.
+        id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
+            survive. The types of the other columns are guessed.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or none that matches the pattern.
+        ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind or header.
+    """
+    paths = _log_files(source)
+    connection = ibis.duckdb.connect()
+    # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
+    folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
+    connection.raw_sql(f"SET temp_directory = {_quoted(folder)}")
+    connection.raw_sql("SET TimeZone = 'UTC'")
+
+    kinds = {path: _is_parquet(path) for path in paths}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
+    try:
+        if kinds[paths[0]]:
+            log = connection.read_parquet(paths)
+        else:
+            delimiter, header = _csv_header(paths[0])
+            for path in paths[1:]:
+                if _csv_header(path) != (delimiter, header):
+                    raise ValueError(
+                        f"{path} has another header than {paths[0]}; expected the same columns in each"
+                    )
+            log = connection.read_csv(
+                paths,
+                header=True,
+                delim=delimiter,
+                quote='"',
+                escape='"',
+                sample_size=SNIFFED_ROWS,
+                types={column: "VARCHAR" for column in id_columns if column in header},
+            )
+    except duckdb.Error as error:
+        raise ValueError(f"cannot read {source} as CSV or Parquet: {_first_lines(error)}") from error
+    return log.mutate(ibis.row_number().name(SOURCE_ROW))
+
+
+def histories(
+    log: ir.Table,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    time_column: str | None = "timestamp",
+    sequence_column: str | None = None,
+    rating_column: str = "rating",
+    min_rating: float | None = None,
+    min_user_events: int = 1,
+    min_item_events: int = 1,
+    duplicates: str = "keep",
+    event_columns: Sequence[str] = (),
+    split: str = "leave-one-out",
+    validation_cut: float | str | date = 0.8,
+    test_cut: float | str | date = 0.9,
+) -> ir.Table:
+    """One history a user, from an Ibis table of events on DuckDB or Spark.
+
+    Events are ordered by time, then by the sequence column if one is named, else by their row in the source
+    where `read_log` noted it, else by a hash of the event. Never by item id: half the events of MovieLens
+    100K share their predecessor's second, and a model would learn the sort.
+
+    Args:
+        log: One row an event.
+        user_column: Text or integers; cast to text.
+        item_column: Text or integers; cast to text.
+        time_column: Numbers or timestamps; None for a log that has only a sequence column.
+        sequence_column: Numbers or timestamps that order the events of the same time (or all events, if there
+            is no time). Then shuffling the rows of the log changes nothing.
+        rating_column: Needed for `min_rating` only.
+        min_rating: Events rated lower, or not rated, are left out.
+        min_user_events: Users with fewer events are left out,
+        min_item_events: and items with fewer, in turns until nothing changes (the k-core).
+        duplicates: "keep"; "drop": a user's later events of the same item are left out; "drop_consecutive":
+            an event is left out if the user's event just before it has the same item.
+        event_columns: Columns of the log to carry along.
+        split: "leave-one-out": a user's last item is the test target, the second last that of validation,
+            unless the user has fewer than 3 events. The k-core is that of the whole log. "temporal": one cut
+            in time for all users; the targets are each user's first event at or after the cut. The k-core is
+            that of the events before the validation cut; it decides who trains, all users and events stay.
+        validation_cut: A share of all events between 0 and 1, or a value of the time column, or an ISO date
+            (in UTC; for a column of numbers it is taken as seconds since 1970). Events before it train.
+        test_cut: Likewise.
+
+    Returns:
+        Sorted by user_id: user_id (string), item_id (array<string>), timestamp (array, if there is a time),
+        an array for each of the event columns, train_end (int32: so many leading events train),
+        validation_position and test_position (int32 or null: index of the target in item_id).
+
+    Raises:
+        ValueError: If a column is missing or has the wrong type, nulls or empty ids; if there is only one
+            user, or none left after the filter; if a cut leaves no event on one of its sides.
+    """
+    table, _ = _histories(
+        log,
+        user_column=user_column,
+        item_column=item_column,
+        time_column=time_column,
+        sequence_column=sequence_column,
+        rating_column=rating_column,
+        min_rating=min_rating,
+        min_user_events=min_user_events,
+        min_item_events=min_item_events,
+        duplicates=duplicates,
+        event_columns=event_columns,
+        split=split,
+        validation_cut=validation_cut,
+        test_cut=test_cut,
+    )
+    return table
+
+
+def prepare(
+    source: str | Path | ir.Table,
+    output: str | Path,
+    *,
+    user_column: str = "user_id",
+    item_column: str = "item_id",
+    time_column: str | None = "timestamp",
+    sequence_column: str | None = None,
+    rating_column: str = "rating",
+    min_rating: float | None = None,
+    min_user_events: int = 1,
+    min_item_events: int = 1,
+    duplicates: str = "keep",
+    event_columns: Sequence[str] = (),
+    split: str = "leave-one-out",
+    validation_cut: float | str | date = 0.8,
+    test_cut: float | str | date = 0.9,
+    item_titles: Mapping[str, str] | str | Path | None = None,
+    max_length: int | None = None,
+    filter_seen_items: bool | None = None,
+) -> dict[str, Any]:
+    """Write the prepared folder: histories.parquet, the tokenizer (the catalogue) and preparation.json.
+
+    Everything is written beside `output` and moved there when complete. A folder that an earlier call has
+    written is replaced; files in it that are not ours stay.
+
+    Args:
+        source: A log as `read_log` takes it, or an Ibis table of events.
+        output: The folder to write.
+        user_column, item_column, time_column, sequence_column, rating_column, min_rating, min_user_events,
+            min_item_events, duplicates, event_columns, split, validation_cut, test_cut: As in `histories`.
+        item_titles: Titles by raw item id, or a CSV or Parquet file with `item_column` and a column `title`.
+        max_length: Of the model's input; None: `default_max_length`.
+        filter_seen_items: Whether serving leaves out a user's past items; None: `default_filter_seen_items`.
+
+    Returns:
+        The content of preparation.json.
+
+    Raises:
+        ValueError: As `read_log` and `histories`; also if no user has a target, if `output` holds something
+            else, or if the titles fit no item.
+    """
+    output = Path(output)
+    _check_output(output)
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
+    log = source if isinstance(source, ir.Table) else read_log(source, id_columns=(user_column, item_column))
+    table, origin = _histories(
+        log,
+        user_column=user_column,
+        item_column=item_column,
+        time_column=time_column,
+        sequence_column=sequence_column,
+        rating_column=rating_column,
+        min_rating=min_rating,
+        min_user_events=min_user_events,
+        min_item_events=min_item_events,
+        duplicates=duplicates,
+        event_columns=event_columns,
+        split=split,
+        validation_cut=validation_cut,
+        test_cut=test_cut,
+    )
+    destination = output.resolve()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        _write_parquet(table, folder / HISTORIES_FILE)
+        del table, log  # gives back the memory of the events before the statistics are counted
+
+        written = ibis.duckdb.connect().read_parquet(folder / HISTORIES_FILE)
+        catalogue = _item_counts(written, split, min_item_events)
+        statistics = _statistics(written, catalogue, split) | origin["statistics"]
+        if statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
+            raise ValueError(
+                f"none of the {statistics['num_users']} users has a target: leave-one-out needs 3 "
+                f"events of a user, the longest history has {statistics['history_length']['max']}; loosen "
+                "--min_rating, --min_item_events or --duplicates, or use --split temporal"
+            )
+        if max_length is None:
+            max_length = default_max_length(statistics["history_length"]["p75"])
+        if filter_seen_items is None:
+            filter_seen_items = default_filter_seen_items(statistics["share_repeated_events"])
+        preparation = {
+            "source": "ibis.Table" if isinstance(source, ir.Table) else str(source),
+            "columns": {
+                "user_column": user_column,
+                "item_column": item_column,
+                "time_column": origin["time_column"],
+                "sequence_column": sequence_column,
+                "rating_column": None if min_rating is None else rating_column,
+                "event_columns": list(event_columns),
+            },
+            "filters": {
+                "min_rating": min_rating,
+                "min_user_events": min_user_events,
+                "min_item_events": min_item_events,
+                "duplicates": duplicates,
+            },
+            "split": origin["split"],
+            "max_length": max_length,
+            "filter_seen_items": filter_seen_items,
+            "statistics": statistics,
+        }
+        _save_catalogue(folder, catalogue, _titles(item_titles, item_column, catalogue), max_length)
+        # Names what is ours, so that a later call replaces that and nothing else.
+        preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
+        (folder / PREPARATION_FILE).write_text(
+            json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8"
+        )
+        _move(folder, destination, Path(temporary) / "old")
+    return preparation
+
+
+def default_max_length(history_length_p75: float) -> int:
+    """The smallest of `LENGTH_CHOICES` that holds three quarters of the histories whole, else the largest."""
+    return next((length for length in LENGTH_CHOICES if length >= history_length_p75), LENGTH_CHOICES[-1])
+
+
+def default_filter_seen_items(share_repeated_events: float) -> bool:
+    """Whether to leave out seen items: where people come back in fewer than `FILTER_SEEN_BELOW` of events."""
+    return share_repeated_events < FILTER_SEEN_BELOW
+
+
+def _histories(
+    log: ir.Table,
+    *,
+    user_column: str,
+    item_column: str,
+    time_column: str | None,
+    sequence_column: str | None,
+    rating_column: str,
+    min_rating: float | None,
+    min_user_events: int,
+    min_item_events: int,
+    duplicates: str,
+    event_columns: Sequence[str],
+    split: str,
+    validation_cut: float | str | date,
+    test_cut: float | str | date,
+) -> tuple[ir.Table, dict[str, Any]]:
+    """The histories, and what only the log can tell: statistics of the source, the split with its cuts."""
+    for name, value, choices in (
+        ("duplicates", duplicates, ("keep", "drop", "drop_consecutive")),
+        ("split", split, ("leave-one-out", "temporal")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if time_column == "timestamp" and time_column not in log.columns and sequence_column is not None:
+        time_column = None  # the default, and a log that has no time
+    if split == "temporal" and time_column is None:
+        raise ValueError(
+            "a temporal split needs a time column (--time_column); a sequence has no common clock"
+        )
+
+    try:  # a CSV file is parsed only now
+        if log.limit(1).count().execute() == 0:
+            raise ValueError("the log has columns but no events")
+        events = _normalize(
+            log,
+            user_column=user_column,
+            item_column=item_column,
+            time_column=time_column,
+            sequence_column=sequence_column,
+            rating_column=None if min_rating is None else rating_column,
+            event_columns=event_columns,
+        )
+        events = _stored(events)
+    except duckdb.Error as error:
+        raise ValueError(f"cannot read the log: {_first_lines(error)}") from error
+    named = {
+        "user_id": user_column,
+        "item_id": item_column,
+        "timestamp": time_column,
+        "_sequence": sequence_column,
+    }
+    statistics = _source_statistics(events, {name: column for name, column in named.items() if column})
+
+    nobody_left = (
+        f"no user is left of {statistics['num_source_users']} ({statistics['num_source_events']} events) "
+        f"after the filter (min_rating={min_rating}, min_user_events={min_user_events}, "
+        f"min_item_events={min_item_events}); loosen --min_user_events, --min_item_events or --min_rating"
+    )
+    if min_rating is not None:
+        events = events.filter(events._rating >= min_rating).drop("_rating")
+        if events.count().execute() == 0:
+            raise ValueError(nobody_left)
+    events = _drop_duplicates(events, duplicates)
+    cuts = _resolve_cuts(events, validation_cut, test_cut) if split == "temporal" else None
+    training = events if cuts is None else events.filter(events.timestamp < cuts[0])
+    users, items = _core(training, min_user_events, min_item_events)
+    if users is not None and users.count().execute() == 0:
+        raise ValueError(nobody_left)
+
+    if cuts is not None:
+        table = _collect(events, event_columns, cuts, users)
+        description = {"name": split, "validation_cut": _plain(cuts[0]), "test_cut": _plain(cuts[1])}
+    else:
+        if users is not None:
+            events = events.semi_join(users, "user_id").semi_join(items, "item_id")
+        table = _collect(events, event_columns)
+        description = {"name": split}
+    return table, {"statistics": statistics, "split": description, "time_column": time_column}
+
+
+def _normalize(
+    log: ir.Table,
+    *,
+    user_column: str,
+    item_column: str,
+    time_column: str | None,
+    sequence_column: str | None,
+    rating_column: str | None,
+    event_columns: Sequence[str],
+) -> ir.Table:
+    """The log under our names: user_id, item_id, timestamp, _sequence, _tie, _rating, the event columns."""
+    wanted = [
+        ("--user_column", user_column),
+        ("--item_column", item_column),
+        ("--time_column", time_column),
+        ("--sequence_column", sequence_column),
+        ("--rating_column", rating_column),
+        *(("--event_columns", column) for column in event_columns),
+    ]
+    known = [column for column in log.columns if column != SOURCE_ROW]
+    for option, column in wanted:
+        if column is not None and column not in known:
+            raise ValueError(
+                f"the log has no column {column!r}; its columns (a CSV file's first line) are "
+                f"{', '.join(known)}; name the right one with {option}"
+            )
+    reserved = RESERVED_COLUMNS | WORKING_COLUMNS
+    if reserved.intersection(event_columns) or len(set(event_columns)) < len(event_columns):
+        raise ValueError(
+            f"event columns must differ from each other and from {', '.join(sorted(reserved))}; "
+            f"got {', '.join(event_columns)}"
+        )
+    if time_column is None and sequence_column is None:
+        raise ValueError("the order of events is unknown; name a --time_column or a --sequence_column")
+
+    columns: dict[str, ir.Column] = {}
+    for name, column in (("user_id", user_column), ("item_id", item_column)):
+        kind = log[column].type()
+        if not (kind.is_string() or kind.is_integer() or kind.is_uuid()):
+            raise ValueError(f"ids must be text or integers; column {column!r} is {kind}: convert it first")
+        columns[name] = log[column].cast("string")
+    for name, column in (("timestamp", time_column), ("_sequence", sequence_column)):
+        if column is None:
+            continue
+        kind = log[column].type()
+        if not (kind.is_numeric() or kind.is_timestamp() or kind.is_date()) or kind.is_boolean():
+            raise ValueError(
+                f"column {column!r} orders the events and must hold numbers or timestamps; it is "
+                f"{kind}: convert it to a number (seconds since 1970, say) or to ISO timestamps such as "
+                "2024-01-31T12:00:00"
+            )
+        columns[name] = log[column].cast("timestamp") if kind.is_date() else log[column]
+    columns |= {column: log[column] for column in event_columns}
+    if sequence_column is None and SOURCE_ROW in log.columns:
+        columns["_tie"] = log[SOURCE_ROW]
+    else:
+        # md5, not the backend's own hash: the same order on every backend and in every version of it. Only
+        # events of one user and one time are compared, and DuckDB keeps 12 characters without a heap.
+        texts = [column.cast("string").fill_null("\x1e") for column in columns.values()]
+        columns["_tie"] = ibis.literal("\x1f").join(texts).hexdigest("md5").left(12)
+    if rating_column is not None:
+        if not log[rating_column].type().is_numeric():
+            raise ValueError(
+                f"min_rating needs numbers; column {rating_column!r} is {log[rating_column].type()}"
+            )
+        columns["_rating"] = log[rating_column]
+    return log.select(**columns)
+
+
+def _stored(table: ir.Table) -> ir.Table:
+    """The table, computed once and dropped when nothing refers to it any more."""
+    connection = table.get_backend()
+    if connection.name != "duckdb":
+        return table.cache()
+    # Ibis 12 cannot drop what `cache` made if sqlglot is 30.18 or later (ibis-project/ibis issue 12101).
+    name = ibis.util.gen_name("bert4rec")
+    stored = connection.create_table(name, table, temp=True)
+    weakref.finalize(stored.op(), connection.raw_sql, f'DROP TABLE IF EXISTS "{name}"').atexit = False
+    return stored
+
+
+def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, int]:
+    """Numbers of users, items, events and duplicate rows; raises for nulls, empty ids and a lone user.
+
+    Args:
+        events: The normalized log.
+        named: The columns that must be filled, by our name, with their name in the log.
+    """
+    missing = {}
+    for name in named:
+        column = events[name]
+        gap = column.isnull()
+        if column.type().is_string():
+            gap = gap | (column == "")
+        elif column.type().is_floating():
+            gap = gap | column.isnan()
+        missing[name] = gap.sum()
+    row = events.aggregate(
+        num_events=events.count(),
+        num_users=events.user_id.nunique(),
+        num_items=events.item_id.nunique(),
+        **missing,
+    )
+    row = row.to_pyarrow().to_pylist()[0]
+    for name, column in named.items():
+        if row[name]:
+            raise ValueError(
+                f"column {column!r} is null or empty in {row[name]} of {row['num_events']} rows; "
+                "fill or remove these rows first"
+            )
+    if row["num_users"] == 1:
+        raise ValueError(
+            f"the log has one user only ({row['num_events']} events); expected the events of many users: "
+            "is --user_column the right one?"
+        )
+    num_distinct = events.select(*named).distinct().count().execute()
+    return {
+        "num_source_users": row["num_users"],
+        "num_source_items": row["num_items"],
+        "num_source_events": row["num_events"],
+        "num_duplicate_rows": row["num_events"] - int(num_distinct),
+    }
+
+
+def _order(events: ir.Table) -> dict[str, ir.Column]:
+    """The columns that order a user's events, first things first."""
+    return {name: events[name] for name in ("timestamp", "_sequence", "_tie") if name in events.columns}
+
+
+def _drop_duplicates(events: ir.Table, duplicates: str) -> ir.Table:
+    order = list(_order(events).values())
+    if duplicates == "drop":
+        earlier = ibis.row_number().over(group_by=[events.user_id, events.item_id], order_by=order)
+        kept = events.mutate(_earlier=earlier).filter(ibis._._earlier == 0)
+        return _stored(kept.drop("_earlier"))
+    if duplicates == "drop_consecutive":
+        previous = events.item_id.lag().over(group_by=events.user_id, order_by=order)
+        kept = events.mutate(_previous=previous).filter(
+            ibis._._previous.isnull() | (ibis._._previous != ibis._.item_id)
+        )
+        return _stored(kept.drop("_previous"))
+    return events
+
+
+def _core(
+    events: ir.Table, min_user_events: int, min_item_events: int
+) -> tuple[ir.Table, ir.Table] | tuple[None, None]:
+    """The k-core: tables of the users and items that have enough events with each other (None: no filter).
+
+    Only the two small tables are kept from round to round, so that a large log is not copied.
+    """
+    if min_user_events <= 1 and min_item_events <= 1:
+        return None, None
+    users = _stored(events.select("user_id").distinct())
+    num_users, num_items = int(users.count().execute()), -1
+    while True:
+        items = _frequent(events.semi_join(users, "user_id"), "item_id", min_item_events)
+        users = _frequent(events.semi_join(items, "item_id"), "user_id", min_user_events)
+        sizes = int(users.count().execute()), int(items.count().execute())
+        if sizes == (num_users, num_items):
+            return users, items
+        num_users, num_items = sizes
+
+
+def _frequent(events: ir.Table, column: str, minimum: int) -> ir.Table:
+    counted = events.group_by(column).aggregate(number=events.count())
+    return _stored(counted.filter(counted.number >= minimum).select(column))
+
+
+def _resolve_cuts(events: ir.Table, *cuts: float | str | date) -> tuple[Any, Any]:
+    """Both cuts as values of the time column; raises if a part of the split would have no events."""
+    num_events = int(events.count().execute())
+    values = [_cut_value(events, num_events, cut) for cut in cuts]
+    validation, test = values
+    if not validation < test:
+        raise ValueError(
+            f"validation_cut must lie before test_cut; {cuts[0]} and {cuts[1]} mean the times "
+            f"{_plain(validation)} and {_plain(test)}"
+        )
+    time = events.timestamp
+    row = events.aggregate(
+        train=(time < validation).sum(),
+        validation=((time >= validation) & (time < test)).sum(),
+        test=(time >= test).sum(),
+        first=time.min(),
+        last=time.max(),
+    )
+    row = row.to_pyarrow().to_pylist()[0]
+    if not (row["train"] and row["validation"] and row["test"]):
+        raise ValueError(
+            f"the cuts {_plain(validation)} and {_plain(test)} leave {row['train']} events before, "
+            f"{row['validation']} between and {row['test']} after them; expected some in each. The log goes "
+            f"from {_plain(row['first'])} to {_plain(row['last'])} (where times are numbers, a date is taken "
+            "as seconds since 1970); choose other --validation_cut and --test_cut"
+        )
+    return validation, test
+
+
+def _cut_value(events: ir.Table, num_events: int, cut: float | str | date) -> int | float | datetime:
+    """A share, a value, or a date as a value of the time column."""
+    kind = events.timestamp.type()
+    if isinstance(cut, str):
+        try:
+            cut = float(cut) if any(mark in cut for mark in ".eE") else int(cut)
+        except ValueError:
+            try:
+                cut = datetime.fromisoformat(cut)
+            except ValueError:
+                raise ValueError(
+                    "a cut is a share of the events between 0 and 1, a value of the time column or an "
+                    f"ISO date; got {cut!r}"
+                ) from None
+    if isinstance(cut, date):
+        moment = cut if isinstance(cut, datetime) else datetime(cut.year, cut.month, cut.day)
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        if not kind.is_timestamp():
+            return int(moment.timestamp())
+        return moment if kind.timezone else moment.replace(tzinfo=None)
+    if 0 < cut < 1:
+        # Exact, where a quantile would interpolate between two times.
+        times = events.select("timestamp").order_by("timestamp").limit(1, offset=int(cut * num_events))
+        return times.timestamp.max().to_pyarrow().as_py()
+    if kind.is_timestamp():
+        raise ValueError(
+            f"the time column is {kind}: a cut is a share between 0 and 1 or an ISO date; got {cut!r}"
+        )
+    return cut
+
+
+def _collect(
+    events: ir.Table,
+    event_columns: Sequence[str],
+    cuts: tuple[Any, Any] | None = None,
+    users: ir.Table | None = None,
+) -> ir.Table:
+    """One row a user, with the positions of the split: leave-one-out, or temporal if cuts are given.
+
+    Args:
+        events: What is to be in the histories.
+        event_columns: As in `histories`.
+        cuts: Of validation and test.
+        users: With cuts: the users that train (None: all).
+    """
+    # A sorted array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
+    fields = (
+        _order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
+    )
+    numbers = {"_number": events.count()}
+    if cuts is not None:
+        numbers["_validation"] = (events.timestamp < cuts[0]).sum()
+        numbers["_test"] = (events.timestamp < cuts[1]).sum()
+    table = events.group_by("user_id").aggregate(_events=ibis.struct(fields).collect(), **numbers)
+    table = table.mutate(_events=table._events.sort())
+
+    number, nothing = table._number, ibis.null("int32")
+    if cuts is None:
+        has_targets = number >= 3
+        train_end = has_targets.ifelse(number - 2, number)
+        validation_position = has_targets.ifelse((number - 2).cast("int32"), nothing)
+        test_position = has_targets.ifelse((number - 1).cast("int32"), nothing)
+    else:
+        if users is None:
+            train_end = table._validation
+        else:
+            table = table.left_join(users.select(_trains="user_id"), [("user_id", "_trains")])
+            train_end = table._trains.notnull().ifelse(table._validation, 0)
+        number, before_validation, before_test = table._number, table._validation, table._test
+        validation_position = (before_test > before_validation).ifelse(
+            before_validation.cast("int32"), nothing
+        )
+        test_position = (number > before_test).ifelse(before_test.cast("int32"), nothing)
+    names = [name for name in ("item_id", "timestamp", *event_columns) if name in fields]
+    arrays = {name: table._events.map(lambda event, name=name: event[name]) for name in names}
+    return table.select(
+        "user_id",
+        **arrays,
+        train_end=train_end.cast("int32"),
+        validation_position=validation_position,
+        test_position=test_position,
+    ).order_by("user_id")
+
+
+def _item_counts(table: ir.Table, split: str, min_item_events: int) -> dict[str, int]:
+    """The catalogue, sorted by item id: how often each item occurs in the training part.
+
+    After a temporal split it has the items of the training part that the filter keeps. These are the frequent
+    ones, since an item outside a k-core has too few events with the users inside it.
+    """
+    training = table.select(item_id=table.item_id[: table.train_end].unnest())
+    counted = training.group_by("item_id").aggregate(number=training.count())
+    if split == "temporal":
+        counted = counted.filter(counted.number >= min_item_events)
+    counted = counted.to_pyarrow()
+    counts = dict(zip(counted["item_id"].to_pylist(), counted["number"].to_pylist(), strict=True))
+    if split == "leave-one-out":
+        every = table.select(item_id=table.item_id.unnest()).distinct().to_pyarrow()["item_id"].to_pylist()
+        counts = dict.fromkeys(every, 0) | counts
+    return dict(sorted(counts.items()))
+
+
+def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> dict[str, Any]:
+    """What preparation.json says of the histories; a cold target has no event in the training part."""
+    length = table.item_id.length()
+    repeated = length - table.item_id.unique().length()
+    tied = length - table.timestamp.unique().length() if "timestamp" in table.columns else ibis.literal(0)
+    row = table.aggregate(
+        num_users=table.count(),
+        num_events=length.sum(),
+        minimum=length.min(),
+        median=length.quantile(0.5),
+        mean=length.mean(),
+        p75=length.quantile(0.75),
+        p90=length.quantile(0.9),
+        maximum=length.max(),
+        repeated=repeated.sum(),
+        tied=tied.sum(),
+        train_users=(table.train_end > 0).sum(),
+        validation=table.validation_position.count(),
+        test=table.test_position.count(),
+        without_past=(table.test_position == 0).sum(),
+    )
+    row = row.to_pyarrow().to_pylist()[0]
+    tested = table.filter(table.test_position.notnull())
+    targets = tested.select(item_id=tested.item_id[tested.test_position]).to_pyarrow()["item_id"].to_pylist()
+    num_cold = sum(not catalogue.get(item) for item in targets)
+    statistics = {
+        "num_users": row["num_users"],
+        "num_items": len(catalogue),
+        "num_events": row["num_events"],
+        "num_training_users": row["train_users"],
+        "num_training_events": sum(catalogue.values()),
+        "history_length": {
+            "min": row["minimum"],
+            "median": row["median"],
+            "mean": row["mean"],
+            "p75": row["p75"],
+            "p90": row["p90"],
+            "max": row["maximum"],
+        },
+        "share_repeated_events": row["repeated"] / row["num_events"],
+        "share_tied_times": row["tied"] / row["num_events"] if "timestamp" in table.columns else None,
+        "share_cold_targets": num_cold / len(targets) if targets else 0.0,
+        "num_validation_targets": row["validation"],
+        "num_test_targets": row["test"],
+    }
+    if split == "temporal":
+        statistics["num_test_users_without_past"] = row["without_past"]
+    return statistics
+
+
+def _titles(
+    item_titles: Mapping[str, str] | str | Path | None, item_column: str, catalogue: Mapping[str, int]
+) -> dict[str, str] | None:
+    """The titles of the catalogue's items, from a mapping or a file."""
+    if item_titles is None:
+        return None
+    if isinstance(item_titles, Mapping):
+        titles = {str(item): title for item, title in item_titles.items()}
+    else:
+        table = read_log(item_titles, id_columns=(item_column,))
+        for column in (item_column, "title"):
+            if column not in table.columns:
+                raise ValueError(
+                    f"{item_titles} has no column {column!r}; expected {item_column} and title, "
+                    f"got {', '.join(name for name in table.columns if name != SOURCE_ROW)}"
+                )
+        table = table.select(
+            item_id=table[item_column].cast("string"), title=table.title.cast("string")
+        ).to_pyarrow()
+        titles = dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
+    found = {item: titles[item] for item in catalogue if titles.get(item)}
+    if not found:
+        raise ValueError(
+            f"none of the {len(titles)} titles belongs to an item of the log, whose ids look like "
+            f"{', '.join(map(repr, list(catalogue)[:3]))}; those of the titles like "
+            f"{', '.join(map(repr, list(titles)[:3]))}"
+        )
+    if len(found) < len(catalogue):
+        logger.warning("%d of %d items have no title", len(catalogue) - len(found), len(catalogue))
+    return found
+
+
+def _log_files(source: str | Path) -> list[str]:
+    source = str(Path(source).expanduser()) if isinstance(source, Path) else os.path.expanduser(source)
+    if os.path.isfile(source):
+        paths = [source]
+    elif os.path.isdir(source):
+        raise ValueError(f"{source} is a folder; name its files, as in {os.path.join(source, '*.parquet')}")
+    elif glob.has_magic(source):
+        paths = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise FileNotFoundError(f"no file matches {source}")
+    else:
+        raise FileNotFoundError(f"no such file: {source}; expected a CSV or Parquet file or a glob pattern")
+    for path in paths:
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty; expected a CSV file with a header, or Parquet")
+    return paths
+
+
+def _is_parquet(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _csv_header(path: str) -> tuple[str, list[str]]:
+    """The delimiter and the column names of a CSV file; raises if it is no text or has no header."""
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is neither UTF-8 CSV nor Parquet; convert it first")
+    if not text.strip():
+        raise ValueError(
+            f"the first line of {path} is blank; expected a CSV header such as user_id,item_id,timestamp"
+        )
+    headers = {delimiter: next(csv.reader([text], delimiter=delimiter)) for delimiter in DELIMITERS}
+    delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
+    return delimiter, headers[delimiter]
+
+
+def _write_parquet(table: ir.Table, path: Path) -> None:
+    if table.get_backend().name == "duckdb":
+        table.to_parquet(path, compression="zstd", row_group_size=ROW_GROUP_SIZE)
+        return
+    schema = table.schema().to_pyarrow()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in table.to_pyarrow_batches(chunk_size=ROW_GROUP_SIZE):
+            writer.write_batch(batch.cast(schema))
+
+
+def _save_catalogue(
+    folder: Path, catalogue: Mapping[str, int], titles: Mapping[str, str] | None, max_length: int
+) -> None:
+    from .tokenization_bert4rec import Bert4RecTokenizer
+
+    tokenizer = Bert4RecTokenizer.from_items(
+        list(catalogue), titles=titles, counts=dict(catalogue), model_max_length=max_length
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _check_output(output: Path) -> None:
+    """Raise unless the folder is missing, empty, or an earlier one of ours."""
+    if output.is_dir():
+        names = sorted(path.name for path in output.iterdir())
+        if not names or _own_files(output) is not None:
+            return
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    elif output.exists():
+        shown = "a file"
+    else:
+        return
+    raise ValueError(f"{output} exists and holds something else ({shown}); choose another --output")
+
+
+def _own_files(folder: Path) -> set[str] | None:
+    """The files that an earlier call wrote into a folder; None if the folder is not one of ours."""
+    try:
+        return set(json.loads((folder / PREPARATION_FILE).read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _move(folder: Path, destination: Path, old: Path) -> None:
+    """Put the folder in the place of an earlier one, from which files that are not ours move over."""
+    if not destination.exists():
+        os.rename(folder, destination)
+        return
+    _check_output(destination)  # it may have changed in the meantime
+    own = _own_files(destination) or set()
+    os.rename(destination, old)
+    try:
+        os.rename(folder, destination)
+    except BaseException:
+        os.rename(old, destination)
+        raise
+    for path in old.iterdir():
+        if path.name not in own and not (destination / path.name).exists():
+            os.rename(path, destination / path.name)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _plain(value: Any) -> Any:
+    """A time as JSON has it."""
+    return value.isoformat() if isinstance(value, date) else value

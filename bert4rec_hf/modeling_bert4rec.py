@@ -1,0 +1,626 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""BERT4Rec (Sun et al., CIKM 2019): tensors in, tensors out; top-k and ranks over the catalogue."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
+from .losses import IGNORE_INDEX, ITEM_LOSSES
+
+# Special tokens are no items: this logit takes them out of the softmax, and is finite in half precision.
+SPECIAL_TOKEN_LOGIT = -1e4
+# So many items are scored at once in `recommend` and `rank`.
+ITEMS_PER_CHUNK = 2**16
+
+
+@dataclass
+class MaskedItemPredictionOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, returned with `labels`):
+            The item loss in training, the full softmax in evaluation.
+        logits (`torch.FloatTensor` of shape `(batch_size, positions, vocab_size)`):
+            Scores of the items, or of `item_ids` only; None while training with labels.
+        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, hidden_size)`):
+            What the item table is multiplied with; None while training with labels.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`):
+            With `output_hidden_states=True`, `output_attentions=True`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    prediction_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class Bert4RecEmbeddings(nn.Module):
+    """Item embeddings, with learned positions if the config asks for them."""
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.config = config
+        self.item_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        if config.position_embedding_type != "rotary":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.normalization == "post"
+            else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        hidden_states = self.item_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.position_embedding_type != "rotary":
+            hidden_states = hidden_states + self.position_embeddings(position_ids)
+        return self.dropout(self.norm(hidden_states))
+
+
+class Bert4RecRotaryEmbedding(nn.Module):
+    """Cosines and sines of positions times frequencies (Su et al. 2021)."""
+
+    inverse_frequencies: torch.Tensor
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("inverse_frequencies", self.compute_inverse_frequencies(), persistent=False)
+
+    def compute_inverse_frequencies(self) -> torch.Tensor:
+        """(head width / 2,), from 1 down to nearly 1 / rope_theta."""
+        width = self.config.hidden_size // self.config.num_attention_heads
+        return self.config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float) / width)
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, length) -> twice (batch, 1, length, head width)."""
+        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + width / 2) of the last dimension by its position's angle."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosines + torch.cat((-second, first), dim=-1) * sines
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class Bert4RecAttention(nn.Module):
+    """Bidirectional multi-head attention (equations 1 and 2)."""
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_and_length = hidden_states.shape[:-1]
+        query, key, value = (
+            layer(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.head_dim**-0.5,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.output(context.reshape(*batch_and_length, -1)), weights
+
+
+class Bert4RecFeedForward(nn.Module):
+    """Position-wise feed-forward network (equation 3)."""
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.inner = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.outer = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.activation(self.inner(hidden_states)))
+
+
+class Bert4RecLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each with a residual connection, dropout and a LayerNorm (equations 4 to 6)."""
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.pre_normalization = config.normalization == "pre"
+        self.attention = Bert4RecAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = Bert4RecFeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        normed = self.attention_norm(hidden_states) if self.pre_normalization else hidden_states
+        attended, _ = self.attention(normed, attention_mask, rotary, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        if self.pre_normalization:
+            return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        hidden_states = self.attention_norm(hidden_states)
+        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
+
+
+class Bert4RecPreTrainedModel(PreTrainedModel):
+    config: Bert4RecConfig
+    config_class = Bert4RecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Bert4RecEmbeddings", "Bert4RecLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Bert4RecLayer, "attentions": Bert4RecAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Bert4RecRotaryEmbedding):
+            # Not stored in the file, and empty when the model was made on the meta device.
+            initialization.copy_(module.inverse_frequencies, module.compute_inverse_frequencies())
+
+
+class Bert4RecModel(Bert4RecPreTrainedModel):
+    """The encoder: one hidden state a position."""
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__(config)
+        self.embeddings = Bert4RecEmbeddings(config)
+        self.rotary_embedding = (
+            Bert4RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
+        )
+        self.layers = nn.ModuleList([Bert4RecLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.normalization == "pre"
+            else nn.Identity()
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.item_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.item_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_ids: (batch, length) token ids, padded on either side.
+            attention_mask: (batch, length), 0 for padding. None: everything but [PAD] is attended to.
+            position_ids: (batch, length). None: counted over the attention mask, so that padding changes nothing.
+            inputs_embeds: (batch, length, hidden size), in place of `input_ids`.
+
+        Raises:
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the input is longer
+                than `max_position_embeddings`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the input has length {inputs.shape[1]}, the model takes at most "
+                f"{self.config.max_position_embeddings}: shorten histories with tokenizer.append_mask"
+            )
+        if attention_mask is None and input_ids is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        if position_ids is None:
+            position_ids = self.positions(inputs, attention_mask)
+
+        hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
+        # Skipping the mask where nothing is padded would read it back from the device.
+        attention_mask = create_bidirectional_mask(
+            self.config, hidden_states, attention_mask, allow_is_bidirectional_skip=attention_mask is None
+        )
+        rotary = (
+            None
+            if self.rotary_embedding is None
+            else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, rotary, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def positions(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, length): how many items stand before, or behind if positions are counted from the end."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            attention_mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        count = attention_mask.long().cumsum(dim=1)
+        if self.config.position_embedding_type == "learned_from_end":
+            return count[:, -1:] - count
+        return (count - 1).clamp(min=0)
+
+
+class Bert4RecPredictionHead(nn.Module):
+    """Dense layer, activation and LayerNorm before the item table (equation 7)."""
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.activation(self.dense(hidden_states)))
+
+
+class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
+    """The encoder and the item table: scores of all items at any position."""
+
+    _tied_weights_keys = {"decoder.weight": "model.embeddings.item_embeddings.weight"}
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__(config)
+        self.model = Bert4RecModel(config)
+        self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.decoder = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
+        prediction_positions: torch.Tensor | None = None,
+        prediction_states: torch.Tensor | None = None,
+        item_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedItemPredictionOutput:
+        """
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: As in `Bert4RecModel`.
+            labels: (batch, length) token ids to predict, -100 elsewhere.
+            label_positions: (batch, P) where `labels` has something to predict, padded with -1. With labels, head
+                and loss are computed there only, and nothing waits for the device to count them.
+            prediction_positions: (batch, P) where to compute the head. None: everywhere.
+            prediction_states: (batch, P, hidden size) of an earlier call, in place of the input: the same
+                positions, scored for other `item_ids`.
+            item_ids: (C,) or (batch, C) token ids to score. None: all.
+            exclude_ids: Not used here; evaluation rows carry the user's past items along.
+            num_items_in_batch: Labels in all batches of one optimizer step, handed over by the Trainer.
+        """
+        attentions = hidden_states = None
+        if prediction_states is None:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+            hidden_states, attentions = outputs.hidden_states, outputs.attentions
+            states, labels = self._select(
+                outputs.last_hidden_state, labels, label_positions, prediction_positions
+            )
+            prediction_states = self.head(states)
+        if labels is not None:
+            item_labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - FIRST_ITEM_ID)
+            loss_function = ITEM_LOSSES[self.config.item_loss if self.training else "softmax"]
+            loss = loss_function(
+                prediction_states.flatten(0, -2),
+                self.decoder.weight[FIRST_ITEM_ID:],
+                self.decoder.bias[FIRST_ITEM_ID:],
+                item_labels.flatten(),
+                num_items_in_batch,
+            )
+            if self.training:
+                return MaskedItemPredictionOutput(
+                    loss=loss, hidden_states=hidden_states, attentions=attentions
+                )
+        return MaskedItemPredictionOutput(
+            loss=None if labels is None else loss,
+            logits=self._score(prediction_states, item_ids),
+            prediction_states=prediction_states,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+    def _select(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        label_positions: torch.Tensor | None,
+        prediction_positions: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states and labels of the positions that count."""
+        if labels is None:
+            if prediction_positions is None:
+                return hidden_states, None
+            return _gather(hidden_states, prediction_positions), None
+        if label_positions is not None:
+            states = _gather(hidden_states, label_positions.clamp(min=0))
+            labels = labels.gather(1, label_positions.clamp(min=0))
+            return states, labels.masked_fill(label_positions < 0, IGNORE_INDEX)
+        if self.training:
+            counts = labels != IGNORE_INDEX
+            return hidden_states[counts], labels[counts]
+        return hidden_states, labels
+
+    def _score(self, states: torch.Tensor, item_ids: torch.Tensor | None) -> torch.Tensor:
+        """(batch, P, hidden size) -> (batch, P, vocab size or C)."""
+        weight, bias = self.decoder.weight, self.decoder.bias
+        precision = contextlib.nullcontext()
+        if not self.training:
+            # Half precision would tie neighbours in the ranking, and ties count as misses.
+            states, weight, bias = states.float(), weight.float(), bias.float()
+            precision = torch.autocast(states.device.type, enabled=False)
+        with precision:
+            if item_ids is None:
+                scores = nn.functional.linear(states, weight[FIRST_ITEM_ID:], bias[FIRST_ITEM_ID:])
+                return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
+            if item_ids.dim() == 1:
+                scores = nn.functional.linear(states, weight[item_ids], bias[item_ids])
+            else:
+                scores = states @ weight[item_ids].transpose(1, 2) + bias[item_ids].unsqueeze(1)
+            return scores.masked_fill((item_ids < FIRST_ITEM_ID).unsqueeze(-2), SPECIAL_TOKEN_LOGIT)
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        top_k: int = 10,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best items at the [MASK] of each history.
+
+        Args:
+            input_ids: (batch, length) token ids with one [MASK], the position that is read.
+            attention_mask: (batch, length).
+            top_k: Number of items; fewer come back if the catalogue (or the candidates) are fewer.
+            candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids never to recommend, padded with 0.
+
+        Returns:
+            scores: (batch, k), logits in descending order; -inf where no item is left.
+            item_ids: (batch, k) token ids; 0 where no item is left.
+
+        Raises:
+            ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
+                is NaN.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        scores = item_ids = None
+        states = self._mask_states(input_ids, attention_mask)
+        for chunk_scores, chunk_ids in self._chunks(states, candidate_ids, exclude_ids):
+            best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
+            best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
+            if scores is not None:
+                best, best_ids = torch.cat((scores, best), 1), torch.cat((item_ids, best_ids), 1)
+                best, columns = best.topk(min(top_k, best.shape[1]))
+                best_ids = best_ids.gather(1, columns)
+            scores, item_ids = best, best_ids
+        return scores, item_ids.masked_fill(scores.isneginf(), self.config.pad_token_id)
+
+    @torch.no_grad()
+    def rank(
+        self,
+        input_ids: torch.Tensor,
+        target_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The place of each target in the list that `recommend` would give, from 1; a tie counts against it.
+
+        Args:
+            input_ids, attention_mask, candidate_ids, exclude_ids: As in `recommend`. A target is ranked among the
+                candidates whether it is one of them or not.
+            target_ids: (batch,) token ids; -100 for a target that the catalogue lacks.
+
+        Returns:
+            (batch,) ranks; 0 where the target would never be shown, excluded or not in the catalogue.
+
+        Raises:
+            ValueError: As `recommend`.
+        """
+        self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
+        states = self._mask_states(input_ids, attention_mask)
+        known = (target_ids >= FIRST_ITEM_ID).unsqueeze(1)
+        target_ids = target_ids.unsqueeze(1)
+        if candidate_ids is not None:
+            candidate_ids = candidate_ids.expand(len(target_ids), -1)
+            is_target = candidate_ids == target_ids
+            candidate_ids = torch.cat((target_ids.clamp(min=0), candidate_ids.masked_fill(is_target, 0)), 1)
+        # The target's score comes from the same multiplication as the others', so that it is equal to the bit.
+        target_scores = torch.full(known.shape, -torch.inf, device=states.device)
+        chunks = self._chunks(states, candidate_ids, exclude_ids)
+        if candidate_ids is None and self.config.vocab_size > ITEMS_PER_CHUNK:
+            for chunk_scores, chunk_ids in chunks:
+                target_scores = self._target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+            chunks = self._chunks(states, candidate_ids, exclude_ids)
+        ranks = torch.zeros_like(target_ids)
+        for chunk_scores, chunk_ids in chunks:
+            target_scores = self._target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+            ranks += (chunk_scores >= target_scores).sum(1, keepdim=True)
+        return ranks.masked_fill(~known | target_scores.isneginf(), 0).squeeze(1)
+
+    @staticmethod
+    def _target_scores(
+        target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Target scores (batch, 1), filled in where this chunk has the target."""
+        found = scores.masked_fill(item_ids != target_ids, -torch.inf).amax(1, keepdim=True)
+        return torch.maximum(target_scores, found)
+
+    @torch.no_grad()
+    def user_vectors(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores of `recommend`."""
+        states = self._mask_states(input_ids, attention_mask).squeeze(1).float()
+        return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
+
+    @torch.no_grad()
+    def item_vectors(self) -> torch.Tensor:
+        """(number of items, hidden size + 1), the bias last; row i is the item of token id i + 3."""
+        vectors = torch.cat((self.decoder.weight, self.decoder.bias.unsqueeze(1)), dim=1)
+        return vectors[FIRST_ITEM_ID:].float()
+
+    def _mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, 1, hidden size) at the last [MASK] of each history."""
+        if self.training:
+            raise ValueError(
+                "the model is in training mode, where dropout is active: call model.eval() first"
+            )
+        self._check_ids(input_ids)
+        is_mask = input_ids == self.config.mask_token_id
+        if not is_mask.any(dim=1).all():
+            raise ValueError(
+                "every history needs a [MASK], the position to predict: see tokenizer.append_mask"
+            )
+        numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = (is_mask * numbers).argmax(dim=1, keepdim=True)
+        no_items = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        return self(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prediction_positions=positions,
+            item_ids=no_items,
+        ).prediction_states
+
+    def _check_ids(self, ids: torch.Tensor | None) -> None:
+        if (
+            ids is not None
+            and ids.numel()
+            and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size
+        ):
+            raise ValueError(
+                f"token ids must lie between 0 and vocab_size - 1 = {self.config.vocab_size - 1}; got "
+                f"{int(ids.min())} to {int(ids.max())}: the tokenizer must be the one of the model's folder"
+            )
+
+    def _chunks(
+        self, states: torch.Tensor, candidate_ids: torch.Tensor | None, exclude_ids: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scores (batch, C) and their token ids (1 or batch, C), -inf where an item may not be shown."""
+        self._check_ids(exclude_ids)
+        self._check_ids(candidate_ids)
+        if candidate_ids is not None:
+            item_ids = candidate_ids.expand(len(states), -1)
+            scores = self(prediction_states=states, item_ids=item_ids).logits.squeeze(1)
+            forbidden = item_ids < FIRST_ITEM_ID
+            if exclude_ids is not None and exclude_ids.shape[1]:
+                exclude_ids = exclude_ids.sort(dim=1).values
+                nearest = torch.searchsorted(exclude_ids, item_ids).clamp(max=exclude_ids.shape[1] - 1)
+                forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
+            yield _finite(scores).masked_fill(forbidden, -torch.inf), item_ids
+            return
+        for start in range(0, self.config.vocab_size, ITEMS_PER_CHUNK):
+            end = min(start + ITEMS_PER_CHUNK, self.config.vocab_size)
+            chunk_ids = torch.arange(start, end, device=states.device)
+            everything = (start, end) == (0, self.config.vocab_size)
+            scores = self(prediction_states=states, item_ids=None if everything else chunk_ids).logits
+            scores = _finite(scores.squeeze(1))
+            if start < FIRST_ITEM_ID:
+                scores[:, :FIRST_ITEM_ID] = -torch.inf
+            if exclude_ids is not None:
+                columns = exclude_ids - start
+                inside = (columns >= 0) & (columns < end - start)
+                ceiling = scores.new_full((), torch.inf).where(~inside, -torch.inf)
+                scores.scatter_reduce_(1, columns.where(inside, 0), ceiling, "amin")
+            yield scores, chunk_ids.unsqueeze(0)
+
+
+def _gather(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(batch, length, d) at (batch, P) -> (batch, P, d)."""
+    return hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+def _finite(scores: torch.Tensor) -> torch.Tensor:
+    if scores.isnan().any():
+        raise ValueError("a score is NaN: the weights are not finite, training has diverged")
+    return scores

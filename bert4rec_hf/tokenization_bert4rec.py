@@ -1,0 +1,284 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""Raw item ids <-> token ids, titles and training counts, and the one function that appends [MASK]."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+# A raw id that is spelled like a special token gets a backslash more in the vocabulary, and loses it on the way out.
+SPELLED_LIKE_SPECIAL = re.compile(r"\\*\[(PAD|MASK|UNK)\]")
+
+ItemId = str | int
+
+
+class Bert4RecTokenizer(PreTrainedTokenizerFast):
+    r"""
+    The catalogue: raw item ids <-> token ids.
+
+    [PAD] is 0, [MASK] 1, [UNK] 2; items follow, sorted by raw id when the catalogue is made, and in the order of
+    their arrival afterwards. Raw ids are strings (integers are taken too and come back as strings) and are mapped
+    whole, whatever spaces, quotes or unicode they hold.
+
+        tokenizer = Bert4RecTokenizer.from_items(["50", "318", "296"], titles={"50": "Star Wars (1977)"})
+        tokenizer([["318", "50"], ["296"]], padding=True, return_tensors="pt")  # ends with [MASK]: for `recommend`
+
+    Called with `add_special_tokens=False` it appends no [MASK]. A flat list is one history, a list of lists a batch;
+    unknown items are left out, with one warning that names how many.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, vocab: Mapping[str, int], items_file: str | None = None, **kwargs: Any):
+        # transformers reads `vocab` from tokenizer.json; without the Nones it would append <s> and </s>.
+        self._tokenizer = _backend(vocab)
+        defaults = {"bos_token": None, "eos_token": None, "truncation_side": "left", "padding_side": "right"}
+        super().__init__(**(SPECIAL_TOKENS | defaults | kwargs))
+        content = json.loads(Path(items_file).read_text("utf-8")) if items_file else {}
+        self._counts: list[int] | None = content.get("counts")
+        self._titles: list[str | None] | None = content.get("titles")
+        self._read_vocabulary()
+
+    @classmethod
+    def from_items(
+        cls,
+        items: Iterable[ItemId],
+        *,
+        titles: Mapping[ItemId, str] | None = None,
+        counts: Mapping[ItemId, int] | None = None,
+        model_max_length: int | None = None,
+    ) -> "Bert4RecTokenizer":
+        """A tokenizer for a catalogue.
+
+        Args:
+            items: Raw ids, each once.
+            titles: By raw id, for as many items as have one.
+            counts: How often each item occurs in the training data; an item not named occurs 0 times.
+            model_max_length: Longest input of the model, the [MASK] included.
+
+        Raises:
+            ValueError: If there are no items, or one occurs twice.
+        """
+        raw_ids = sorted(map(_raw_id, items))
+        if not raw_ids:
+            raise ValueError("a catalogue needs at least one item; got none")
+        vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS.values())}
+        for raw_id in raw_ids:
+            vocabulary[_to_token(raw_id)] = len(vocabulary)
+        if len(vocabulary) < len(raw_ids) + len(SPECIAL_TOKENS):
+            twice = next(
+                first for first, second in zip(raw_ids, raw_ids[1:], strict=False) if first == second
+            )
+            raise ValueError(f"item {twice!r} occurs twice in the catalogue; raw ids must be unique")
+        options = {} if model_max_length is None else {"model_max_length": model_max_length}
+        tokenizer = cls(vocabulary, **options)
+        tokenizer._set(titles, counts)
+        return tokenizer
+
+    @property
+    def num_items(self) -> int:
+        return len(self._raw_ids)
+
+    @property
+    def items(self) -> list[str]:
+        """Raw ids in the order of their token ids, the first of which is 3."""
+        return list(self._raw_ids)
+
+    @property
+    def counts(self) -> list[int] | None:
+        """How often each item occurs in the training data, in the order of `items`."""
+        return self._counts
+
+    @property
+    def titles(self) -> list[str | None] | None:
+        """In the order of `items`; None where an item has none."""
+        return self._titles
+
+    def set_counts(self, counts: Mapping[ItemId, int]) -> None:
+        """Replace the training counts; an item that is not named occurs 0 times."""
+        self._set(None, counts)
+
+    def add_items(self, items: Iterable[ItemId], titles: Mapping[ItemId, str] | None = None) -> int:
+        """Append the items that are new, sorted by raw id; nothing is renumbered.
+
+        Returns:
+            How many were new. The model then needs `resize_token_embeddings(len(tokenizer))`.
+        """
+        new = sorted({raw_id for raw_id in map(_raw_id, items) if raw_id not in self._token_ids})
+        vocabulary = self._tokenizer.get_vocab()
+        for raw_id in new:
+            vocabulary[_to_token(raw_id)] = len(vocabulary)
+        self._tokenizer = _backend(vocabulary)
+        self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+        self._read_vocabulary()
+        if self._counts is not None:
+            self._counts = self._counts + [0] * len(new)
+        if self._titles is not None:
+            self._titles = self._titles + [None] * len(new)
+        self._set(titles, None)
+        return len(new)
+
+    def item_ids_to_token_ids(self, items: Iterable[ItemId]) -> list[int]:
+        """Token ids of raw ids; 2, that of [UNK], for an item that the catalogue lacks."""
+        known, unknown = self._token_ids, SPECIAL_UNKNOWN_ID
+        return [known.get(item if type(item) is str else _raw_id(item), unknown) for item in items]
+
+    def token_ids_to_item_ids(self, token_ids: Iterable[int]) -> list[str]:
+        """Raw ids of token ids.
+
+        Raises:
+            ValueError: If a token id is no item's.
+        """
+        raw_ids, first = self._raw_ids, len(SPECIAL_TOKENS)
+        items = []
+        for token_id in token_ids:
+            if not first <= token_id < first + len(raw_ids):
+                raise ValueError(
+                    f"token id {token_id} is no item; items have token ids {first} to {first + len(raw_ids) - 1}"
+                )
+            items.append(raw_ids[token_id - first])
+        return items
+
+    def title(self, item: ItemId) -> str | None:
+        """The title of a raw id, None if it has none."""
+        token_id = self._token_ids.get(_raw_id(item))
+        return (
+            None if self._titles is None or token_id is None else self._titles[token_id - len(SPECIAL_TOKENS)]
+        )
+
+    def append_mask(self, token_ids: Sequence[int], max_length: int | None = None) -> list[int]:
+        """The newest items with one [MASK] behind them: what serving, evaluation and training predict from.
+
+        Args:
+            token_ids: One history of any length, possibly empty.
+            max_length: Of the result; None: `model_max_length`.
+        """
+        max_length = max_length or self.model_max_length
+        if max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}"
+            )
+        newest = token_ids[max(len(token_ids) - max_length + 1, 0) :]
+        return [*newest, self.mask_token_id]
+
+    def _encode_plus(
+        self,
+        text: Sequence[ItemId] | Sequence[Sequence[ItemId]],
+        text_pair: None = None,
+        add_special_tokens: bool = True,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchEncoding:
+        if isinstance(text, str) or text_pair is not None:
+            raise TypeError(
+                f"expected a history, a list of item ids, or a list of histories; got {text if text_pair is None else text_pair!r}"
+            )
+        is_batch = len(text) > 0 and isinstance(text[0], Iterable) and not isinstance(text[0], str)
+        histories = [self.item_ids_to_token_ids(history) for history in (text if is_batch else [text])]
+        rows = self.without_unknown(histories)
+        if add_special_tokens:
+            rows = [self.append_mask(row, max_length) for row in rows]
+        elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
+            limit = max_length or self.model_max_length
+            rows = [row[max(len(row) - limit, 0) :] for row in rows]
+        encoding = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        if return_attention_mask is False:
+            del encoding["attention_mask"]
+        if not is_batch and return_tensors is None:
+            encoding = {name: values[0] for name, values in encoding.items()}
+        return self.pad(
+            encoding,
+            padding=padding_strategy,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors,
+        )
+
+    def without_unknown(self, histories: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Histories of token ids without [UNK]; one warning names how many were left out."""
+        known = [[token_id for token_id in row if token_id != SPECIAL_UNKNOWN_ID] for row in histories]
+        num_unknown = sum(map(len, histories)) - sum(map(len, known))
+        if num_unknown:
+            logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)
+        return known
+
+    def _decode(
+        self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any
+    ) -> str:
+        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        tokens = self.convert_ids_to_tokens(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return " ".join(tokens)
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        path = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}items.json"
+        content = {"counts": self._counts, "titles": self._titles}
+        path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        return (*file_names, str(path))
+
+    def _read_vocabulary(self) -> None:
+        first = len(SPECIAL_TOKENS)
+        vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        self._raw_ids = [_from_token(token) for token, _ in vocabulary[first:]]
+        self._token_ids = {raw_id: token_id for token_id, raw_id in enumerate(self._raw_ids, start=first)}
+
+    def _set(self, titles: Mapping[ItemId, str] | None, counts: Mapping[ItemId, int] | None) -> None:
+        if counts is not None:
+            known = {_raw_id(item): int(count) for item, count in counts.items()}
+            self._counts = [known.get(raw_id, 0) for raw_id in self._raw_ids]
+        if titles is not None:
+            named = {_raw_id(item): title for item, title in titles.items()}
+            old = self._titles or [None] * self.num_items
+            self._titles = [
+                named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)
+            ]
+
+
+SPECIAL_UNKNOWN_ID = list(SPECIAL_TOKENS).index("unk_token")
+
+
+def _backend(vocabulary: Mapping[str, int]) -> Tokenizer:
+    return Tokenizer(WordLevel(dict(vocabulary), unk_token=SPECIAL_TOKENS["unk_token"]))
+
+
+def _raw_id(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    # numpy's integers have __index__ as well; booleans do, but are no ids.
+    if hasattr(item, "__index__") and not isinstance(item, bool):
+        return str(item.__index__())
+    raise TypeError(f"an item id is a string or an integer; got {item!r} of type {type(item).__name__}")
+
+
+def _to_token(raw_id: str) -> str:
+    return "\\" + raw_id if SPELLED_LIKE_SPECIAL.fullmatch(raw_id) else raw_id
+
+
+def _from_token(token: str) -> str:
+    return token[1:] if SPELLED_LIKE_SPECIAL.fullmatch(token) else token

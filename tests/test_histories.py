@@ -1,0 +1,602 @@
+"""Raw log to histories, on logs small enough to be worked out by hand."""
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import bert4rec_hf.histories
+from bert4rec_hf.histories import (
+    SOURCE_ROW,
+    default_filter_seen_items,
+    default_max_length,
+    histories,
+    prepare,
+    read_log,
+)
+
+HEADER = ("user_id", "item_id", "timestamp")
+
+
+@pytest.fixture
+def saved_catalogues(monkeypatch):
+    """What would go to the tokenizer, so that these tests are about the log alone."""
+    saved = []
+    monkeypatch.setattr(
+        bert4rec_hf.histories,
+        "_save_catalogue",
+        lambda folder, catalogue, titles, max_length: saved.append((catalogue, titles, max_length)),
+    )
+    return saved
+
+
+def write_csv(path: Path, rows, header=HEADER) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def rows_of(log, **options) -> list[dict]:
+    if isinstance(log, Path):
+        log = read_log(log)
+    return histories(log, **options).to_pyarrow().to_pylist()
+
+
+def items_of(log, **options) -> dict[str, list[str]]:
+    return {row["user_id"]: row["item_id"] for row in rows_of(log, **options)}
+
+
+def test_leave_one_out_orders_by_time_and_holds_out_the_last_two(tmp_path):
+    log = write_csv(
+        tmp_path / "log.csv",
+        [("b", "x", 3), ("a", "z", 9), ("a", "x", 1), ("b", "y", 1), ("a", "y", 5), ("a", "w", 7)],
+    )
+    assert rows_of(log) == [
+        {
+            "user_id": "a",
+            "item_id": ["x", "y", "w", "z"],
+            "timestamp": [1, 5, 7, 9],
+            "train_end": 2,
+            "validation_position": 2,
+            "test_position": 3,
+        },
+        {
+            "user_id": "b",
+            "item_id": ["y", "x"],
+            "timestamp": [1, 3],
+            "train_end": 2,
+            "validation_position": None,
+            "test_position": None,
+        },
+    ]
+    schema = histories(read_log(log)).schema()
+    assert [str(schema[name]) for name in ("user_id", "item_id", "train_end", "test_position")] == [
+        "string",
+        "array<string>",
+        "int32",
+        "int32",
+    ]
+
+
+def test_events_of_the_same_time_keep_their_order_in_the_source(tmp_path):
+    rows = [("a", item, 1) for item in ("9", "1", "5", "3")] + [("b", "2", 1)]
+    assert items_of(write_csv(tmp_path / "log.csv", rows))["a"] == ["9", "1", "5", "3"]
+
+
+def test_the_files_of_a_glob_follow_one_another_by_name(tmp_path):
+    write_csv(tmp_path / "day-2.csv", [("a", "late", 1), ("b", "x", 1)])
+    write_csv(tmp_path / "day-1.csv", [("a", "early", 1)])
+    assert items_of(read_log(tmp_path / "day-*.csv"))["a"] == ["early", "late"]
+    for day, item in ((1, "early"), (2, "late")):
+        pq.write_table(
+            pa.table({"user_id": ["a", "b"], "item_id": [item, "x"], "timestamp": [1, 1]}),
+            tmp_path / f"day-{day}.parquet",
+        )
+    assert items_of(read_log(tmp_path / "day-*.parquet"))["a"] == ["early", "late"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_row_numbers_follow_the_source_where_several_threads_read_it(tmp_path, kind):
+    number = 1_000_000
+    duckdb.sql(f"SET threads = 4; COPY (SELECT i % 7 AS user_id, i AS item_id FROM range({number}) t(i)) "
+               f"TO '{tmp_path}/log.{kind}'")  # fmt: skip
+    log = read_log(f"{tmp_path}/log.{kind}")
+    log.get_backend().raw_sql("SET threads = 4")
+    log = bert4rec_hf.histories._stored(log)
+    assert log.filter(log.item_id.cast("int64") == log[SOURCE_ROW]).count().execute() == number
+
+
+def test_a_sequence_column_orders_ties_and_can_stand_for_time(tmp_path):
+    header = (*HEADER, "position")
+    rows = [("a", "x", 1, 2), ("a", "y", 1, 1), ("a", "z", 0, 3), ("b", "x", 1, 1)]
+    log = write_csv(tmp_path / "log.csv", rows, header)
+    assert items_of(log, sequence_column="position")["a"] == ["z", "y", "x"]
+    log = write_csv(tmp_path / "untimed.csv", [row[:2] + row[3:] for row in rows], (*HEADER[:2], "position"))
+    untimed = rows_of(log, sequence_column="position")
+    assert untimed[0]["item_id"] == ["y", "x", "z"]
+    assert "timestamp" not in untimed[0]
+    with pytest.raises(ValueError, match="temporal split needs a time column"):
+        rows_of(log, sequence_column="position", split="temporal")
+
+
+def test_shuffling_a_log_with_a_sequence_column_changes_no_byte(tmp_path, saved_catalogues):
+    header = (*HEADER, "position", "price")
+    generator = random.Random(0)
+    # Three positions for ten events: most are tied in time and position, and differ in item or price alone.
+    rows = [
+        (
+            f"user {generator.randrange(3000)}",
+            f"item {generator.randrange(40)}",
+            1,
+            generator.randrange(3),
+            price,
+        )
+        for price in range(30_000)
+    ]
+    contents = []
+    for attempt in range(3):
+        log = write_csv(tmp_path / f"{attempt}.csv", rows, header)
+        prepare(log, tmp_path / str(attempt), sequence_column="position", event_columns=["price"])
+        contents.append((tmp_path / str(attempt) / "histories.parquet").read_bytes())
+        generator.shuffle(rows)
+    assert contents[0] == contents[1] == contents[2]
+    first = pq.read_table(tmp_path / "0" / "histories.parquet")["item_id"].to_pylist()
+    assert any(items != sorted(items) for items in first)
+
+
+def test_without_source_rows_ties_are_ordered_by_a_hash_and_not_by_item():
+    items = [f"{number:02}" for number in range(50)]
+    table = pa.table({"user_id": ["a"] * 50 + ["b"], "item_id": [*items, "00"], "timestamp": [1] * 51})
+    orders = []
+    for shuffled in (table, table.take(list(reversed(range(51))))):
+        connection = ibis.duckdb.connect()
+        connection.con.register("log", shuffled)
+        orders.append(items_of(connection.table("log"))["a"])
+    assert orders[0] == orders[1]
+    assert orders[0] != items
+    assert sorted(orders[0]) == items
+
+
+def test_ids_in_csv_are_kept_exactly(tmp_path, saved_catalogues):
+    items = [
+        "007",
+        "9007199254740993",
+        "12345678901234567890",
+        " lead",
+        "trail ",
+        'say "hi"',
+        "a,b",
+        "née",
+        "漢字",
+    ]
+    items += [
+        "line\nbreak",
+        "[MASK]",
+        "[PAD]",
+        "NULL",
+        "NA",
+        "1.0",
+        "true",
+        "2020-01-01",
+        "O'Neil",
+        "\t",
+        "a;b|c",
+    ]
+    rows = [("01", item, time) for time, item in enumerate(items)] + [("1", "007", 0)]
+    log = write_csv(tmp_path / "log.csv", rows)
+    assert items_of(log) == {"01": items, "1": ["007"]}
+    prepare(log, tmp_path / "out")
+    assert list(saved_catalogues[0][0]) == sorted(items)
+
+
+def test_int64_ids_in_parquet_become_exact_text(tmp_path):
+    item = 2**53 + 1
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user_id": [1, 2**63 - 1], "item_id": [item, -1], "timestamp": [1, 1]}), path)
+    assert items_of(path) == {"1": [str(item)], str(2**63 - 1): ["-1"]}
+
+
+def test_other_separators_byte_order_mark_and_gzip_are_read(tmp_path):
+    rows = "user_id\titem_id\ttimestamp\n01\tx, y\t1\n2\tz\t1\n"
+    path = tmp_path / "log.tsv"
+    path.write_text(rows, "utf-8-sig")
+    assert items_of(path) == {"01": ["x, y"], "2": ["z"]}
+    import gzip
+
+    packed = tmp_path / "log.csv.gz"
+    packed.write_bytes(gzip.compress(rows.replace(", ", " ").replace("\t", ";").encode()))
+    assert items_of(packed) == {"01": ["x y"], "2": ["z"]}
+
+
+def test_timestamps_and_dates_stay_timestamps(tmp_path):
+    rows = [
+        ("a", "x", "2024-01-02 10:00:00"),
+        ("a", "y", "2024-01-01 10:00:00"),
+        ("b", "x", "2024-01-01 00:00:00"),
+    ]
+    result = histories(read_log(write_csv(tmp_path / "log.csv", rows)))
+    assert result.schema()["timestamp"].value_type.is_timestamp()
+    assert result.to_pyarrow()["item_id"][0].as_py() == ["y", "x"]
+    dates = write_csv(tmp_path / "dates.csv", [(user, item, time[:10]) for user, item, time in rows])
+    assert items_of(dates)["a"] == ["y", "x"]
+
+
+def test_event_columns_follow_the_items_and_keep_their_gaps(tmp_path):
+    header = (*HEADER, "price", "rating")
+    rows = [("a", "x", 2, 1.5, 5), ("a", "y", 1, None, 4), ("b", "x", 1, 3.0, 1)]
+    row = rows_of(write_csv(tmp_path / "log.csv", rows, header), event_columns=["price", "rating"])[0]
+    assert (row["item_id"], row["price"], row["rating"]) == (["y", "x"], [None, 1.5], [4, 5])
+    with pytest.raises(ValueError, match="event columns must differ"):
+        rows_of(tmp_path / "log.csv", event_columns=["timestamp"])
+
+
+def test_min_rating_leaves_out_lower_and_missing_ratings(tmp_path):
+    header = (*HEADER, "rating")
+    rows = [("a", "x", 1, 3), ("a", "y", 2, 4), ("a", "z", 3, None), ("b", "x", 1, 5)]
+    log = write_csv(tmp_path / "log.csv", rows, header)
+    assert items_of(log, min_rating=4) == {"a": ["y"], "b": ["x"]}
+    with pytest.raises(ValueError, match=r"no column 'stars'.*rating.*--rating_column"):
+        rows_of(log, min_rating=4, rating_column="stars")
+
+
+@pytest.mark.parametrize(
+    ("duplicates", "expected"),
+    [
+        ("keep", ["x", "x", "x", "y", "x", "y"]),
+        ("drop", ["x", "y"]),
+        ("drop_consecutive", ["x", "y", "x", "y"]),
+    ],
+)
+def test_duplicates_are_kept_dropped_or_collapsed(tmp_path, saved_catalogues, duplicates, expected):
+    rows = [("a", item, time) for time, item in enumerate("xxxyxy")] + [("b", item, 0) for item in "xyzz"]
+    log = write_csv(tmp_path / "log.csv", rows)
+    assert items_of(log, duplicates=duplicates)["a"] == expected
+    if duplicates == "drop":
+        with pytest.raises(ValueError, match="duplicates must be one of keep, drop, drop_consecutive"):
+            rows_of(log, duplicates="none")
+    statistics = prepare(log, tmp_path / "out", duplicates=duplicates)["statistics"]
+    assert statistics["num_duplicate_rows"] == 1  # user b's second z, at the same time
+
+
+def test_the_filter_is_repeated_until_nothing_changes(tmp_path):
+    # d has one event; without d, w has one; without w, c; without c, z; and b keeps two.
+    rows = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("b", "z"), ("c", "z"), ("c", "w"), ("d", "w")]
+    log = write_csv(tmp_path / "log.csv", [(user, item, time) for time, (user, item) in enumerate(rows)])
+    kept = items_of(log, min_user_events=2, min_item_events=2)
+    assert kept == {"a": ["x", "y"], "b": ["x", "y"]}
+    assert items_of(log, min_user_events=2) == {"a": ["x", "y"], "b": ["x", "y", "z"], "c": ["z", "w"]}
+
+
+TEMPORAL = [
+    ("a", "x", 0), ("a", "y", 1), ("a", "z", 6), ("a", "x", 8), ("a", "w", 9),
+    ("b", "y", 2), ("b", "x", 3), ("b", "rare", 4),
+    ("c", "x", 5), ("c", "new", 9),
+    ("d", "y", 7),
+]  # fmt: skip
+
+
+def test_temporal_cuts_freeze_every_history_at_the_cut(tmp_path, saved_catalogues):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    cuts = {"split": "temporal", "validation_cut": 6, "test_cut": 8}
+    positions = {
+        row["user_id"]: (row["train_end"], row["validation_position"], row["test_position"])
+        for row in rows_of(log, **cuts)
+    }
+    assert positions == {"a": (2, 2, 3), "b": (3, None, None), "c": (1, None, 1), "d": (0, 0, None)}
+
+    preparation = prepare(log, tmp_path / "out", min_user_events=2, min_item_events=2, **cuts)
+    rows = pq.read_table(tmp_path / "out" / "histories.parquet").to_pylist()
+    assert [row["train_end"] for row in rows] == [2, 3, 0, 0]  # c has one event before the cut
+    assert rows[1]["item_id"] == ["y", "x", "rare"]  # whole, though the catalogue lacks one
+    assert saved_catalogues[0][0] == {"x": 2, "y": 2}
+    assert preparation["split"] == {"name": "temporal", "validation_cut": 6, "test_cut": 8}
+    statistics = preparation["statistics"]
+    assert (statistics["num_validation_targets"], statistics["num_test_targets"]) == (2, 2)
+    assert statistics["share_cold_targets"] == 0.5  # a's x is known, c's new is not
+    assert statistics["num_test_users_without_past"] == 0
+
+
+def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
+    log = write_csv(tmp_path / "log.csv", [(user, item, time * 86400) for user, item, time in TEMPORAL])
+
+    def cuts_of(**cuts):
+        split = prepare(log, tmp_path / "out", split="temporal", **cuts)["split"]
+        return split["validation_cut"] / 86400, split["test_cut"] / 86400
+
+    assert cuts_of(validation_cut=0.5, test_cut=0.8) == (5, 8)  # 5 of 11 events before, 8 of 11
+    assert cuts_of(validation_cut="0.5", test_cut="1970-01-09") == (5, 8)
+    assert cuts_of(validation_cut=6 * 86400, test_cut=str(8 * 86400)) == (6, 8)
+    assert cuts_of(validation_cut="1970-01-07T00:00:00+00:00", test_cut="1970-01-09T02:00:00+02:00") == (6, 8)
+    timed = [(user, item, f"2024-01-{time + 1:02} 00:00:00") for user, item, time in TEMPORAL]
+    log = write_csv(tmp_path / "timed.csv", timed)
+    split = prepare(log, tmp_path / "out", split="temporal", validation_cut=0.5, test_cut="2024-01-09")[
+        "split"
+    ]
+    assert split["validation_cut"] == "2024-01-06T00:00:00"
+    assert split["test_cut"] == "2024-01-09T00:00:00"
+    with pytest.raises(ValueError, match="a cut is a share between 0 and 1 or an ISO date; got 7"):
+        rows_of(log, split="temporal", validation_cut=0.5, test_cut=7)
+
+
+def test_dates_meet_timestamps_with_a_time_zone(tmp_path):
+    timed = [(user, item, f"2024-01-{time + 1:02}T00:00:00Z") for user, item, time in TEMPORAL]
+    log = write_csv(tmp_path / "log.csv", timed)
+    rows = rows_of(log, split="temporal", validation_cut="2024-01-07", test_cut="2024-01-09")
+    assert [row["train_end"] for row in rows] == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ((8, 6), "validation_cut must lie before test_cut"),
+        ((0, 6), "leave 0 events before, 6 between and 5 after"),
+        ((6, 60), "leave 6 events before, 5 between and 0 after them"),
+        (
+            ("soon", 6),
+            "a share of the events between 0 and 1, a value of the time column or an ISO date; got 'soon'",
+        ),
+    ],
+)
+def test_cuts_that_leave_a_part_empty_are_refused(tmp_path, cuts, message):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    with pytest.raises(ValueError, match=message):
+        rows_of(log, split="temporal", validation_cut=cuts[0], test_cut=cuts[1])
+
+
+def test_statistics_and_defaults_have_known_answers(tmp_path, saved_catalogues):
+    rows = [("a", item, time) for item, time in (("x", 1), ("y", 1), ("x", 2), ("z", 2))]
+    rows += [("b", "x", 1), ("b", "y", 2), ("b", "w", 3), ("c", "v", 1)]
+    preparation = prepare(write_csv(tmp_path / "log.csv", rows), tmp_path / "out", min_user_events=2)
+    statistics = preparation["statistics"]
+    assert statistics == {
+        "num_users": 2,
+        "num_items": 4,
+        "num_events": 7,
+        "num_training_users": 2,
+        "num_training_events": 3,
+        "history_length": {"min": 3, "median": 3.5, "mean": 3.5, "p75": 3.75, "p90": 3.9, "max": 4},
+        "share_repeated_events": pytest.approx(1 / 7),
+        "share_tied_times": pytest.approx(2 / 7),
+        "share_cold_targets": 1.0,
+        "num_validation_targets": 2,
+        "num_test_targets": 2,
+        "num_source_users": 3,
+        "num_source_items": 5,
+        "num_source_events": 8,
+        "num_duplicate_rows": 0,
+    }
+    assert saved_catalogues == [({"w": 0, "x": 2, "y": 1, "z": 0}, None, 50)]
+    assert preparation["filter_seen_items"] is False
+    assert json.loads((tmp_path / "out" / "preparation.json").read_text("utf-8")) == json.loads(
+        json.dumps(preparation)
+    )
+    assert [default_max_length(length) for length in (3, 50, 51, 148, 999)] == [50, 50, 100, 200, 200]
+    assert default_filter_seen_items(0.049)
+    assert not default_filter_seen_items(0.05)
+
+
+def test_titles_come_from_a_mapping_or_a_file(tmp_path, saved_catalogues):
+    log = write_csv(
+        tmp_path / "log.csv",
+        [("a", item, time) for time, item in enumerate(("01", "2", "3"))] + [("b", "2", 1)],
+    )
+    prepare(log, tmp_path / "out", item_titles={"01": "One", "4": "Four"})
+    titles = write_csv(
+        tmp_path / "titles.csv", [("01", "One, the first"), ("2", "Zwölf")], ("item_id", "title")
+    )
+    prepare(log, tmp_path / "out", item_titles=titles)
+    assert [saved[1] for saved in saved_catalogues] == [{"01": "One"}, {"01": "One, the first", "2": "Zwölf"}]
+    with pytest.raises(ValueError, match="none of the 1 titles belongs to an item of the log"):
+        prepare(log, tmp_path / "out", item_titles={"1": "One"})
+    with pytest.raises(ValueError, match="has no column 'title'"):
+        prepare(log, tmp_path / "out", item_titles=log)
+
+
+def test_a_missing_column_is_named_with_the_columns_there_are_and_the_option(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1)], ("user", "item_id", "timestamp"))
+    with pytest.raises(ValueError, match=r"no column 'user_id'.*user, item_id, timestamp.*--user_column"):
+        rows_of(log)
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1)], ("user_id", "item_id", "when"))
+    with pytest.raises(ValueError, match=r"no column 'timestamp'.*--time_column"):
+        rows_of(log)
+    with pytest.raises(ValueError, match="order of events is unknown"):
+        rows_of(log, time_column=None)
+
+
+@pytest.mark.parametrize(("column", "position"), [("user_id", 0), ("item_id", 1), ("timestamp", 2)])
+def test_nulls_are_counted_and_refused(tmp_path, column, position):
+    rows = [["a", "x", 1], ["b", "y", 2], ["b", "z", 3]]
+    rows[1][position] = rows[2][position] = None
+    with pytest.raises(ValueError, match=f"column '{column}' is null or empty in 2 of 3 rows"):
+        rows_of(write_csv(tmp_path / "log.csv", rows))
+
+
+def test_empty_ids_float_ids_and_not_a_number_times_are_refused(tmp_path):
+    path = tmp_path / "log.parquet"
+
+    def refused(user, item, time, message):
+        pq.write_table(pa.table({"user_id": user, "item_id": item, "timestamp": time}), path)
+        with pytest.raises(ValueError, match=message):
+            rows_of(path)
+
+    refused(["a", "b"], ["x", ""], [1, 2], "column 'item_id' is null or empty in 1 of 2 rows")
+    refused(["a", "b"], [1.0, 2.0], [1, 2], "ids must be text or integers; column 'item_id' is float64")
+    refused(["a", "b"], ["x", "y"], [1.0, float("nan")], "column 'timestamp' is null or empty in 1 of 2 rows")
+
+
+def test_a_time_column_of_text_is_refused(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", "3 March"), ("b", "x", "4 March")])
+    with pytest.raises(
+        ValueError, match=r"'timestamp' orders the events.*it is string: convert it to a number"
+    ):
+        rows_of(log)
+
+
+def test_one_user_no_user_left_and_no_target_are_refused(tmp_path, saved_catalogues):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1), ("a", "y", 2), ("a", "z", 3)])
+    with pytest.raises(ValueError, match=r"one user only \(3 events\)"):
+        rows_of(log)
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1), ("a", "y", 2), ("b", "z", 3)])
+    with pytest.raises(
+        ValueError, match=r"no user is left of 2 .*min_user_events=3.*loosen --min_user_events"
+    ):
+        rows_of(log, min_user_events=3)
+    with pytest.raises(ValueError, match=r"none of the 2 users has a target.*the longest history has 2"):
+        prepare(log, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    with pytest.raises(ValueError, match="no user is left"):
+        rows_of(
+            write_csv(tmp_path / "rated.csv", [("a", "x", 1, 1), ("b", "x", 1, 1)], (*HEADER, "rating")),
+            min_rating=5,
+        )
+
+
+def test_files_that_are_no_log_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_log(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        read_log(f"{tmp_path}/*.csv")
+    with pytest.raises(ValueError, match="is a folder; name its files"):
+        read_log(tmp_path)
+    path = tmp_path / "log.csv"
+    for content, message in (
+        (b"", "is empty"),
+        (b"\n\n", "first line of .* is blank"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "neither UTF-8 CSV nor Parquet"),
+        (b"PAR1 and no more", "cannot read"),
+        (b"user_id,item_id,timestamp\n", "columns but no events"),
+        (b"user_id,item_id,timestamp\na,x,1\na,x\nb,y,1,2\n", "cannot read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            rows_of(path)
+    number = bert4rec_hf.histories.SNIFFED_ROWS
+    path.write_text("user_id,item_id,timestamp\n" + "a,x,1\n" * number * 2 + "b,y,noon\n")
+    with pytest.raises(ValueError, match=r"cannot read the log: .*noon"):
+        rows_of(path)
+    write_csv(path, [("a", "x", 1)])
+    write_csv(tmp_path / "other.csv", [("a", "x", 1)], ("user_id", "timestamp", "item_id"))
+    with pytest.raises(ValueError, match="has another header"):
+        read_log(tmp_path / "*.csv")
+
+
+def test_only_a_folder_of_ours_is_replaced_and_what_is_not_ours_stays(tmp_path, saved_catalogues):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        ValueError, match=r"foreign exists and holds something else \(thesis.tex\).*another --output"
+    ):
+        prepare(log, foreign)
+    with pytest.raises(ValueError, match="holds something else"):
+        prepare(log, log)
+    assert (foreign / "thesis.tex").read_text() == "years of work"
+
+    output = tmp_path / "out"
+    output.mkdir()
+    prepare(log, output)
+    (output / "notes.txt").write_text("mine")
+    own = json.loads((output / "preparation.json").read_text())
+    stale = output / "stale.json"  # as if an earlier call had written a file that this one does not write
+    stale.write_text("{}")
+    own["files"].append(stale.name)
+    (output / "preparation.json").write_text(json.dumps(own))
+    prepare(log, output, duplicates="drop")
+    assert sorted(path.name for path in output.iterdir()) == [
+        "histories.parquet",
+        "notes.txt",
+        "preparation.json",
+    ]
+    assert json.loads((output / "preparation.json").read_text())["filters"]["duplicates"] == "drop"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "log.csv", "out"]
+
+
+def test_a_failed_preparation_leaves_the_earlier_one_alone(tmp_path, saved_catalogues, monkeypatch):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    prepare(log, tmp_path / "out")
+    before = (tmp_path / "out" / "preparation.json").read_bytes()
+
+    def fail(*_):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(bert4rec_hf.histories, "_save_catalogue", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        prepare(log, tmp_path / "out", duplicates="drop")
+    assert (tmp_path / "out" / "preparation.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_an_ibis_table_of_the_users_own_is_prepared_and_left_as_it_was(tmp_path, saved_catalogues):
+    connection = ibis.duckdb.connect()
+    connection.con.register(
+        "log",
+        pa.table(
+            {name: list(column) for name, column in zip(HEADER, zip(*TEMPORAL, strict=True), strict=True)}
+        ),
+    )
+    preparation = prepare(connection.table("log"), tmp_path / "out", min_user_events=2, duplicates="drop")
+    assert preparation["source"] == "ibis.Table"
+    names = connection.raw_sql("SELECT table_name FROM information_schema.tables").fetchall()
+    assert names == [("log",)]
+
+
+def test_spark_gives_the_rows_that_duckdb_gives(tmp_path):
+    pyspark_sql = pytest.importorskip("pyspark.sql")
+    path = tmp_path / "log.parquet"
+    columns = dict(zip(HEADER, zip(*TEMPORAL, strict=True), strict=True))
+    pq.write_table(pa.table({name: list(column) for name, column in columns.items()}), path)
+    session = (
+        pyspark_sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", False).getOrCreate()
+    )
+    try:
+        log = ibis.pyspark.connect(session).read_parquet(str(path))
+        local = ibis.duckdb.connect().read_parquet(path)
+        for options in (
+            {"min_user_events": 2},
+            {"split": "temporal", "validation_cut": 0.5, "duplicates": "drop"},
+        ):
+            assert rows_of(log, **options) == rows_of(local, **options)
+    finally:
+        session.stop()
+
+
+def test_the_tokenizer_is_written_with_titles_counts_and_length(tmp_path):
+    tokenization = pytest.importorskip("bert4rec_hf.tokenization_bert4rec")
+    log = write_csv(
+        tmp_path / "log.csv",
+        [("a", item, time) for time, item in enumerate(("[MASK]", "b", "c"))] + [("d", "b", 1)],
+    )
+    preparation = prepare(log, tmp_path / "out", item_titles={"b": "Bee"}, max_length=7)
+    assert "tokenizer.json" in preparation["files"]
+    tokenizer = tokenization.Bert4RecTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == 7
+    assert len(tokenizer) == 3 + 3
+
+
+def test_nothing_is_printed_when_the_interpreter_ends(tmp_path):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    code = (
+        "from bert4rec_hf.histories import histories, read_log\n"
+        f"table = histories(read_log({str(log)!r}), min_user_events=2)\n"
+        "table.to_pyarrow()\n"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=True,
+    )
+    assert outcome.stdout + outcome.stderr == ""
