@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 # Token ids below are [PAD], [MASK] and [UNK]; items follow, sorted by raw id.
 FIRST_ITEM_ID = 3
+# Fields that follow from the catalogue, and are nobody's choice.
+DERIVED_FIELDS = ("vocab_size", "pad_token_id", "mask_token_id", "unk_token_id", "tie_word_embeddings")
 
 
 @strict

@@ -24,10 +24,10 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
-logger = logging.getLogger(__name__)
+from .named_datasets import NAMED_DATASETS, fetch
+from .splits import HISTORIES_FILE, PREPARATION_FILE
 
-HISTORIES_FILE = "histories.parquet"
-PREPARATION_FILE = "preparation.json"
+logger = logging.getLogger(__name__)
 
 SOURCE_ROW = "__source_row__"  # added by `read_log`: the row's place in the source
 DELIMITERS = (",", "\t", ";", "|")
@@ -75,9 +75,7 @@ def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "ite
             delimiter, header = _csv_header(paths[0])
             for path in paths[1:]:
                 if _csv_header(path) != (delimiter, header):
-                    raise ValueError(
-                        f"{path} has another header than {paths[0]}; expected the same columns in each"
-                    )
+                    raise ValueError(f"{path} has another header than {paths[0]}; expected the same columns in each")
             log = connection.read_csv(
                 paths,
                 header=True,
@@ -192,7 +190,7 @@ def prepare(
     written is replaced; files in it that are not ours stay.
 
     Args:
-        source: A log as `read_log` takes it, or an Ibis table of events.
+        source: A log as `read_log` takes it, an Ibis table of events, or the name of one of `NAMED_DATASETS`.
         output: The folder to write.
         user_column, item_column, time_column, sequence_column, rating_column, min_rating, min_user_events,
             min_item_events, duplicates, event_columns, split, validation_cut, test_cut: As in `histories`.
@@ -211,7 +209,14 @@ def prepare(
     _check_output(output)
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
-    log = source if isinstance(source, ir.Table) else read_log(source, id_columns=(user_column, item_column))
+    if isinstance(source, ir.Table):
+        log, source = source, "ibis.Table"
+    elif source in NAMED_DATASETS and not os.path.exists(source):
+        dataset = fetch(source)
+        item_titles = dataset.items if item_titles is None else item_titles
+        log = read_log(dataset.log)
+    else:
+        log = read_log(source, id_columns=(user_column, item_column))
     table, origin = _histories(
         log,
         user_column=user_column,
@@ -250,7 +255,7 @@ def prepare(
         if filter_seen_items is None:
             filter_seen_items = default_filter_seen_items(statistics["share_repeated_events"])
         preparation = {
-            "source": "ibis.Table" if isinstance(source, ir.Table) else str(source),
+            "source": str(source),
             "columns": {
                 "user_column": user_column,
                 "item_column": item_column,
@@ -273,9 +278,7 @@ def prepare(
         _save_catalogue(folder, catalogue, _titles(item_titles, item_column, catalogue), max_length)
         # Names what is ours, so that a later call replaces that and nothing else.
         preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
-        (folder / PREPARATION_FILE).write_text(
-            json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8"
-        )
+        (folder / PREPARATION_FILE).write_text(json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8")
         _move(folder, destination, Path(temporary) / "old")
     return preparation
 
@@ -317,9 +320,7 @@ def _histories(
     if time_column == "timestamp" and time_column not in log.columns and sequence_column is not None:
         time_column = None  # the default, and a log that has no time
     if split == "temporal" and time_column is None:
-        raise ValueError(
-            "a temporal split needs a time column (--time_column); a sequence has no common clock"
-        )
+        raise ValueError("a temporal split needs a time column (--time_column); a sequence has no common clock")
 
     try:  # a CSV file is parsed only now
         if log.limit(1).count().execute() == 0:
@@ -433,9 +434,7 @@ def _normalize(
         columns["_tie"] = ibis.literal("\x1f").join(texts).hexdigest("md5").left(12)
     if rating_column is not None:
         if not log[rating_column].type().is_numeric():
-            raise ValueError(
-                f"min_rating needs numbers; column {rating_column!r} is {log[rating_column].type()}"
-            )
+            raise ValueError(f"min_rating needs numbers; column {rating_column!r} is {log[rating_column].type()}")
         columns["_rating"] = log[rating_column]
     return log.select(**columns)
 
@@ -594,9 +593,7 @@ def _cut_value(events: ir.Table, num_events: int, cut: float | str | date) -> in
         times = events.select("timestamp").order_by("timestamp").limit(1, offset=int(cut * num_events))
         return times.timestamp.max().to_pyarrow().as_py()
     if kind.is_timestamp():
-        raise ValueError(
-            f"the time column is {kind}: a cut is a share between 0 and 1 or an ISO date; got {cut!r}"
-        )
+        raise ValueError(f"the time column is {kind}: a cut is a share between 0 and 1 or an ISO date; got {cut!r}")
     return cut
 
 
@@ -615,9 +612,7 @@ def _collect(
         users: With cuts: the users that train (None: all).
     """
     # A sorted array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
-    fields = (
-        _order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
-    )
+    fields = _order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
     numbers = {"_number": events.count()}
     if cuts is not None:
         numbers["_validation"] = (events.timestamp < cuts[0]).sum()
@@ -638,9 +633,7 @@ def _collect(
             table = table.left_join(users.select(_trains="user_id"), [("user_id", "_trains")])
             train_end = table._trains.notnull().ifelse(table._validation, 0)
         number, before_validation, before_test = table._number, table._validation, table._test
-        validation_position = (before_test > before_validation).ifelse(
-            before_validation.cast("int32"), nothing
-        )
+        validation_position = (before_test > before_validation).ifelse(before_validation.cast("int32"), nothing)
         test_position = (number > before_test).ifelse(before_test.cast("int32"), nothing)
     names = [name for name in ("item_id", "timestamp", *event_columns) if name in fields]
     arrays = {name: table._events.map(lambda event, name=name: event[name]) for name in names}
@@ -737,9 +730,7 @@ def _titles(
                     f"{item_titles} has no column {column!r}; expected {item_column} and title, "
                     f"got {', '.join(name for name in table.columns if name != SOURCE_ROW)}"
                 )
-        table = table.select(
-            item_id=table[item_column].cast("string"), title=table.title.cast("string")
-        ).to_pyarrow()
+        table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string")).to_pyarrow()
         titles = dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
     found = {item: titles[item] for item in catalogue if titles.get(item)}
     if not found:
@@ -787,9 +778,7 @@ def _csv_header(path: str) -> tuple[str, list[str]]:
     if "\0" in text:
         raise ValueError(f"{path} is neither UTF-8 CSV nor Parquet; convert it first")
     if not text.strip():
-        raise ValueError(
-            f"the first line of {path} is blank; expected a CSV header such as user_id,item_id,timestamp"
-        )
+        raise ValueError(f"the first line of {path} is blank; expected a CSV header such as user_id,item_id,timestamp")
     headers = {delimiter: next(csv.reader([text], delimiter=delimiter)) for delimiter in DELIMITERS}
     delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
     return delimiter, headers[delimiter]

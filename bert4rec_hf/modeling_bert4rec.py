@@ -54,9 +54,7 @@ class Bert4RecEmbeddings(nn.Module):
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.config = config
-        self.item_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
-        )
+        self.item_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         if config.position_embedding_type != "rotary":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = (
@@ -232,9 +230,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config)
         self.embeddings = Bert4RecEmbeddings(config)
-        self.rotary_embedding = (
-            Bert4RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
-        )
+        self.rotary_embedding = Bert4RecRotaryEmbedding(config) if config.position_embedding_type == "rotary" else None
         self.layers = nn.ModuleList([Bert4RecLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -290,9 +286,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             self.config, hidden_states, attention_mask, allow_is_bidirectional_skip=attention_mask is None
         )
         rotary = (
-            None
-            if self.rotary_embedding is None
-            else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
+            None if self.rotary_embedding is None else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
         )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, rotary, **kwargs)
@@ -331,6 +325,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         self.model = Bert4RecModel(config)
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            # Tied, so in no file; without this the Trainer warns that a checkpoint lacks it.
+            self._keys_to_ignore_on_save = ["decoder.weight"]
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -378,9 +375,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 **kwargs,
             )
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
-            states, labels = self._select(
-                outputs.last_hidden_state, labels, label_positions, prediction_positions
-            )
+            states, labels = self._select(outputs.last_hidden_state, labels, label_positions, prediction_positions)
             prediction_states = self.head(states)
         if labels is not None:
             item_labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - FIRST_ITEM_ID)
@@ -393,9 +388,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 num_items_in_batch,
             )
             if self.training:
-                return MaskedItemPredictionOutput(
-                    loss=loss, hidden_states=hidden_states, attentions=attentions
-                )
+                return MaskedItemPredictionOutput(loss=loss, hidden_states=hidden_states, attentions=attentions)
         return MaskedItemPredictionOutput(
             loss=None if labels is None else loss,
             logits=self._score(prediction_states, item_ids),
@@ -470,19 +463,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
                 is NaN.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {top_k}")
-        scores = item_ids = None
         states = self._mask_states(input_ids, attention_mask)
-        for chunk_scores, chunk_ids in self._chunks(states, candidate_ids, exclude_ids):
-            best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
-            best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
-            if scores is not None:
-                best, best_ids = torch.cat((scores, best), 1), torch.cat((item_ids, best_ids), 1)
-                best, columns = best.topk(min(top_k, best.shape[1]))
-                best_ids = best_ids.gather(1, columns)
-            scores, item_ids = best, best_ids
-        return scores, item_ids.masked_fill(scores.isneginf(), self.config.pad_token_id)
+        _, scores, item_ids = self.search(states, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
+        return scores, item_ids
 
     @torch.no_grad()
     def rank(
@@ -507,39 +490,71 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         Raises:
             ValueError: As `recommend`.
         """
-        self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
         states = self._mask_states(input_ids, attention_mask)
-        known = (target_ids >= FIRST_ITEM_ID).unsqueeze(1)
-        target_ids = target_ids.unsqueeze(1)
-        if candidate_ids is not None:
-            candidate_ids = candidate_ids.expand(len(target_ids), -1)
-            is_target = candidate_ids == target_ids
-            candidate_ids = torch.cat((target_ids.clamp(min=0), candidate_ids.masked_fill(is_target, 0)), 1)
-        # The target's score comes from the same multiplication as the others', so that it is equal to the bit.
-        target_scores = torch.full(known.shape, -torch.inf, device=states.device)
-        chunks = self._chunks(states, candidate_ids, exclude_ids)
-        if candidate_ids is None and self.config.vocab_size > ITEMS_PER_CHUNK:
-            for chunk_scores, chunk_ids in chunks:
-                target_scores = self._target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-            chunks = self._chunks(states, candidate_ids, exclude_ids)
-        ranks = torch.zeros_like(target_ids)
-        for chunk_scores, chunk_ids in chunks:
-            target_scores = self._target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-            ranks += (chunk_scores >= target_scores).sum(1, keepdim=True)
-        return ranks.masked_fill(~known | target_scores.isneginf(), 0).squeeze(1)
-
-    @staticmethod
-    def _target_scores(
-        target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Target scores (batch, 1), filled in where this chunk has the target."""
-        found = scores.masked_fill(item_ids != target_ids, -torch.inf).amax(1, keepdim=True)
-        return torch.maximum(target_scores, found)
+        ranks, _, _ = self.search(states, target_ids=target_ids, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
+        return ranks
 
     @torch.no_grad()
-    def user_vectors(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def search(
+        self,
+        prediction_states: torch.Tensor,
+        *,
+        target_ids: torch.Tensor | None = None,
+        top_k: int | None = None,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
+
+        Args:
+            prediction_states: (batch, 1, hidden size), from `forward`.
+            target_ids: As in `rank`; None: no ranks.
+            top_k: As in `recommend`; None: no items.
+            candidate_ids, exclude_ids: As in `recommend`.
+
+        Returns:
+            ranks (batch,), scores (batch, k) and item_ids (batch, k), None where not asked for.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        self._check_ids(exclude_ids)
+        self._check_ids(candidate_ids)
+        num_chunks = 1 if candidate_ids is not None else -(-self.config.vocab_size // ITEMS_PER_CHUNK)
+        ranks = scores = item_ids = target_scores = None
+        if target_ids is not None:
+            self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
+            target_ids = target_ids.unsqueeze(1)
+            ranks = torch.zeros_like(target_ids)
+            target_scores = torch.full(target_ids.shape, -torch.inf, device=target_ids.device)
+            if candidate_ids is not None:
+                # The first candidate is the target, once.
+                others = candidate_ids.expand(len(target_ids), -1)
+                others = others.masked_fill(others == target_ids, 0)
+                candidate_ids = torch.cat((target_ids.clamp(min=0), others), dim=1)
+            if num_chunks > 1:
+                # From the same multiplication as the others' scores, so that it is equal to the bit.
+                for chunk_scores, chunk_ids in self._chunks(prediction_states, candidate_ids, exclude_ids):
+                    target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+        for chunk_scores, chunk_ids in self._chunks(prediction_states, candidate_ids, exclude_ids):
+            if target_ids is not None:
+                target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+                ranks += (chunk_scores >= target_scores).sum(dim=1, keepdim=True)
+            if top_k is not None:
+                best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
+                best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
+                if scores is not None:
+                    best, best_ids = torch.cat((scores, best), 1), torch.cat((item_ids, best_ids), 1)
+                    best, columns = best.topk(min(top_k, best.shape[1]))
+                    best_ids = best_ids.gather(1, columns)
+                scores, item_ids = best, best_ids
+        if target_ids is not None:
+            ranks = ranks.masked_fill(target_scores.isneginf() | (target_ids < FIRST_ITEM_ID), 0).squeeze(1)
+        if top_k is not None:
+            item_ids = item_ids.masked_fill(scores.isneginf(), self.config.pad_token_id)
+        return ranks, scores, item_ids
+
+    @torch.no_grad()
+    def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, hidden size + 1): their dot products with `item_vectors` are the scores of `recommend`."""
         states = self._mask_states(input_ids, attention_mask).squeeze(1).float()
         return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
@@ -553,15 +568,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     def _mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """(batch, 1, hidden size) at the last [MASK] of each history."""
         if self.training:
-            raise ValueError(
-                "the model is in training mode, where dropout is active: call model.eval() first"
-            )
+            raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
         self._check_ids(input_ids)
         is_mask = input_ids == self.config.mask_token_id
         if not is_mask.any(dim=1).all():
-            raise ValueError(
-                "every history needs a [MASK], the position to predict: see tokenizer.append_mask"
-            )
+            raise ValueError("every history needs a [MASK], the position to predict: see tokenizer.append_mask")
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = (is_mask * numbers).argmax(dim=1, keepdim=True)
         no_items = torch.empty(0, dtype=torch.long, device=input_ids.device)
@@ -573,11 +584,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         ).prediction_states
 
     def _check_ids(self, ids: torch.Tensor | None) -> None:
-        if (
-            ids is not None
-            and ids.numel()
-            and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size
-        ):
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ValueError(
                 f"token ids must lie between 0 and vocab_size - 1 = {self.config.vocab_size - 1}; got "
                 f"{int(ids.min())} to {int(ids.max())}: the tokenizer must be the one of the model's folder"
@@ -587,8 +594,6 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         self, states: torch.Tensor, candidate_ids: torch.Tensor | None, exclude_ids: torch.Tensor | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Scores (batch, C) and their token ids (1 or batch, C), -inf where an item may not be shown."""
-        self._check_ids(exclude_ids)
-        self._check_ids(candidate_ids)
         if candidate_ids is not None:
             item_ids = candidate_ids.expand(len(states), -1)
             scores = self(prediction_states=states, item_ids=item_ids).logits.squeeze(1)
@@ -618,6 +623,13 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 def _gather(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """(batch, length, d) at (batch, P) -> (batch, P, d)."""
     return hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+
+
+def _target_scores(
+    target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
+) -> torch.Tensor:
+    """Target scores (batch, 1), filled in where these scores have the target."""
+    return torch.maximum(target_scores, scores.masked_fill(item_ids != target_ids, -torch.inf).amax(1, keepdim=True))
 
 
 def _finite(scores: torch.Tensor) -> torch.Tensor:

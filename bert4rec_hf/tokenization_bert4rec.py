@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     unknown items are left out, with one warning that names how many.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}  # noqa: RUF012
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}
+    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab: Mapping[str, int], items_file: str | None = None, **kwargs: Any):
         # transformers reads `vocab` from tokenizer.json; without the Nones it would append <s> and </s>.
@@ -78,9 +79,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         for raw_id in raw_ids:
             vocabulary[_to_token(raw_id)] = len(vocabulary)
         if len(vocabulary) < len(raw_ids) + len(SPECIAL_TOKENS):
-            twice = next(
-                first for first, second in zip(raw_ids, raw_ids[1:], strict=False) if first == second
-            )
+            twice = next(first for first, second in pairwise(raw_ids) if first == second)
             raise ValueError(f"item {twice!r} occurs twice in the catalogue; raw ids must be unique")
         options = {} if model_max_length is None else {"model_max_length": model_max_length}
         tokenizer = cls(vocabulary, **options)
@@ -154,9 +153,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     def title(self, item: ItemId) -> str | None:
         """The title of a raw id, None if it has none."""
         token_id = self._token_ids.get(_raw_id(item))
-        return (
-            None if self._titles is None or token_id is None else self._titles[token_id - len(SPECIAL_TOKENS)]
-        )
+        return None if self._titles is None or token_id is None else self._titles[token_id - len(SPECIAL_TOKENS)]
 
     def append_mask(self, token_ids: Sequence[int], max_length: int | None = None) -> list[int]:
         """The newest items with one [MASK] behind them: what serving, evaluation and training predict from.
@@ -167,9 +164,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         """
         max_length = max_length or self.model_max_length
         if max_length < 2:
-            raise ValueError(
-                f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}"
-            )
+            raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
         newest = token_ids[max(len(token_ids) - max_length + 1, 0) :]
         return [*newest, self.mask_token_id]
 
@@ -189,7 +184,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     ) -> BatchEncoding:
         if isinstance(text, str) or text_pair is not None:
             raise TypeError(
-                f"expected a history, a list of item ids, or a list of histories; got {text if text_pair is None else text_pair!r}"
+                "expected a history, a list of item ids, or a list of histories; got "
+                f"{text if text_pair is None else text_pair!r}"
             )
         is_batch = len(text) > 0 and isinstance(text[0], Iterable) and not isinstance(text[0], str)
         histories = [self.item_ids_to_token_ids(history) for history in (text if is_batch else [text])]
@@ -222,9 +218,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)
         return known
 
-    def _decode(
-        self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any
-    ) -> str:
+    def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
         tokens = self.convert_ids_to_tokens(list(token_ids), skip_special_tokens=skip_special_tokens)
         return " ".join(tokens)
@@ -255,9 +249,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         if titles is not None:
             named = {_raw_id(item): title for item, title in titles.items()}
             old = self._titles or [None] * self.num_items
-            self._titles = [
-                named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)
-            ]
+            self._titles = [named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)]
 
 
 SPECIAL_UNKNOWN_ID = list(SPECIAL_TOKENS).index("unk_token")

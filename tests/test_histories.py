@@ -319,9 +319,7 @@ def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
     assert cuts_of(validation_cut="1970-01-07T00:00:00+00:00", test_cut="1970-01-09T02:00:00+02:00") == (6, 8)
     timed = [(user, item, f"2024-01-{time + 1:02} 00:00:00") for user, item, time in TEMPORAL]
     log = write_csv(tmp_path / "timed.csv", timed)
-    split = prepare(log, tmp_path / "out", split="temporal", validation_cut=0.5, test_cut="2024-01-09")[
-        "split"
-    ]
+    split = prepare(log, tmp_path / "out", split="temporal", validation_cut=0.5, test_cut="2024-01-09")["split"]
     assert split["validation_cut"] == "2024-01-06T00:00:00"
     assert split["test_cut"] == "2024-01-09T00:00:00"
     with pytest.raises(ValueError, match="a cut is a share between 0 and 1 or an ISO date; got 7"):
@@ -377,9 +375,7 @@ def test_statistics_and_defaults_have_known_answers(tmp_path, saved_catalogues):
     }
     assert saved_catalogues == [({"w": 0, "x": 2, "y": 1, "z": 0}, None, 50)]
     assert preparation["filter_seen_items"] is False
-    assert json.loads((tmp_path / "out" / "preparation.json").read_text("utf-8")) == json.loads(
-        json.dumps(preparation)
-    )
+    assert json.loads((tmp_path / "out" / "preparation.json").read_text("utf-8")) == json.loads(json.dumps(preparation))
     assert [default_max_length(length) for length in (3, 50, 51, 148, 999)] == [50, 50, 100, 200, 200]
     assert default_filter_seen_items(0.049)
     assert not default_filter_seen_items(0.05)
@@ -391,9 +387,7 @@ def test_titles_come_from_a_mapping_or_a_file(tmp_path, saved_catalogues):
         [("a", item, time) for time, item in enumerate(("01", "2", "3"))] + [("b", "2", 1)],
     )
     prepare(log, tmp_path / "out", item_titles={"01": "One", "4": "Four"})
-    titles = write_csv(
-        tmp_path / "titles.csv", [("01", "One, the first"), ("2", "Zwölf")], ("item_id", "title")
-    )
+    titles = write_csv(tmp_path / "titles.csv", [("01", "One, the first"), ("2", "Zwölf")], ("item_id", "title"))
     prepare(log, tmp_path / "out", item_titles=titles)
     assert [saved[1] for saved in saved_catalogues] == [{"01": "One"}, {"01": "One, the first", "2": "Zwölf"}]
     with pytest.raises(ValueError, match="none of the 1 titles belongs to an item of the log"):
@@ -436,9 +430,7 @@ def test_empty_ids_float_ids_and_not_a_number_times_are_refused(tmp_path):
 
 def test_a_time_column_of_text_is_refused(tmp_path):
     log = write_csv(tmp_path / "log.csv", [("a", "x", "3 March"), ("b", "x", "4 March")])
-    with pytest.raises(
-        ValueError, match=r"'timestamp' orders the events.*it is string: convert it to a number"
-    ):
+    with pytest.raises(ValueError, match=r"'timestamp' orders the events.*it is string: convert it to a number"):
         rows_of(log)
 
 
@@ -447,9 +439,7 @@ def test_one_user_no_user_left_and_no_target_are_refused(tmp_path, saved_catalog
     with pytest.raises(ValueError, match=r"one user only \(3 events\)"):
         rows_of(log)
     log = write_csv(tmp_path / "log.csv", [("a", "x", 1), ("a", "y", 2), ("b", "z", 3)])
-    with pytest.raises(
-        ValueError, match=r"no user is left of 2 .*min_user_events=3.*loosen --min_user_events"
-    ):
+    with pytest.raises(ValueError, match=r"no user is left of 2 .*min_user_events=3.*loosen --min_user_events"):
         rows_of(log, min_user_events=3)
     with pytest.raises(ValueError, match=r"none of the 2 users has a target.*the longest history has 2"):
         prepare(log, tmp_path / "out")
@@ -496,9 +486,7 @@ def test_only_a_folder_of_ours_is_replaced_and_what_is_not_ours_stays(tmp_path, 
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
-    with pytest.raises(
-        ValueError, match=r"foreign exists and holds something else \(thesis.tex\).*another --output"
-    ):
+    with pytest.raises(ValueError, match=r"foreign exists and holds something else \(thesis.tex\).*another --output"):
         prepare(log, foreign)
     with pytest.raises(ValueError, match="holds something else"):
         prepare(log, log)
@@ -542,9 +530,7 @@ def test_an_ibis_table_of_the_users_own_is_prepared_and_left_as_it_was(tmp_path,
     connection = ibis.duckdb.connect()
     connection.con.register(
         "log",
-        pa.table(
-            {name: list(column) for name, column in zip(HEADER, zip(*TEMPORAL, strict=True), strict=True)}
-        ),
+        pa.table({name: list(column) for name, column in zip(HEADER, zip(*TEMPORAL, strict=True), strict=True)}),
     )
     preparation = prepare(connection.table("log"), tmp_path / "out", min_user_events=2, duplicates="drop")
     assert preparation["source"] == "ibis.Table"
@@ -557,9 +543,7 @@ def test_spark_gives_the_rows_that_duckdb_gives(tmp_path):
     path = tmp_path / "log.parquet"
     columns = dict(zip(HEADER, zip(*TEMPORAL, strict=True), strict=True))
     pq.write_table(pa.table({name: list(column) for name, column in columns.items()}), path)
-    session = (
-        pyspark_sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", False).getOrCreate()
-    )
+    session = pyspark_sql.SparkSession.builder.master("local[1]").config("spark.ui.enabled", False).getOrCreate()
     try:
         log = ibis.pyspark.connect(session).read_parquet(str(path))
         local = ibis.duckdb.connect().read_parquet(path)

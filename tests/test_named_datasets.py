@@ -39,9 +39,7 @@ def grouplens_zip(dataset) -> bytes:
     """The archive as GroupLens sends it, made of a fetched dataset."""
     log = dataset.log.read_text("utf-8").split("\n", 1)[1].replace(",", "\t")
     lines = [line.split(",", 1) for line in dataset.items.read_text("utf-8").splitlines()[1:]]
-    items = "".join(
-        f"{item}|{title.strip(chr(34))} |01-Jan-1995||http://us.imdb.com|0\n" for item, title in lines
-    )
+    items = "".join(f"{item}|{title.strip(chr(34))} |01-Jan-1995||http://us.imdb.com|0\n" for item, title in lines)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("ml-100k/u.data", log)

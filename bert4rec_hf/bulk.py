@@ -1,0 +1,90 @@
+"""Recommendations for a whole file of histories, streamed from Parquet to Parquet."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from .pipeline import SequentialRecommendationPipeline
+
+# Histories read, and recommended rows written, at once.
+ROWS_AT_ONCE = 8192
+
+
+def recommend_file(
+    pipe: SequentialRecommendationPipeline,
+    histories: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    batch_size: int = 256,
+) -> int:
+    """Write the recommendations of every history; memory does not grow with their number.
+
+    Args:
+        pipe: With its `top_k` and other options set.
+        histories: Parquet file with user_id and item_id (a list of item ids, oldest first), one history a row.
+        output: Parquet file of user_id, item_id, rank (from 1) and score, in the order of the input. Written beside
+            and moved there when complete.
+        batch_size: Histories at once.
+
+    Returns:
+        Number of histories.
+
+    Raises:
+        ValueError: If a column is missing or has another type, or if `output` is a folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
+    try:
+        source = pq.ParquetFile(histories)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{histories} is not a Parquet file: {error}") from error
+    schema = source.schema_arrow
+    for name in ("user_id", "item_id"):
+        if name not in schema.names:
+            raise ValueError(f"{histories} has no column {name}; expected user_id and item_id, got {schema.names}")
+    if not (pa.types.is_list(schema.field("item_id").type) or pa.types.is_large_list(schema.field("item_id").type)):
+        raise ValueError(
+            f"item_id of {histories} must be a list, one history a row; got {schema.field('item_id').type}: make "
+            "histories from a log with bert4rec prepare"
+        )
+    result = pa.schema(
+        [
+            ("user_id", schema.field("user_id").type),
+            ("item_id", pa.string()),
+            ("rank", pa.int32()),
+            ("score", pa.float32()),
+        ]
+    )
+    users: deque[Any] = deque()
+
+    def rows() -> Iterator[list[Any]]:
+        for batch in source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"]):
+            for user, items in zip(batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), strict=True):
+                users.append(user)
+                yield items or []
+
+    beside = output.with_name(f".{output.name}.new")
+    num_histories = source.metadata.num_rows
+    try:
+        with pq.ParquetWriter(beside, result, compression="zstd") as writer:
+            columns: list[list[Any]] = [[], [], [], []]
+            for answer in tqdm(pipe(rows(), batch_size=batch_size), total=num_histories, desc="recommending"):
+                user = users.popleft()
+                for rank, entry in enumerate(answer, start=1):
+                    for column, value in zip(columns, (user, entry["item_id"], rank, entry["score"]), strict=True):
+                        column.append(value)
+                if len(columns[0]) >= ROWS_AT_ONCE:
+                    writer.write_table(pa.table(columns, schema=result))
+                    columns = [[], [], [], []]
+            writer.write_table(pa.table(columns, schema=result))
+        os.replace(beside, output)
+    finally:
+        beside.unlink(missing_ok=True)
+    return num_histories

@@ -1,0 +1,349 @@
+"""The command `bert4rec`: one subcommand an arrow of the design, and no logic of its own."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
+
+
+class _Parser(HfArgumentParser):
+    """Errors in one line, and recipes: a YAML file that stands before the command line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for argument in unknown:
+            if argument.startswith("-"):
+                self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument)}")
+        return parsed, unknown
+
+    def with_recipe(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments behind those of the recipe that `--config` names, so that they override it."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        found, rest = finder.parse_known_args(arguments)
+        if found.config is None:
+            return rest
+        try:
+            recipe = yaml.safe_load(Path(found.config).read_text("utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            self.error(f"cannot read the recipe {found.config}: {_one_line(error)}")
+        if not isinstance(recipe, dict):
+            self.error(f"the recipe {found.config} must be a mapping of options to values; got {recipe!r}")
+        words = []
+        for key, value in recipe.items():
+            if f"--{key}" not in self._option_string_actions:
+                self.error(f"unknown key {key!r} in {found.config}{self._nearest(str(key))}")
+            if value is None:
+                continue
+            if isinstance(value, dict):
+                value = json.dumps(value)
+            # As text, since YAML reads 1e-3 as text and argparse converts either.
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        return [*words, *rest]
+
+    def _nearest(self, name: str) -> str:
+        known = [option.removeprefix("--") for option in self._option_string_actions]
+        nearest = difflib.get_close_matches(name.split("=")[0].lstrip("-"), known, n=1)
+        return f"; did you mean {nearest[0]}?" if nearest else f"; see {self.prog} --help"
+
+
+@dataclass
+class PrepareArguments:
+    """The options of `histories.prepare`."""
+
+    output: str = field(metadata={"help": "The folder to write."})
+    user_column: str | None = field(default=None, metadata={"help": "Default user_id."})
+    item_column: str | None = field(default=None, metadata={"help": "Default item_id."})
+    time_column: str | None = field(default=None, metadata={"help": "Default timestamp."})
+    sequence_column: str | None = field(
+        default=None, metadata={"help": "Orders events of the same time, or all where there is no time."}
+    )
+    rating_column: str | None = field(default=None, metadata={"help": "Default rating; for --min_rating."})
+    min_rating: float | None = field(default=None, metadata={"help": "Leave out events rated lower."})
+    min_user_events: int = field(default=1, metadata={"help": "Leave out users with fewer events."})
+    min_item_events: int = field(default=1, metadata={"help": "Leave out items with fewer events."})
+    duplicates: str = field(
+        default="keep",
+        metadata={
+            "choices": ["keep", "drop", "drop_consecutive"],
+            "help": "Of a user's events of one item: keep all, the first, or the first of a run.",
+        },
+    )
+    event_columns: list[str] | None = field(default=None, metadata={"help": "Columns to carry along."})
+    split: str = field(
+        default="leave-one-out",
+        metadata={"choices": ["leave-one-out", "temporal"], "help": "How targets are held out."},
+    )
+    validation_cut: str = field(
+        default="0.8", metadata={"help": "Temporal split: a share of the events, a time or an ISO date."}
+    )
+    test_cut: str = field(default="0.9", metadata={"help": "Likewise, of the test part."})
+    item_titles: str | None = field(
+        default=None, metadata={"help": "CSV or Parquet file with the item column and a column title."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Of the model's input; chosen from the log if left out."}
+    )
+    filter_seen_items: bool | None = field(
+        default=None,
+        metadata={"help": "Never recommend a user's past items; chosen from the log if left out."},
+    )
+
+
+@dataclass
+class TrainArguments:
+    """What `train` needs besides training arguments and architecture."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Go on from this model folder or Hub id, keeping its token ids."}
+    )
+
+
+@dataclass
+class EvaluateArguments:
+    """The options of `evaluate`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
+    part: str = field(default="test", metadata={"choices": ["validation", "test"], "help": "Which targets to rank."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+
+
+@dataclass
+class RecommendArguments:
+    """The options of `recommend`."""
+
+    top_k: int = field(default=10, metadata={"help": "Number of items."})
+    exclude: list[str] | None = field(default=None, metadata={"help": "Item ids never to recommend."})
+    candidates: list[str] | None = field(default=None, metadata={"help": "Item ids to choose from."})
+    filter_seen_items: bool | None = field(
+        default=None, metadata={"help": "Leave out the history's items; left out: as the model folder says."}
+    )
+    histories: str | None = field(
+        default=None, metadata={"help": "Parquet file with user_id and item_id (list), one history a row."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "With --histories: Parquet file of user_id, item_id, rank, score."}
+    )
+    batch_size: int = field(default=256, metadata={"help": "With --histories: histories at once."})
+    device: str | None = field(default=None, metadata={"help": "For example cpu or cuda:0."})
+
+
+def _architecture_arguments() -> type:
+    """A dataclass of the config's own fields; None where the command line says nothing."""
+    fields = []
+    for name, annotation in Bert4RecConfig.__annotations__.items():
+        if name in DERIVED_FIELDS:
+            continue
+        default = getattr(Bert4RecConfig, name)
+        choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else None
+        kind = str if choices else type(default)
+        metadata: dict[str, Any] = {"help": f"Architecture; default {default}."}
+        if name in ("max_position_embeddings", "filter_seen_items"):
+            metadata["help"] = "Default: as the prepared folder says."
+        if choices:
+            metadata["choices"] = [*choices, None]
+        fields.append((name, kind | None, field(default=None, metadata=metadata)))
+    return dataclasses.make_dataclass("ArchitectureArguments", fields)
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """A raw log -> a prepared folder."""
+    parser = _Parser(PrepareArguments, prog="bert4rec prepare", description=prepare.__doc__)
+    parser.add_argument("log", help="CSV or Parquet file, a glob pattern, or a dataset's name: ml-100k.")
+    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    (options, rest) = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from . import histories
+
+    given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+    preparation = histories.prepare(rest.log, **given)
+    statistics = preparation["statistics"]
+    lengths = statistics["history_length"]
+    print(
+        f"{statistics['num_users']:,} users, {statistics['num_items']:,} items, "
+        f"{statistics['num_events']:,} events; history lengths: median {lengths['median']:g}, "
+        f"three quarters up to {lengths['p75']:g}, longest {lengths['max']:,}"
+    )
+    tied = statistics["share_tied_times"]
+    print(
+        f"repeated events {statistics['share_repeated_events']:.1%}, "
+        f"{'no times' if tied is None else f'tied times {tied:.1%}'}, "
+        f"cold targets {statistics['share_cold_targets']:.1%}"
+    )
+    print(
+        f"{preparation['split']['name']}: {statistics['num_validation_targets']:,} validation and "
+        f"{statistics['num_test_targets']:,} test targets"
+    )
+    chosen = "as told" if options.max_length else "the shortest of 50, 100, 200 that holds three quarters"
+    print(f"history length {preparation['max_length']} ({chosen})")
+    if options.filter_seen_items is not None:
+        reason = "as told"
+    elif preparation["filter_seen_items"]:
+        reason = "fewer than 5 % of events are repeats"
+    else:
+        reason = "5 % of events or more are repeats"
+    policy = "are not recommended again" if preparation["filter_seen_items"] else "may be recommended again"
+    print(f"seen items {policy} ({reason})")
+    print(f"wrote {options.output}; next: bert4rec train --data {options.output} --output_dir MODEL")
+
+
+def train(arguments: Sequence[str]) -> None:
+    """A prepared folder -> a model folder, which every checkpoint is too."""
+    from .trainer import Bert4RecTrainingArguments, train_prepared
+
+    parser = _Parser(
+        (TrainArguments, Bert4RecTrainingArguments, _architecture_arguments()),
+        prog="bert4rec train",
+        description=train.__doc__,
+    )
+    parser.add_argument("--config", help="Recipe (YAML) of defaults, which the command line overrides.")
+    options, training_arguments, architecture, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    trainer = train_prepared(
+        options.data,
+        training_arguments,
+        options.model_name_or_path,
+        **{name: value for name, value in vars(architecture).items() if value is not None},
+    )
+    if trainer.is_world_process_zero():
+        folder = training_arguments.output_dir
+        print(f"wrote {folder}; next: bert4rec evaluate {folder} --data {options.data}")
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Rank held-out targets with a model and with the floors; the numbers go into the model folder."""
+    parser = _Parser(EvaluateArguments, prog="bert4rec evaluate", description=evaluate.__doc__)
+    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .trainer import evaluate_prepared
+
+    record, is_main_process = evaluate_prepared(rest.model, **vars(options))
+    if is_main_process:
+        print(format_evaluation(record))
+        folder = Path(rest.model)
+        stored = f"wrote {folder / 'evaluation.json'} and the model card; " if folder.is_dir() else ""
+        print(f"{stored}next: bert4rec recommend {rest.model} ITEM_ID ITEM_ID …")
+
+
+def recommend(arguments: Sequence[str]) -> None:
+    """The next items of one history typed by item id, or of a Parquet file of histories."""
+    parser = _Parser(RecommendArguments, prog="bert4rec recommend", description=recommend.__doc__)
+    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("items", nargs="*", help="Item ids of one history, oldest first.")
+    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    if (options.histories is None) != (options.output is None):
+        parser.error("--histories and --output belong together")
+    if options.histories is not None and rest.items:
+        parser.error("give item ids or --histories, not both")
+
+    import transformers
+
+    from .bulk import recommend_file
+
+    pipe = transformers.pipeline(
+        "sequential-recommendation",
+        model=rest.model,
+        device=options.device,
+        top_k=options.top_k,
+        filter_seen_items=options.filter_seen_items,
+        exclude=options.exclude,
+        candidates=options.candidates,
+    )
+    if options.histories is not None:
+        num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
+        print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
+        return
+    titled = pipe.tokenizer.titles is not None
+    if titled:
+        for item in rest.items:
+            print(f"{'had':>5}  {item:>8}  {pipe.tokenizer.title(item) or ''}")
+    for rank, entry in enumerate(pipe(rest.items), start=1):
+        print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {entry.get('title') or ''}".rstrip())
+
+
+COMMANDS = {"prepare": prepare, "train": train, "evaluate": evaluate, "recommend": recommend}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; user errors are one line on standard error and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="bert4rec", formatter_class=argparse.RawDescriptionHelpFormatter, description=_overview()
+    )
+    parser.add_argument("--version", action="version", version=f"bert4rec {__version__}")
+    if not arguments or arguments[0] not in COMMANDS:
+        if arguments and arguments[0] not in ("-h", "--help", "--version"):
+            nearest = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            print(
+                f"bert4rec: unknown command {arguments[0]!r}{hint} Expected one of {', '.join(COMMANDS)}",
+                file=sys.stderr,
+            )
+            return 2
+        parser.parse_args(arguments or ["--help"])
+    try:
+        COMMANDS[arguments[0]](arguments[1:])
+    except (ValueError, TypeError, OSError) as error:
+        logger.debug("traceback of the error", exc_info=True)
+        print(f"bert4rec {arguments[0]}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def format_evaluation(record: dict[str, Any]) -> str:
+    """A table of the model's metrics and those of the floors, under their protocol."""
+    from .metrics import Protocol
+
+    protocol = Protocol(**record["protocol"])
+    rows = {"model": record["metrics"]} | record["floors"]
+    width = max(map(len, rows))
+    lines = [str(protocol), " " * width + "".join(f"{name:>13}" for name in SHOWN_METRICS)]
+    for title, metrics in rows.items():
+        cells = [f"{metrics[name]:13.4f}" if name in metrics else " " * 13 for name in SHOWN_METRICS]
+        lines.append(f"{title:<{width}}" + "".join(cells))
+    return "\n".join([*lines, protocol.describe_misses()])
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "BERT4Rec: from a raw interaction log to recommendations.\n\n" + "\n".join(lines)
+
+
+def _check_model(model: str) -> None:
+    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
+        raise ValueError(f"{model} is not a model folder (it has no config.json): make one with bert4rec train")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,207 @@
+"""Ranks -> HR, NDCG, MRR; the protocol as data; the floors that stand beside every number."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction
+
+from .configuration_bert4rec import FIRST_ITEM_ID
+from .losses import IGNORE_INDEX
+from .splits import Histories
+
+CUTOFFS = (1, 5, 10, 20, 50, 100)
+COVERAGE_CUTOFF = 10
+# Share of the training events, the newest, that "recent popularity" counts.
+RECENT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a number came about; none is stored or printed without it.
+
+    Attributes:
+        split: "leave-one-out" or "temporal", with its cuts.
+        part: "validation" or "test".
+        candidates: What each target was ranked among.
+        filter_seen_items: Whether a user's past items were left out, and a target among them a miss.
+        num_users: Users with a target, all of them counted.
+        num_users_without_past: Of these, those ranked from an empty history.
+        share_seen_targets: Targets that the user has had before.
+        share_unknown_targets: Targets that the catalogue lacks; misses.
+    """
+
+    split: str
+    part: str
+    candidates: str
+    filter_seen_items: bool
+    num_users: int
+    num_users_without_past: int
+    share_seen_targets: float
+    share_unknown_targets: float
+
+    @classmethod
+    def of(
+        cls,
+        histories: Histories,
+        preparation: Mapping[str, Any],
+        part: str,
+        num_items: int,
+        filter_seen_items: bool,
+    ) -> "Protocol":
+        """The protocol of `ranking_rows` over the whole catalogue."""
+        users = np.flatnonzero(histories.target_positions[part] >= 0)
+        positions = histories.target_positions[part][users]
+        starts = histories.offsets[users]
+        targets = histories.item_ids[starts + positions]
+        seen = [
+            target in histories.item_ids[start : start + position]
+            for start, position, target in zip(starts, positions, targets, strict=True)
+        ]
+        known = targets >= FIRST_ITEM_ID
+        split = preparation["split"]
+        cuts = ""
+        if split["name"] == "temporal":
+            cuts = f" (validation from {split['validation_cut']}, test from {split['test_cut']})"
+        return cls(
+            split=split["name"] + cuts,
+            part=part,
+            candidates=f"all {num_items} items",
+            filter_seen_items=filter_seen_items,
+            num_users=len(users),
+            num_users_without_past=int((positions == 0).sum()),
+            share_seen_targets=float(np.mean(seen & known)) if len(users) else 0.0,
+            share_unknown_targets=float(np.mean(~known)) if len(users) else 0.0,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One line for people."""
+        filtered = "seen items filtered" if self.filter_seen_items else "seen items kept"
+        return f"{self.split}, {self.part}; {self.candidates} ranked, {filtered}; {self.num_users:,} users"
+
+    def describe_misses(self) -> str:
+        """One line on the targets that no model can hit."""
+        without_past = (
+            f" {self.num_users_without_past:,} users were ranked from an empty history."
+            if self.num_users_without_past
+            else ""
+        )
+        return (
+            f"{self.share_seen_targets:.1%} of the targets the user has had before"
+            f"{' (misses)' if self.filter_seen_items else ''}, {self.share_unknown_targets:.1%} the catalogue "
+            f"lacks (misses).{without_past}"
+        )
+
+
+def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
+    """HR, NDCG and MRR of one target a user.
+
+    Args:
+        ranks: (users,) from 1; 0 for a target that is never shown, a miss everywhere.
+
+    Returns:
+        HR@k and NDCG@k for k in `CUTOFFS`, and MRR; 0 if there are no users.
+    """
+    ranks = np.asarray(ranks)
+    places = np.where(ranks > 0, ranks, np.inf)
+    count = max(len(ranks), 1)
+    metrics = {}
+    for k in CUTOFFS:
+        hits = places <= k
+        metrics[f"HR@{k}"] = float(hits.sum() / count)
+        metrics[f"NDCG@{k}"] = float((hits / np.log2(places + 1)).sum() / count)
+    metrics["MRR"] = float((1 / places).sum() / count)
+    return metrics
+
+
+def preprocess_logits_for_metrics(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """For a plain `transformers.Trainer`: the rank of each target, so that no scores are gathered.
+
+    Needs `TrainingArguments(label_names=["labels", "exclude_ids"])` and the rows of `ranking_rows`.
+
+    Args:
+        logits: (batch, P, vocab_size) at the `label_positions`.
+        labels: labels (batch, length) and exclude_ids (batch, E).
+
+    Returns:
+        (batch,) ranks as `Bert4RecForMaskedItemPrediction.rank` has them.
+    """
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    labels, exclude_ids = labels
+    places = labels.argmax(dim=1, keepdim=True)
+    if exclude_ids.shape == places.shape and exclude_ids.any() and (exclude_ids == places).all():
+        raise ValueError('set TrainingArguments(label_names=["labels", "exclude_ids"]): got label_positions')
+    scores = scores[:, -1] if scores.shape[1] == 1 else scores[torch.arange(len(scores)), places[:, 0]]
+    targets = labels.max(dim=1, keepdim=True).values
+    scores = scores.scatter(1, exclude_ids.clamp(min=0), -torch.inf)  # padded with -100 across processes
+    scores[:, :FIRST_ITEM_ID] = -torch.inf
+    target_scores = scores.gather(1, targets.clamp(min=0))
+    ranks = (scores >= target_scores).sum(dim=1)
+    return ranks.masked_fill(target_scores.isneginf().squeeze(1), 0)
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """For a plain `transformers.Trainer`, after `preprocess_logits_for_metrics`."""
+    return ranking_metrics(prediction.predictions)
+
+
+def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.ndarray]:
+    """Ranks of three rankings without a model, under the protocol of `rows`.
+
+    Args:
+        rows: Of `ranking_rows`.
+        histories: Their training part is what is counted.
+        num_items: Of the catalogue.
+
+    Returns:
+        (users,) ranks of: "popularity", the number of training events; "recent popularity", of the newest tenth
+        of them; "last-item co-occurrence", how often an item follows the history's last item in the training
+        part, ties broken by popularity.
+    """
+    size = num_items + FIRST_ITEM_ID
+    training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
+    popularity = np.bincount(histories.item_ids[training], minlength=size)
+    recent = np.bincount(histories.item_ids[training & _is_recent(histories, training)], minlength=size)
+    following = training[1:] & training[:-1]
+    following[histories.offsets[1:-1] - 1] = False  # the next event is another user's
+    pairs = np.stack((histories.item_ids[:-1][following], histories.item_ids[1:][following]))
+    pairs = pairs[:, pairs[0].argsort(kind="stable")]
+    starts = np.searchsorted(pairs[0], np.arange(size + 1))
+    # Below one, so that it decides between equal counts only.
+    tie_break = popularity / (popularity.max() + 1)
+
+    ranks: dict[str, list[int]] = {"popularity": [], "recent popularity": [], "last-item co-occurrence": []}
+    for input_ids, labels, exclude_ids in zip(rows["input_ids"], rows["labels"], rows["exclude_ids"], strict=True):
+        last = input_ids[-2] if len(input_ids) > 1 else None
+        next_items = pairs[1, starts[last] : starts[last + 1]] if last is not None else pairs[1, :0]
+        co_occurrence = tie_break + np.bincount(next_items, minlength=size)
+        for scores, found in zip((popularity, recent, co_occurrence), ranks.values(), strict=True):
+            found.append(_rank(scores, labels[-1], exclude_ids))
+    return {name: np.asarray(found) for name, found in ranks.items()}
+
+
+def _is_recent(histories: Histories, training: np.ndarray) -> np.ndarray:
+    """(events,) the newest tenth of the training events: by time, or without times of each history."""
+    if histories.timestamps is not None:
+        return histories.timestamps >= np.quantile(
+            histories.timestamps[training], 1 - RECENT_SHARE, method="inverted_cdf"
+        )
+    lengths = np.diff(histories.offsets)
+    places = np.arange(len(training)) - np.repeat(histories.offsets[:-1], lengths)
+    return places >= np.repeat(histories.train_end * (1 - RECENT_SHARE), lengths)
+
+
+def _rank(scores: np.ndarray, target: int, exclude_ids: list[int]) -> int:
+    """Ties count against the target; 0 if it is excluded or unknown."""
+    if target == IGNORE_INDEX or target in exclude_ids:
+        return 0
+    better = int((scores[FIRST_ITEM_ID:] >= scores[target]).sum())
+    return better - int((scores[exclude_ids] >= scores[target]).sum())

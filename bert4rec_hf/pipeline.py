@@ -1,0 +1,185 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""`pipeline("sequential-recommendation", model=folder)`: raw item ids in; raw item ids, titles, scores out."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+from .tokenization_bert4rec import SPECIAL_UNKNOWN_ID, Bert4RecTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class SequentialRecommendationPipeline(Pipeline):
+    """Recommendations in the user's own item ids.
+
+        recommend = pipeline("sequential-recommendation", model="path-or-hub-id")
+        recommend(["318", "50", "296"], top_k=5)
+
+    Takes one history (a flat list of item ids, oldest first), or many: a list of lists gives a list, a generator or
+    a dataset an iterator. In place of a list of ids a mapping may stand, with `history` (or `item_id`, as in
+    histories.parquet) and optionally `exclude` and `candidates`.
+
+    Args (of the call, or of `pipeline(...)`):
+        top_k: Number of items.
+        filter_seen_items: Whether the items of the whole history are left out; None: as the folder says.
+        exclude: Item ids never to recommend.
+        candidates: Item ids to choose from; None: the catalogue.
+        batch_size: Histories at once.
+
+    Returns:
+        A list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)} for each history, best
+        first; fewer than `top_k` if fewer items are left.
+
+    Raises:
+        ValueError: If `top_k` is below 1, or candidates are none or not in the catalogue.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    tokenizer: Bert4RecTokenizer
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        if isinstance(inputs, Mapping) or _is_one_history(inputs):
+            answer, num_unknown = super().__call__(_AsOne(inputs), **kwargs)
+            _warn(num_unknown)
+            return answer
+        answers = self._answers(super().__call__((row for row in inputs), **kwargs))
+        return list(answers) if isinstance(inputs, list | tuple) else answers
+
+    @staticmethod
+    def _answers(outputs: Iterable[tuple[list[dict[str, Any]], int]]) -> Iterator[list[dict[str, Any]]]:
+        total = 0
+        for answer, num_unknown in outputs:
+            total += num_unknown
+            yield answer
+        _warn(total)
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        filter_seen_items: bool | None = None,
+        exclude: Iterable[str | int] | None = None,
+        candidates: Iterable[str | int] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess = {"filter_seen_items": filter_seen_items, "exclude": exclude, "candidates": candidates}
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
+        return (
+            {name: value for name, value in preprocess.items() if value is not None},
+            {} if top_k is None else {"top_k": top_k},
+            {},
+        )
+
+    def preprocess(
+        self,
+        inputs: Any,
+        filter_seen_items: bool | None = None,
+        exclude: Iterable[str | int] | None = None,
+        candidates: Iterable[str | int] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        if isinstance(inputs, _AsOne):
+            inputs = inputs.history
+        if isinstance(inputs, Mapping):
+            names = [name for name in ("history", "item_id") if name in inputs]
+            if not names:
+                raise ValueError(f"a mapping needs the key history, a list of item ids; got {', '.join(inputs)}")
+            exclude = inputs.get("exclude", exclude)
+            candidates = inputs.get("candidates", candidates)
+            inputs = inputs[names[0]]
+        if filter_seen_items is None:
+            filter_seen_items = self.model.config.filter_seen_items
+        token_ids = self.tokenizer.item_ids_to_token_ids(inputs)
+        history = [token_id for token_id in token_ids if token_id != SPECIAL_UNKNOWN_ID]
+        excluded = set(history) if filter_seen_items else set()
+        if exclude is not None:
+            # An item that the catalogue lacks is never recommended anyway.
+            excluded.update(self.tokenizer.item_ids_to_token_ids(exclude))
+        input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
+        return {
+            "input_ids": torch.tensor([input_ids]),
+            "attention_mask": torch.ones(1, len(input_ids), dtype=torch.long),
+            "exclude_ids": torch.tensor([sorted(excluded)], dtype=torch.long),
+            "candidate_ids": torch.tensor([self._candidate_ids(candidates)], dtype=torch.long),
+            "num_unknown": torch.tensor([len(token_ids) - len(history)]),
+        }
+
+    def _candidate_ids(self, candidates: Iterable[str | int] | None) -> list[int]:
+        """Token ids; none for the whole catalogue."""
+        if candidates is None:
+            return []
+        candidates = list(dict.fromkeys(candidates))
+        token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
+        unknown = [item for item, token_id in zip(candidates, token_ids, strict=True) if token_id == SPECIAL_UNKNOWN_ID]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(candidates)} candidates are not in the catalogue, the first is "
+                f"{unknown[0]!r}; leave them out"
+            )
+        if not candidates:
+            raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
+        return token_ids
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor], top_k: int = 10) -> dict[str, torch.Tensor]:
+        inputs = dict(model_inputs)
+        num_unknown = inputs.pop("num_unknown")
+        # Rows with and without candidates may share a batch.
+        chooses = (inputs["candidate_ids"] > 0).any(dim=1)
+        scores = torch.full((len(chooses), top_k), -torch.inf, device=chooses.device)
+        item_ids = torch.zeros_like(scores, dtype=torch.long)
+        for rows in (chooses, ~chooses):
+            if rows.any():
+                part = {name: values[rows] for name, values in inputs.items()}
+                if rows is not chooses:
+                    part["candidate_ids"] = None
+                found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
+                scores[rows, : found_scores.shape[1]] = found_scores
+                item_ids[rows, : found_ids.shape[1]] = found_ids
+        return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
+        """One history's recommendations, and how many of its items were unknown."""
+        shown = model_outputs["item_ids"][0] > 0
+        scores = model_outputs["scores"][0][shown].tolist()
+        items = self.tokenizer.token_ids_to_item_ids(model_outputs["item_ids"][0][shown].tolist())
+        answer: list[dict[str, Any]] = [
+            {"item_id": item, "score": score} for item, score in zip(items, scores, strict=True)
+        ]
+        if self.tokenizer.titles is not None:
+            answer = [
+                {"item_id": entry["item_id"], "title": self.tokenizer.title(entry["item_id"])} | entry
+                for entry in answer
+            ]
+        return answer, int(model_outputs["num_unknown"])
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the model folder; without the code of this class, which would ask for trust_remote_code."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory, **kwargs)
+
+
+class _AsOne:
+    """A history on its way through `Pipeline.__call__`, which would take a list for a batch."""
+
+    def __init__(self, history: Any):
+        self.history = history
+
+
+def _is_one_history(inputs: Any) -> bool:
+    if isinstance(inputs, str):
+        raise ValueError(f"expected a list of item ids; got the string {inputs!r}: did you mean [{inputs!r}]?")
+    if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
+        return False
+    return len(inputs) == 0 or not (isinstance(inputs[0], Iterable | Mapping) and not isinstance(inputs[0], str))
+
+
+def _warn(num_unknown: int) -> None:
+    if num_unknown:
+        logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)

@@ -1,0 +1,178 @@
+"""From a prepared folder to the rows that train and the rows that are ranked (`datasets.Dataset`)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from .configuration_bert4rec import FIRST_ITEM_ID
+from .losses import IGNORE_INDEX
+from .tokenization_bert4rec import SPECIAL_UNKNOWN_ID, Bert4RecTokenizer
+
+HISTORIES_FILE = "histories.parquet"
+PREPARATION_FILE = "preparation.json"
+
+PARTS = ("validation", "test")
+
+
+@dataclass
+class Histories:
+    """Histories in token ids, as one flat array: row i is `item_ids[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+        user_id: (users,) strings.
+        item_ids: (events,) token ids; 2, [UNK], for items that the catalogue lacks.
+        offsets: (users + 1,).
+        train_end: (users,) so many leading events train.
+        target_positions: For each of `PARTS`, (users,): the place of the target in the history, -1 if none.
+        timestamps: (events,) or None.
+    """
+
+    user_id: pa.Array
+    item_ids: np.ndarray
+    offsets: np.ndarray
+    train_end: np.ndarray
+    target_positions: dict[str, np.ndarray]
+    timestamps: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def is_training(self) -> np.ndarray:
+        """(events,) whether an event belongs to the training part."""
+        lengths = np.diff(self.offsets)
+        places = np.arange(len(self.item_ids)) - np.repeat(self.offsets[:-1], lengths)
+        return places < np.repeat(self.train_end, lengths)
+
+
+def read_prepared(
+    folder: str | Path, tokenizer: Bert4RecTokenizer | None = None
+) -> tuple[Histories, Bert4RecTokenizer, dict[str, Any]]:
+    """What `prepare` wrote.
+
+    Args:
+        folder: The prepared folder.
+        tokenizer: Of a model that goes on training or is evaluated; None: the folder's own.
+
+    Returns:
+        The histories in the tokenizer's ids, the tokenizer, the content of preparation.json.
+
+    Raises:
+        ValueError: If the folder is no prepared one.
+    """
+    folder = Path(folder)
+    missing = [name for name in (HISTORIES_FILE, PREPARATION_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} is not a prepared folder (it lacks {' and '.join(missing)}): make one with "
+            f"bert4rec prepare LOG --output {folder}"
+        )
+    preparation = json.loads((folder / PREPARATION_FILE).read_text("utf-8"))
+    if tokenizer is None:
+        tokenizer = Bert4RecTokenizer.from_pretrained(folder)
+    return tokenize_histories(pq.read_table(folder / HISTORIES_FILE), tokenizer), tokenizer, preparation
+
+
+def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
+    """Histories as `histories` makes them, in token ids."""
+    table = table.combine_chunks()
+    items = table["item_id"].combine_chunks()
+    vocabulary = pa.array(tokenizer.items, items.type.value_type)
+    indices = pc.index_in(items.flatten(), value_set=vocabulary)
+    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), SPECIAL_UNKNOWN_ID).to_numpy(zero_copy_only=False)
+    lengths = pc.list_value_length(items).to_numpy(zero_copy_only=False)
+    timestamps = None
+    if "timestamp" in table.column_names:
+        times = table["timestamp"].combine_chunks().flatten()
+        if pa.types.is_timestamp(times.type):
+            times = times.cast(pa.int64())
+        timestamps = times.to_numpy(zero_copy_only=False)
+    return Histories(
+        user_id=table["user_id"].combine_chunks(),
+        item_ids=item_ids.astype(np.int32),
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        train_end=table["train_end"].to_numpy(),
+        target_positions={part: pc.fill_null(table[f"{part}_position"], -1).to_numpy() for part in PARTS},
+        timestamps=timestamps,
+    )
+
+
+def training_rows(
+    histories: Histories, *, max_length: int | None = None, windows_in_proportion: bool = False
+) -> Dataset:
+    """The training part of each history that has one, whole: the data collator cuts the windows.
+
+    Args:
+        histories: As `read_prepared` returns them.
+        max_length: Of the model; needed for `windows_in_proportion`.
+        windows_in_proportion: A history of n items stands in the dataset ceil(n / max_length) times, so that an
+            epoch draws windows in proportion to its length.
+
+    Returns:
+        user_id (string), input_ids (list<int32>).
+    """
+    kept = histories.is_training() & (histories.item_ids != SPECIAL_UNKNOWN_ID)
+    offsets = np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
+    lengths = np.diff(offsets)
+    repeats = -(-lengths // max_length) if windows_in_proportion else lengths > 0
+    table = pa.table({"user_id": histories.user_id, "input_ids": lists})
+    if not repeats.any():
+        raise ValueError("no history has a training part; prepare a log with more events a user")
+    return Dataset(table).select(np.repeat(np.arange(len(histories)), repeats))
+
+
+def ranking_rows(
+    histories: Histories,
+    tokenizer: Bert4RecTokenizer,
+    part: str,
+    *,
+    filter_seen_items: bool,
+    max_length: int | None = None,
+) -> Dataset:
+    """One row for each user that has a target: what serving would get, and the target.
+
+    Args:
+        histories: As `read_prepared` returns them.
+        tokenizer: Appends the [MASK].
+        part: "validation" or "test".
+        filter_seen_items: Whether a user's past items are excluded, those before the window as well.
+        max_length: Of the model; None: the tokenizer's.
+
+    Returns:
+        user_id; input_ids ending with [MASK]; labels, -100 but for the target in the [MASK]'s place, and there
+        too if the catalogue lacks the target; exclude_ids; history_length, the number of events before the target.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}; got {part!r}")
+    users = np.flatnonzero(histories.target_positions[part] >= 0)
+    positions = histories.target_positions[part][users]
+    input_ids, labels, exclude_ids = [], [], []
+    for start, position in zip(histories.offsets[users], positions, strict=True):
+        past = histories.item_ids[start : start + position]
+        past = past[past != SPECIAL_UNKNOWN_ID]
+        target = histories.item_ids[start + position]
+        row = tokenizer.append_mask(past, max_length)
+        input_ids.append(row)
+        unlabelled = [IGNORE_INDEX] * (len(row) - 1)
+        labels.append([*unlabelled, IGNORE_INDEX if target == SPECIAL_UNKNOWN_ID else target])
+        exclude_ids.append(np.unique(past) if filter_seen_items else past[:0])
+    table = {
+        "user_id": histories.user_id.take(pa.array(users)),
+        "input_ids": _lists(input_ids),
+        "labels": _lists(labels),
+        "exclude_ids": _lists(exclude_ids),
+        "history_length": pa.array(positions, pa.int32()),
+    }
+    return Dataset(pa.table(table))
+
+
+def _lists(rows: Sequence[Sequence[int]]) -> pa.Array:
+    return pa.array(rows, pa.list_(pa.int32()))

@@ -1,0 +1,340 @@
+"""`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+from .data_collator import DataCollatorForMaskedItemPrediction
+from .metrics import COVERAGE_CUTOFF, Protocol, floors, ranking_metrics
+from .model_card import EVALUATION_FILE, RECIPE_FILE, add_evaluation, write_model_card
+from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
+from .splits import PREPARATION_FILE, ranking_rows, read_prepared, training_rows
+from .tokenization_bert4rec import Bert4RecTokenizer
+
+logger = logging.getLogger(__name__)
+
+# Of one machine or one run, no part of a recipe.
+NO_RECIPE = {
+    "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
+}  # fmt: skip
+
+
+@dataclass
+class Bert4RecTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what masked item prediction needs; the other defaults are measured ones."""
+
+    mask_ratio: float = field(default=0.2, metadata={"help": "Probability of each item to be masked."})
+    last_item_ratio: float = field(
+        default=0.0, metadata={"help": "Share of training rows whose only mask is the last item."}
+    )
+    train_windows: str = field(
+        default="proportional",
+        metadata={
+            "choices": ["newest", "random", "proportional"],
+            "help": "Of a history longer than the model, train on its newest items, on a random window an epoch, "
+            "or on as many random windows an epoch as it holds.",
+        },
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the learning rate."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=100, metadata={"help": "Steps, or below 1 a share of all steps."})
+    num_train_epochs: float = field(default=80.0, metadata={"help": "Number of epochs."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Histories a training step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to rank the validation targets."})
+    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps, or below 1 a share of all steps."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 a share of all steps."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept, the best besides."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of all steps."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="NDCG@10", metadata={"help": "Metric of the best."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for
+        super().__post_init__()
+
+
+class Bert4RecTrainer(Trainer):
+    """The Transformers Trainer, evaluating with `search`, the function that serves.
+
+    Evaluation rows come from `ranking_rows`. Metrics are those of `ranking_metrics` and coverage@10, the share of
+    the catalogue that stands in anybody's ten recommendations. `predict` returns ranks and those recommendations.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`; the collator is
+            made from the arguments if it is None.
+        protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
+        preparation: The content of preparation.json, kept in the model folder.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        protocol: Protocol | None = None,
+        preparation: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("data_collator") is None and isinstance(args, Bert4RecTrainingArguments):
+            kwargs["data_collator"] = DataCollatorForMaskedItemPrediction(
+                kwargs["processing_class"],
+                mask_ratio=args.mask_ratio,
+                last_item_ratio=args.last_item_ratio,
+                max_length=model.config.max_position_embeddings,
+                random_windows=args.train_windows != "newest",
+            )
+        super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
+        self.protocol = protocol
+        self.preparation = preparation
+        self.evaluation: dict[str, Any] | None = None
+
+    def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
+        ranks, recommended = prediction.predictions
+        num_shown = np.unique(recommended[recommended > 0]).size
+        num_items = self.processing_class.num_items
+        return ranking_metrics(ranks) | {f"coverage@{COVERAGE_CUTOFF}": num_shown / num_items}
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """Loss, (ranks, recommended token ids), targets: no scores leave the step."""
+        if prediction_loss_only or "exclude_ids" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        targets = inputs["labels"].amax(dim=1)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+            ranks, _, recommended = self.accelerator.unwrap_model(model).search(
+                outputs.prediction_states,
+                target_ids=targets,
+                top_k=COVERAGE_CUTOFF,
+                exclude_ids=inputs["exclude_ids"],
+            )
+        return outputs.loss.detach(), (ranks, recommended), targets
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.protocol is not None:
+            prefix = f"{metric_key_prefix}_"
+            names = {name.removeprefix(prefix): value for name, value in metrics.items()}
+            self.evaluation = {
+                "protocol": self.protocol.as_dict(),
+                "metrics": {name: value for name, value in names.items() if "@" in name or name in ("MRR", "loss")},
+            }
+        return metrics
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        # Grouping by length would also reorder evaluation, and ranks would be another user's.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        text = yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True)
+        (folder / RECIPE_FILE).write_text(text, "utf-8")
+        if self.preparation is not None:
+            preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
+            text = json.dumps(preparation, indent=2, ensure_ascii=False) + "\n"
+            (folder / PREPARATION_FILE).write_text(text, "utf-8")
+        if self.evaluation is not None:
+            (folder / EVALUATION_FILE).unlink(missing_ok=True)  # numbers of other weights
+            add_evaluation(folder, self.evaluation)
+        write_model_card(folder)
+
+    def recipe(self) -> dict[str, Any]:
+        """All arguments and the architecture, as `bert4rec train --config` takes them."""
+        arguments = {
+            name: value
+            for name, value in self.args.to_dict().items()
+            if value is not None
+            and name not in NO_RECIPE
+            and not name.startswith(("hub_", "_"))
+            and self.args.__dataclass_fields__.get(name) is not None
+            and self.args.__dataclass_fields__[name].init
+        }
+        config = self.model.config
+        architecture = {
+            name: getattr(config, name)
+            for name in Bert4RecConfig.__annotations__
+            if name not in DERIVED_FIELDS and hasattr(config, name)
+        }
+        return json.loads(json.dumps(arguments | architecture, default=str))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md of the output folder from what the folder says."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir)
+
+
+def train_prepared(
+    data: str | os.PathLike,
+    args: Bert4RecTrainingArguments,
+    model_name_or_path: str | os.PathLike | None = None,
+    **architecture: Any,
+) -> Bert4RecTrainer:
+    """From a prepared folder to a model folder, `args.output_dir`.
+
+    Args:
+        data: The prepared folder.
+        args: `resume_from_checkpoint` is a checkpoint's folder, or "last".
+        model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
+        architecture: Fields of `Bert4RecConfig`, for a new model.
+
+    Returns:
+        The trainer, with the best model.
+
+    Raises:
+        ValueError: If a folder is not what it should be, or if `output_dir` holds something else.
+    """
+    check_output(args.output_dir, args.resume_from_checkpoint)
+    set_seed(args.seed)
+    if model_name_or_path is None:
+        histories, tokenizer, preparation = read_prepared(data)
+        derived = {
+            "max_position_embeddings": preparation["max_length"],
+            "filter_seen_items": preparation["filter_seen_items"],
+        }
+        config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | architecture))
+        model = Bert4RecForMaskedItemPrediction(config)
+        tokenizer.model_max_length = config.max_position_embeddings
+    else:
+        if architecture:
+            raise ValueError(
+                f"a model that goes on training keeps its architecture; leave out {', '.join(architecture)}"
+            )
+        model = load_model(model_name_or_path)
+        tokenizer = Bert4RecTokenizer.from_pretrained(model_name_or_path)
+        catalogue = Bert4RecTokenizer.from_pretrained(data)
+        titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
+        if tokenizer.add_items(catalogue.items, {item: title for item, title in titles.items() if title}):
+            model.resize_token_embeddings(len(tokenizer))
+        tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
+        histories, tokenizer, preparation = read_prepared(data, tokenizer)
+    config = model.config
+    validation = ranking_rows(
+        histories,
+        tokenizer,
+        "validation",
+        filter_seen_items=config.filter_seen_items,
+        max_length=config.max_position_embeddings,
+    )
+    protocol = None
+    if len(validation):
+        protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
+    elif args.eval_strategy != "no":
+        logger.warning("no user has a validation target: training ends with the last weights, not the best")
+        args.eval_strategy, args.load_best_model_at_end = "no", False
+    trainer = Bert4RecTrainer(
+        model,
+        args,
+        train_dataset=training_rows(
+            histories,
+            max_length=config.max_position_embeddings,
+            windows_in_proportion=args.train_windows == "proportional",
+        ),
+        eval_dataset=validation if len(validation) else None,
+        processing_class=tokenizer,
+        protocol=protocol,
+        preparation=preparation,
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    if len(validation):
+        trainer.evaluate()
+    trainer.save_model()
+    return trainer
+
+
+def evaluate_prepared(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    part: str = "test",
+    *,
+    per_device_eval_batch_size: int = 256,
+    use_cpu: bool = False,
+) -> tuple[dict[str, Any], bool]:
+    """Rank the targets of a prepared folder with a model and with the floors.
+
+    Returns:
+        The record {protocol, metrics, floors}, which is written into the model's folder as well if it is a local
+        one, and whether this is the main process.
+    """
+    loaded = load_model(model)
+    tokenizer = Bert4RecTokenizer.from_pretrained(model)
+    histories, tokenizer, preparation = read_prepared(data, tokenizer)
+    policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
+    rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
+    if not len(rows):
+        raise ValueError(f"no user of {data} has a {part} target")
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = Bert4RecTrainer(
+            loaded,
+            Bert4RecTrainingArguments(
+                nowhere, per_device_eval_batch_size=per_device_eval_batch_size, use_cpu=use_cpu, **NO_TRAINING
+            ),
+            processing_class=tokenizer,
+            protocol=Protocol.of(histories, preparation, part, tokenizer.num_items, policy),
+        )
+        trainer.evaluate(rows)
+    record = trainer.evaluation | {
+        "floors": {name: ranking_metrics(ranks) for name, ranks in floors(rows, histories, tokenizer.num_items).items()}
+    }
+    if trainer.is_world_process_zero() and os.path.isdir(model):
+        add_evaluation(model, record)
+        write_model_card(model)
+    return record, trainer.is_world_process_zero()
+
+
+def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
+    """A model folder or Hub id; raises ValueError for a folder that is none."""
+    if os.path.isdir(model):
+        config = Path(model) / "config.json"
+        kind = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
+        if kind != Bert4RecConfig.model_type:
+            found = f"its config.json says model_type {kind!r}" if kind else "it has no config.json with a model_type"
+            raise ValueError(f"{model} is not a BERT4Rec model folder ({found}): make one with bert4rec train")
+    return Bert4RecForMaskedItemPrediction.from_pretrained(model)
+
+
+def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:
+    """Raise if a new training run would write over something."""
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --output_dir")
+    names = sorted(path.name for path in folder.iterdir())
+    checkpoints = [name for name in names if name.startswith("checkpoint-")]
+    if not names or (resume_from_checkpoint and checkpoints):
+        return
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    hint = ", or go on with --resume_from_checkpoint last" if checkpoints else ""
+    raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")
+
+
+# Evaluation alone writes nothing and follows no schedule.
+NO_TRAINING = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
