@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
@@ -31,7 +32,8 @@ class _Parser(HfArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -244,8 +246,8 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from .trainer import evaluate_prepared
 
-    record, is_main_process = evaluate_prepared(rest.model, **vars(options))
-    if is_main_process:
+    record = evaluate_prepared(rest.model, **vars(options))
+    if PartialState().is_main_process:
         print(format_evaluation(record))
         folder = Path(rest.model)
         stored = f"wrote {folder / 'evaluation.json'} and the model card; " if folder.is_dir() else ""

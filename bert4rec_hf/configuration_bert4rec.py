@@ -6,8 +6,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Token ids below are [PAD], [MASK] and [UNK]; items follow, sorted by raw id.
-FIRST_ITEM_ID = 3
+# Special tokens come first, then the items.
+PAD_TOKEN_ID, MASK_TOKEN_ID, UNK_TOKEN_ID, FIRST_ITEM_ID = range(4)
 # Fields that follow from the catalogue, and are nobody's choice.
 DERIVED_FIELDS = ("vocab_size", "pad_token_id", "mask_token_id", "unk_token_id", "tie_word_embeddings")
 
@@ -80,9 +80,9 @@ class Bert4RecConfig(PreTrainedConfig):
     prediction_head: bool = False
     item_loss: Literal["softmax"] = "softmax"
     filter_seen_items: bool = False
-    pad_token_id: int | None = 0
-    mask_token_id: int | None = 1
-    unk_token_id: int | None = 2
+    pad_token_id: int | None = PAD_TOKEN_ID
+    mask_token_id: int | None = MASK_TOKEN_ID
+    unk_token_id: int | None = UNK_TOKEN_ID
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):

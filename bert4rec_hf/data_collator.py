@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_bert4rec import FIRST_ITEM_ID
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
 from .losses import IGNORE_INDEX
 from .tokenization_bert4rec import Bert4RecTokenizer
 
@@ -51,15 +51,13 @@ class DataCollatorForMaskedItemPrediction:
             raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded; got {self.mask_ratio}")
         if not 0 <= self.last_item_ratio <= 1:
             raise ValueError(f"last_item_ratio must lie between 0 and 1; got {self.last_item_ratio}")
-        if self.max_length is None:
-            self.max_length = self.tokenizer.model_max_length
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
         if "labels" in features[0]:
             return self._evaluation_batch(features, rows)
         random = np.random.default_rng(int(torch.randint(2**62, (1,))))
-        input_ids = _pad([self._window(row, random) for row in rows], 0)
+        input_ids = _pad([self._window(row, random) for row in rows], PAD_TOKEN_ID)
         self._check_ids(input_ids)
         is_item = input_ids >= FIRST_ITEM_ID
         masked = is_item & (random.random(input_ids.shape) < self.mask_ratio)
@@ -72,29 +70,30 @@ class DataCollatorForMaskedItemPrediction:
         needed = np.flatnonzero(~masked.any(axis=1) & (last >= 0))
         masked[needed, np.where(only_last, last, anywhere)[needed]] = True
         return self._batch(
-            input_ids=np.where(masked, self.tokenizer.mask_token_id, input_ids),
-            attention_mask=input_ids != self.tokenizer.pad_token_id,
+            input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
+            attention_mask=input_ids != PAD_TOKEN_ID,
             labels=np.where(masked, input_ids, IGNORE_INDEX),
             label_positions=_pad([np.flatnonzero(row) for row in masked], -1),
         )
 
     def _window(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        spare = len(row) - self.max_length
+        max_length = self.max_length or self.tokenizer.model_max_length
+        spare = len(row) - max_length
         if spare <= 0:
             return row
         start = random.integers(spare + 1) if self.random_windows else spare
-        return row[start : start + self.max_length]
+        return row[start : start + max_length]
 
     def _evaluation_batch(
         self, features: Sequence[Mapping[str, Any]], rows: list[np.ndarray]
     ) -> dict[str, torch.Tensor]:
         labels = [np.asarray(feature["labels"], dtype=np.int64) for feature in features]
         # Also where the label is -100, for a target that the catalogue lacks: what would be recommended counts.
-        is_mask = [row == self.tokenizer.mask_token_id for row in rows]
-        input_ids = _pad(rows, self.tokenizer.pad_token_id)
+        is_mask = [row == MASK_TOKEN_ID for row in rows]
+        input_ids = _pad(rows, PAD_TOKEN_ID)
         batch = {
             "input_ids": input_ids,
-            "attention_mask": input_ids != self.tokenizer.pad_token_id,
+            "attention_mask": input_ids != PAD_TOKEN_ID,
             "labels": _pad(labels, IGNORE_INDEX),
             "label_positions": _pad([np.flatnonzero(row) for row in is_mask], -1),
         }

@@ -542,8 +542,7 @@ def _frequent(events: ir.Table, column: str, minimum: int) -> ir.Table:
 def _resolve_cuts(events: ir.Table, *cuts: float | str | date) -> tuple[Any, Any]:
     """Both cuts as values of the time column; raises if a part of the split would have no events."""
     num_events = int(events.count().execute())
-    values = [_cut_value(events, num_events, cut) for cut in cuts]
-    validation, test = values
+    validation, test = (_cut_value(events, num_events, cut) for cut in cuts)
     if not validation < test:
         raise ValueError(
             f"validation_cut must lie before test_cut; {cuts[0]} and {cuts[1]} mean the times "
@@ -568,7 +567,7 @@ def _resolve_cuts(events: ir.Table, *cuts: float | str | date) -> tuple[Any, Any
     return validation, test
 
 
-def _cut_value(events: ir.Table, num_events: int, cut: float | str | date) -> int | float | datetime:
+def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
     """A share, a value, or a date as a value of the time column."""
     kind = events.timestamp.type()
     if isinstance(cut, str):

@@ -135,12 +135,12 @@ def preprocess_logits_for_metrics(
         (batch,) ranks as `Bert4RecForMaskedItemPrediction.rank` has them.
     """
     scores = logits[0] if isinstance(logits, tuple) else logits
-    labels, exclude_ids = labels
-    places = labels.argmax(dim=1, keepdim=True)
+    targets, exclude_ids = labels
+    places = targets.argmax(dim=1, keepdim=True)
     if exclude_ids.shape == places.shape and exclude_ids.any() and (exclude_ids == places).all():
         raise ValueError('set TrainingArguments(label_names=["labels", "exclude_ids"]): got label_positions')
     scores = scores[:, -1] if scores.shape[1] == 1 else scores[torch.arange(len(scores)), places[:, 0]]
-    targets = labels.max(dim=1, keepdim=True).values
+    targets = targets.amax(dim=1, keepdim=True)
     scores = scores.scatter(1, exclude_ids.clamp(min=0), -torch.inf)  # padded with -100 across processes
     scores[:, :FIRST_ITEM_ID] = -torch.inf
     target_scores = scores.gather(1, targets.clamp(min=0))

@@ -18,7 +18,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
 from .losses import IGNORE_INDEX, ITEM_LOSSES
 
 # Special tokens are no items: this logit takes them out of the softmax, and is finite in half precision.
@@ -41,11 +41,11 @@ class MaskedItemPredictionOutput(ModelOutput):
             With `output_hidden_states=True`, `output_attentions=True`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    prediction_states: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    prediction_states: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class Bert4RecEmbeddings(nn.Module):
@@ -54,7 +54,7 @@ class Bert4RecEmbeddings(nn.Module):
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.config = config
-        self.item_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.item_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=PAD_TOKEN_ID)
         if config.position_embedding_type != "rotary":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = (
@@ -269,14 +269,15 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = inputs_embeds if input_ids is None else input_ids
+        assert inputs is not None  # for the type checker
         if inputs.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"the input has length {inputs.shape[1]}, the model takes at most "
                 f"{self.config.max_position_embeddings}: shorten histories with tokenizer.append_mask"
             )
         if attention_mask is None and input_ids is not None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+            attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
         if position_ids is None:
             position_ids = self.positions(inputs, attention_mask)
 
@@ -420,8 +421,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
     def _score(self, states: torch.Tensor, item_ids: torch.Tensor | None) -> torch.Tensor:
         """(batch, P, hidden size) -> (batch, P, vocab size or C)."""
-        weight, bias = self.decoder.weight, self.decoder.bias
-        precision = contextlib.nullcontext()
+        weight: torch.Tensor = self.decoder.weight
+        bias: torch.Tensor = self.decoder.bias
+        precision: contextlib.AbstractContextManager = contextlib.nullcontext()
         if not self.training:
             # Half precision would tie neighbours in the ranking, and ties count as misses.
             states, weight, bias = states.float(), weight.float(), bias.float()
@@ -503,7 +505,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         top_k: int | None = None,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
 
         Args:
@@ -513,27 +515,28 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             candidate_ids, exclude_ids: As in `recommend`.
 
         Returns:
-            ranks (batch,), scores (batch, k) and item_ids (batch, k), None where not asked for.
+            ranks (batch,), all 0 without targets; scores and item_ids (batch, k), with k = 0 without `top_k`.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {top_k}")
         self._check_ids(exclude_ids)
         self._check_ids(candidate_ids)
-        num_chunks = 1 if candidate_ids is not None else -(-self.config.vocab_size // ITEMS_PER_CHUNK)
-        ranks = scores = item_ids = target_scores = None
+        device, batch_size = prediction_states.device, len(prediction_states)
+        ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
+        scores = torch.empty(batch_size, 0, device=device)
+        item_ids = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         if target_ids is not None:
             self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
             target_ids = target_ids.unsqueeze(1)
-            ranks = torch.zeros_like(target_ids)
-            target_scores = torch.full(target_ids.shape, -torch.inf, device=target_ids.device)
             if candidate_ids is not None:
                 # The first candidate is the target, once.
-                others = candidate_ids.expand(len(target_ids), -1)
+                others = candidate_ids.expand(batch_size, -1)
                 others = others.masked_fill(others == target_ids, 0)
                 candidate_ids = torch.cat((target_ids.clamp(min=0), others), dim=1)
-            if num_chunks > 1:
+            elif self.config.vocab_size > ITEMS_PER_CHUNK:
                 # From the same multiplication as the others' scores, so that it is equal to the bit.
-                for chunk_scores, chunk_ids in self._chunks(prediction_states, candidate_ids, exclude_ids):
+                for chunk_scores, chunk_ids in self._chunks(prediction_states, None, exclude_ids):
                     target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
         for chunk_scores, chunk_ids in self._chunks(prediction_states, candidate_ids, exclude_ids):
             if target_ids is not None:
@@ -542,16 +545,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             if top_k is not None:
                 best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
                 best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
-                if scores is not None:
-                    best, best_ids = torch.cat((scores, best), 1), torch.cat((item_ids, best_ids), 1)
-                    best, columns = best.topk(min(top_k, best.shape[1]))
-                    best_ids = best_ids.gather(1, columns)
-                scores, item_ids = best, best_ids
-        if target_ids is not None:
-            ranks = ranks.masked_fill(target_scores.isneginf() | (target_ids < FIRST_ITEM_ID), 0).squeeze(1)
-        if top_k is not None:
-            item_ids = item_ids.masked_fill(scores.isneginf(), self.config.pad_token_id)
-        return ranks, scores, item_ids
+                scores, item_ids = torch.cat((scores, best), dim=1), torch.cat((item_ids, best_ids), dim=1)
+                scores, columns = scores.topk(min(top_k, scores.shape[1]))
+                item_ids = item_ids.gather(1, columns)
+        ranks = ranks.masked_fill(target_scores.isneginf(), 0).squeeze(1)
+        return ranks, scores, item_ids.masked_fill(scores.isneginf(), 0)
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -570,7 +568,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         if self.training:
             raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
         self._check_ids(input_ids)
-        is_mask = input_ids == self.config.mask_token_id
+        is_mask = input_ids.eq(MASK_TOKEN_ID)
         if not is_mask.any(dim=1).all():
             raise ValueError("every history needs a [MASK], the position to predict: see tokenizer.append_mask")
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)

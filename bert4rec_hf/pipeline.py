@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
-from .tokenization_bert4rec import SPECIAL_UNKNOWN_ID, Bert4RecTokenizer
+from .configuration_bert4rec import UNK_TOKEN_ID
+from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class SequentialRecommendationPipeline(Pipeline):
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
         token_ids = self.tokenizer.item_ids_to_token_ids(inputs)
-        history = [token_id for token_id in token_ids if token_id != SPECIAL_UNKNOWN_ID]
+        history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
         excluded = set(history) if filter_seen_items else set()
         if exclude is not None:
             # An item that the catalogue lacks is never recommended anyway.
@@ -117,7 +118,7 @@ class SequentialRecommendationPipeline(Pipeline):
             return []
         candidates = list(dict.fromkeys(candidates))
         token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
-        unknown = [item for item, token_id in zip(candidates, token_ids, strict=True) if token_id == SPECIAL_UNKNOWN_ID]
+        unknown = [item for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if unknown:
             raise ValueError(
                 f"{len(unknown)} of {len(candidates)} candidates are not in the catalogue, the first is "
@@ -136,7 +137,7 @@ class SequentialRecommendationPipeline(Pipeline):
         item_ids = torch.zeros_like(scores, dtype=torch.long)
         for rows in (chooses, ~chooses):
             if rows.any():
-                part = {name: values[rows] for name, values in inputs.items()}
+                part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
                 if rows is not chooses:
                     part["candidate_ids"] = None
                 found_scores, found_ids = self.model.recommend(**part, top_k=top_k)

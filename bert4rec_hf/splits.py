@@ -1,6 +1,7 @@
 """From a prepared folder to the rows that train and the rows that are ranked (`datasets.Dataset`)."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from .configuration_bert4rec import FIRST_ITEM_ID
+from .configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from .losses import IGNORE_INDEX
-from .tokenization_bert4rec import SPECIAL_UNKNOWN_ID, Bert4RecTokenizer
+from .tokenization_bert4rec import Bert4RecTokenizer
 
 HISTORIES_FILE = "histories.parquet"
 PREPARATION_FILE = "preparation.json"
@@ -53,7 +54,7 @@ class Histories:
 
 
 def read_prepared(
-    folder: str | Path, tokenizer: Bert4RecTokenizer | None = None
+    folder: str | os.PathLike, tokenizer: Bert4RecTokenizer | None = None
 ) -> tuple[Histories, Bert4RecTokenizer, dict[str, Any]]:
     """What `prepare` wrote.
 
@@ -86,7 +87,7 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
     items = table["item_id"].combine_chunks()
     vocabulary = pa.array(tokenizer.items, items.type.value_type)
     indices = pc.index_in(items.flatten(), value_set=vocabulary)
-    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), SPECIAL_UNKNOWN_ID).to_numpy(zero_copy_only=False)
+    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), UNK_TOKEN_ID).to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(items).to_numpy(zero_copy_only=False)
     timestamps = None
     if "timestamp" in table.column_names:
@@ -118,7 +119,7 @@ def training_rows(
     Returns:
         user_id (string), input_ids (list<int32>).
     """
-    kept = histories.is_training() & (histories.item_ids != SPECIAL_UNKNOWN_ID)
+    kept = histories.is_training() & (histories.item_ids != UNK_TOKEN_ID)
     offsets = np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
     lengths = np.diff(offsets)
@@ -157,12 +158,12 @@ def ranking_rows(
     input_ids, labels, exclude_ids = [], [], []
     for start, position in zip(histories.offsets[users], positions, strict=True):
         past = histories.item_ids[start : start + position]
-        past = past[past != SPECIAL_UNKNOWN_ID]
+        past = past[past != UNK_TOKEN_ID]
         target = histories.item_ids[start + position]
         row = tokenizer.append_mask(past, max_length)
         input_ids.append(row)
         unlabelled = [IGNORE_INDEX] * (len(row) - 1)
-        labels.append([*unlabelled, IGNORE_INDEX if target == SPECIAL_UNKNOWN_ID else target])
+        labels.append([*unlabelled, IGNORE_INDEX if target == UNK_TOKEN_ID else target])
         exclude_ids.append(np.unique(past) if filter_seen_items else past[:0])
     table = {
         "user_id": histories.user_id.take(pa.array(users)),
@@ -174,5 +175,5 @@ def ranking_rows(
     return Dataset(pa.table(table))
 
 
-def _lists(rows: Sequence[Sequence[int]]) -> pa.Array:
+def _lists(rows: Sequence[Any]) -> pa.Array:
     return pa.array(rows, pa.list_(pa.int32()))

@@ -15,8 +15,11 @@ from tokenizers.models import WordLevel
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, UNK_TOKEN_ID
+
 logger = logging.getLogger(__name__)
 
+# In the order of their ids.
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
 # A raw id that is spelled like a special token gets a backslash more in the vocabulary, and loses it on the way out.
 SPELLED_LIKE_SPECIAL = re.compile(r"\\*\[(PAD|MASK|UNK)\]")
@@ -57,8 +60,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         cls,
         items: Iterable[ItemId],
         *,
-        titles: Mapping[ItemId, str] | None = None,
-        counts: Mapping[ItemId, int] | None = None,
+        titles: Mapping[Any, str] | None = None,
+        counts: Mapping[Any, int] | None = None,
         model_max_length: int | None = None,
     ) -> "Bert4RecTokenizer":
         """A tokenizer for a catalogue.
@@ -81,7 +84,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         if len(vocabulary) < len(raw_ids) + len(SPECIAL_TOKENS):
             twice = next(first for first, second in pairwise(raw_ids) if first == second)
             raise ValueError(f"item {twice!r} occurs twice in the catalogue; raw ids must be unique")
-        options = {} if model_max_length is None else {"model_max_length": model_max_length}
+        options: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
         tokenizer = cls(vocabulary, **options)
         tokenizer._set(titles, counts)
         return tokenizer
@@ -105,11 +108,11 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         """In the order of `items`; None where an item has none."""
         return self._titles
 
-    def set_counts(self, counts: Mapping[ItemId, int]) -> None:
+    def set_counts(self, counts: Mapping[Any, int]) -> None:
         """Replace the training counts; an item that is not named occurs 0 times."""
         self._set(None, counts)
 
-    def add_items(self, items: Iterable[ItemId], titles: Mapping[ItemId, str] | None = None) -> int:
+    def add_items(self, items: Iterable[ItemId], titles: Mapping[Any, str] | None = None) -> int:
         """Append the items that are new, sorted by raw id; nothing is renumbered.
 
         Returns:
@@ -131,7 +134,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
 
     def item_ids_to_token_ids(self, items: Iterable[ItemId]) -> list[int]:
         """Token ids of raw ids; 2, that of [UNK], for an item that the catalogue lacks."""
-        known, unknown = self._token_ids, SPECIAL_UNKNOWN_ID
+        known, unknown = self._token_ids, UNK_TOKEN_ID
         return [known.get(item if type(item) is str else _raw_id(item), unknown) for item in items]
 
     def token_ids_to_item_ids(self, token_ids: Iterable[int]) -> list[str]:
@@ -140,7 +143,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: If a token id is no item's.
         """
-        raw_ids, first = self._raw_ids, len(SPECIAL_TOKENS)
+        raw_ids, first = self._raw_ids, FIRST_ITEM_ID
         items = []
         for token_id in token_ids:
             if not first <= token_id < first + len(raw_ids):
@@ -153,7 +156,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     def title(self, item: ItemId) -> str | None:
         """The title of a raw id, None if it has none."""
         token_id = self._token_ids.get(_raw_id(item))
-        return None if self._titles is None or token_id is None else self._titles[token_id - len(SPECIAL_TOKENS)]
+        return None if self._titles is None or token_id is None else self._titles[token_id - FIRST_ITEM_ID]
 
     def append_mask(self, token_ids: Sequence[int], max_length: int | None = None) -> list[int]:
         """The newest items with one [MASK] behind them: what serving, evaluation and training predict from.
@@ -166,11 +169,11 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
         newest = token_ids[max(len(token_ids) - max_length + 1, 0) :]
-        return [*newest, self.mask_token_id]
+        return [*newest, MASK_TOKEN_ID]
 
     def _encode_plus(
         self,
-        text: Sequence[ItemId] | Sequence[Sequence[ItemId]],
+        text: Any,
         text_pair: None = None,
         add_special_tokens: bool = True,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
@@ -195,7 +198,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
             limit = max_length or self.model_max_length
             rows = [row[max(len(row) - limit, 0) :] for row in rows]
-        encoding = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+        encoding: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         if return_attention_mask is False:
             del encoding["attention_mask"]
         if not is_batch and return_tensors is None:
@@ -212,7 +215,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
 
     def without_unknown(self, histories: Sequence[Sequence[int]]) -> list[list[int]]:
         """Histories of token ids without [UNK]; one warning names how many were left out."""
-        known = [[token_id for token_id in row if token_id != SPECIAL_UNKNOWN_ID] for row in histories]
+        known = [[token_id for token_id in row if token_id != UNK_TOKEN_ID] for row in histories]
         num_unknown = sum(map(len, histories)) - sum(map(len, known))
         if num_unknown:
             logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)
@@ -237,12 +240,12 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         return (*file_names, str(path))
 
     def _read_vocabulary(self) -> None:
-        first = len(SPECIAL_TOKENS)
+        first = FIRST_ITEM_ID
         vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         self._raw_ids = [_from_token(token) for token, _ in vocabulary[first:]]
         self._token_ids = {raw_id: token_id for token_id, raw_id in enumerate(self._raw_ids, start=first)}
 
-    def _set(self, titles: Mapping[ItemId, str] | None, counts: Mapping[ItemId, int] | None) -> None:
+    def _set(self, titles: Mapping[Any, str] | None, counts: Mapping[Any, int] | None) -> None:
         if counts is not None:
             known = {_raw_id(item): int(count) for item, count in counts.items()}
             self._counts = [known.get(raw_id, 0) for raw_id in self._raw_ids]
@@ -250,9 +253,6 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             named = {_raw_id(item): title for item, title in titles.items()}
             old = self._titles or [None] * self.num_items
             self._titles = [named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)]
-
-
-SPECIAL_UNKNOWN_ID = list(SPECIAL_TOKENS).index("unk_token")
 
 
 def _backend(vocabulary: Mapping[str, int]) -> Tokenizer:

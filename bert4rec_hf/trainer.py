@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from torch.utils.data import SequentialSampler
+from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
@@ -70,6 +71,21 @@ class Bert4RecTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
+class BriefProgress(ProgressCallback):
+    """A progress bar, and one line an evaluation instead of fifteen metrics."""
+
+    loss = math.nan
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        self.loss = logs.get("loss", self.loss)
+        if state.is_world_process_zero and self.training_bar is not None and "eval_NDCG@10" in logs:
+            self.training_bar.write(
+                f"epoch {logs['epoch']:6.2f}   training loss {self.loss:.3f}   validation loss "
+                f"{logs['eval_loss']:.3f}   HR@10 {logs['eval_HR@10']:.4f}   NDCG@10 {logs['eval_NDCG@10']:.4f}"
+            )
+
+
 class Bert4RecTrainer(Trainer):
     """The Transformers Trainer, evaluating with `search`, the function that serves.
 
@@ -85,7 +101,7 @@ class Bert4RecTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel,
         args: TrainingArguments | None = None,
         *,
         protocol: Protocol | None = None,
@@ -145,7 +161,7 @@ class Bert4RecTrainer(Trainer):
             }
         return metrics
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         # Grouping by length would also reorder evaluation, and ranks would be another user's.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
@@ -261,6 +277,9 @@ def train_prepared(
         protocol=protocol,
         preparation=preparation,
     )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(BriefProgress)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     if len(validation):
@@ -276,12 +295,11 @@ def evaluate_prepared(
     *,
     per_device_eval_batch_size: int = 256,
     use_cpu: bool = False,
-) -> tuple[dict[str, Any], bool]:
+) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the floors.
 
     Returns:
-        The record {protocol, metrics, floors}, which is written into the model's folder as well if it is a local
-        one, and whether this is the main process.
+        The record {protocol, metrics, floors}, which is written into the model's folder as well if it is a local one.
     """
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
@@ -294,19 +312,24 @@ def evaluate_prepared(
         trainer = Bert4RecTrainer(
             loaded,
             Bert4RecTrainingArguments(
-                nowhere, per_device_eval_batch_size=per_device_eval_batch_size, use_cpu=use_cpu, **NO_TRAINING
+                nowhere,
+                per_device_eval_batch_size=per_device_eval_batch_size,
+                use_cpu=use_cpu,
+                eval_strategy="no",
+                save_strategy="no",
+                load_best_model_at_end=False,
             ),
             processing_class=tokenizer,
             protocol=Protocol.of(histories, preparation, part, tokenizer.num_items, policy),
         )
         trainer.evaluate(rows)
-    record = trainer.evaluation | {
+    record = (trainer.evaluation or {}) | {
         "floors": {name: ranking_metrics(ranks) for name, ranks in floors(rows, histories, tokenizer.num_items).items()}
     }
     if trainer.is_world_process_zero() and os.path.isdir(model):
         add_evaluation(model, record)
         write_model_card(model)
-    return record, trainer.is_world_process_zero()
+    return record
 
 
 def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
@@ -334,7 +357,3 @@ def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) 
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     hint = ", or go on with --resume_from_checkpoint last" if checkpoints else ""
     raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")
-
-
-# Evaluation alone writes nothing and follows no schedule.
-NO_TRAINING = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}

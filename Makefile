@@ -1,0 +1,51 @@
+# One command each, on a fresh machine with Python 3.11 or newer: make quickstart, make test.
+#
+# Where PyPI's torch would bring CUDA packages that you do not want:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA := quickstart/data
+MODEL := quickstart/model
+# Star Wars, The Empire Strikes Back, Return of the Jedi
+HISTORY := 50 172 181
+
+.PHONY: quickstart test lint notebooks clean
+
+quickstart: $(MODEL)/model.safetensors
+	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
+	$(BIN)/bert4rec recommend $(MODEL) $(HISTORY)
+
+$(DATA)/preparation.json: | $(VENV)/installed
+	$(BIN)/bert4rec prepare ml-100k --output $(DATA)
+
+# A run that was interrupted goes on from its last checkpoint.
+$(MODEL)/model.safetensors: | $(DATA)/preparation.json
+	$(BIN)/bert4rec train --config recipes/ml-100k.yaml --data $(DATA) --output_dir $(MODEL) \
+		$(if $(wildcard $(MODEL)/checkpoint-*),--resume_from_checkpoint last)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Executed in a copy, so that a check changes no file; with UPDATE=1 the outputs are stored.
+notebooks: $(VENV)/installed-dev
+	$(BIN)/jupyter nbconvert --to notebook --execute $(if $(UPDATE),--inplace,--output-dir $(VENV)/notebooks) \
+		--ExecutePreprocessor.timeout=900 notebooks/*.ipynb
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) quickstart
