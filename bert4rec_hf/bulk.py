@@ -70,6 +70,7 @@ def recommend_file(
                 users.append(user)
                 yield items or []
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.new")
     num_histories = source.metadata.num_rows
     try:

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -45,18 +44,21 @@ class _Parser(HfArgumentParser):
     def with_recipe(self, arguments: Sequence[str]) -> list[str]:
         """The arguments behind those of the recipe that `--config` names, so that they override it."""
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.error = self.error  # type: ignore[method-assign]
         finder.add_argument("--config")
         found, rest = finder.parse_known_args(arguments)
         if found.config is None:
             return rest
         try:
             recipe = yaml.safe_load(Path(found.config).read_text("utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"cannot read the recipe {found.config}: {_one_line(error)}")
         if not isinstance(recipe, dict):
             self.error(f"the recipe {found.config} must be a mapping of options to values; got {recipe!r}")
         words = []
         for key, value in recipe.items():
+            if key in ("config", "help"):
+                self.error(f"{key} in {found.config} is for the command line alone; remove it")
             if f"--{key}" not in self._option_string_actions:
                 self.error(f"unknown key {key!r} in {found.config}{self._nearest(str(key))}")
             if value is None:
@@ -269,10 +271,18 @@ def recommend(arguments: Sequence[str]) -> None:
     import transformers
 
     from .bulk import recommend_file
+    from .trainer import load_model
 
+    model = load_model(rest.model)
+    if options.device is not None:
+        try:
+            model.to(options.device)
+        except (AssertionError, RuntimeError) as error:
+            parser.error(f"cannot use the device {options.device!r}: {_one_line(error)}")
     pipe = transformers.pipeline(
         "sequential-recommendation",
-        model=rest.model,
+        model=model,
+        tokenizer=rest.model,
         device=options.device,
         top_k=options.top_k,
         filter_seen_items=options.filter_seen_items,
@@ -304,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         if arguments and arguments[0] not in ("-h", "--help", "--version"):
             nearest = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
             print(
                 f"bert4rec: unknown command {arguments[0]!r}{hint} Expected one of {', '.join(COMMANDS)}",
                 file=sys.stderr,
@@ -340,11 +350,6 @@ def format_evaluation(record: dict[str, Any]) -> str:
 def _overview() -> str:
     lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "BERT4Rec: from a raw interaction log to recommendations.\n\n" + "\n".join(lines)
-
-
-def _check_model(model: str) -> None:
-    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "config.json")):
-        raise ValueError(f"{model} is not a model folder (it has no config.json): make one with bert4rec train")
 
 
 def _one_line(error: BaseException) -> str:

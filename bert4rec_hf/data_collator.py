@@ -101,8 +101,7 @@ class DataCollatorForMaskedItemPrediction:
         self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))
         if "exclude_ids" in features[0]:
             excluded = [np.asarray(feature["exclude_ids"], dtype=np.int64) for feature in features]
-            # At least one column, since the Trainer cannot gather arrays without any.
-            batch["exclude_ids"] = _pad([*excluded, np.zeros(1, np.int64)], 0)[:-1]
+            batch["exclude_ids"] = _pad(excluded, 0)
             self._check_ids(batch["exclude_ids"])
         return self._batch(**batch)
 
@@ -119,8 +118,8 @@ class DataCollatorForMaskedItemPrediction:
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
-    """(rows, longest row), filled up on the right."""
-    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    """(rows, longest row), filled up on the right; at least one column, without which no model or Trainer can do."""
+    padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
     for filled, row in zip(padded, rows, strict=True):
         filled[: len(row)] = row
     return padded

@@ -598,7 +598,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             forbidden = item_ids < FIRST_ITEM_ID
             if exclude_ids is not None and exclude_ids.shape[1]:
                 exclude_ids = exclude_ids.sort(dim=1).values
-                nearest = torch.searchsorted(exclude_ids, item_ids).clamp(max=exclude_ids.shape[1] - 1)
+                nearest = torch.searchsorted(exclude_ids, item_ids.contiguous()).clamp(max=exclude_ids.shape[1] - 1)
                 forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
             yield _finite(scores).masked_fill(forbidden, -torch.inf), item_ids
             return
@@ -609,7 +609,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             scores = self(prediction_states=states, item_ids=None if everything else chunk_ids).logits
             scores = _finite(scores.squeeze(1))
             if start < FIRST_ITEM_ID:
-                scores[:, :FIRST_ITEM_ID] = -torch.inf
+                scores[:, : FIRST_ITEM_ID - start] = -torch.inf
             if exclude_ids is not None:
                 columns = exclude_ids - start
                 inside = (columns >= 0) & (columns < end - start)

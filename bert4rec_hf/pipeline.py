@@ -70,7 +70,11 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude: Iterable[str | int] | None = None,
         candidates: Iterable[str | int] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {"filter_seen_items": filter_seen_items, "exclude": exclude, "candidates": candidates}
+        preprocess = {
+            "filter_seen_items": filter_seen_items,
+            "exclude": None if exclude is None else _item_list("exclude", exclude),
+            "candidates": None if candidates is None else _item_list("candidates", candidates),
+        }
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
         return (
@@ -97,18 +101,19 @@ class SequentialRecommendationPipeline(Pipeline):
             inputs = inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
-        token_ids = self.tokenizer.item_ids_to_token_ids(inputs)
+        token_ids = self.tokenizer.item_ids_to_token_ids(_item_list("a history", inputs))
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
         excluded = set(history) if filter_seen_items else set()
         if exclude is not None:
             # An item that the catalogue lacks is never recommended anyway.
-            excluded.update(self.tokenizer.item_ids_to_token_ids(exclude))
+            excluded.update(self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude)))
         input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
         return {
             "input_ids": torch.tensor([input_ids]),
             "attention_mask": torch.ones(1, len(input_ids), dtype=torch.long),
-            "exclude_ids": torch.tensor([sorted(excluded)], dtype=torch.long),
-            "candidate_ids": torch.tensor([self._candidate_ids(candidates)], dtype=torch.long),
+            # At least one column, since Transformers cannot pad rows without any on the left.
+            "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
+            "candidate_ids": torch.tensor([self._candidate_ids(candidates) or [0]]),
             "num_unknown": torch.tensor([len(token_ids) - len(history)]),
         }
 
@@ -116,7 +121,7 @@ class SequentialRecommendationPipeline(Pipeline):
         """Token ids; none for the whole catalogue."""
         if candidates is None:
             return []
-        candidates = list(dict.fromkeys(candidates))
+        candidates = _item_list("candidates", candidates)
         token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
         unknown = [item for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if unknown:
@@ -126,7 +131,7 @@ class SequentialRecommendationPipeline(Pipeline):
             )
         if not candidates:
             raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
-        return token_ids
+        return list(dict.fromkeys(token_ids))
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], top_k: int = 10) -> dict[str, torch.Tensor]:
         inputs = dict(model_inputs)
@@ -178,7 +183,18 @@ def _is_one_history(inputs: Any) -> bool:
         raise ValueError(f"expected a list of item ids; got the string {inputs!r}: did you mean [{inputs!r}]?")
     if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
         return False
-    return len(inputs) == 0 or not (isinstance(inputs[0], Iterable | Mapping) and not isinstance(inputs[0], str))
+    if len(inputs) == 0:
+        # An empty list or array is a history; an empty dataset has none.
+        return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
+    first = inputs[0]
+    return isinstance(first, str) or not isinstance(first, Iterable) or getattr(first, "ndim", 1) == 0
+
+
+def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
+    """A list, since a generator would be used up by the first history."""
+    if isinstance(items, str):
+        raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
+    return list(items)
 
 
 def _warn(num_unknown: int) -> None:

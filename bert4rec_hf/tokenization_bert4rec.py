@@ -190,7 +190,10 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
                 "expected a history, a list of item ids, or a list of histories; got "
                 f"{text if text_pair is None else text_pair!r}"
             )
-        is_batch = len(text) > 0 and isinstance(text[0], Iterable) and not isinstance(text[0], str)
+        is_batch = len(text) > 0 and _is_history(text[0])
+        for history in text if is_batch else ():
+            if not _is_history(history):
+                raise TypeError(f"expected a list of histories, lists of item ids; got {history!r} among them")
         histories = [self.item_ids_to_token_ids(history) for history in (text if is_batch else [text])]
         rows = self.without_unknown(histories)
         if add_special_tokens:
@@ -266,6 +269,11 @@ def _raw_id(item: Any) -> str:
     if hasattr(item, "__index__") and not isinstance(item, bool):
         return str(item.__index__())
     raise TypeError(f"an item id is a string or an integer; got {item!r} of type {type(item).__name__}")
+
+
+def _is_history(value: Any) -> bool:
+    # A string can be iterated over as well, but is one id.
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
 
 
 def _to_token(raw_id: str) -> str:

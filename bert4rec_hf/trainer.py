@@ -1,7 +1,6 @@
 """`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
 
 import json
-import logging
 import math
 import os
 import tempfile
@@ -24,7 +23,6 @@ from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .splits import PREPARATION_FILE, ranking_rows, read_prepared, training_rows
 from .tokenization_bert4rec import Bert4RecTokenizer
 
-logger = logging.getLogger(__name__)
 
 # Of one machine or one run, no part of a recipe.
 NO_RECIPE = {
@@ -258,12 +256,6 @@ def train_prepared(
         filter_seen_items=config.filter_seen_items,
         max_length=config.max_position_embeddings,
     )
-    protocol = None
-    if len(validation):
-        protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
-    elif args.eval_strategy != "no":
-        logger.warning("no user has a validation target: training ends with the last weights, not the best")
-        args.eval_strategy, args.load_best_model_at_end = "no", False
     trainer = Bert4RecTrainer(
         model,
         args,
@@ -272,9 +264,9 @@ def train_prepared(
             max_length=config.max_position_embeddings,
             windows_in_proportion=args.train_windows == "proportional",
         ),
-        eval_dataset=validation if len(validation) else None,
+        eval_dataset=validation,
         processing_class=tokenizer,
-        protocol=protocol,
+        protocol=Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items),
         preparation=preparation,
     )
     if not args.disable_tqdm:
@@ -282,8 +274,7 @@ def train_prepared(
         trainer.add_callback(BriefProgress)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    if len(validation):
-        trainer.evaluate()
+    trainer.evaluate()
     trainer.save_model()
     return trainer
 

@@ -218,14 +218,14 @@ def test_recommend_and_rank_agree_with_sorting_the_full_matrix(model, candidate_
 def test_scores_of_recommend_are_the_logits_at_the_mask(model):
     ids, mask = pad(HISTORIES)
     scores, items = model.recommend(ids, mask, top_k=5)
-    assert torch.equal(scores, mask_scores(model, ids, mask).gather(1, items))
+    torch.testing.assert_close(scores, mask_scores(model, ids, mask).gather(1, items))
 
 
 def test_the_last_mask_is_the_one_that_is_read(model):
     several = torch.tensor([[5, MASK, 9, MASK]])
     with torch.no_grad():
         logits = model(input_ids=several).logits
-    assert torch.equal(model.recommend(several, top_k=5)[0][0], logits[0, 3].topk(5).values)
+    torch.testing.assert_close(model.recommend(several, top_k=5)[0][0], logits[0, 3].topk(5).values)
     assert not torch.allclose(logits[0, 1], logits[0, 3], atol=0.01)
 
 
@@ -421,7 +421,7 @@ def test_a_batch_of_empty_histories_has_loss_0(model):
     model.train()
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
     batch = DataCollatorForMaskedItemPrediction(tokenizer)([{"input_ids": []}, {"input_ids": []}])
-    assert batch["input_ids"].shape == (2, 0)
+    assert batch["input_ids"].tolist() == [[PAD], [PAD]]
     loss = model(**batch).loss
     assert loss == 0
     loss.backward()
@@ -513,7 +513,7 @@ def test_a_saved_folder_gives_the_same_scores_in_a_new_process(tmp_path):
     assert not torch.equal(answers[0]["scores"], answers[1]["scores"])
 
 
-class HostWaitsForDevice(RuntimeError):
+class HostWaitsForDeviceError(RuntimeError):
     pass
 
 
@@ -528,7 +528,7 @@ class NoSynchronization(TorchDispatchMode):
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
         if name in self.waiting or by_mask:
-            raise HostWaitsForDevice(str(func))
+            raise HostWaitsForDeviceError(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -544,7 +544,7 @@ def test_a_training_step_never_waits_for_the_device(model, rows):
     assert loss > 0
     # Labels alone are found by a boolean index: the guard above does notice such things.
     del batch["label_positions"]
-    with NoSynchronization(), pytest.raises(HostWaitsForDevice):
+    with NoSynchronization(), pytest.raises(HostWaitsForDeviceError):
         model(**batch)
 
 
@@ -649,6 +649,8 @@ def test_a_grown_catalogue_keeps_the_old_scores_and_the_tied_table(model):
     assert model.recommend(torch.tensor([[VOCAB + 3, MASK]]), top_k=VOCAB + 4)[0][0, VOCAB].isfinite()
 
 
+# The old name, which the oldest supported transformers knows.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradients():
     # With dropout, whose random numbers must be the same in the second forward.
     for options in ARCHITECTURES.values():

@@ -1,0 +1,233 @@
+"""Masking for training and padding for ranking, with the random numbers of torch."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from bert4rec_hf import Bert4RecTokenizer, DataCollatorForMaskedItemPrediction
+
+PAD, MASK, UNK, FIRST = 0, 1, 2, 3
+IGNORED = -100
+ROWS = [{"input_ids": list(range(3, 3 + length))} for length in (1, 2, 5, 9, 14)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_collator(**options) -> DataCollatorForMaskedItemPrediction:
+    tokenizer = Bert4RecTokenizer.from_items((f"{number:03}" for number in range(100)), model_max_length=20)
+    return DataCollatorForMaskedItemPrediction(tokenizer, **options)
+
+
+def test_the_share_of_masked_items_is_near_the_mask_ratio():
+    for mask_ratio in (0.2, 0.6):
+        labels = make_collator(mask_ratio=mask_ratio)([{"input_ids": [7] * 20}] * 2000)["labels"]
+        # 40000 items: a standard error of at most .0025.
+        assert abs((labels != IGNORED).float().mean() - mask_ratio) < 0.013
+
+
+def test_every_position_is_masked_equally_often():
+    labels = make_collator(mask_ratio=0.2)([{"input_ids": [7] * 20}] * 4000)["labels"]
+    # 4000 rows: a standard error of .0063 for each position.
+    assert ((labels != IGNORED).float().mean(dim=0) - 0.2).abs().max() < 0.035
+
+
+def test_every_row_that_has_items_has_a_label():
+    rows = [{"input_ids": [3] * (1 + number % 9)} for number in range(300)]
+    labels = make_collator(mask_ratio=0.01)(rows)["labels"]
+    assert ((labels != IGNORED).sum(dim=1) >= 1).all()
+
+
+def test_the_mask_of_a_row_that_chance_left_without_one_stands_anywhere():
+    batch = make_collator(mask_ratio=1e-9)([{"input_ids": [7, 7, 7, 7]}] * 400)
+    assert batch["label_positions"].shape == (400, 1)
+    assert (torch.bincount(batch["label_positions"].flatten(), minlength=4) > 60).all()
+
+
+def test_padding_and_special_tokens_are_never_masked():
+    rows = [{"input_ids": [UNK, 5, MASK, 6]}, {"input_ids": [PAD, 7]}, {"input_ids": [UNK, MASK]}] * 50
+    batch = make_collator(mask_ratio=0.99)(rows)
+    labelled = batch["labels"] != IGNORED
+    assert labelled.any(dim=0).tolist() == [False, True, False, True]
+    assert (batch["labels"][labelled] >= FIRST).all()
+    assert batch["input_ids"][0::3, 0].unique().tolist() == [UNK]
+    assert batch["input_ids"][1::3, 0].unique().tolist() == [PAD]
+    assert batch["attention_mask"][1].tolist() == [0, 1, 0, 0]
+    # No item, no label.
+    assert not labelled[2::3].any()
+
+
+def test_masked_inputs_are_always_mask_and_labels_the_original():
+    batch = make_collator(mask_ratio=0.5)(ROWS)
+    labelled = batch["labels"] != IGNORED
+    assert (batch["input_ids"][labelled] == MASK).all()
+    restored = torch.where(labelled, batch["labels"], batch["input_ids"])
+    for row, feature in zip(restored.tolist(), ROWS, strict=True):
+        history = feature["input_ids"]
+        assert row == history + [PAD] * (14 - len(history))
+    assert not (batch["input_ids"][~labelled] == MASK).any()
+    assert batch["attention_mask"].sum(dim=1).tolist() == [1, 2, 5, 9, 14]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "label_positions"}
+    assert {values.dtype for values in batch.values()} == {torch.long}
+
+
+def test_label_positions_say_where_the_labels_are():
+    batch = make_collator(mask_ratio=0.5)(ROWS)
+    counts = (batch["labels"] != IGNORED).sum(dim=1)
+    assert batch["label_positions"].shape == (5, counts.max())
+    for labels, positions, count in zip(batch["labels"], batch["label_positions"], counts, strict=True):
+        assert positions[:count].tolist() == (labels != IGNORED).nonzero().flatten().tolist()
+        assert (positions[count:] == -1).all()
+
+
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor, lambda ids: np.array(ids, dtype=np.int32)])
+def test_histories_may_be_lists_arrays_or_tensors(convert):
+    expected = make_collator()(ROWS)
+    torch.manual_seed(0)
+    batch = make_collator()([{"input_ids": convert(row["input_ids"])} for row in ROWS])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_histories_are_left_as_they_were():
+    rows = [{"input_ids": np.array([5, 6, 7])}, {"input_ids": torch.tensor([8, 9, 10])}]
+    make_collator(mask_ratio=0.99)(rows)
+    assert [row["input_ids"].tolist() for row in rows] == [[5, 6, 7], [8, 9, 10]]
+
+
+def test_last_item_ratio_1_masks_the_last_item_alone():
+    batch = make_collator(mask_ratio=0.9, last_item_ratio=1)(ROWS)
+    assert batch["label_positions"].tolist() == [[0], [1], [4], [8], [13]]
+    assert (batch["labels"] != IGNORED).sum(dim=1).tolist() == [1] * 5
+
+
+def test_last_item_ratio_is_a_share_of_the_rows():
+    batch = make_collator(mask_ratio=0.9, last_item_ratio=0.25)([{"input_ids": [7] * 20}] * 1000)
+    only_last = (batch["labels"] != IGNORED).sum(dim=1) == 1
+    # A standard error of .014.
+    assert abs(only_last.float().mean() - 0.25) < 0.07
+    assert (batch["label_positions"][only_last, 0] == 19).all()
+
+
+def originals(batch: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The windows before masking."""
+    return torch.where(batch["labels"] != IGNORED, batch["labels"], batch["input_ids"]).tolist()
+
+
+def test_random_windows_of_a_long_history_vary_and_are_contiguous():
+    windows = originals(make_collator(max_length=4)([{"input_ids": range(3, 13)}] * 300))
+    starts = {window[0] for window in windows}
+    assert starts == set(range(3, 10))
+    assert all(window == list(range(window[0], window[0] + 4)) for window in windows)
+
+
+def test_without_random_windows_the_newest_items_are_taken():
+    windows = originals(make_collator(max_length=4, random_windows=False)([{"input_ids": range(3, 13)}] * 30))
+    assert windows == [[9, 10, 11, 12]] * 30
+
+
+def test_the_longest_row_is_that_of_the_tokenizer_unless_said_otherwise():
+    rows = [{"input_ids": [7] * 30}]
+    assert make_collator()(rows)["input_ids"].shape == (1, 20)
+    assert make_collator(max_length=25)(rows)["input_ids"].shape == (1, 25)
+
+
+def test_equal_seeds_give_equal_batches_and_the_next_call_another():
+    collator = make_collator(max_length=6)
+    first, second = collator(ROWS), collator(ROWS)
+    torch.manual_seed(0)
+    again = collator(ROWS)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["input_ids"], second["input_ids"])
+
+
+def test_masks_differ_between_workers_and_epochs_and_repeat_under_the_same_seed():
+    # Every batch holds the same history, so that batches differ by their masks alone.
+    rows = [{"input_ids": list(range(3, 21))}] * 8
+
+    def two_epochs() -> list[list[torch.Tensor]]:
+        torch.manual_seed(5)
+        loader = DataLoader(rows, batch_size=2, num_workers=2, collate_fn=make_collator(mask_ratio=0.5))
+        return [[batch["input_ids"] for batch in loader] for _ in range(2)]
+
+    first, second = two_epochs()
+    # Batches 0 and 2 come from one worker, 1 and 3 from the other.
+    assert len({str(batch.tolist()) for batch in first + second}) == 8
+    for epoch, again in zip((first, second), two_epochs(), strict=True):
+        assert all(torch.equal(batch, repeated) for batch, repeated in zip(epoch, again, strict=True))
+
+
+def test_an_empty_row_is_legal_and_has_no_label():
+    batch = make_collator(mask_ratio=0.9)([{"input_ids": []}, {"input_ids": [5, 6]}])
+    assert batch["input_ids"][0].tolist() == [PAD, PAD]
+    assert batch["attention_mask"][0].tolist() == [0, 0]
+    assert batch["labels"][0].tolist() == [IGNORED, IGNORED]
+    assert (batch["label_positions"][0] == -1).all()
+    assert (batch["labels"][1] != IGNORED).any()
+
+
+def test_a_batch_of_empty_rows_is_one_column_of_padding():
+    batch = make_collator()([{"input_ids": []}, {"input_ids": np.array([], dtype=np.int64)}])
+    assert batch["input_ids"].tolist() == batch["attention_mask"].tolist() == [[PAD], [PAD]]
+    assert batch["labels"].tolist() == [[IGNORED], [IGNORED]]
+    assert batch["label_positions"].tolist() == [[-1], [-1]]
+
+
+EVALUATION_ROWS = [
+    {"input_ids": [5, 6, MASK], "labels": [IGNORED, IGNORED, 9], "exclude_ids": [5, 6, 7]},
+    {"input_ids": [MASK], "labels": [12], "exclude_ids": []},
+    {"input_ids": [8, MASK], "labels": [IGNORED, IGNORED], "exclude_ids": [8]},
+]
+
+
+def test_rows_with_labels_are_padded_and_not_masked():
+    batch = make_collator(mask_ratio=0.99)(EVALUATION_ROWS)
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        "input_ids": [[5, 6, MASK], [MASK, PAD, PAD], [8, MASK, PAD]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0], [1, 1, 0]],
+        "labels": [[IGNORED, IGNORED, 9], [12, IGNORED, IGNORED], [IGNORED] * 3],
+        # Also of the row whose target the catalogue lacks.
+        "label_positions": [[2], [0], [1]],
+        "exclude_ids": [[5, 6, 7], [0, 0, 0], [8, 0, 0]],
+    }
+
+
+def test_rows_with_labels_need_no_random_numbers():
+    before = torch.get_rng_state()
+    make_collator()(EVALUATION_ROWS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_exclude_ids_have_at_least_one_column_where_rows_have_them():
+    rows = [{"input_ids": [MASK], "labels": [12], "exclude_ids": []}] * 2
+    assert make_collator()(rows)["exclude_ids"].tolist() == [[0], [0]]
+    assert "exclude_ids" not in make_collator()([{"input_ids": [MASK], "labels": [12]}])
+
+
+@pytest.mark.parametrize("mask_ratio", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_mask_ratio_out_of_range_is_an_error(mask_ratio):
+    with pytest.raises(ValueError, match=f"mask_ratio must lie between 0 and 1, both excluded; got {mask_ratio}"):
+        make_collator(mask_ratio=mask_ratio)
+
+
+@pytest.mark.parametrize("last_item_ratio", [-0.1, 1.1])
+def test_a_last_item_ratio_out_of_range_is_an_error(last_item_ratio):
+    with pytest.raises(ValueError, match=f"last_item_ratio must lie between 0 and 1; got {last_item_ratio}"):
+        make_collator(last_item_ratio=last_item_ratio)
+
+
+@pytest.mark.parametrize("wrong", [103, -1])
+def test_ids_beyond_the_vocabulary_are_errors(wrong):
+    collator = make_collator()
+    message = rf"between 0 and 102, the tokenizer's last; got .*{wrong}"
+    assert collator([{"input_ids": [102]}])["labels"].tolist() == [[102]]
+    with pytest.raises(ValueError, match=message):
+        collator([{"input_ids": [5, wrong]}])
+    with pytest.raises(ValueError, match=message):
+        collator([{"input_ids": [wrong, MASK], "labels": [IGNORED, 5]}])
+    with pytest.raises(ValueError, match=message):
+        collator([{"input_ids": [5, MASK], "labels": [IGNORED, wrong]}])
+    with pytest.raises(ValueError, match=message):
+        collator([{"input_ids": [5, MASK], "labels": [IGNORED, 5], "exclude_ids": [wrong]}])

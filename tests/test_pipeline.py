@@ -1,0 +1,336 @@
+"""The pipeline, loaded from a folder as a user loads it."""
+
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import pipeline
+
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
+
+# Ids that a careless program would read as numbers, split, strip or take for a special token.
+ODD = ["007", "a b", "[MASK]", "ünï"]
+ITEMS = [*ODD, *map(str, range(100, 126))]
+TITLES = {"007": "Goldfinger", "a b": "Two words", "100": "Hundred"}
+LENGTH = 8
+
+
+def save_model(folder, titles=TITLES, **options):
+    torch.manual_seed(0)
+    tokenizer = Bert4RecTokenizer.from_items(ITEMS, titles=titles, model_max_length=LENGTH)
+    # Large weights, so that the history matters; a bias, so that a forgotten one would show.
+    config = Bert4RecConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.5,
+        **options,
+    )
+    model = Bert4RecForMaskedItemPrediction(config)
+    torch.nn.init.normal_(model.decoder.bias)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(folder, **options):
+    return pipeline("sequential-recommendation", model=folder, **({"device": "cpu"} | options))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), filter_seen_items=True)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def histories():
+    random = np.random.default_rng(1)
+    return [[], *(random.choice(ITEMS, size=random.integers(1, 15)).tolist() for _ in range(9))]
+
+
+def ids(answer):
+    return [entry["item_id"] for entry in answer]
+
+
+def assert_equal_answers(answers, expected):
+    assert len(answers) == len(expected)
+    for answer, other in zip(answers, expected, strict=True):
+        assert ids(answer) == ids(other)
+        assert [entry["score"] for entry in answer] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
+
+
+def test_a_flat_list_is_one_history_and_gives_items_titles_and_descending_scores(pipe):
+    answer = pipe(["100", "101", "007"], top_k=20)
+    assert len(answer) == 20
+    assert all(set(entry) == {"item_id", "title", "score"} for entry in answer)
+    scores = [entry["score"] for entry in answer]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(ids(answer))) == 20
+    assert all(entry["title"] == TITLES.get(entry["item_id"]) for entry in answer)
+    assert any(entry["title"] for entry in answer)
+
+
+def test_ten_items_come_back_unless_told_otherwise(pipe):
+    assert len(pipe(["100"])) == 10
+
+
+def test_without_titles_there_is_no_title_key(tmp_path):
+    assert set(load(save_model(tmp_path, titles=None))(["100"])[0]) == {"item_id", "score"}
+
+
+def test_the_score_is_the_models_logit_at_the_mask(pipe):
+    history = ["007", "[MASK]", "110"]
+    row = pipe.tokenizer.append_mask(pipe.tokenizer.item_ids_to_token_ids(history))
+    with torch.no_grad():
+        logits = pipe.model(torch.tensor([row])).logits[0, -1]
+    for entry in pipe(history, top_k=30):
+        token_id = pipe.tokenizer.item_ids_to_token_ids([entry["item_id"]])[0]
+        assert entry["score"] == pytest.approx(logits[token_id].item(), abs=1e-5)
+
+
+def test_all_odd_ids_come_back_as_they_were(pipe):
+    assert sorted(ids(pipe([], top_k=len(ITEMS)))) == sorted(ITEMS)
+    assert sorted(ids(pipe(["100"], candidates=ODD))) == sorted(ODD)
+
+
+def test_a_list_of_lists_gives_a_list_with_the_answer_of_each(pipe, histories):
+    answers = pipe(histories)
+    assert isinstance(answers, list)
+    assert_equal_answers(answers, [pipe(history) for history in histories])
+
+
+def test_generators_and_datasets_give_a_stream_with_the_same_answers(pipe, histories):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(histories)
+
+        def __getitem__(self, index):
+            if index >= len(histories):
+                raise IndexError(index)
+            return histories[index]
+
+    expected = pipe(histories)
+    columns = {"user_id": list(map(str, range(len(histories)))), "item_id": histories}
+    for stream in (iter(histories), Rows(), datasets.Dataset.from_dict(columns)):
+        answers = pipe(stream)
+        assert not isinstance(answers, list)
+        assert_equal_answers([next(answers)], expected[:1])
+        assert_equal_answers(list(answers), expected[1:])
+
+
+def test_a_generator_is_not_read_to_its_end_before_the_first_answer(pipe):
+    def forever():
+        while True:
+            yield ["100"]
+
+    assert len(next(pipe(forever(), batch_size=4))) == 10
+
+
+def test_a_stream_of_nothing_gives_nothing(pipe):
+    empty = datasets.Dataset.from_dict({"item_id": []})
+    assert list(pipe(iter([]))) == []
+    assert list(pipe(empty)) == []
+
+
+def test_arrays_tuples_and_integers_are_histories_too(pipe):
+    expected = pipe(["100", "101", "102"])
+    for history in (
+        [100, 101, 102],
+        ("100", "101", "102"),
+        np.array([100, 101, 102]),
+        np.array(["100", "101", "102"]),
+        torch.tensor([100, 101, 102]),
+    ):
+        assert pipe(history) == expected
+    assert_equal_answers(list(pipe(np.array([[100, 101, 102]] * 2))), [expected] * 2)
+
+
+def test_a_mapping_brings_its_own_exclusions_and_candidates(pipe):
+    best = ids(pipe(["100"], top_k=3))
+    assert ids(pipe({"history": ["100"]}, top_k=3)) == best
+    assert ids(pipe({"history": ["100"], "exclude": best[:1]}, top_k=2)) == best[1:]
+    assert ids(pipe({"history": ["100"], "candidates": best[::-1]})) == best
+    assert ids(pipe({"item_id": ["100"], "exclude": best[:1], "candidates": best})) == best[1:]
+    # What a row says stands above what the call says.
+    answers = pipe([{"history": ["100"], "exclude": []}, {"history": ["100"]}], exclude=best[:1], top_k=2)
+    assert [ids(answer) for answer in answers] == [best[:2], best[1:]]
+
+
+def test_a_mapping_without_a_history_is_an_error(pipe):
+    with pytest.raises(ValueError, match=r"needs the key history.*got items"):
+        pipe({"items": ["100"]})
+
+
+def test_exclusions_and_candidates_of_the_call_hold_for_every_history(pipe):
+    best = ids(pipe(["100"], top_k=4))
+    for exclude in (best[:2], (item for item in best[:2])):  # the first history must not use a generator up
+        assert [ids(answer) for answer in pipe([["100"]] * 3, exclude=exclude, top_k=2)] == [best[2:]] * 3
+    for candidates in (best[1:], (item for item in best[1:])):
+        assert [ids(answer) for answer in pipe([["100"]] * 3, candidates=candidates)] == [best[1:]] * 3
+
+
+def test_excluding_an_unknown_item_changes_nothing(pipe):
+    assert pipe(["100"], exclude=["no such item"]) == pipe(["100"])
+
+
+def test_a_candidate_named_twice_is_recommended_once(pipe):
+    assert sorted(ids(pipe(["100"], candidates=["101", 101, "102", "102"]))) == ["101", "102"]
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_batches_give_what_single_histories_give(folder, histories, padding_side):
+    pipe = load(folder)
+    pipe.tokenizer.padding_side = padding_side
+    rows = [{"history": history} for history in histories]
+    rows[1]["candidates"] = ["105", "106", "107"]
+    rows[4]["candidates"] = ["105"]
+    rows[5]["exclude"] = ["100", "101"]
+    expected = [pipe(row) for row in rows]
+    assert len(expected[1]) <= 3
+    assert len(expected[4]) <= 1
+    for batch_size in (2, 3, len(rows)):
+        assert_equal_answers(pipe(rows, batch_size=batch_size), expected)
+
+
+def test_the_folders_policy_filters_and_the_argument_overrides_it(pipe, tmp_path):
+    history = ["100", "101", "102"]
+    everything = len(ITEMS)
+    assert sorted(ids(pipe(history, top_k=everything))) == sorted(set(ITEMS) - set(history))
+    assert sorted(ids(pipe(history, top_k=everything, filter_seen_items=False))) == sorted(ITEMS)
+    unfiltered = load(save_model(tmp_path, filter_seen_items=False))
+    assert sorted(ids(unfiltered(history, top_k=everything))) == sorted(ITEMS)
+    assert sorted(ids(unfiltered(history, top_k=everything, filter_seen_items=True))) == sorted(
+        set(ITEMS) - set(history)
+    )
+
+
+def test_the_whole_history_is_filtered_also_before_the_models_window(pipe):
+    history = ITEMS[:20]  # the model reads 7 of them
+    assert sorted(ids(pipe(history, top_k=len(ITEMS)))) == sorted(ITEMS[20:])
+
+
+def test_a_history_longer_than_the_model_scores_as_its_newest_items(pipe):
+    options = {"top_k": 5, "filter_seen_items": False}
+    assert pipe(ITEMS[:20], **options) == pipe(ITEMS[20 - LENGTH + 1 : 20], **options)
+    assert pipe(ITEMS[:20], **options) != pipe(ITEMS[20 - LENGTH + 2 : 20], **options)
+
+
+def test_a_user_who_has_had_everything_gets_nothing(pipe):
+    assert pipe(ITEMS) == []
+    assert pipe([["100"], ITEMS], batch_size=2)[1] == []
+
+
+def test_an_empty_list_is_the_empty_history_and_gets_the_models_prior(pipe):
+    mask = torch.tensor([[pipe.tokenizer.mask_token_id]])
+    scores, token_ids = pipe.model.recommend(mask, top_k=10)
+    answer = pipe([])
+    assert ids(answer) == pipe.tokenizer.token_ids_to_item_ids(token_ids[0].tolist())
+    assert [entry["score"] for entry in answer] == pytest.approx(scores[0].tolist(), abs=1e-5)
+    assert pipe([[]]) == [answer]
+
+
+def test_only_unknown_items_are_as_good_as_none(pipe):
+    assert pipe(["nobody", "knows"]) == pipe([])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_unknown_items_are_left_out_with_one_warning_that_names_how_many(pipe, caplog, batch_size):
+    with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
+        answers = pipe([["100", "x", "101"], ["y", "z"], ["102"]], batch_size=batch_size)
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out 3 items of histories that the catalogue lacks"
+    ]
+    assert_equal_answers(answers, pipe([["100", "101"], [], ["102"]]))
+
+
+def test_known_items_give_no_warning(pipe, caplog):
+    with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
+        pipe([["100"], []])
+        pipe(["100"])
+    assert caplog.records == []
+
+
+def test_one_history_with_unknown_items_warns_too(pipe, caplog):
+    with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
+        pipe(["100", "x"])
+    assert len(caplog.records) == 1
+    assert "left out 1 " in caplog.text
+
+
+def test_top_k_above_the_catalogue_gives_the_catalogue(pipe):
+    assert len(pipe([], top_k=1000)) == len(ITEMS)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 2.5, "3"])
+def test_a_top_k_that_is_no_positive_whole_number_is_an_error(pipe, top_k):
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1"):
+        pipe(["100"], top_k=top_k)
+
+
+def test_unknown_candidates_are_an_error_that_names_the_first(pipe):
+    with pytest.raises(ValueError, match="2 of 3 candidates are not in the catalogue, the first is 'x'"):
+        pipe(["100"], candidates=["101", "x", "y"])
+
+
+def test_no_candidates_are_an_error(pipe):
+    with pytest.raises(ValueError, match="candidates is empty"):
+        pipe(["100"], candidates=[])
+
+
+def test_a_string_in_the_place_of_a_list_is_an_error_that_suggests_the_list(pipe):
+    # Read letter by letter, "100" would be a history of three unknown items.
+    for call in (
+        lambda: pipe("100"),
+        lambda: pipe([["100"], "101"]),
+        lambda: pipe({"history": "100"}),
+        lambda: pipe(["100"], exclude="101"),
+        lambda: pipe(["100"], candidates="101"),
+        lambda: pipe({"history": ["100"], "exclude": "101"}),
+    ):
+        with pytest.raises(ValueError, match=r"got the string '10.': did you mean \['10.'\]"):
+            call()
+
+
+def test_options_of_the_constructor_hold_until_the_call_says_otherwise(folder):
+    pipe = load(folder, top_k=3, filter_seen_items=False, revision="main")
+    assert len(pipe(["100"])) == 3
+    assert len(pipe(["100"], top_k=4)) == 4
+    assert len(pipe(["100"], top_k=len(ITEMS))) == len(ITEMS)
+
+
+def test_half_precision_weights_load_and_answer_with_finite_scores(folder):
+    pipe = load(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in pipe.model.parameters()} == {torch.bfloat16}
+    answer = pipe(["100", "101"], top_k=len(ITEMS))
+    assert len(answer) == len(ITEMS) - 2
+    assert np.isfinite([entry["score"] for entry in answer]).all()
+
+
+def test_a_saved_pipeline_loads_again_without_trusting_remote_code(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "items.json"}
+    assert not [name for name in names if name.endswith(".py")]
+    assert load(tmp_path / "copy")(["100", "a b"]) == pipe(["100", "a b"])
+
+
+def test_the_jth_recommendation_has_rank_j_for_each_of_50_users(pipe):
+    random = np.random.default_rng(2)
+    for _ in range(50):
+        history = random.choice(ITEMS, size=random.integers(0, 12)).tolist()
+        token_ids = pipe.tokenizer.item_ids_to_token_ids(history)
+        targets = torch.tensor(pipe.tokenizer.item_ids_to_token_ids(ids(pipe(history, top_k=len(ITEMS)))))
+        row = torch.tensor([pipe.tokenizer.append_mask(token_ids)]).expand(len(targets), -1)
+        seen = torch.tensor([token_ids or [0]]).expand(len(targets), -1)
+        ranks = pipe.model.rank(row, targets, exclude_ids=seen)
+        assert ranks.tolist() == list(range(1, len(targets) + 1))
+        if token_ids:
+            assert pipe.model.rank(row[:1], torch.tensor(token_ids[:1]), exclude_ids=seen[:1]).tolist() == [0]

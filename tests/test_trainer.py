@@ -1,0 +1,287 @@
+"""Training and evaluation end to end, with the real Trainer."""
+
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
+
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    Bert4RecTrainer,
+    Bert4RecTrainingArguments,
+    DataCollatorForMaskedItemPrediction,
+    compute_metrics,
+    prepare,
+    preprocess_logits_for_metrics,
+    ranking_rows,
+    read_prepared,
+    training_rows,
+)
+from bert4rec_hf.trainer import evaluate_prepared, train_prepared
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64}
+
+
+def write_chain(path: Path, num_users: int, num_items: int, length: int, follow: float) -> dict[str, str]:
+    """A log in which item i is followed by a fixed next item with probability `follow`, else by any item."""
+    chance = random.Random(0)
+    items = [f"item {number}" for number in range(num_items)]
+    shuffled = chance.sample(items, num_items)
+    best_next = dict(zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True))
+    lines = ["user_id,item_id,timestamp"]
+    for user in range(num_users):
+        item = chance.choice(items)
+        for time in range(length):
+            lines.append(f"{user},{item},{time}")
+            item = best_next[item] if chance.random() < follow else chance.choice(items)
+    path.write_text("\n".join(lines) + "\n")
+    return best_next
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("chain")
+    best_next = write_chain(folder / "log.csv", num_users=301, num_items=25, length=20, follow=0.8)
+    prepare(folder / "log.csv", folder / "data")
+    return folder / "data", best_next
+
+
+def arguments(output_dir, **options) -> Bert4RecTrainingArguments:
+    defaults = {"num_train_epochs": 2, "use_cpu": True, "warmup_steps": 10, "disable_tqdm": True}
+    return Bert4RecTrainingArguments(str(output_dir), **(defaults | options))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return Bert4RecForMaskedItemPrediction.from_pretrained(folder).state_dict()
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    first_weights, second_weights = weights(first), weights(second)
+    assert first_weights.keys() == second_weights.keys()
+    different = [name for name in first_weights if not torch.equal(first_weights[name], second_weights[name])]
+    assert different == []
+
+
+def test_the_best_next_item_of_a_markov_chain_is_learnt(chain, tmp_path):
+    data, best_next = chain
+    train_prepared(data, arguments(tmp_path / "model", num_train_epochs=60))
+    recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu")
+    chance = random.Random(1)
+    histories = [[*chance.choices(list(best_next), k=4), item] for item in best_next for _ in range(4)]
+    answers = recommend(histories, top_k=1, batch_size=50)
+    hits = [answer[0]["item_id"] == best_next[history[-1]] for history, answer in zip(histories, answers, strict=True)]
+    assert sum(hits) / len(hits) > 0.95
+    record = evaluate_prepared(tmp_path / "model", data, use_cpu=True)
+    # The chain is followed in .8 of the steps and by chance in 1 of 25 of the others.
+    assert record["metrics"]["HR@1"] > 0.7 > 0.2 > record["floors"]["popularity"]["HR@1"]
+    stored = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    assert record in stored
+
+
+def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weights(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    config = {"vocab_size": len(tokenizer), "max_position_embeddings": 10, "filter_seen_items": True, **SMALL}
+    pieces = {
+        "data_collator": DataCollatorForMaskedItemPrediction(tokenizer, max_length=10),
+        "train_dataset": training_rows(histories),
+        "eval_dataset": ranking_rows(histories, tokenizer, "validation", filter_seen_items=True, max_length=10),
+        "processing_class": tokenizer,
+    }
+    options = {
+        "num_train_epochs": 1, "label_names": ["labels", "exclude_ids"], "per_device_eval_batch_size": 64,
+        "eval_strategy": "no", "load_best_model_at_end": False,
+    }  # fmt: skip
+    set_seed(1)
+    ours = Bert4RecTrainer(
+        Bert4RecForMaskedItemPrediction(Bert4RecConfig(**config)), arguments(tmp_path / "ours", **options), **pieces
+    )
+    set_seed(1)
+    plain = Trainer(
+        Bert4RecForMaskedItemPrediction(Bert4RecConfig(**config)),
+        TrainingArguments(
+            **{
+                name: getattr(ours.args, name)
+                for name in ("learning_rate", "warmup_steps", "per_device_train_batch_size", "use_cpu", "label_names")
+            },
+            output_dir=str(tmp_path / "plain"),
+            num_train_epochs=1,
+            per_device_eval_batch_size=64,
+            disable_tqdm=True,
+        ),
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        **pieces,
+    )
+    for trainer in (ours, plain):
+        trainer.train()
+    for name, value in ours.model.state_dict().items():
+        assert torch.equal(value, plain.model.state_dict()[name]), name
+    ours_metrics, plain_metrics = ours.evaluate(), plain.evaluate()
+    names = [name for name in plain_metrics if "@" in name or name in ("eval_MRR", "eval_loss")]
+    assert len(names) == 14
+    assert {name: ours_metrics[name] for name in names} == pytest.approx({name: plain_metrics[name] for name in names})
+    assert ours_metrics["eval_HR@10"] > 0
+
+
+def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(chain, tmp_path):
+    data, _ = chain
+    trainer = train_prepared(data, arguments(tmp_path / "model", num_train_epochs=1), filter_seen_items=True, **SMALL)
+    histories, tokenizer, _ = read_prepared(data)
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
+    ranks, _ = trainer.predict(rows).predictions
+    recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu", top_k=25)
+    targets = [tokenizer.items[labels[-1] - 3] for labels in rows["labels"]]
+    pasts = [tokenizer.token_ids_to_item_ids(ids[:-1]) for ids in rows["input_ids"]]
+    answers = recommend(pasts, batch_size=64)
+    assert len(ranks) == 301
+    for rank, target, answer in zip(ranks, targets, answers, strict=True):
+        shown = [entry["item_id"] for entry in answer]
+        assert rank == (shown.index(target) + 1 if target in shown else 0)
+    assert 0 < (ranks == 0).sum() < 301  # some targets are repeats, which are never shown
+
+
+def test_a_checkpoint_is_a_full_model_folder(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model"), **SMALL)
+    checkpoint = next((tmp_path / "model").glob("checkpoint-*"))
+    assert pipeline("sequential-recommendation", model=str(checkpoint), device="cpu")(["item 3"], top_k=2)
+    for name in ("README.md", "recipe.yaml", "evaluation.json", "preparation.json", "items.json"):
+        assert (checkpoint / name).is_file()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "NDCG@10" in card
+    assert "leave-one-out, validation; all 25 items ranked" in card
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_unbroken_runs_weights(chain, tmp_path):
+    data, _ = chain
+    options = {
+        "num_train_epochs": 3, "save_strategy": "epoch", "eval_strategy": "no", "load_best_model_at_end": False,
+        "save_total_limit": None,
+    }  # fmt: skip
+    train_prepared(data, arguments(tmp_path / "whole", **options), **SMALL)
+    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert len(checkpoints) == 3
+    shutil.copytree(checkpoints[0], tmp_path / "resumed" / checkpoints[0].name)
+    train_prepared(data, arguments(tmp_path / "resumed", resume_from_checkpoint="last", **options), **SMALL)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+class RowsSeen(TrainerCallback):
+    """Collates like the collator and notes which rows came."""
+
+    def __init__(self, collator):
+        self.collator, self.lengths = collator, []
+
+    def __call__(self, features):
+        self.lengths += [tuple(feature["input_ids"]) for feature in features]
+        return self.collator(features)
+
+
+def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6 and not resumed
+
+    seen = []
+    for resumed in (False, True):
+        collator = RowsSeen(DataCollatorForMaskedItemPrediction(tokenizer))
+        set_seed(3)
+        trainer = Bert4RecTrainer(
+            Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL)),
+            arguments(tmp_path, num_train_epochs=1, eval_strategy="no", save_steps=3, load_best_model_at_end=False),
+            data_collator=collator,
+            train_dataset=training_rows(histories),
+            processing_class=tokenizer,
+            callbacks=[Stop()],
+        )
+        trainer.train(resume_from_checkpoint=True if resumed else None)
+        seen.append(collator.lengths)
+    first, rest = seen
+    # The loader reads one batch ahead, which the stopped run has not trained on.
+    trained = first[: 6 * 32]
+    everything = sorted(map(tuple, training_rows(histories)["input_ids"]))
+    assert sorted(trained + rest) == everything
+
+
+def test_one_seed_gives_one_model_and_another_seed_another(chain, tmp_path):
+    data, _ = chain
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        train_prepared(data, arguments(tmp_path / name, num_train_epochs=1, seed=seed), **SMALL)
+    assert_equal_weights(tmp_path / "first", tmp_path / "again")
+    with pytest.raises(AssertionError):
+        assert_equal_weights(tmp_path / "first", tmp_path / "other")
+
+
+def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "old", num_train_epochs=1), **SMALL)
+    lines = ["user_id,item_id,timestamp"]
+    lines += [
+        f"{user},{item},{time}" for user in range(9) for time, item in enumerate(("AAA", "item 3", "item 4", "zz"))
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    prepare(tmp_path / "log.csv", tmp_path / "new data")
+    train_prepared(tmp_path / "new data", arguments(tmp_path / "new", num_train_epochs=1), tmp_path / "old")
+    old = Bert4RecTokenizer.from_pretrained(tmp_path / "old")
+    new = Bert4RecTokenizer.from_pretrained(tmp_path / "new")
+    assert new.items == [*old.items, "AAA", "zz"]
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "new")
+    assert model.config.vocab_size == len(new) == model.decoder.bias.shape[0]
+    before = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "old")
+    # An item that the new log lacks has moved only a little.
+    old_row = before.decoder.weight[old.item_ids_to_token_ids(["item 7"])[0]]
+    new_row = model.decoder.weight[new.item_ids_to_token_ids(["item 7"])[0]]
+    assert torch.nn.functional.cosine_similarity(old_row, new_row, dim=0) > 0.9
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, launcher):
+    data, _ = chain
+    command = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+    }[launcher]
+
+    def launch(*words) -> str:
+        # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+        outcome = subprocess.run(
+            [sys.executable, "-m", *command, str(free_port()), "-m", "bert4rec_hf", *map(str, words)],
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        return outcome.stdout
+
+    model = tmp_path / "model"
+    printed = launch(
+        "train", "--data", data, "--output_dir", model, "--use_cpu", "true", "--num_train_epochs", "1",
+        "--hidden_size", "32",
+    )  # fmt: skip
+    assert printed.count("wrote") == 1
+    assert len(list(model.glob("model*.safetensors"))) == 1
+    launch("evaluate", model, "--data", data, "--use_cpu", "true", "--per_device_eval_batch_size", "64")
+    records = json.loads((model / "evaluation.json").read_text())
+    two = next(record for record in records if record["protocol"]["part"] == "test")
+    one = evaluate_prepared(model, data, use_cpu=True)
+    # 301 users do not divide by two: a user counted twice would show.
+    assert two["protocol"]["num_users"] == 301
+    metrics = {name: value for name, value in one["metrics"].items() if name != "loss"}
+    assert {name: two["metrics"][name] for name in metrics} == metrics
