@@ -23,7 +23,6 @@ from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .splits import PREPARATION_FILE, ranking_rows, read_prepared, training_rows
 from .tokenization_bert4rec import Bert4RecTokenizer
 
-
 # Of one machine or one run, no part of a recipe.
 NO_RECIPE = {
     "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
