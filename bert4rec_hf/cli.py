@@ -36,9 +36,14 @@ class _Parser(HfArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         parsed, unknown = super().parse_known_args(args, namespace)
-        for argument in unknown:
-            if argument.startswith("-"):
+        options = unknown[: unknown.index("--")] if "--" in unknown else unknown
+        for argument in options:
+            if argument.startswith("-") and not self._negative_number_matcher.match(argument):
                 self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument)}")
+        if hasattr(parsed, "items"):
+            # Python 3.11 takes no item ids where an option stands between them and the model.
+            parsed.items += unknown[: len(options)] + unknown[len(options) + 1 :]
+            unknown = []
         return parsed, unknown
 
     def with_recipe(self, arguments: Sequence[str]) -> list[str]:
@@ -61,13 +66,14 @@ class _Parser(HfArgumentParser):
                 self.error(f"{key} in {found.config} is for the command line alone; remove it")
             if f"--{key}" not in self._option_string_actions:
                 self.error(f"unknown key {key!r} in {found.config}{self._nearest(str(key))}")
-            if value is None:
+            if value is None or value == []:
                 continue
             if isinstance(value, dict):
                 value = json.dumps(value)
             # As text, since YAML reads 1e-3 as text and argparse converts either.
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        return [*words, *rest]
+        # In between, so that a list at the end of the recipe does not take what follows.
+        return [*words, "--config", found.config, *rest]
 
     def _nearest(self, name: str) -> str:
         known = [option.removeprefix("--") for option in self._option_string_actions]

@@ -89,12 +89,13 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def training_batch() -> dict[str, torch.Tensor]:
     """Two rows with three labels between them, the second row padded."""
     return {
-        "input_ids": torch.tensor([[MASK, 9, MASK, 30], [11, MASK, PAD, PAD]]),
-        "labels": torch.tensor([[5, -100, 17, -100], [-100, 3, -100, -100]]),
+        "input_ids": torch.tensor([[9, MASK, MASK, 30], [MASK, 11, PAD, PAD]]),
+        "labels": torch.tensor([[-100, 5, 17, -100], [3, -100, -100, -100]]),
     }
 
 
-LABEL_POSITIONS = torch.tensor([[0, 2], [1, -1]])
+# The second row's label is the first of its row, lest a padded position, read as 0, find nothing there.
+LABEL_POSITIONS = torch.tensor([[1, 2], [0, -1]])
 
 
 def test_padding_on_either_side_gives_the_same_scores(model):
@@ -445,7 +446,7 @@ def test_losses_of_two_halves_add_up_to_that_of_the_whole(model, as_tensor):
 def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     batch = training_batch()
     outputs = model(**batch)
-    states = outputs.prediction_states[[0, 0, 1], [0, 2, 1]]
+    states = outputs.prediction_states[[0, 0, 1], [1, 2, 0]]
     items = model.get_input_embeddings().weight[FIRST:]
     logits = states @ items.T + model.decoder.bias[FIRST:]
     by_hand = logits.exp().sum(dim=1).log() - logits[range(3), [5 - FIRST, 17 - FIRST, 3 - FIRST]]

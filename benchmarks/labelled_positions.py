@@ -1,0 +1,77 @@
+"""A training step with the head at labelled positions only, against the head everywhere: time and memory.
+
+    python benchmarks/labelled_positions.py
+
+128 histories of length 200, 3,416 items, hidden size 64, 2 layers, mask ratio .2. Each way runs in a process of its
+own, one after the other in turns, so that peak memory is its own; the ratio is that of the medians.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+BATCH, LENGTH, ITEMS, STEPS, ROUNDS = 128, 200, 3416, 5, 3
+WAYS = ("labelled positions", "everywhere")
+
+
+def measure(way: str) -> None:
+    import numpy as np
+    import torch
+
+    from bert4rec_hf import (
+        Bert4RecConfig,
+        Bert4RecForMaskedItemPrediction,
+        Bert4RecTokenizer,
+        DataCollatorForMaskedItemPrediction,
+    )
+    from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
+    from bert4rec_hf.losses import softmax_loss
+
+    torch.manual_seed(0)
+    tokenizer = Bert4RecTokenizer.from_items(range(ITEMS), model_max_length=LENGTH)
+    rows = np.random.default_rng(0).integers(FIRST_ITEM_ID, len(tokenizer), (BATCH, LENGTH))
+    batch = DataCollatorForMaskedItemPrediction(tokenizer)([{"input_ids": row} for row in rows])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer))).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    item_labels = torch.where(batch["labels"] < 0, -100, batch["labels"] - FIRST_ITEM_ID).flatten()
+
+    def loss() -> torch.Tensor:
+        if way == "labelled positions":
+            return model(**batch).loss
+        states = model.head(model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state)
+        weight, bias = model.decoder.weight[FIRST_ITEM_ID:], model.decoder.bias[FIRST_ITEM_ID:]
+        return softmax_loss(states.flatten(0, 1), weight, bias, item_labels)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(statistics.median(times[1:]), (after - before) / 2**20, float(value))
+
+
+def main() -> None:
+    results: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    for _ in range(ROUNDS):
+        for way in WAYS:
+            output = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True).stdout
+            results[way].append([float(word) for word in output.split()])
+    print(f"{'head':<20}{'seconds a step':>16}{'GiB on top':>12}{'loss':>10}")
+    for way, runs in results.items():
+        seconds, memory, loss = (statistics.median(column) for column in zip(*runs, strict=True))
+        print(f"{way:<20}{seconds:>16.3f}{memory:>12.2f}{loss:>10.4f}")
+    few, all_ = (list(zip(*results[way], strict=True)) for way in WAYS)
+    speed = statistics.median(all_[0]) / statistics.median(few[0])
+    memory = statistics.median(all_[1]) / statistics.median(few[1])
+    print(f"{speed:.1f} times as fast, {memory:.1f} times less memory (medians of {ROUNDS} processes each)")
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1]) if len(sys.argv) > 1 else main()
