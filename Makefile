@@ -35,7 +35,7 @@ lint: $(VENV)/installed-dev
 
 # Executed in a copy, so that a check changes no file; with UPDATE=1 the outputs are stored.
 notebooks: $(VENV)/installed-dev
-	$(BIN)/jupyter nbconvert --to notebook --execute $(if $(UPDATE),--inplace,--output-dir $(VENV)/notebooks) \
+	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute $(if $(UPDATE),--inplace,--output-dir $(VENV)/notebooks) \
 		--ExecutePreprocessor.timeout=900 notebooks/*.ipynb
 
 $(VENV)/installed: pyproject.toml constraints.txt

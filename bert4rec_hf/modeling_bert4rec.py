@@ -453,8 +453,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         Args:
             input_ids: (batch, length) token ids with one [MASK], the position that is read.
             attention_mask: (batch, length).
-            top_k: Number of items; fewer come back if the catalogue (or the candidates) are fewer.
-            candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
+            top_k: Number of items; at most as many as there are token ids (or candidates).
+            candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0.
 
         Returns:

@@ -46,10 +46,9 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab: Mapping[str, int], items_file: str | None = None, **kwargs: Any):
-        # transformers reads `vocab` from tokenizer.json; without the Nones it would append <s> and </s>.
+        # transformers hands over `vocab` when it reads tokenizer.json.
         self._tokenizer = _backend(vocab)
-        defaults = {"bos_token": None, "eos_token": None, "truncation_side": "left", "padding_side": "right"}
-        super().__init__(**(SPECIAL_TOKENS | defaults | kwargs))
+        super().__init__(**(SPECIAL_TOKENS | {"truncation_side": "left", "padding_side": "right"} | kwargs))
         content = json.loads(Path(items_file).read_text("utf-8")) if items_file else {}
         self._counts: list[int] | None = content.get("counts")
         self._titles: list[str | None] | None = content.get("titles")

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
@@ -268,8 +269,7 @@ def train_prepared(
         protocol=Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items),
         preparation=preparation,
     )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
+    if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
@@ -285,6 +285,7 @@ def evaluate_prepared(
     *,
     per_device_eval_batch_size: int = 256,
     use_cpu: bool = False,
+    disable_tqdm: bool = False,
 ) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the floors.
 
@@ -305,6 +306,7 @@ def evaluate_prepared(
                 nowhere,
                 per_device_eval_batch_size=per_device_eval_batch_size,
                 use_cpu=use_cpu,
+                disable_tqdm=disable_tqdm,
                 eval_strategy="no",
                 save_strategy="no",
                 load_best_model_at_end=False,
@@ -312,6 +314,7 @@ def evaluate_prepared(
             processing_class=tokenizer,
             protocol=Protocol.of(histories, preparation, part, tokenizer.num_items, policy),
         )
+        trainer.remove_callback(PrinterCallback)  # the record says it all
         trainer.evaluate(rows)
     record = (trainer.evaluation or {}) | {
         "floors": {name: ranking_metrics(ranks) for name, ranks in floors(rows, histories, tokenizer.num_items).items()}
