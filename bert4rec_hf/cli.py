@@ -344,12 +344,14 @@ def format_evaluation(record: dict[str, Any]) -> str:
     from .metrics import Protocol
 
     protocol = Protocol(**record["protocol"])
-    rows = {"model": record["metrics"]} | record["floors"]
-    width = max(map(len, rows))
+    tables = {"": {"model": record["metrics"]} | record["floors"]} | record.get("groups", {})
+    width = max(len(title) for table in tables.values() for title in table)
     lines = [str(protocol), " " * width + "".join(f"{name:>13}" for name in SHOWN_METRICS)]
-    for title, metrics in rows.items():
-        cells = [f"{metrics[name]:13.4f}" if name in metrics else " " * 13 for name in SHOWN_METRICS]
-        lines.append(f"{title:<{width}}" + "".join(cells))
+    for heading, table in tables.items():
+        lines += [heading] if heading else []
+        for title, metrics in table.items():
+            cells = [f"{metrics[name]:13.4f}" if name in metrics else " " * 13 for name in SHOWN_METRICS]
+            lines.append(f"{title:<{width}}" + "".join(cells).rstrip())
     return "\n".join([*lines, protocol.describe_misses()])
 
 

@@ -89,8 +89,9 @@ class Bert4RecConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}")
-        if self.num_attention_heads < 1:
-            raise ValueError(f"num_attention_heads must be at least 1; got {self.num_attention_heads}")
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads; got {self.hidden_size} and "

@@ -316,6 +316,44 @@ class Bert4RecPredictionHead(nn.Module):
         return self.norm(self.activation(self.dense(hidden_states)))
 
 
+class Bert4RecDecoder(nn.Linear):
+    """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in."""
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        item_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        item_loss: str = "softmax",
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The item loss with labels, else scores: (batch, P, hidden size) -> (batch, P, vocab size or C)."""
+        if labels is not None:
+            return ITEM_LOSSES[item_loss](
+                states.flatten(0, -2),
+                self.weight[FIRST_ITEM_ID:],
+                self.bias[FIRST_ITEM_ID:],
+                torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten(),
+                num_items_in_batch,
+            )
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor = self.bias
+        precision: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if not self.training:
+            # Half precision would tie neighbours in the ranking, and ties count as misses.
+            states, weight, bias = states.float(), weight.float(), bias.float()
+            precision = torch.autocast(states.device.type, enabled=False)
+        with precision:
+            if item_ids is None:
+                scores = nn.functional.linear(states, weight[FIRST_ITEM_ID:], bias[FIRST_ITEM_ID:])
+                return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
+            if item_ids.dim() == 1:
+                scores = nn.functional.linear(states, weight[item_ids], bias[item_ids])
+            else:
+                scores = states @ weight[item_ids].transpose(1, 2) + bias[item_ids].unsqueeze(1)
+            return scores.masked_fill((item_ids < FIRST_ITEM_ID).unsqueeze(-2), SPECIAL_TOKEN_LOGIT)
+
+
 class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     """The encoder and the item table: scores of all items at any position."""
 
@@ -325,7 +363,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         super().__init__(config)
         self.model = Bert4RecModel(config)
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = Bert4RecDecoder(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             # Tied, so in no file; without this the Trainer warns that a checkpoint lacks it.
             self._keys_to_ignore_on_save = ["decoder.weight"]
@@ -335,7 +373,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         return self.decoder
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.decoder = value
+        # A resize hands over a plain nn.Linear.
+        self.decoder.weight, self.decoder.bias = value.weight, value.bias
+        self.decoder.out_features = value.out_features
 
     @can_return_tuple
     def forward(
@@ -378,21 +418,17 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
             states, labels = self._select(outputs.last_hidden_state, labels, label_positions, prediction_positions)
             prediction_states = self.head(states)
+        loss = None
         if labels is not None:
-            item_labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - FIRST_ITEM_ID)
-            loss_function = ITEM_LOSSES[self.config.item_loss if self.training else "softmax"]
-            loss = loss_function(
-                prediction_states.flatten(0, -2),
-                self.decoder.weight[FIRST_ITEM_ID:],
-                self.decoder.bias[FIRST_ITEM_ID:],
-                item_labels.flatten(),
-                num_items_in_batch,
+            item_loss = self.config.item_loss if self.training else "softmax"
+            loss = self.decoder(
+                prediction_states, labels=labels, item_loss=item_loss, num_items_in_batch=num_items_in_batch
             )
             if self.training:
                 return MaskedItemPredictionOutput(loss=loss, hidden_states=hidden_states, attentions=attentions)
         return MaskedItemPredictionOutput(
-            loss=None if labels is None else loss,
-            logits=self._score(prediction_states, item_ids),
+            loss=loss,
+            logits=self.decoder(prediction_states, item_ids),
             prediction_states=prediction_states,
             hidden_states=hidden_states,
             attentions=attentions,
@@ -418,25 +454,6 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             counts = labels != IGNORE_INDEX
             return hidden_states[counts], labels[counts]
         return hidden_states, labels
-
-    def _score(self, states: torch.Tensor, item_ids: torch.Tensor | None) -> torch.Tensor:
-        """(batch, P, hidden size) -> (batch, P, vocab size or C)."""
-        weight: torch.Tensor = self.decoder.weight
-        bias: torch.Tensor = self.decoder.bias
-        precision: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if not self.training:
-            # Half precision would tie neighbours in the ranking, and ties count as misses.
-            states, weight, bias = states.float(), weight.float(), bias.float()
-            precision = torch.autocast(states.device.type, enabled=False)
-        with precision:
-            if item_ids is None:
-                scores = nn.functional.linear(states, weight[FIRST_ITEM_ID:], bias[FIRST_ITEM_ID:])
-                return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
-            if item_ids.dim() == 1:
-                scores = nn.functional.linear(states, weight[item_ids], bias[item_ids])
-            else:
-                scores = states @ weight[item_ids].transpose(1, 2) + bias[item_ids].unsqueeze(1)
-            return scores.masked_fill((item_ids < FIRST_ITEM_ID).unsqueeze(-2), SPECIAL_TOKEN_LOGIT)
 
     @torch.no_grad()
     def recommend(

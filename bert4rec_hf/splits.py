@@ -68,17 +68,22 @@ def read_prepared(
     Raises:
         ValueError: If the folder is no prepared one.
     """
+    check_prepared(folder)
     folder = Path(folder)
-    missing = [name for name in (HISTORIES_FILE, PREPARATION_FILE) if not (folder / name).is_file()]
+    preparation = json.loads((folder / PREPARATION_FILE).read_text("utf-8"))
+    if tokenizer is None:
+        tokenizer = Bert4RecTokenizer.from_pretrained(folder)
+    return tokenize_histories(pq.read_table(folder / HISTORIES_FILE), tokenizer), tokenizer, preparation
+
+
+def check_prepared(folder: str | os.PathLike) -> None:
+    """Raise ValueError if a folder is no prepared one."""
+    missing = [name for name in (HISTORIES_FILE, PREPARATION_FILE) if not (Path(folder) / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder} is not a prepared folder (it lacks {' and '.join(missing)}): make one with "
             f"bert4rec prepare LOG --output {folder}"
         )
-    preparation = json.loads((folder / PREPARATION_FILE).read_text("utf-8"))
-    if tokenizer is None:
-        tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    return tokenize_histories(pq.read_table(folder / HISTORIES_FILE), tokenizer), tokenizer, preparation
 
 
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:

@@ -128,7 +128,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             self._counts = self._counts + [0] * len(new)
         if self._titles is not None:
             self._titles = self._titles + [None] * len(new)
-        self._set(titles, None)
+        self._set(titles or None, None)
         return len(new)
 
     def item_ids_to_token_ids(self, items: Iterable[ItemId]) -> list[int]:

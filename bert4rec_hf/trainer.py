@@ -21,7 +21,7 @@ from .data_collator import DataCollatorForMaskedItemPrediction
 from .metrics import COVERAGE_CUTOFF, Protocol, floors, ranking_metrics
 from .model_card import EVALUATION_FILE, RECIPE_FILE, add_evaluation, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
-from .splits import PREPARATION_FILE, ranking_rows, read_prepared, training_rows
+from .splits import PREPARATION_FILE, check_prepared, ranking_rows, read_prepared, training_rows
 from .tokenization_bert4rec import Bert4RecTokenizer
 
 # Of one machine or one run, no part of a recipe.
@@ -66,6 +66,14 @@ class Bert4RecTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}"
+            )
+        known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in known:
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
         super().__post_init__()
 
 
@@ -151,12 +159,7 @@ class Bert4RecTrainer(Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.protocol is not None:
-            prefix = f"{metric_key_prefix}_"
-            names = {name.removeprefix(prefix): value for name, value in metrics.items()}
-            self.evaluation = {
-                "protocol": self.protocol.as_dict(),
-                "metrics": {name: value for name, value in names.items() if "@" in name or name in ("MRR", "loss")},
-            }
+            self.evaluation = {"protocol": self.protocol.as_dict(), "metrics": _stored(metrics, metric_key_prefix)}
         return metrics
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
@@ -225,6 +228,7 @@ def train_prepared(
         ValueError: If a folder is not what it should be, or if `output_dir` holds something else.
     """
     check_output(args.output_dir, args.resume_from_checkpoint)
+    check_prepared(data)
     set_seed(args.seed)
     if model_name_or_path is None:
         histories, tokenizer, preparation = read_prepared(data)
@@ -290,8 +294,10 @@ def evaluate_prepared(
     """Rank the targets of a prepared folder with a model and with the floors.
 
     Returns:
-        The record {protocol, metrics, floors}, which is written into the model's folder as well if it is a local one.
+        The record {protocol, metrics, floors}, and groups if users without a past are among them. It is written
+        into the model's folder as well if that is a local one.
     """
+    check_prepared(data)
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = read_prepared(data, tokenizer)
@@ -312,17 +318,33 @@ def evaluate_prepared(
                 load_best_model_at_end=False,
             ),
             processing_class=tokenizer,
-            protocol=Protocol.of(histories, preparation, part, tokenizer.num_items, policy),
         )
         trainer.remove_callback(PrinterCallback)  # the record says it all
-        trainer.evaluate(rows)
-    record = (trainer.evaluation or {}) | {
-        "floors": {name: ranking_metrics(ranks) for name, ranks in floors(rows, histories, tokenizer.num_items).items()}
+        prediction = trainer.predict(rows)
+    rankings = {"model": prediction.predictions[0]} | floors(rows, histories, tokenizer.num_items)
+    record: dict[str, Any] = {
+        "protocol": Protocol.of(histories, preparation, part, tokenizer.num_items, policy).as_dict(),
+        "metrics": _stored(prediction.metrics, "test"),
+        "floors": {name: ranking_metrics(ranks) for name, ranks in rankings.items() if name != "model"},
     }
+    has_past = np.asarray(rows["history_length"]) > 0
+    if not has_past.all():
+        record["groups"] = {
+            f"{int(users.sum())} users {title} a past": {
+                name: ranking_metrics(ranks[users]) for name, ranks in rankings.items()
+            }
+            for title, users in (("with", has_past), ("without", ~has_past))
+        }
     if trainer.is_world_process_zero() and os.path.isdir(model):
         add_evaluation(model, record)
         write_model_card(model)
     return record
+
+
+def _stored(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """What is a result and no timing."""
+    names = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
+    return {name: value for name, value in names.items() if "@" in name or name in ("MRR", "loss")}
 
 
 def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
@@ -333,7 +355,10 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
         if kind != Bert4RecConfig.model_type:
             found = f"its config.json says model_type {kind!r}" if kind else "it has no config.json with a model_type"
             raise ValueError(f"{model} is not a BERT4Rec model folder ({found}): make one with bert4rec train")
-    return Bert4RecForMaskedItemPrediction.from_pretrained(model)
+    try:
+        return Bert4RecForMaskedItemPrediction.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"{model} is neither a model folder nor a model that the Hub gives: {error}") from error
 
 
 def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:
