@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import huggingface_hub
+import transformers
 import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser
@@ -274,8 +276,6 @@ def recommend(arguments: Sequence[str]) -> None:
     if options.histories is not None and rest.items:
         parser.error("give item ids or --histories, not both")
 
-    import transformers
-
     from .bulk import recommend_file
     from .trainer import load_model
 
@@ -299,10 +299,8 @@ def recommend(arguments: Sequence[str]) -> None:
         num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
         print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
-    titled = pipe.tokenizer.titles is not None
-    if titled:
-        for item in rest.items:
-            print(f"{'had':>5}  {item:>8}  {pipe.tokenizer.title(item) or ''}")
+    for item in rest.items:
+        print(f"{'had':>5}  {item:>8}  {'':8}  {pipe.tokenizer.title(item) or ''}".rstrip())
     for rank, entry in enumerate(pipe(rest.items), start=1):
         print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {entry.get('title') or ''}".rstrip())
 
@@ -327,6 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
         parser.parse_args(arguments or ["--help"])
+    # The bars of reading and writing weights are over before they are seen; downloads keep theirs.
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
     try:
         COMMANDS[arguments[0]](arguments[1:])
     except (ValueError, TypeError, OSError) as error:

@@ -55,6 +55,16 @@ def chain(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return folder / "data", best_next
 
 
+@pytest.fixture(scope="module")
+def movielens(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("movielens") / "data"
+    try:
+        prepare("ml-100k", folder)
+    except OSError as error:
+        pytest.skip(f"MovieLens 100K cannot be fetched: {error}")
+    return folder
+
+
 def arguments(output_dir, **options) -> Bert4RecTrainingArguments:
     defaults = {"num_train_epochs": 2, "use_cpu": True, "warmup_steps": 10, "disable_tqdm": True}
     return Bert4RecTrainingArguments(str(output_dir), **(defaults | options))
@@ -87,8 +97,8 @@ def test_the_best_next_item_of_a_markov_chain_is_learnt(chain, tmp_path):
     assert record in stored
 
 
-def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weights(chain, tmp_path):
-    data, _ = chain
+def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weights(movielens, tmp_path):
+    data = movielens
     histories, tokenizer, _ = read_prepared(data)
     config = {"vocab_size": len(tokenizer), "max_position_embeddings": 10, "filter_seen_items": True, **SMALL}
     pieces = {
@@ -245,6 +255,16 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     old_row = before.decoder.weight[old.item_ids_to_token_ids(["item 7"])[0]]
     new_row = model.decoder.weight[new.item_ids_to_token_ids(["item 7"])[0]]
     assert torch.nn.functional.cosine_similarity(old_row, new_row, dim=0) > 0.9
+
+
+def test_the_example_with_the_plain_trainer_runs_and_its_model_recommends(chain, tmp_path):
+    data, _ = chain
+    example = Path(__file__).parent.parent / "examples" / "plain_trainer.py"
+    command = [sys.executable, str(example), str(data), str(tmp_path / "model")]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "eval_NDCG@10" in outcome.stdout, outcome.stderr[-2000:]
+    recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu")
+    assert len(recommend(["item 3", "item 4"], top_k=5)) == 5
 
 
 def free_port() -> int:
