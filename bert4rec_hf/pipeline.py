@@ -136,6 +136,7 @@ class SequentialRecommendationPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, torch.Tensor], top_k: int = 10) -> dict[str, torch.Tensor]:
         inputs = dict(model_inputs)
         num_unknown = inputs.pop("num_unknown")
+        top_k = min(top_k, self.model.config.vocab_size)
         # Rows with and without candidates may share a batch.
         chooses = (inputs["candidate_ids"] > 0).any(dim=1)
         scores = torch.full((len(chooses), top_k), -torch.inf, device=chooses.device)
