@@ -12,6 +12,7 @@ import gzip
 import json
 import logging
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,8 @@ def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "ite
     folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
     connection.raw_sql(f"SET temp_directory = {_quoted(folder)}")
     connection.raw_sql("SET TimeZone = 'UTC'")
+    if sys.stdout.isatty():
+        connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
 
     kinds = {path: _is_parquet(path) for path in paths}
     if len(set(kinds.values())) > 1:

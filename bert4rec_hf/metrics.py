@@ -168,24 +168,68 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     """
     size = num_items + FIRST_ITEM_ID
     training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
-    popularity = np.bincount(histories.item_ids[training], minlength=size)
-    recent = np.bincount(histories.item_ids[training & _is_recent(histories, training)], minlength=size)
-    following = training[1:] & training[:-1]
-    following[histories.offsets[1:-1] - 1] = False  # the next event is another user's
-    pairs = np.stack((histories.item_ids[:-1][following], histories.item_ids[1:][following]))
-    pairs = pairs[:, pairs[0].argsort(kind="stable")]
-    starts = np.searchsorted(pairs[0], np.arange(size + 1))
-    # Below one, so that it decides between equal counts only.
-    tie_break = popularity / (popularity.max() + 1)
+    popularity = _Scores.of(histories.item_ids[training], size)
+    recent = _Scores.of(histories.item_ids[training & _is_recent(histories, training)], size)
+    follows = training[1:] & training[:-1]
+    follows[histories.offsets[1:-1] - 1] = False  # the next event is another user's
+    pairs, counts = np.unique(
+        histories.item_ids[:-1][follows].astype(np.int64) * size + histories.item_ids[1:][follows], return_counts=True
+    )
+    starts = np.searchsorted(pairs, np.arange(size + 1) * size)
+    next_items = pairs % size
+    nothing = np.zeros(0, np.int64)
 
     ranks: dict[str, list[int]] = {"popularity": [], "recent popularity": [], "last-item co-occurrence": []}
     for input_ids, labels, exclude_ids in zip(rows["input_ids"], rows["labels"], rows["exclude_ids"], strict=True):
-        last = input_ids[-2] if len(input_ids) > 1 else None
-        next_items = pairs[1, starts[last] : starts[last + 1]] if last is not None else pairs[1, :0]
-        co_occurrence = tie_break + np.bincount(next_items, minlength=size)
-        for scores, found in zip((popularity, recent, co_occurrence), ranks.values(), strict=True):
-            found.append(_rank(scores, labels[-1], exclude_ids))
+        target, excluded = labels[-1], np.asarray(exclude_ids, np.int64)
+        if target == IGNORE_INDEX or target in exclude_ids:
+            found = [0, 0, 0]
+        else:
+            last = input_ids[-2] if len(input_ids) > 1 else 0
+            after = slice(starts[last], starts[last + 1])
+            found = [
+                popularity.rank(target, excluded, nothing, nothing),
+                recent.rank(target, excluded, nothing, nothing),
+                popularity.rank(target, excluded, next_items[after], counts[after]),
+            ]
+        for name, rank in zip(ranks, found, strict=True):
+            ranks[name].append(rank)
     return {name: np.asarray(found) for name, found in ranks.items()}
+
+
+@dataclass
+class _Scores:
+    """Scores of all items below 1, to which a few items add whole numbers; ranks without looking at every item."""
+
+    scores: np.ndarray
+    ascending: np.ndarray
+
+    @classmethod
+    def of(cls, item_ids: np.ndarray, size: int) -> "_Scores":
+        counts = np.bincount(item_ids, minlength=size)
+        scores = counts / (counts.max() + 1)
+        return cls(scores, np.sort(scores[FIRST_ITEM_ID:]))
+
+    def rank(self, target: int, excluded: np.ndarray, boosted: np.ndarray, boosts: np.ndarray) -> int:
+        """Items that score at least as high as the target, itself included, without the excluded ones.
+
+        Args:
+            target: Token id.
+            excluded: Token ids, each once.
+            boosted: Token ids in ascending order, whose scores are higher
+            boosts: by this much.
+        """
+
+        def score(item_ids: np.ndarray) -> np.ndarray:
+            if not len(boosted):
+                return self.scores[item_ids]
+            nearest = np.searchsorted(boosted, item_ids).clip(max=len(boosted) - 1)
+            return self.scores[item_ids] + np.where(boosted[nearest] == item_ids, boosts[nearest], 0)
+
+        least = score(np.array([target]))[0]
+        unboosted = len(self.ascending) - np.searchsorted(self.ascending, least)
+        moved = (score(boosted) >= least).sum() - (self.scores[boosted] >= least).sum()
+        return int(unboosted + moved - (score(excluded) >= least).sum())
 
 
 def _is_recent(histories: Histories, training: np.ndarray) -> np.ndarray:
@@ -197,11 +241,3 @@ def _is_recent(histories: Histories, training: np.ndarray) -> np.ndarray:
     lengths = np.diff(histories.offsets)
     places = np.arange(len(training)) - np.repeat(histories.offsets[:-1], lengths)
     return places >= np.repeat(histories.train_end * (1 - RECENT_SHARE), lengths)
-
-
-def _rank(scores: np.ndarray, target: int, exclude_ids: list[int]) -> int:
-    """Ties count against the target; 0 if it is excluded or unknown."""
-    if target == IGNORE_INDEX or target in exclude_ids:
-        return 0
-    better = int((scores[FIRST_ITEM_ID:] >= scores[target]).sum())
-    return better - int((scores[exclude_ids] >= scores[target]).sum())
