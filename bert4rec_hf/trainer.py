@@ -240,11 +240,13 @@ def train_prepared(
         model = Bert4RecForMaskedItemPrediction(config)
         tokenizer.model_max_length = config.max_position_embeddings
     else:
-        if architecture:
-            raise ValueError(
-                f"a model that goes on training keeps its architecture; leave out {', '.join(architecture)}"
-            )
         model = load_model(model_name_or_path)
+        other = [f"{name}={value}" for name, value in architecture.items() if getattr(model.config, name) != value]
+        if other:
+            raise ValueError(
+                f"a model that goes on training keeps its architecture; {model_name_or_path} has not "
+                f"{', '.join(other)}: leave that out"
+            )
         tokenizer = Bert4RecTokenizer.from_pretrained(model_name_or_path)
         catalogue = Bert4RecTokenizer.from_pretrained(data)
         titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
