@@ -299,9 +299,11 @@ def recommend(arguments: Sequence[str]) -> None:
         num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
         print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
-    for item in rest.items:
-        print(f"{'had':>5}  {item:>8}  {'':8}  {pipe.tokenizer.title(item) or ''}".rstrip())
-    for rank, entry in enumerate(pipe(rest.items), start=1):
+    answer = pipe(rest.items)
+    if pipe.tokenizer.titles is not None:
+        for item in rest.items:
+            print(f"{'had':>5}  {item:>8}  {'':8}  {pipe.tokenizer.title(item) or ''}".rstrip())
+    for rank, entry in enumerate(answer, start=1):
         print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {entry.get('title') or ''}".rstrip())
 
 

@@ -444,10 +444,12 @@ def test_a_bad_training_option_is_one_line_that_names_it(data, tmp_path, changes
     assert contents(tmp_path) == {}
 
 
-def test_an_architecture_and_a_model_to_go_on_from_exclude_each_other(model, data, tmp_path):
+def test_a_model_to_go_on_from_keeps_its_architecture(model, data, tmp_path):
     arguments = ["--data", data, "--output_dir", tmp_path / "new", "--model_name_or_path", model]
-    line = fail("train", *arguments, *train_flags(num_attention_heads=None))
-    assert re.search(r"keeps its architecture; leave out hidden_size$", line)
+    line = fail("train", *arguments, *train_flags(hidden_size=32))
+    assert re.search(r"keeps its architecture; .* has not hidden_size=32: leave that out$", line)
+    # Its own recipe names the architecture it has.
+    succeed("train", *arguments, "--config", model / "recipe.yaml", "--num_train_epochs", 1)
 
 
 def test_a_folder_that_is_no_model_is_named_by_every_command(data, tmp_path):
