@@ -11,7 +11,7 @@ MODEL := quickstart/model
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test lint notebooks clean
+.PHONY: quickstart test test-conformance lint notebooks clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -27,6 +27,10 @@ $(MODEL)/model.safetensors: | $(DATA)/preparation.json
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Transformers' own common tests, from its source distribution, on our model classes.
+test-conformance: $(VENV)/installed-dev
+	$(BIN)/python tests/conformance/run_upstream.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
