@@ -1,6 +1,7 @@
 """Training and evaluation end to end, with the real Trainer."""
 
 import json
+import os
 import random
 import shutil
 import socket
@@ -265,6 +266,24 @@ def test_the_example_with_the_plain_trainer_runs_and_its_model_recommends(chain,
     assert "eval_NDCG@10" in outcome.stdout, outcome.stderr[-2000:]
     recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu")
     assert len(recommend(["item 3", "item 4"], top_k=5)) == 5
+
+
+@pytest.mark.processes
+def test_the_example_with_a_loop_of_its_own_runs_on_two_processes(chain, tmp_path):
+    data, _ = chain
+    example = Path(__file__).parent.parent / "examples" / "accelerate_loop.py"
+    outcome = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+         str(example), str(data), str(tmp_path / "model")],
+        capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    lines = [line for line in outcome.stdout.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 5, outcome.stderr[-3000:]
+    printed = float(lines[-1].split()[4])
+    assert lines[-1].endswith("of 301 users")
+    assert evaluate_prepared(tmp_path / "model", data, "validation", use_cpu=True)["metrics"][
+        "NDCG@10"
+    ] == pytest.approx(printed, abs=5e-5)
 
 
 def free_port() -> int:
