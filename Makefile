@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := quickstart/data
 MODEL := quickstart/model
+# A model this small gains nothing from more threads, and loses much where others compute as well.
+export OMP_NUM_THREADS ?= 1
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 

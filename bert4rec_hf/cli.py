@@ -134,6 +134,10 @@ class TrainArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from this model folder or Hub id, keeping its token ids."}
     )
+    publish_code: bool = field(
+        default=False,
+        metadata={"help": "Put our code into the folder, for trust_remote_code where bert4rec_hf is missing."},
+    )
 
 
 @dataclass
@@ -164,6 +168,14 @@ class RecommendArguments:
     )
     batch_size: int = field(default=256, metadata={"help": "With --histories: histories at once."})
     device: str | None = field(default=None, metadata={"help": "For example cpu or cuda:0."})
+
+
+@dataclass
+class ExportArguments:
+    """The options of `export`."""
+
+    output: str = field(metadata={"help": "The ONNX file to write."})
+    top_k: int = field(default=10, metadata={"help": "Number of items the graph answers with."})
 
 
 def _architecture_arguments() -> type:
@@ -240,6 +252,7 @@ def train(arguments: Sequence[str]) -> None:
         options.data,
         training_arguments,
         options.model_name_or_path,
+        publish_code=options.publish_code,
         **{name: value for name, value in vars(architecture).items() if value is not None},
     )
     if trainer.is_world_process_zero():
@@ -307,7 +320,24 @@ def recommend(arguments: Sequence[str]) -> None:
         print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {entry.get('title') or ''}".rstrip())
 
 
-COMMANDS = {"prepare": prepare, "train": train, "evaluate": evaluate, "recommend": recommend}
+def export(arguments: Sequence[str]) -> None:
+    """A model -> an ONNX file for other runtimes."""
+    parser = _Parser(ExportArguments, prog="bert4rec export", description=export.__doc__)
+    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .export import export_onnx
+    from .trainer import load_model
+
+    try:
+        export_onnx(load_model(rest.model), options.output, top_k=options.top_k)
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'bert4rec_hf[export]'")
+    print(f"wrote {options.output}; its token ids are those of tokenizer.json in {rest.model}")
+
+
+COMMANDS = {"prepare": prepare, "train": train, "evaluate": evaluate, "recommend": recommend, "export": export}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -103,4 +103,8 @@ class Bert4RecConfig(PreTrainedConfig):
                 "rotary positions need heads of an even width; got hidden_size / num_attention_heads = "
                 f"{self.hidden_size} / {self.num_attention_heads}: choose other sizes or learned positions"
             )
+        if self._auto_class is None:
+            # They name code in the folder that was read, see publish.py, and would be wrong in a copy without it.
+            # Only classes that are that code themselves, loaded by `trust_remote_code`, need them.
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
         super().__post_init__(**kwargs)

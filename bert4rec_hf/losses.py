@@ -1,3 +1,4 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
 """Item losses: plain functions of hidden states, item table and labels."""
 
 import torch

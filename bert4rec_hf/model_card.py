@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,21 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .metrics import Protocol
+from .metrics import COVERAGE_CUTOFF, Protocol
+from .modeling_bert4rec import SNIPPET_MODEL
+from .named_datasets import NAMED_DATASETS
+from .tokenization_bert4rec import Bert4RecTokenizer
 
 EVALUATION_FILE = "evaluation.json"
 RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
+TAGS = ("bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf")
+THIS_FOLDER = "path-or-hub-id-of-this-folder"
+# What `bert4rec prepare` does if it is told nothing.
+PREPARE_DEFAULTS = {
+    "user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "rating_column": "rating",
+    "min_user_events": 1, "min_item_events": 1, "duplicates": "keep", "split": "leave-one-out",
+}  # fmt: skip
 
 SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
 SHOWN_RECIPE = (
@@ -35,54 +47,80 @@ def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None
     _write(Path(folder) / EVALUATION_FILE, json.dumps([*records, dict(record)], indent=2) + "\n")
 
 
-def write_model_card(folder: str | os.PathLike) -> None:
-    """README.md with the metrics, their protocol and the recipe; one that does not bear `MARK` is left alone."""
+def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **metadata: Any) -> None:
+    """README.md for a stranger: use, metrics under their protocol, limits, commands; one without `MARK` is left alone.
+
+    Args:
+        folder: The model folder.
+        repo_id: Where it is or will be on the Hub; None: as the card has it.
+        metadata: Fields of `ModelCardData`, such as license. What the card's metadata has already stays.
+    """
     folder = Path(folder)
-    if (folder / "README.md").is_file() and MARK not in (folder / "README.md").read_text("utf-8"):
+    old_text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
+    if old_text and MARK not in old_text:
         return
+    old = ModelCard(old_text, ignore_metadata_errors=True).data if old_text else ModelCardData()
+    shown_id = SNIPPET_MODEL.search(old_text)
+    repo_id = repo_id or (shown_id[1] if shown_id else THIS_FOLDER)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    recipe_path = folder / RECIPE_FILE
+    recipe_path, preparation_path = folder / RECIPE_FILE, folder / "preparation.json"
     recipe = yaml.safe_load(recipe_path.read_text("utf-8")) if recipe_path.is_file() else {}
-    preparation_path = folder / "preparation.json"
     preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
+    tokenizer = Bert4RecTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
     records = read_evaluations(folder)
-    data_name = Path(preparation["source"]).stem if preparation else "interactions"
-    results = [
-        EvalResult(
-            task_type="sequential-recommendation",
-            task_name="Sequential recommendation",
-            dataset_type=data_name,
-            dataset_name=data_name,
-            dataset_config=str(Protocol(**record["protocol"])),
-            dataset_split=record["protocol"]["part"],
-            metric_type=name,
-            metric_value=round(record["metrics"][name], 6),
-        )
-        for record in records
-        for name in SHOWN_METRICS
-        if name in record["metrics"]
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        tags=["bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf"],
-        pipeline_tag="other",
-        model_name="BERT4Rec",
-        eval_results=results or None,
-    )
-    parts = [f"---\n{data.to_yaml()}\n---", MARK, "# BERT4Rec", _introduction(config, preparation), USAGE]
+
+    kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}
+    given = {name: value for name, value in metadata.items() if value is not None}
+    tags = given.get("tags") or []
+    written = {
+        "library_name": "transformers",
+        "tags": [*TAGS, *kept.get("tags", []), *([tags] if isinstance(tags, str) else tags)],
+        "pipeline_tag": "other",
+        "model_name": given.get("model_name") or old.get("model_name") or "BERT4Rec",
+        "eval_results": _results(records, preparation) or None,
+    }
+    if preparation and preparation["source"] in NAMED_DATASETS:
+        written["datasets"] = [preparation["source"]]
+    data = ModelCardData(**(kept | given | written))
+
+    parts = [f"---\n{data.to_yaml()}\n---", MARK, f"# {written['model_name']}", _introduction(config, preparation)]
+    parts += [_usage(repo_id, tokenizer)]
     if records:
         parts.append("## Metrics")
         parts += [_metrics_table(record) for record in records]
+    parts.append(_limits(config, tokenizer, records))
     if recipe:
-        shown = {name: recipe[name] for name in SHOWN_RECIPE if name in recipe}
-        parts.append(
-            f"## Recipe\n\nThe whole of it is in `{RECIPE_FILE}`, for `bert4rec train --config`.\n\n```yaml\n"
-            f"{yaml.safe_dump(shown, sort_keys=False)}```"
-        )
+        parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
     parts.append(
         "Architecture: Sun et al., [BERT4Rec](https://arxiv.org/abs/1904.06690), CIKM 2019. Written by bert4rec_hf."
     )
     _write(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
+
+
+def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | None) -> list[EvalResult]:
+    """Every stored metric of the model, for the Hub's model-index."""
+    data_name = Path(preparation["source"]).stem if preparation else "interactions"
+    results = []
+    for record in records:
+        protocol = Protocol(**record["protocol"])
+        groups = record.get("groups", {})
+        parts = {"": record["metrics"]} | {f"; {group}": ranked["model"] for group, ranked in groups.items()}
+        results += [
+            EvalResult(
+                task_type="sequential-recommendation",
+                task_name="Sequential recommendation",
+                # The Hub takes no other characters here.
+                dataset_type=re.sub(r"[^\w.-]+", "-", data_name, flags=re.ASCII).strip("-") or "interactions",
+                dataset_name=data_name,
+                dataset_config=f"{protocol}{part}",
+                dataset_split=protocol.part,
+                metric_type=name,
+                metric_value=round(value, 6),
+            )
+            for part, metrics in parts.items()
+            for name, value in metrics.items()
+        ]
+    return results
 
 
 def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
@@ -92,16 +130,105 @@ def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | No
         f"{'not ' if config['filter_seen_items'] else ''}recommended again, unless told otherwise."
     )
     if preparation:
-        statistics = preparation["statistics"]
+        statistics, source = preparation["statistics"], preparation["source"]
         text += (
-            f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users."
+            f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users "
+            f"in `{source}`."
         )
+        if source in NAMED_DATASETS:
+            text += f" {NAMED_DATASETS[source].license} Cite {NAMED_DATASETS[source].citation}."
     return text
+
+
+def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
+    """A snippet that works when pasted, with the two most frequent items as history."""
+    items, comment = ["item id", "newer item id"], ""
+    if tokenizer is not None:
+        counts = tokenizer.counts or [0] * tokenizer.num_items
+        places = sorted(range(len(counts)), key=lambda place: -counts[place])[:2]
+        items = [tokenizer.items[place] for place in places]
+        titles = [" ".join((tokenizer.title(item) or "").split()) for item in items]
+        comment = f"  # {'; '.join(titles)}" if all(titles) else ""
+    history = json.dumps(items, ensure_ascii=False)
+    return f"""With the Python package `bert4rec_hf` installed:
+
+```python
+import bert4rec_hf  # makes the pipeline known
+from transformers import pipeline
+
+recommend = pipeline("sequential-recommendation", model="{repo_id}")
+history = {history}{comment}
+for item in recommend(history, top_k=5):  # oldest item first; unknown items are left out
+    print(item)
+```"""
+
+
+def _limits(config: Mapping[str, Any], tokenizer: Bert4RecTokenizer | None, records: list[dict[str, Any]]) -> str:
+    lines = [
+        "The catalogue is fixed: an item that it lacks is left out of histories and never recommended; a user without "
+        "a history gets one answer for all."
+    ]
+    if tokenizer is not None and tokenizer.counts is not None:
+        num_cold = sum(count == 0 for count in tokenizer.counts)
+        lines[0] += f" {num_cold:,} of {tokenizer.num_items:,} items have no training event: their scores mean nothing."
+    coverage = next((record["metrics"].get(f"coverage@{COVERAGE_CUTOFF}") for record in reversed(records)), None)
+    lines.append(
+        "It learns from what people did, and with it the popularity bias of the log."
+        + (
+            f" The first {COVERAGE_CUTOFF} recommendations of all evaluated users together show {coverage:.1%} of the "
+            "catalogue."
+            if coverage is not None
+            else ""
+        )
+    )
+    lines.append(
+        "The metrics replay a log: the one item that a user had next counts as right, all others as wrong, whatever "
+        "people were shown at the time. They do not say what people would choose if they were shown these "
+        "recommendations."
+    )
+    if any(record["protocol"]["split"].startswith("leave-one-out") for record in records):
+        lines.append(
+            "Leave-one-out trains on events later than other users' targets; a temporal split is closer to use."
+        )
+    lines.append("Scores are logits: they order the items of one answer and are no probabilities.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _reproduction(
+    repo_id: str,
+    recipe: Mapping[str, Any],
+    preparation: Mapping[str, Any] | None,
+    tokenizer: Bert4RecTokenizer | None,
+) -> str:
+    commands = [] if repo_id == THIS_FOLDER else [f"hf download {shlex.quote(repo_id)} {RECIPE_FILE} --local-dir ."]
+    if preparation:
+        words = ["bert4rec", "prepare", preparation["source"], "--output", "data"]
+        split = {"split" if name == "name" else name: value for name, value in preparation["split"].items()}
+        options = preparation["columns"] | preparation["filters"] | split
+        if tokenizer is not None and tokenizer.titles is not None and preparation["source"] not in NAMED_DATASETS:
+            options["item_titles"] = "TITLES"
+        for name, value in options.items():
+            if value not in (None, [], PREPARE_DEFAULTS.get(name)):
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        commands.append(shlex.join(words))
+    commands += [
+        f"bert4rec train --data data --output_dir model --config {RECIPE_FILE}",
+        "bert4rec evaluate model --data data",
+    ]
+    shown = {name: recipe[name] for name in SHOWN_RECIPE if name in recipe}
+    return (
+        "## Reproduce\n\n```bash\n"
+        + "\n".join(commands)
+        + f"\n```\n\nOf `{RECIPE_FILE}`, which has all arguments:\n\n```yaml\n"
+        + f"{yaml.safe_dump(shown, sort_keys=False)}```"
+    )
 
 
 def _metrics_table(record: Mapping[str, Any]) -> str:
     protocol = Protocol(**record["protocol"])
     rows = {"**this model**": record["metrics"]} | record.get("floors", {})
+    for group, ranked in record.get("groups", {}).items():
+        rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
     names = [name for name in SHOWN_METRICS if name in record["metrics"]]
     lines = [f"| | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
     for title, metrics in rows.items():
@@ -115,12 +242,3 @@ def _write(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text, "utf-8")
     os.replace(beside, path)
-
-
-USAGE = """```python
-import bert4rec_hf
-from transformers import pipeline
-
-recommend = pipeline("sequential-recommendation", model="path-or-hub-id-of-this-folder")
-recommend(["item id", "newer item id"], top_k=5)
-```"""

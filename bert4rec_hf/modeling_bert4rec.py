@@ -2,10 +2,17 @@
 """BERT4Rec (Sun et al., CIKM 2019): tensors in, tensors out; top-k and ranks over the catalogue."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import filecmp
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, snapshot_download
 from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
@@ -25,6 +32,11 @@ from .losses import IGNORE_INDEX, ITEM_LOSSES
 SPECIAL_TOKEN_LOGIT = -1e4
 # So many items are scored at once in `recommend` and `rank`.
 ITEMS_PER_CHUNK = 2**16
+# What stands beside config and weights in a model folder: the catalogue, and what is true of these weights only.
+CATALOGUE_FILES = ("tokenizer.json", "tokenizer_config.json", "items.json")
+RECORD_FILES = ("README.md", "evaluation.json", "recipe.yaml", "preparation.json")
+# Where a card's snippet names the model.
+SNIPPET_MODEL = re.compile(r'model="(.+?)"')
 
 
 @dataclass
@@ -569,6 +581,35 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         return ranks, scores, item_ids.masked_fill(scores.isneginf(), 0)
 
     @torch.no_grad()
+    def add_items(self, tokenizer: Any, items: Iterable[str | int], titles: Mapping[Any, str] | None = None) -> int:
+        """Grow the catalogue: tokenizer, item table and bias together.
+
+        A new item starts as the mean of the old ones, so that it is recommended no more than an average item before
+        it is trained. What is known of the old items stays as it is.
+
+        Args:
+            tokenizer: The model's `Bert4RecTokenizer`.
+            items: Raw ids; those that the catalogue has are skipped.
+            titles: By raw id.
+
+        Returns:
+            How many items were new.
+
+        Raises:
+            ValueError: If the tokenizer is not the model's.
+        """
+        old_size = self.config.vocab_size
+        if len(tokenizer) != old_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} token ids, the model {old_size}: not its own")
+        num_new = tokenizer.add_items(items, titles)
+        if num_new:
+            self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            tables = {id(table): table for table in (self.get_input_embeddings().weight, self.decoder.weight)}
+            for table in [*tables.values(), self.decoder.bias]:
+                table[old_size:] = table[FIRST_ITEM_ID:old_size].mean(dim=0)
+        return num_new
+
+    @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, hidden size + 1): their dot products with `item_vectors` are the scores of `recommend`."""
         states = self._mask_states(input_ids, attention_mask).squeeze(1).float()
@@ -597,6 +638,38 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             prediction_positions=positions,
             item_ids=no_items,
         ).prediction_states
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        """`push_to_hub` calls this between saving and uploading: the rest of the model's folder comes along.
+
+        A model that was loaded from a folder or the Hub brings the catalogue; and while its weights are those of
+        that folder, card, evaluation and recipe as well.
+        """
+        self._bring_along(Path(working_dir), repo_id, kwargs.get("token"))
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
+    def _bring_along(self, folder: Path, repo_id: str, token: bool | str | None) -> None:
+        source = Path(self.name_or_path or os.devnull)
+        if not source.exists():
+            patterns = [*CATALOGUE_FILES, *RECORD_FILES, "config.json", "*.safetensors"]
+            with contextlib.suppress(OSError, ValueError):  # neither a folder nor on the Hub any more
+                source = Path(snapshot_download(self.name_or_path, allow_patterns=patterns, token=token))
+        if not (source / "config.json").is_file() or source.resolve() == folder.resolve():
+            return
+        weights = sorted(path.name for path in folder.glob("*.safetensors"))
+        unchanged = bool(weights) and filecmp.cmpfiles(source, folder, weights, shallow=False)[0] == weights
+        if unchanged or Bert4RecConfig.from_pretrained(source).vocab_size == self.config.vocab_size:
+            for name in CATALOGUE_FILES + (RECORD_FILES if unchanged else ()):
+                if (source / name).is_file() and name != "README.md":
+                    shutil.copyfile(source / name, folder / name)
+        if unchanged and (source / "README.md").is_file():
+            text = (source / "README.md").read_text("utf-8")
+            card = ModelCard(SNIPPET_MODEL.sub(f'model="{repo_id}"', text), ignore_metadata_errors=True)
+            pushed = ModelCard.load(folder / "README.md").data.get("tags") or []
+            card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *pushed]))
+            card.save(folder / "README.md")
 
     def _check_ids(self, ids: torch.Tensor | None) -> None:
         if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:

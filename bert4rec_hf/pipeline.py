@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_bert4rec import UNK_TOKEN_ID
 from .tokenization_bert4rec import Bert4RecTokenizer
@@ -167,7 +168,13 @@ class SequentialRecommendationPipeline(Pipeline):
         return answer, int(model_outputs["num_unknown"])
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write the model folder; without the code of this class, which would ask for trust_remote_code."""
+        """Write the model folder; without the code of this class, which would ask for trust_remote_code.
+
+        Loaded by trust_remote_code, model and tokenizer write their code, and this class comes along.
+        """
+        if self.model.config._auto_class is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(self, save_directory)
         self.model.save_pretrained(save_directory, **kwargs)
         self.tokenizer.save_pretrained(save_directory, **kwargs)
 

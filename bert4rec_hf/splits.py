@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from .configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from .losses import IGNORE_INDEX
@@ -133,6 +133,26 @@ def training_rows(
     if not repeats.any():
         raise ValueError("no history has a training part; prepare a log with more events a user")
     return Dataset(table).select(np.repeat(np.arange(len(histories)), repeats))
+
+
+def stream_training_rows(files: str | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
+    """The rows of `training_rows`, read as they are needed: for histories that do not fit into memory.
+
+    Args:
+        files: Parquet files as `histories` or `prepare` writes them, paths or glob patterns. Processes and data-loader
+            workers share them out; with as many files as there are of these, each reads its own only.
+        tokenizer: The catalogue.
+
+    Returns:
+        input_ids (list<int32>); histories without a training part are left out.
+    """
+
+    def tokenize(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        token_ids = tokenizer.item_ids_to_token_ids(row["item_id"][: row["train_end"]])
+        return {"input_ids": [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]}
+
+    rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return rows.map(tokenize, remove_columns=rows.column_names).filter(lambda row: len(row["input_ids"]) > 0)
 
 
 def ranking_rows(

@@ -48,6 +48,9 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     def __init__(self, vocab: Mapping[str, int], items_file: str | None = None, **kwargs: Any):
         # transformers hands over `vocab` when it reads tokenizer.json.
         self._tokenizer = _backend(vocab)
+        # It names code in the folder that was read, and would be wrong in a copy without it; where the code comes
+        # along, Transformers writes it anew.
+        kwargs.pop("auto_map", None)
         super().__init__(**(SPECIAL_TOKENS | {"truncation_side": "left", "padding_side": "right"} | kwargs))
         content = json.loads(Path(items_file).read_text("utf-8")) if items_file else {}
         self._counts: list[int] | None = content.get("counts")

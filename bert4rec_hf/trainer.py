@@ -1,6 +1,8 @@
 """`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
 
+import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -12,23 +14,33 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from huggingface_hub import upload_folder
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .metrics import COVERAGE_CUTOFF, Protocol, floors, ranking_metrics
-from .model_card import EVALUATION_FILE, RECIPE_FILE, add_evaluation, write_model_card
+from .model_card import EVALUATION_FILE, RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
+from .publish import publish_code as publish_code_into
 from .splits import PREPARATION_FILE, check_prepared, ranking_rows, read_prepared, training_rows
 from .tokenization_bert4rec import Bert4RecTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Of one machine or one run, no part of a recipe.
 NO_RECIPE = {
     "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
+
+# Of a checkpoint, what only the Trainer reads.
+RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
 
 
 @dataclass
@@ -75,6 +87,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
         if best not in known:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # One process would send slices of its batches to the others, which rows of other lengths do not allow.
+            self.accelerator_config.dispatch_batches = False
 
 
 class BriefProgress(ProgressCallback):
@@ -103,6 +118,7 @@ class Bert4RecTrainer(Trainer):
             made from the arguments if it is None.
         protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
         preparation: The content of preparation.json, kept in the model folder.
+        publish_code: Whether every folder that is saved gets our code, see `publish.publish_code`.
     """
 
     def __init__(
@@ -112,6 +128,7 @@ class Bert4RecTrainer(Trainer):
         *,
         protocol: Protocol | None = None,
         preparation: Mapping[str, Any] | None = None,
+        publish_code: bool = False,
         **kwargs: Any,
     ):
         if kwargs.get("data_collator") is None and isinstance(args, Bert4RecTrainingArguments):
@@ -125,6 +142,7 @@ class Bert4RecTrainer(Trainer):
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
         self.protocol = protocol
         self.preparation = preparation
+        self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -167,20 +185,27 @@ class Bert4RecTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        old_weights = _weights_digest(folder)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        # A pickle with this machine's paths, and the Hub token if it was an argument; the recipe says the same.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         text = yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True)
         (folder / RECIPE_FILE).write_text(text, "utf-8")
         if self.preparation is not None:
             preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
             text = json.dumps(preparation, indent=2, ensure_ascii=False) + "\n"
             (folder / PREPARATION_FILE).write_text(text, "utf-8")
-        if self.evaluation is not None:
+        if _weights_digest(folder) != old_weights:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)  # numbers of other weights
+        protocols = [record["protocol"] for record in read_evaluations(folder)]
+        if self.evaluation is not None and self.evaluation["protocol"] not in protocols:
             add_evaluation(folder, self.evaluation)
-        write_model_card(folder)
+        if self.publish_code:
+            publish_code_into(folder)
+        write_model_card(folder, self.hub_model_id)
 
     def recipe(self) -> dict[str, Any]:
         """All arguments and the architecture, as `bert4rec train --config` takes them."""
@@ -201,16 +226,77 @@ class Bert4RecTrainer(Trainer):
         }
         return json.loads(json.dumps(arguments | architecture, default=str))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write README.md of the output folder from what the folder says."""
+    def create_model_card(
+        self,
+        *,
+        model_name: str | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md of the output folder from what the folder says.
+
+        `push_to_hub` calls this with the arguments that it does not know itself: `push_to_hub(license="mit")`.
+        """
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir)
+            metadata = {"model_name": model_name, "license": license, "language": language, "tags": tags}
+            write_model_card(self.args.output_dir, self.hub_model_id, **metadata)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the checkpoint, which is a model folder, as the model; and as `hub_strategy` says, whole beside it."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        # Old checkpoints are deleted after this: nothing may still be reading them.
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        pushes: list[tuple[str | None, list[str] | None]] = [(None, RESUMING_FILES)]
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            pushes.append(("last-checkpoint", None))
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            pushes.append((Path(checkpoint_folder).name, None))
+        jobs = [
+            upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=checkpoint_folder,
+                path_in_repo=path,
+                ignore_patterns=ignored,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                run_as_future=True,
+            )
+            for path, ignored in pushes
+        ]
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        pushed, self.push_in_progress = getattr(self, "push_in_progress", None), None
+        for error in (job.exception() for job in (pushed.jobs if pushed else ())):
+            if error is not None:  # training goes on, and ends with a push of the whole
+                logger.warning("a checkpoint could not be pushed: %s", error)
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        # As above: with save_total_limit=1, the last checkpoint is deleted here.
+        self._finish_current_push()
+        return super()._finalize_training(*args)
+
+
+def _weights_digest(folder: Path) -> str:
+    """The same for the same weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def train_prepared(
     data: str | os.PathLike,
     args: Bert4RecTrainingArguments,
     model_name_or_path: str | os.PathLike | None = None,
+    *,
+    publish_code: bool = False,
     **architecture: Any,
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
@@ -219,6 +305,7 @@ def train_prepared(
         data: The prepared folder.
         args: `resume_from_checkpoint` is a checkpoint's folder, or "last".
         model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
+        publish_code: Whether the folder gets our code, see `publish.publish_code`.
         architecture: Fields of `Bert4RecConfig`, for a new model.
 
     Returns:
@@ -250,8 +337,7 @@ def train_prepared(
         tokenizer = Bert4RecTokenizer.from_pretrained(model_name_or_path)
         catalogue = Bert4RecTokenizer.from_pretrained(data)
         titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
-        if tokenizer.add_items(catalogue.items, {item: title for item, title in titles.items() if title}):
-            model.resize_token_embeddings(len(tokenizer))
+        model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
         tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
         histories, tokenizer, preparation = read_prepared(data, tokenizer)
     config = model.config
@@ -274,6 +360,7 @@ def train_prepared(
         processing_class=tokenizer,
         protocol=Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items),
         preparation=preparation,
+        publish_code=publish_code,
     )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)

@@ -557,9 +557,12 @@ def test_an_unknown_command_names_the_nearest_and_all_known_ones():
     assert (status, out) == (2, "")
     assert err == (
         "bert4rec: unknown command 'recomend'; did you mean recommend? "
-        "Expected one of prepare, train, evaluate, recommend\n"
+        "Expected one of prepare, train, evaluate, recommend, export\n"
     )
-    assert run("xyz")[2] == "bert4rec: unknown command 'xyz'. Expected one of prepare, train, evaluate, recommend\n"
+    assert (
+        run("xyz")[2]
+        == "bert4rec: unknown command 'xyz'. Expected one of prepare, train, evaluate, recommend, export\n"
+    )
 
 
 def test_help_lists_the_commands_and_the_options_of_each():

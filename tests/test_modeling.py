@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import bert4rec_hf.modeling_bert4rec as modeling
 from bert4rec_hf import (
@@ -668,3 +669,32 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         for name, gradient in found[0].items():
             torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
         assert found[0]["model.layers.0.feed_forward.inner.weight"].abs().max() > 1e-4
+
+
+def test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit(tmp_path):
+    model, tokenizer = make_model(), Bert4RecTokenizer.from_items(range(100, 100 + NUM_ITEMS), model_max_length=12)
+    input_ids = torch.tensor([[3, 4, 5, 1], [7, 6, 1, 0]])
+    before = model(input_ids).logits
+    items = tokenizer.items
+    assert model.add_items(tokenizer, ["new", 100, "0"], titles={"new": "New"}) == 2
+    assert tokenizer.items == [*items, "0", "new"]
+    assert tokenizer.title("new") == "New"
+    after = model(input_ids).logits
+    assert torch.equal(after[..., : before.shape[-1]], before)
+    # The mean of the old rows scores the mean of the old scores.
+    mean = before[..., 3:].mean(dim=-1)
+    torch.testing.assert_close(after[..., -1], mean, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids).logits, after)
+    assert AutoTokenizer.from_pretrained(tmp_path).items == tokenizer.items
+    assert loaded.decoder.weight is loaded.get_input_embeddings().weight
+    assert model.add_items(tokenizer, ["new"]) == 0
+
+
+def test_growing_with_the_tokenizer_of_another_model_is_an_error():
+    tokenizer = Bert4RecTokenizer.from_items("abc", model_max_length=12)
+    with pytest.raises(ValueError, match="the tokenizer has 6 token ids"):
+        make_model().add_items(tokenizer, ["new"])
+    assert tokenizer.num_items == 3
