@@ -174,9 +174,11 @@ class Bert4RecTrainer(Trainer):
             )
         return outputs.loss.detach(), (ranks, recommended), targets
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.protocol is not None:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.protocol is not None and eval_dataset is None:  # the protocol is that of the trainer's own rows
             self.evaluation = {"protocol": self.protocol.as_dict(), "metrics": _stored(metrics, metric_key_prefix)}
         return metrics
 
