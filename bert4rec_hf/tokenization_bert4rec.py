@@ -267,8 +267,9 @@ def _backend(vocabulary: Mapping[str, int]) -> Tokenizer:
 def _raw_id(item: Any) -> str:
     if isinstance(item, str):
         return item
-    # numpy's integers have __index__ as well; booleans do, but are no ids.
-    if hasattr(item, "__index__") and not isinstance(item, bool):
+    # numpy's and torch's integers have __index__ as well; booleans do, but are no ids.
+    is_bool = isinstance(item, bool) or str(getattr(item, "dtype", "")).endswith("bool")
+    if hasattr(item, "__index__") and not is_bool:
         return str(item.__index__())
     raise TypeError(f"an item id is a string or an integer; got {item!r} of type {type(item).__name__}")
 
