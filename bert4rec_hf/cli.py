@@ -23,8 +23,6 @@ from .version import __version__
 
 logger = logging.getLogger(__name__)
 
-SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
-
 
 class _Parser(HfArgumentParser):
     """Errors in one line, and recipes: a YAML file that stands before the command line."""
@@ -374,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def format_evaluation(record: dict[str, Any]) -> str:
     """A table of the model's metrics and those of the floors, under their protocol."""
-    from .metrics import Protocol
+    from .metrics import SHOWN_METRICS, Protocol
 
     protocol = Protocol(**record["protocol"])
     tables = {"": {"model": record["metrics"]} | record["floors"]} | record.get("groups", {})

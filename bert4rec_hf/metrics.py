@@ -15,6 +15,8 @@ from .splits import Histories
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 COVERAGE_CUTOFF = 10
+# In tables; all of them are stored.
+SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
 # Share of the training events, the newest, that "recent popularity" counts.
 RECENT_SHARE = 0.1
 

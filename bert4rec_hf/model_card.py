@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .metrics import COVERAGE_CUTOFF, Protocol
+from .metrics import COVERAGE_CUTOFF, SHOWN_METRICS, Protocol
 from .modeling_bert4rec import SNIPPET_MODEL
 from .named_datasets import NAMED_DATASETS
+from .splits import PREPARATION_FILE
 from .tokenization_bert4rec import Bert4RecTokenizer
 
 EVALUATION_FILE = "evaluation.json"
@@ -27,7 +28,6 @@ PREPARE_DEFAULTS = {
     "min_user_events": 1, "min_item_events": 1, "duplicates": "keep", "split": "leave-one-out",
 }  # fmt: skip
 
-SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
     "mask_ratio", "train_windows", "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_dropout_prob",
@@ -63,7 +63,7 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **me
     shown_id = SNIPPET_MODEL.search(old_text)
     repo_id = repo_id or (shown_id[1] if shown_id else THIS_FOLDER)
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    recipe_path, preparation_path = folder / RECIPE_FILE, folder / "preparation.json"
+    recipe_path, preparation_path = folder / RECIPE_FILE, folder / PREPARATION_FILE
     recipe = yaml.safe_load(recipe_path.read_text("utf-8")) if recipe_path.is_file() else {}
     preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
     tokenizer = Bert4RecTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None

@@ -384,6 +384,15 @@ def evaluate_prepared(
 ) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the floors.
 
+    Args:
+        model: A model folder or Hub id.
+        data: The prepared folder.
+        part: "validation" or "test".
+        per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
+
+    Raises:
+        ValueError: If a folder is not what it should be, or if nobody has a target.
+
     Returns:
         The record {protocol, metrics, floors}, and groups if users without a past are among them. It is written
         into the model's folder as well if that is a local one.
