@@ -670,7 +670,7 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
     """What preparation.json says of the histories; a cold target has no event in the training part."""
     length = table.item_id.length()
     repeated = length - table.item_id.unique().length()
-    tied = length - table.timestamp.unique().length() if "timestamp" in table.columns else ibis.literal(0)
+    tied = length - (table.timestamp.unique().length() if "timestamp" in table.columns else length)
     row = table.aggregate(
         num_users=table.count(),
         num_events=length.sum(),

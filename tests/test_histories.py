@@ -125,6 +125,9 @@ def test_a_sequence_column_orders_ties_and_can_stand_for_time(tmp_path):
     untimed = rows_of(log, sequence_column="position")
     assert untimed[0]["item_id"] == ["y", "x", "z"]
     assert "timestamp" not in untimed[0]
+    prepare(log, tmp_path / "data", sequence_column="position")
+    statistics = json.loads((tmp_path / "data" / "preparation.json").read_text())["statistics"]
+    assert (statistics["num_events"], statistics["share_tied_times"]) == (4, None)
     with pytest.raises(ValueError, match="temporal split needs a time column"):
         rows_of(log, sequence_column="position", split="temporal")
 
