@@ -150,29 +150,44 @@ class Bert4RecAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_and_length = hidden_states.shape[:-1]
+        query_states = hidden_states
+        if query_positions is not None:
+            query_states = _gather(hidden_states, query_positions)
+            if attention_mask is not None:
+                attention_mask = _gather(attention_mask, query_positions)
         query, key, value = (
-            layer(hidden_states).view(*batch_and_length, -1, self.head_dim).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for layer, states in ((self.query, query_states), (self.key, hidden_states), (self.value, hidden_states))
         )
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            cosines, sines = rotary
+            key = rotate(key, cosines, sines)
+            if query_positions is not None:
+                cosines, sines = _gather(cosines, query_positions), _gather(sines, query_positions)
+            query = rotate(query, cosines, sines)
+        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Attention in half precision is slower than in float32 on a CPU, its backward by far.
+            query, key, value = query.float(), key.float(), value.float()
+            autocast = torch.autocast("cpu", enabled=False)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        context, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.head_dim**-0.5,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            **kwargs,
-        )
-        return self.output(context.reshape(*batch_and_length, -1)), weights
+        with autocast:
+            context, weights = attention(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=self.head_dim**-0.5,
+                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+                **kwargs,
+            )
+        return self.output(context.flatten(-2)), weights
 
 
 class Bert4RecFeedForward(nn.Module):
@@ -205,10 +220,13 @@ class Bert4RecLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         normed = self.attention_norm(hidden_states) if self.pre_normalization else hidden_states
-        attended, _ = self.attention(normed, attention_mask, rotary, **kwargs)
+        attended, _ = self.attention(normed, attention_mask, rotary, query_positions, **kwargs)
+        if query_positions is not None:
+            hidden_states = _gather(hidden_states, query_positions)
         hidden_states = hidden_states + self.dropout(attended)
         if self.pre_normalization:
             return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
@@ -266,6 +284,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        prediction_positions: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """
@@ -274,6 +293,8 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             attention_mask: (batch, length), 0 for padding. None: everything but [PAD] is attended to.
             position_ids: (batch, length). None: counted over the attention mask, so that padding changes nothing.
             inputs_embeds: (batch, length, hidden size), in place of `input_ids`.
+            prediction_positions: (batch, P) positions that are wanted of the last layer, which computes no others:
+                the last hidden state is (batch, P, hidden size) then. None: all.
 
         Raises:
             ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the input is longer
@@ -301,8 +322,17 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         rotary = (
             None if self.rotary_embedding is None else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
         )
+        # Other kernels take no part of the queries, and none takes no queries.
+        in_last_layer = (
+            prediction_positions is not None
+            and prediction_positions.shape[1] > 0
+            and self.config._attn_implementation in ("sdpa", "eager")
+        )
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, rotary, **kwargs)
+            positions = prediction_positions if in_last_layer and layer is self.layers[-1] else None
+            hidden_states = layer(hidden_states, attention_mask, rotary, positions, **kwargs)
+        if prediction_positions is not None and not in_last_layer:
+            hidden_states = _gather(hidden_states, prediction_positions)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def positions(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -419,16 +449,23 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             num_items_in_batch: Labels in all batches of one optimizer step, handed over by the Trainer.
         """
         attentions = hidden_states = None
+        if labels is not None and label_positions is not None:
+            prediction_positions = label_positions.clamp(min=0)
+            labels = labels.gather(1, prediction_positions).masked_fill(label_positions < 0, IGNORE_INDEX)
         if prediction_states is None:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
+                prediction_positions=prediction_positions,
                 **kwargs,
             )
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
-            states, labels = self._select(outputs.last_hidden_state, labels, label_positions, prediction_positions)
+            states = outputs.last_hidden_state
+            if labels is not None and label_positions is None and self.training:
+                is_label = labels != IGNORE_INDEX
+                states, labels = states[is_label], labels[is_label]
             prediction_states = self.head(states)
         loss = None
         if labels is not None:
@@ -445,27 +482,6 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             hidden_states=hidden_states,
             attentions=attentions,
         )
-
-    def _select(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        label_positions: torch.Tensor | None,
-        prediction_positions: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states and labels of the positions that count."""
-        if labels is None:
-            if prediction_positions is None:
-                return hidden_states, None
-            return _gather(hidden_states, prediction_positions), None
-        if label_positions is not None:
-            states = _gather(hidden_states, label_positions.clamp(min=0))
-            labels = labels.gather(1, label_positions.clamp(min=0))
-            return states, labels.masked_fill(label_positions < 0, IGNORE_INDEX)
-        if self.training:
-            counts = labels != IGNORE_INDEX
-            return hidden_states[counts], labels[counts]
-        return hidden_states, labels
 
     @torch.no_grad()
     def recommend(
@@ -708,9 +724,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             yield scores, chunk_ids.unsqueeze(0)
 
 
-def _gather(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(batch, length, d) at (batch, P) -> (batch, P, d)."""
-    return hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
+def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """(batch, …, length, d) at (batch, P) -> (batch, …, P, d)."""
+    if states.dim() == 4:
+        positions = positions.unsqueeze(1).expand(-1, states.shape[1], -1)
+    return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
 
 
 def _target_scores(

@@ -6,16 +6,18 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import upload_folder
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
@@ -65,6 +67,13 @@ class Bert4RecTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=80.0, metadata={"help": "Number of epochs."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Histories a training step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "choices": ["random", "sequential", "group_by_length"],
+            "help": "group_by_length: in random order, with batches of similar length, which need little padding.",
+        },
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When to rank the validation targets."})
     eval_steps: float | None = field(default=0.1, metadata={"help": "Steps, or below 1 a share of all steps."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint."})
@@ -78,6 +87,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for
+            if self.bf16:
+                self.use_cpu = True  # as TrainingArguments want to be told
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}"
@@ -105,6 +116,36 @@ class BriefProgress(ProgressCallback):
                 f"epoch {logs['epoch']:6.2f}   training loss {self.loss:.3f}   validation loss "
                 f"{logs['eval_loss']:.3f}   HR@10 {logs['eval_HR@10']:.4f}   NDCG@10 {logs['eval_NDCG@10']:.4f}"
             )
+
+
+class SimilarLengthSampler(Sampler[int]):
+    """Rows in random order, another each epoch, with batches of similar length: little is padding.
+
+    Transformers' own goes from long to short over and over, and cannot be resumed in the middle of an epoch.
+
+    Args:
+        lengths: (rows,), of what the model gets.
+        batch_size: Rows a batch.
+        seed: Equal seeds give equal orders.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate's data loader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = np.argsort(self.lengths * random.uniform(0.9, 1.1, len(self)))
+        order = np.roll(order, random.integers(len(self)))  # the last batch, a short one, is not always of the longest
+        whole = len(self) // self.batch_size * self.batch_size
+        batches = random.permutation(order[:whole].reshape(-1, self.batch_size))
+        return iter([*batches.ravel().tolist(), *order[whole:].tolist()])
 
 
 class Bert4RecTrainer(Trainer):
@@ -182,7 +223,16 @@ class Bert4RecTrainer(Trainer):
             self.evaluation = {"protocol": self.protocol.as_dict(), "metrics": _stored(metrics, metric_key_prefix)}
         return metrics
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:])
+        lengths = np.minimum(lengths.to_numpy(zero_copy_only=False), self.model.config.max_position_embeddings)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SimilarLengthSampler(lengths, self.args.train_batch_size, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # Grouping by length would also reorder evaluation, and ranks would be another user's.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 

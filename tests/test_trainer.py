@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
@@ -27,7 +28,7 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
-from bert4rec_hf.trainer import evaluate_prepared, train_prepared
+from bert4rec_hf.trainer import SimilarLengthSampler, evaluate_prepared, train_prepared
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64}
 
@@ -110,7 +111,7 @@ def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weig
     }
     options = {
         "num_train_epochs": 1, "label_names": ["labels", "exclude_ids"], "per_device_eval_batch_size": 64,
-        "eval_strategy": "no", "load_best_model_at_end": False,
+        "eval_strategy": "no", "load_best_model_at_end": False, "train_sampling_strategy": "random",
     }  # fmt: skip
     set_seed(1)
     ours = Bert4RecTrainer(
@@ -142,6 +143,20 @@ def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weig
     assert len(names) == 14
     assert {name: ours_metrics[name] for name in names} == pytest.approx({name: plain_metrics[name] for name in names})
     assert ours_metrics["eval_HR@10"] > 0
+
+
+def test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own():
+    lengths = np.random.default_rng(0).integers(1, 200, 1003)
+    sampler = SimilarLengthSampler(lengths, 32, seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1003))
+        batches = lengths[orders[-1][: 1003 // 32 * 32]].reshape(-1, 32)
+        assert batches.sum() / (batches.max(axis=1).sum() * 32) > 0.8  # .51 in random order
+    assert orders[0] == orders[2] != orders[1]
+    assert list(SimilarLengthSampler(lengths, 32, seed=1)) != orders[0]
 
 
 def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(chain, tmp_path):
@@ -191,14 +206,16 @@ class RowsSeen(TrainerCallback):
     """Collates like the collator and notes which rows came."""
 
     def __init__(self, collator):
-        self.collator, self.lengths = collator, []
+        self.collator, self.rows = collator, []
 
     def __call__(self, features):
-        self.lengths += [tuple(feature["input_ids"]) for feature in features]
+        self.rows += [tuple(feature["input_ids"]) for feature in features]
         return self.collator(features)
 
 
-def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows(chain, tmp_path):
+def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_epoch_has_another_order(
+    chain, tmp_path
+):
     data, _ = chain
     histories, tokenizer, _ = read_prepared(data)
 
@@ -212,19 +229,20 @@ def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows(chain, tmp_pa
         set_seed(3)
         trainer = Bert4RecTrainer(
             Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL)),
-            arguments(tmp_path, num_train_epochs=1, eval_strategy="no", save_steps=3, load_best_model_at_end=False),
+            arguments(tmp_path, num_train_epochs=2, eval_strategy="no", save_steps=3, load_best_model_at_end=False),
             data_collator=collator,
             train_dataset=training_rows(histories),
             processing_class=tokenizer,
             callbacks=[Stop()],
         )
         trainer.train(resume_from_checkpoint=True if resumed else None)
-        seen.append(collator.lengths)
-    first, rest = seen
+        seen.append(collator.rows)
     # The loader reads one batch ahead, which the stopped run has not trained on.
-    trained = first[: 6 * 32]
+    rows = seen[0][: 6 * 32] + seen[1]
     everything = sorted(map(tuple, training_rows(histories)["input_ids"]))
-    assert sorted(trained + rest) == everything
+    first, second = rows[: len(everything)], rows[len(everything) :]
+    assert sorted(first) == sorted(second) == everything
+    assert first != second
 
 
 def test_one_seed_gives_one_model_and_another_seed_another(chain, tmp_path):
