@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance lint notebooks clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-mutations lint notebooks clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -33,6 +33,18 @@ test: $(VENV)/installed-dev
 # Transformers' own common tests, from its source distribution, on our model classes.
 test-conformance: $(VENV)/installed-dev
 	$(BIN)/python tests/conformance/run_upstream.py
+
+# RecBole and hopwise, each in an environment of its own, load what `convert --to recbole` writes.
+test-lineage: $(VENV)/installed-dev
+	$(BIN)/python tests/lineage/return_trip.py $(VENV)/lineage
+
+# Metrics beside ranx and RecTools, leave-one-out beside RecBole and SASRec's file.
+test-agreement: $(VENV)/installed-dev
+	$(BIN)/python tests/agreement/run.py $(VENV)/agreement
+
+# Some fifty mistakes, made one after another in a copy of the package: a test must notice each.
+test-mutations: $(VENV)/installed-dev
+	$(BIN)/python tests/mutations.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -40,7 +40,7 @@ class _Parser(HfArgumentParser):
         for argument in options:
             if argument.startswith("-") and not self._negative_number_matcher.match(argument):
                 self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument)}")
-        if hasattr(parsed, "items"):
+        if isinstance(getattr(parsed, "items", None), list):
             # Python 3.11 takes no item ids where an option stands between them and the model.
             parsed.items += unknown[: len(options)] + unknown[len(options) + 1 :]
             unknown = []
@@ -144,6 +144,13 @@ class EvaluateArguments:
 
     data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
     part: str = field(default="test", metadata={"choices": ["validation", "test"], "help": "Which targets to rank."})
+    protocol: str = field(
+        default="full",
+        metadata={
+            "choices": ["full", "paper"],
+            "help": "full: among all items; paper: among 100 items drawn by popularity, to compare with old numbers.",
+        },
+    )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
 
@@ -174,6 +181,38 @@ class ExportArguments:
 
     output: str = field(metadata={"help": "The ONNX file to write."})
     top_k: int = field(default=10, metadata={"help": "Number of items the graph answers with."})
+
+
+@dataclass
+class ConvertArguments:
+    """The options of `convert`."""
+
+    output: str = field(metadata={"help": "The model folder to write; with --to recbole, the file."})
+    to: str = field(
+        default="bert4rec_hf",
+        metadata={"choices": ["bert4rec_hf", "recbole"], "help": "recbole: what RecBole 1.2 and hopwise load."},
+    )
+    items: str | None = field(
+        default=None,
+        metadata={
+            "help": "The raw item ids, which a checkpoint lacks: RecBole's saved dataset (.pth), its atomic file "
+            "(.inter), or a list in the order of the internal ids (.json, or text with one id a line)."
+        },
+    )
+    item_titles: str | None = field(
+        default=None, metadata={"help": "CSV or Parquet file with the columns item_id and title."}
+    )
+    drop_oldest_item: bool = field(
+        default=True,
+        metadata={"help": "Leave out a history's oldest item, as RecBole does though there is room; false: do not."},
+    )
+
+
+@dataclass
+class ConvertConfigArguments:
+    """The options of `convert-config`."""
+
+    output: str | None = field(default=None, metadata={"help": "The recipe to write; left out: standard output."})
 
 
 def _architecture_arguments() -> type:
@@ -335,7 +374,61 @@ def export(arguments: Sequence[str]) -> None:
     print(f"wrote {options.output}; its token ids are those of tokenizer.json in {rest.model}")
 
 
-COMMANDS = {"prepare": prepare, "train": train, "evaluate": evaluate, "recommend": recommend, "export": export}
+def convert(arguments: Sequence[str]) -> None:
+    """A checkpoint of RecBole or hopwise -> a model folder, or back with --to recbole."""
+    parser = _Parser(ConvertArguments, prog="bert4rec convert", description=convert.__doc__)
+    parser.add_argument("checkpoint", help="Their checkpoint (.pth); with --to recbole, a model folder or Hub id.")
+    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .convert import convert_from_recbole, convert_to_recbole, read_items
+
+    if options.to == "recbole":
+        convert_to_recbole(rest.checkpoint, options.output)
+        print(f'wrote {options.output}; next: model.load_state_dict(torch.load("{options.output}")["state_dict"])')
+        return
+    if options.items is None:
+        parser.error("the following arguments are required: --items, since a checkpoint has no raw item ids")
+    items, titles = read_items(options.items), None
+    if options.item_titles is not None:
+        from .histories import read_titles
+
+        titles = read_titles(options.item_titles, "item_id", items)
+    model = convert_from_recbole(
+        rest.checkpoint, items, options.output, drop_oldest_item=options.drop_oldest_item, titles=titles
+    )
+    print(f"wrote {options.output}: {len(items):,} items, {model.num_parameters():,} parameters")
+    print(f"next: bert4rec recommend {options.output} ITEM_ID ITEM_ID …")
+
+
+def convert_config(arguments: Sequence[str]) -> None:
+    """A YAML file of RecBole or hopwise -> a recipe for train."""
+    parser = _Parser(ConvertConfigArguments, prog="bert4rec convert-config", description=convert_config.__doc__)
+    parser.add_argument("settings", help="Their YAML file.")
+    options, rest = parser.parse_args_into_dataclasses(arguments)
+    if options.output is not None and Path(options.output).exists():
+        parser.error(f"{options.output} is there already; choose another --output")
+
+    from .convert import config_recipe
+
+    text = config_recipe(rest.settings)
+    if options.output is None:
+        print(text, end="")
+        return
+    Path(options.output).write_text(text, "utf-8")
+    print(f"wrote {options.output}, whose first lines say how to prepare the log; next:")
+    print(f"bert4rec train --config {options.output} --data DATA --output_dir MODEL")
+
+
+COMMANDS = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "recommend": recommend,
+    "export": export,
+    "convert": convert,
+    "convert-config": convert_config,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -372,22 +465,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def format_evaluation(record: dict[str, Any]) -> str:
     """A table of the model's metrics and those of the floors, under their protocol."""
-    from .metrics import SHOWN_METRICS, Protocol
+    from .metrics import Protocol, shown_metrics
 
+    widths = {name: max(13, len(name) + 2) for name in shown_metrics(record["metrics"])}
     protocol = Protocol(**record["protocol"])
     tables = {"": {"model": record["metrics"]} | record["floors"]} | record.get("groups", {})
     width = max(len(title) for table in tables.values() for title in table)
-    lines = [str(protocol), " " * width + "".join(f"{name:>13}" for name in SHOWN_METRICS)]
+    lines = [str(protocol), " " * width + "".join(f"{name:>{wide}}" for name, wide in widths.items())]
     for heading, table in tables.items():
         lines += [heading] if heading else []
         for title, metrics in table.items():
-            cells = [f"{metrics[name]:13.4f}" if name in metrics else " " * 13 for name in SHOWN_METRICS]
+            cells = [f"{metrics[name]:{wide}.4f}" if name in metrics else " " * wide for name, wide in widths.items()]
             lines.append(f"{title:<{width}}" + "".join(cells).rstrip())
     return "\n".join([*lines, protocol.describe_misses()])
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<15} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "BERT4Rec: from a raw interaction log to recommendations.\n\n" + "\n".join(lines)
 
 

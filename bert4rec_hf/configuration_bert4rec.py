@@ -34,7 +34,7 @@ class Bert4RecConfig(PreTrainedConfig):
         intermediate_size (`int`, defaults to 256):
             Width of the feed-forward layers.
         hidden_act (`str`, defaults to `"gelu"`):
-            Activation of the feed-forward layers and of the prediction head: any name in `transformers.ACT2FN`.
+            Activation of the feed-forward layers: any name in `transformers.ACT2FN`.
         hidden_dropout_prob (`float`, defaults to 0.1):
             Dropout of the embeddings and of the output of every sublayer.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
@@ -54,9 +54,15 @@ class Bert4RecConfig(PreTrainedConfig):
             `"pre"`: a LayerNorm before each sublayer and one after the last; `"post"`: after the embeddings and
             after each residual connection, as in BERT.
         prediction_head (`bool`, defaults to `False`):
-            Whether a dense layer, activation and LayerNorm stand between encoder and item table (equation 7).
+            Whether a dense layer, GELU and LayerNorm stand between encoder and item table (equation 7).
         item_loss (`str`, defaults to `"softmax"`):
-            What `forward(labels=...)` computes in training: `"softmax"` is the cross-entropy over all items.
+            What `forward(labels=...)` computes in training: `"softmax"` is the cross-entropy over all items,
+            `"sampled_softmax"`, `"bpr"` and `"gbce"` compare the label with sampled items, see losses.py.
+        gbce_calibration (`float`, defaults to 0.75):
+            The t of `"gbce"`, between 0, binary cross-entropy, and 1, the least overconfident.
+        pad_in_softmax (`bool`, defaults to `False`):
+            Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
+            not recommended.
         filter_seen_items (`bool`, defaults to `False`):
             The serving policy: whether the items of a user's history are never recommended.
     """
@@ -79,7 +85,9 @@ class Bert4RecConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     normalization: Literal["pre", "post"] = "pre"
     prediction_head: bool = False
-    item_loss: Literal["softmax"] = "softmax"
+    item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
+    gbce_calibration: float | int = 0.75
+    pad_in_softmax: bool = False
     filter_seen_items: bool = False
     pad_token_id: int | None = PAD_TOKEN_ID
     mask_token_id: int | None = MASK_TOKEN_ID
@@ -92,6 +100,8 @@ class Bert4RecConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.gbce_calibration <= 1:
+            raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads; got {self.hidden_size} and "

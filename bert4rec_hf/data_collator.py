@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""Masking for training, padding for ranking."""
+"""Masking and sampled negatives for training, padding for ranking."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class DataCollatorForMaskedItemPrediction:
     """Mask items of histories for training; pad evaluation rows as they are.
 
     A row is a mapping with `input_ids`: a list, numpy array or torch tensor of token ids of any length. Rows that
-    have `labels` too are evaluation rows (`ranking_rows` makes them) and are not masked; their `exclude_ids` are
-    padded with 0.
+    have `labels` too are evaluation rows (`ranking_rows` makes them) and are not masked; their `exclude_ids` and
+    `candidate_ids` are padded with 0.
 
     Random numbers come from torch's global generator, which the Trainer seeds and data-loader workers get anew
     every epoch: equal seeds give equal masks, epochs and workers differ.
@@ -29,28 +29,56 @@ class DataCollatorForMaskedItemPrediction:
         mask_ratio: Probability of each item to become [MASK] (Sun et al. 2019, section 3.6), always [MASK], never
             a random item. Every row that has items gets at least one.
         last_item_ratio: Share of rows whose only mask is their last item, as in serving.
+        max_predictions: Most masks of a row; of more, a random part stays. None: no limit.
         max_length: Longest row; None: the tokenizer's `model_max_length`.
         random_windows: Of a longer history, take a random window instead of the newest items.
+        num_negatives: Items drawn for each training batch, with which all its labels are compared by the item
+            losses that are not the full softmax; 0: none.
+        negative_sampling: "uniform": each item at most once, all of them if `num_negatives` is larger than the
+            catalogue; "popularity": in proportion to the tokenizer's training counts, with replacement.
 
     Returns:
         When called: `input_ids`, `attention_mask`, `labels` (batch, length), `label_positions` (batch, most
-        labels of a row) padded with -1; for evaluation rows `exclude_ids` as well.
+        labels of a row) padded with -1; for evaluation rows `exclude_ids` as well. For training rows with
+        `num_negatives`, `negative_ids` (K,); by popularity, `negative_log_probabilities` (K,), of each to be drawn,
+        and `positive_log_probabilities` (batch, most labels of a row), of each label to be among the K, 0 where
+        there is none; a label that the counts lack is taken as counted once.
 
     Raises:
-        ValueError: If a ratio is out of range, or a token id is not of the tokenizer's.
+        ValueError: If a ratio is out of range, a token id is not of the tokenizer's, or the counts are missing.
     """
 
     tokenizer: Bert4RecTokenizer
     mask_ratio: float = 0.2
     last_item_ratio: float = 0.0
+    max_predictions: int | None = None
     max_length: int | None = None
     random_windows: bool = True
+    num_negatives: int = 0
+    negative_sampling: str = "uniform"
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded; got {self.mask_ratio}")
+        if self.max_predictions is not None and self.max_predictions < 1:
+            raise ValueError(f"max_predictions must be at least 1; got {self.max_predictions}")
         if not 0 <= self.last_item_ratio <= 1:
             raise ValueError(f"last_item_ratio must lie between 0 and 1; got {self.last_item_ratio}")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives must be at least 0; got {self.num_negatives}")
+        if self.negative_sampling not in ("uniform", "popularity"):
+            raise ValueError(f"negative_sampling must be uniform or popularity; got {self.negative_sampling!r}")
+        if self.num_negatives and self.negative_sampling == "popularity":
+            counts = np.asarray(self.tokenizer.counts or [], np.int64)
+            if not counts.sum():
+                raise ValueError(
+                    "negative_sampling popularity needs the items' training counts, which this tokenizer lacks: call "
+                    "tokenizer.set_counts, or choose uniform"
+                )
+            self._cumulative_counts = counts.cumsum()
+            probabilities = counts.clip(min=1) / counts.sum()
+            self._log_of_draw = np.log(probabilities).astype(np.float32)
+            self._log_among_draws = np.log(1 - (1 - probabilities) ** self.num_negatives).astype(np.float32)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
@@ -61,6 +89,9 @@ class DataCollatorForMaskedItemPrediction:
         self._check_ids(input_ids)
         is_item = input_ids >= FIRST_ITEM_ID
         masked = is_item & (random.random(input_ids.shape) < self.mask_ratio)
+        if self.max_predictions is not None:
+            places = np.where(masked, random.random(input_ids.shape), 2.0).argsort(axis=1).argsort(axis=1)
+            masked &= places < self.max_predictions
         last = np.where(is_item, np.arange(input_ids.shape[1]), -1).max(axis=1, initial=-1)
         # A row that chance has left without a mask gets one; a row may be chosen to have its last item only.
         order = np.where(is_item, random.random(input_ids.shape), -1.0)
@@ -69,12 +100,31 @@ class DataCollatorForMaskedItemPrediction:
         masked[only_last] = False
         needed = np.flatnonzero(~masked.any(axis=1) & (last >= 0))
         masked[needed, np.where(only_last, last, anywhere)[needed]] = True
-        return self._batch(
+        label_positions = _pad([np.flatnonzero(row) for row in masked], -1)
+        batch = self._batch(
             input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
             attention_mask=input_ids != PAD_TOKEN_ID,
             labels=np.where(masked, input_ids, IGNORE_INDEX),
-            label_positions=_pad([np.flatnonzero(row) for row in masked], -1),
+            label_positions=label_positions,
         )
+        if not self.num_negatives:
+            return batch
+        labels = np.take_along_axis(input_ids, label_positions.clip(min=0), axis=1)
+        return batch | self._negatives(np.where(label_positions < 0, IGNORE_INDEX, labels), random)
+
+    def _negatives(self, labels: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Drawn for labels (batch, P)."""
+        num_items = self.tokenizer.num_items
+        if self.negative_sampling == "uniform":
+            items = random.choice(num_items, min(self.num_negatives, num_items), replace=False, shuffle=False)
+            return self._batch(negative_ids=items + FIRST_ITEM_ID)
+        draws = random.integers(self._cumulative_counts[-1], size=self.num_negatives)
+        items = self._cumulative_counts.searchsorted(draws, side="right")
+        positive = self._log_among_draws[labels.clip(FIRST_ITEM_ID) - FIRST_ITEM_ID]
+        return self._batch(negative_ids=items + FIRST_ITEM_ID) | {
+            "negative_log_probabilities": torch.from_numpy(self._log_of_draw[items]),
+            "positive_log_probabilities": torch.from_numpy(np.where(labels == IGNORE_INDEX, 0, positive)),
+        }
 
     def _window(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
         max_length = self.max_length or self.tokenizer.model_max_length
@@ -99,10 +149,9 @@ class DataCollatorForMaskedItemPrediction:
         }
         self._check_ids(batch["input_ids"])
         self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))
-        if "exclude_ids" in features[0]:
-            excluded = [np.asarray(feature["exclude_ids"], dtype=np.int64) for feature in features]
-            batch["exclude_ids"] = _pad(excluded, 0)
-            self._check_ids(batch["exclude_ids"])
+        for name in {"exclude_ids", "candidate_ids"} & features[0].keys():
+            batch[name] = _pad([np.asarray(feature[name], dtype=np.int64) for feature in features], 0)
+            self._check_ids(batch[name])
         return self._batch(**batch)
 
     def _check_ids(self, ids: np.ndarray) -> None:

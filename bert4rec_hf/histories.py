@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,7 @@ def prepare(
             "filter_seen_items": filter_seen_items,
             "statistics": statistics,
         }
-        _save_catalogue(folder, catalogue, _titles(item_titles, item_column, catalogue), max_length)
+        _save_catalogue(folder, catalogue, read_titles(item_titles, item_column, catalogue), max_length)
         # Names what is ours, so that a later call replaces that and nothing else.
         preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
         (folder / PREPARATION_FILE).write_text(json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -716,12 +716,13 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
     return statistics
 
 
-def _titles(
-    item_titles: Mapping[str, str] | str | Path | None, item_column: str, catalogue: Mapping[str, int]
+def read_titles(
+    item_titles: Mapping[str, str] | str | Path | None, item_column: str, catalogue: Iterable[str]
 ) -> dict[str, str] | None:
     """The titles of the catalogue's items, from a mapping or a file."""
     if item_titles is None:
         return None
+    catalogue = list(catalogue)
     if isinstance(item_titles, Mapping):
         titles = {str(item): title for item, title in item_titles.items()}
     else:
@@ -737,8 +738,8 @@ def _titles(
     found = {item: titles[item] for item in catalogue if titles.get(item)}
     if not found:
         raise ValueError(
-            f"none of the {len(titles)} titles belongs to an item of the log, whose ids look like "
-            f"{', '.join(map(repr, list(catalogue)[:3]))}; those of the titles like "
+            f"none of the {len(titles)} titles belongs to an item of the catalogue, whose ids look like "
+            f"{', '.join(map(repr, catalogue[:3]))}; those of the titles like "
             f"{', '.join(map(repr, list(titles)[:3]))}"
         )
     if len(found) < len(catalogue):

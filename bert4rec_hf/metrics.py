@@ -17,6 +17,7 @@ CUTOFFS = (1, 5, 10, 20, 50, 100)
 COVERAGE_CUTOFF = 10
 # In tables; all of them are stored.
 SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
+SAMPLED_METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 # Share of the training events, the newest, that "recent popularity" counts.
 RECENT_SHARE = 0.1
 
@@ -120,6 +121,17 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
         metrics[f"NDCG@{k}"] = float((hits / np.log2(places + 1)).sum() / count)
     metrics["MRR"] = float((1 / places).sum() / count)
     return metrics
+
+
+def shown_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """The names for a table."""
+    return [name for name in (*SHOWN_METRICS, *(f"sampled_{name}" for name in SAMPLED_METRICS)) if name in metrics]
+
+
+def sampled_metrics(ranks: np.ndarray) -> dict[str, float]:
+    """Those of Sun et al. 2019, of ranks among sampled items, which their names say."""
+    metrics = ranking_metrics(ranks)
+    return {f"sampled_{name}": metrics[name] for name in SAMPLED_METRICS}
 
 
 def preprocess_logits_for_metrics(

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .metrics import COVERAGE_CUTOFF, SHOWN_METRICS, Protocol
+from .metrics import COVERAGE_CUTOFF, Protocol, shown_metrics
 from .modeling_bert4rec import SNIPPET_MODEL
 from .named_datasets import NAMED_DATASETS
 from .splits import PREPARATION_FILE
@@ -229,7 +229,7 @@ def _metrics_table(record: Mapping[str, Any]) -> str:
     rows = {"**this model**": record["metrics"]} | record.get("floors", {})
     for group, ranked in record.get("groups", {}).items():
         rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
-    names = [name for name in SHOWN_METRICS if name in record["metrics"]]
+    names = shown_metrics(record["metrics"])
     lines = [f"| | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
     for title, metrics in rows.items():
         cells = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]

@@ -346,12 +346,12 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
 
 
 class Bert4RecPredictionHead(nn.Module):
-    """Dense layer, activation and LayerNorm before the item table (equation 7)."""
+    """Dense layer, GELU and LayerNorm before the item table (equation 7)."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = nn.GELU()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -361,6 +361,10 @@ class Bert4RecPredictionHead(nn.Module):
 class Bert4RecDecoder(nn.Linear):
     """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in."""
 
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.pad_in_softmax = config.pad_in_softmax
+
     def forward(
         self,
         states: torch.Tensor,
@@ -368,18 +372,22 @@ class Bert4RecDecoder(nn.Linear):
         labels: torch.Tensor | None = None,
         item_loss: str = "softmax",
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_options: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """The item loss with labels, else scores: (batch, P, hidden size) -> (batch, P, vocab size or C)."""
         if labels is not None:
+            weight, bias = self.weight[FIRST_ITEM_ID:], self.bias[FIRST_ITEM_ID:]
+            if self.pad_in_softmax and item_loss == "softmax":  # last, so that items keep their rows
+                weight, bias = torch.cat((weight, self.weight[:1])), torch.cat((bias, self.bias[:1]))
             return ITEM_LOSSES[item_loss](
                 states.flatten(0, -2),
-                self.weight[FIRST_ITEM_ID:],
-                self.bias[FIRST_ITEM_ID:],
+                weight,
+                bias,
                 torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten(),
                 num_items_in_batch,
+                **(loss_options or {}),
             )
-        weight: torch.Tensor = self.weight
-        bias: torch.Tensor = self.bias
+        weight, bias = self.weight, self.bias
         precision: contextlib.AbstractContextManager = contextlib.nullcontext()
         if not self.training:
             # Half precision would tie neighbours in the ranking, and ties count as misses.
@@ -388,7 +396,10 @@ class Bert4RecDecoder(nn.Linear):
         with precision:
             if item_ids is None:
                 scores = nn.functional.linear(states, weight[FIRST_ITEM_ID:], bias[FIRST_ITEM_ID:])
-                return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
+                if not self.pad_in_softmax:
+                    return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
+                scores = nn.functional.pad(scores, (FIRST_ITEM_ID - 1, 0), value=SPECIAL_TOKEN_LOGIT)
+                return torch.cat((nn.functional.linear(states, weight[:1], bias[:1]), scores), dim=-1)
             if item_ids.dim() == 1:
                 scores = nn.functional.linear(states, weight[item_ids], bias[item_ids])
             else:
@@ -405,7 +416,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         super().__init__(config)
         self.model = Bert4RecModel(config)
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
-        self.decoder = Bert4RecDecoder(config.hidden_size, config.vocab_size)
+        self.decoder = Bert4RecDecoder(config)
         if config.tie_word_embeddings:
             # Tied, so in no file; without this the Trainer warns that a checkpoint lacks it.
             self._keys_to_ignore_on_save = ["decoder.weight"]
@@ -432,7 +443,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         prediction_states: torch.Tensor | None = None,
         item_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        candidate_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        negative_ids: torch.Tensor | None = None,
+        negative_log_probabilities: torch.Tensor | None = None,
+        positive_log_probabilities: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedItemPredictionOutput:
         """
@@ -445,10 +460,19 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             prediction_states: (batch, P, hidden size) of an earlier call, in place of the input: the same
                 positions, scored for other `item_ids`.
             item_ids: (C,) or (batch, C) token ids to score. None: all.
-            exclude_ids: Not used here; evaluation rows carry the user's past items along.
+            exclude_ids, candidate_ids: Not used here; evaluation rows carry them along, for `search`.
             num_items_in_batch: Labels in all batches of one optimizer step, handed over by the Trainer.
+            negative_ids: (K,) or (batch, P, K) token ids that the labels are compared with in training, unless
+                `config.item_loss` is "softmax"; special tokens among them are not counted. P is the width of
+                `label_positions`, without those that of `labels`.
+            negative_log_probabilities: As `negative_ids`, for "sampled_softmax": of each to be drawn.
+            positive_log_probabilities: (batch, P), likewise: of each label to be among the draws.
+
+        Raises:
+            ValueError: As `Bert4RecModel`; if the item loss lacks its negatives, or they have another shape.
         """
         attentions = hidden_states = None
+        sampled = [negative_ids, negative_log_probabilities, positive_log_probabilities]
         if labels is not None and label_positions is not None:
             prediction_positions = label_positions.clamp(min=0)
             labels = labels.gather(1, prediction_positions).masked_fill(label_positions < 0, IGNORE_INDEX)
@@ -466,12 +490,16 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             if labels is not None and label_positions is None and self.training:
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
+                sampled = [_at_labels(values, is_label) for values in sampled]
             prediction_states = self.head(states)
         loss = None
         if labels is not None:
-            item_loss = self.config.item_loss if self.training else "softmax"
             loss = self.decoder(
-                prediction_states, labels=labels, item_loss=item_loss, num_items_in_batch=num_items_in_batch
+                prediction_states,
+                labels=labels,
+                item_loss=self.config.item_loss if self.training else "softmax",
+                num_items_in_batch=num_items_in_batch,
+                loss_options=self._loss_options(*sampled) if self.training else None,
             )
             if self.training:
                 return MaskedItemPredictionOutput(loss=loss, hidden_states=hidden_states, attentions=attentions)
@@ -687,6 +715,29 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *pushed]))
             card.save(folder / "README.md")
 
+    def _loss_options(
+        self,
+        negative_ids: torch.Tensor | None,
+        negative_log_probabilities: torch.Tensor | None,
+        positive_log_probabilities: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """What the item loss of the config needs besides."""
+        item_loss = self.config.item_loss
+        if item_loss == "softmax":
+            return {}
+        if negative_ids is None:
+            raise ValueError(
+                f"item_loss {item_loss!r} needs negative_ids: give num_negatives to DataCollatorForMaskedItemPrediction"
+            )
+        options: dict[str, Any] = {"negative_ids": _rows(negative_ids) - FIRST_ITEM_ID}
+        if item_loss == "gbce":
+            options["calibration"] = self.config.gbce_calibration
+        if item_loss == "sampled_softmax" and negative_log_probabilities is not None:
+            options["negative_log_probabilities"] = _rows(negative_log_probabilities)
+        if item_loss == "sampled_softmax" and positive_log_probabilities is not None:
+            options["positive_log_probabilities"] = positive_log_probabilities.flatten()
+        return options
+
     def _check_ids(self, ids: torch.Tensor | None) -> None:
         if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ValueError(
@@ -729,6 +780,23 @@ def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if states.dim() == 4:
         positions = positions.unsqueeze(1).expand(-1, states.shape[1], -1)
     return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """(batch, P, K) -> (batch P, K); (K,) as it is."""
+    return values if values.dim() == 1 else values.flatten(0, -2)
+
+
+def _at_labels(values: torch.Tensor | None, is_label: torch.Tensor) -> torch.Tensor | None:
+    """Of values with a row for each position, the rows of the labels (batch, length)."""
+    if values is None or values.dim() == 1:
+        return values
+    if values.shape[:2] != is_label.shape:
+        raise ValueError(
+            f"without label_positions, expected values for all {tuple(is_label.shape)} positions of labels; got shape "
+            f"{tuple(values.shape)}: hand the collator's label_positions over as well"
+        )
+    return values[is_label]
 
 
 def _target_scores(

@@ -111,15 +111,17 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
 
 
 def training_rows(
-    histories: Histories, *, max_length: int | None = None, windows_in_proportion: bool = False
+    histories: Histories, *, max_length: int | None = None, windows: str = "whole", window_step: float = 0.5
 ) -> Dataset:
-    """The training part of each history that has one, whole: the data collator cuts the windows.
+    """The training part of each history that has one.
 
     Args:
         histories: As `read_prepared` returns them.
-        max_length: Of the model; needed for `windows_in_proportion`.
-        windows_in_proportion: A history of n items stands in the dataset ceil(n / max_length) times, so that an
-            epoch draws windows in proportion to its length.
+        max_length: Of the model; not needed for whole histories.
+        windows: "whole": each history once, whole; the data collator cuts the windows. "proportional": the same, but a
+            history of n items stands in the dataset ceil(n / max_length) times, so that an epoch draws windows in
+            proportion to its length. "sliding": every window of max_length items, counted back from the newest.
+        window_step: How far a sliding window moves, as a share of max_length.
 
     Returns:
         user_id (string), input_ids (list<int32>).
@@ -128,11 +130,25 @@ def training_rows(
     offsets = np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
     lengths = np.diff(offsets)
-    repeats = -(-lengths // max_length) if windows_in_proportion else lengths > 0
-    table = pa.table({"user_id": histories.user_id, "input_ids": lists})
-    if not repeats.any():
+    if not lengths.any():
         raise ValueError("no history has a training part; prepare a log with more events a user")
-    return Dataset(table).select(np.repeat(np.arange(len(histories)), repeats))
+    rows = Dataset(pa.table({"user_id": histories.user_id, "input_ids": lists}))
+    if windows == "whole":
+        return rows.select(np.flatnonzero(lengths))
+    assert max_length is not None  # for the type checker
+    if windows == "proportional":
+        return rows.select(np.repeat(np.arange(len(histories)), -(-lengths // max_length)))
+    step = max(1, int(window_step * max_length))
+    num_windows = np.where(lengths > 0, 1 + -(-np.maximum(lengths - max_length, 0) // step), 0)
+    rows = rows.select(np.repeat(np.arange(len(histories)), num_windows))
+    steps = np.concatenate([np.arange(number) for number in num_windows])
+    ends = np.repeat(offsets[1:], num_windows) - steps * step
+    starts = np.maximum(ends - max_length, np.repeat(offsets[:-1], num_windows))
+    # The oldest window is as long as the others.
+    ends = np.minimum(starts + max_length, np.repeat(offsets[1:], num_windows))
+    token_ids = histories.item_ids[kept]
+    cut = _lists([token_ids[start:end] for start, end in zip(starts, ends, strict=True)])
+    return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], "input_ids": cut}))
 
 
 def stream_training_rows(files: str | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
@@ -198,6 +214,41 @@ def ranking_rows(
         "history_length": pa.array(positions, pa.int32()),
     }
     return Dataset(pa.table(table))
+
+
+def sampled_candidates(
+    rows: Dataset, histories: Histories, counts: Sequence[int], *, num_candidates: int = 100, seed: int = 42
+) -> Dataset:
+    """Evaluation rows with `candidate_ids`: items to rank the target among, as in Sun et al. 2019, section 4.2.
+
+    They are drawn by popularity, each once, among the items that the user never had. A metric of them is no metric of
+    the catalogue and may order models differently (Krichene & Rendle, KDD 2020).
+
+    Args:
+        rows: Of `ranking_rows`.
+        histories: Those of the rows.
+        counts: How often each item occurs in the training data, in the order of token ids; `tokenizer.counts`.
+        num_candidates: Fewer, where a user has had all but so many of the items that occur.
+        seed: Equal seeds give equal candidates.
+    """
+    cumulative = np.asarray(counts, np.int64).cumsum()
+    occurring = np.flatnonzero(counts) + FIRST_ITEM_ID
+    users = {user_id: number for number, user_id in enumerate(histories.user_id.to_pylist())}
+    candidates = []
+    for user_id in rows["user_id"]:
+        start, end = histories.offsets[users[user_id] : users[user_id] + 2]
+        had = np.unique(histories.item_ids[start:end])
+        random = np.random.default_rng((seed, users[user_id]))
+        wanted = min(num_candidates, len(np.setdiff1d(occurring, had, assume_unique=True)))
+        drawn = np.zeros(0, np.int64)
+        while len(drawn) < wanted:
+            # Drawn one after the other, with what has come before and what the user has had passed over.
+            draws = random.integers(cumulative[-1], size=4 * num_candidates)
+            more = cumulative.searchsorted(draws, side="right") + FIRST_ITEM_ID
+            items, first = np.unique(np.concatenate((drawn, more[~np.isin(more, had)])), return_index=True)
+            drawn = items[first.argsort()]
+        candidates.append(drawn[:wanted])
+    return rows.add_column("candidate_ids", _lists(candidates))
 
 
 def _lists(rows: Sequence[Any]) -> pa.Array:

@@ -39,19 +39,28 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         tokenizer([["318", "50"], ["296"]], padding=True, return_tensors="pt")  # ends with [MASK]: for `recommend`
 
     Called with `add_special_tokens=False` it appends no [MASK]. A flat list is one history, a list of lists a batch;
-    unknown items are left out, with one warning that names how many.
+    unknown items are left out, with one warning that names how many. With `drop_oldest_item`, which is for converted
+    models, the oldest item of a history is always left out before the [MASK] is appended.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab: Mapping[str, int], items_file: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        items_file: str | None = None,
+        drop_oldest_item: bool = False,
+        **kwargs: Any,
+    ):
         # transformers hands over `vocab` when it reads tokenizer.json.
         self._tokenizer = _backend(vocab)
         # It names code in the folder that was read, and would be wrong in a copy without it; where the code comes
         # along, Transformers writes it anew.
         kwargs.pop("auto_map", None)
-        super().__init__(**(SPECIAL_TOKENS | {"truncation_side": "left", "padding_side": "right"} | kwargs))
+        defaults = SPECIAL_TOKENS | {"truncation_side": "left", "padding_side": "right"}
+        super().__init__(**(defaults | kwargs), drop_oldest_item=drop_oldest_item)
+        self.drop_oldest_item = drop_oldest_item
         content = json.loads(Path(items_file).read_text("utf-8")) if items_file else {}
         self._counts: list[int] | None = content.get("counts")
         self._titles: list[str | None] | None = content.get("titles")
@@ -65,6 +74,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         titles: Mapping[Any, str] | None = None,
         counts: Mapping[Any, int] | None = None,
         model_max_length: int | None = None,
+        sort: bool = True,
+        drop_oldest_item: bool = False,
     ) -> "Bert4RecTokenizer":
         """A tokenizer for a catalogue.
 
@@ -73,21 +84,25 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             titles: By raw id, for as many items as have one.
             counts: How often each item occurs in the training data; an item not named occurs 0 times.
             model_max_length: Longest input of the model, the [MASK] included.
+            sort: Whether token ids go by raw id; False: in the given order, which a converted model has learnt.
+            drop_oldest_item: Whether `append_mask` always leaves out the oldest item, as RecBole does.
 
         Raises:
             ValueError: If there are no items, or one occurs twice.
         """
-        raw_ids = sorted(map(_raw_id, items))
+        raw_ids = list(map(_raw_id, items))
+        if sort:
+            raw_ids.sort()
         if not raw_ids:
             raise ValueError("a catalogue needs at least one item; got none")
         vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS.values())}
         for raw_id in raw_ids:
             vocabulary[_to_token(raw_id)] = len(vocabulary)
         if len(vocabulary) < len(raw_ids) + len(SPECIAL_TOKENS):
-            twice = next(first for first, second in pairwise(raw_ids) if first == second)
+            twice = next(first for first, second in pairwise(sorted(raw_ids)) if first == second)
             raise ValueError(f"item {twice!r} occurs twice in the catalogue; raw ids must be unique")
         options: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
-        tokenizer = cls(vocabulary, **options)
+        tokenizer = cls(vocabulary, drop_oldest_item=drop_oldest_item, **options)
         tokenizer._set(titles, counts)
         return tokenizer
 
@@ -170,7 +185,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         max_length = max_length or self.model_max_length
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
-        newest = token_ids[max(len(token_ids) - max_length + 1, 0) :]
+        newest = token_ids[max(len(token_ids) - max_length + 1, int(self.drop_oldest_item)) :]
         return [*newest, MASK_TOKEN_ID]
 
     def _encode_plus(

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,18 @@ from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
-from .metrics import COVERAGE_CUTOFF, Protocol, floors, ranking_metrics
+from .metrics import COVERAGE_CUTOFF, Protocol, floors, ranking_metrics, sampled_metrics
 from .model_card import EVALUATION_FILE, RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .publish import publish_code as publish_code_into
-from .splits import PREPARATION_FILE, check_prepared, ranking_rows, read_prepared, training_rows
+from .splits import (
+    PREPARATION_FILE,
+    check_prepared,
+    ranking_rows,
+    read_prepared,
+    sampled_candidates,
+    training_rows,
+)
 from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,13 +60,24 @@ class Bert4RecTrainingArguments(TrainingArguments):
     last_item_ratio: float = field(
         default=0.0, metadata={"help": "Share of training rows whose only mask is the last item."}
     )
+    max_predictions: int | None = field(default=None, metadata={"help": "Most masks of a row; no limit if left out."})
     train_windows: str = field(
         default="proportional",
         metadata={
-            "choices": ["newest", "random", "proportional"],
+            "choices": ["newest", "random", "proportional", "sliding"],
             "help": "Of a history longer than the model, train on its newest items, on a random window an epoch, "
-            "or on as many random windows an epoch as it holds.",
+            "on as many random windows an epoch as it holds, or on every window of a sliding one.",
         },
+    )
+    window_step: float = field(
+        default=0.5, metadata={"help": "How far a sliding window moves, as a share of the model's length."}
+    )
+    num_negatives: int = field(
+        default=256, metadata={"help": "Items drawn a training batch, unless the item loss is softmax."}
+    )
+    negative_sampling: str = field(
+        default="uniform",
+        metadata={"choices": ["uniform", "popularity"], "help": "How they are drawn."},
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the learning rate."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
@@ -177,8 +195,11 @@ class Bert4RecTrainer(Trainer):
                 kwargs["processing_class"],
                 mask_ratio=args.mask_ratio,
                 last_item_ratio=args.last_item_ratio,
+                max_predictions=args.max_predictions,
                 max_length=model.config.max_position_embeddings,
                 random_windows=args.train_windows != "newest",
+                num_negatives=0 if model.config.item_loss == "softmax" else args.num_negatives,
+                negative_sampling=args.negative_sampling,
             )
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
         self.protocol = protocol
@@ -212,6 +233,7 @@ class Bert4RecTrainer(Trainer):
                 target_ids=targets,
                 top_k=COVERAGE_CUTOFF,
                 exclude_ids=inputs["exclude_ids"],
+                candidate_ids=inputs.get("candidate_ids"),
             )
         return outputs.loss.detach(), (ranks, recommended), targets
 
@@ -406,7 +428,8 @@ def train_prepared(
         train_dataset=training_rows(
             histories,
             max_length=config.max_position_embeddings,
-            windows_in_proportion=args.train_windows == "proportional",
+            windows=args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",
+            window_step=args.window_step,
         ),
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -428,6 +451,7 @@ def evaluate_prepared(
     data: str | os.PathLike,
     part: str = "test",
     *,
+    protocol: str = "full",
     per_device_eval_batch_size: int = 256,
     use_cpu: bool = False,
     disable_tqdm: bool = False,
@@ -438,6 +462,8 @@ def evaluate_prepared(
         model: A model folder or Hub id.
         data: The prepared folder.
         part: "validation" or "test".
+        protocol: "full", or "paper": among 100 items drawn by popularity, see `splits.sampled_candidates`, with
+            metrics whose names say so.
         per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
 
     Raises:
@@ -455,6 +481,8 @@ def evaluate_prepared(
     rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
     if not len(rows):
         raise ValueError(f"no user of {data} has a {part} target")
+    if protocol == "paper":
+        rows = sampled_candidates(rows, histories, tokenizer.counts or [])
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = Bert4RecTrainer(
             loaded,
@@ -471,17 +499,27 @@ def evaluate_prepared(
         )
         trainer.remove_callback(PrinterCallback)  # the record says it all
         prediction = trainer.predict(rows)
-    rankings = {"model": prediction.predictions[0]} | floors(rows, histories, tokenizer.num_items)
+    described = Protocol.of(histories, preparation, part, tokenizer.num_items, policy)
+    rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
+    if protocol == "paper":
+        described, measure = (
+            replace(described, candidates="the target and 100 items drawn by popularity"),
+            sampled_metrics,
+        )
+        metrics = measure(rankings["model"])
+    else:
+        rankings |= floors(rows, histories, tokenizer.num_items)
+        metrics = _stored(prediction.metrics, "test")
     record: dict[str, Any] = {
-        "protocol": Protocol.of(histories, preparation, part, tokenizer.num_items, policy).as_dict(),
-        "metrics": _stored(prediction.metrics, "test"),
-        "floors": {name: ranking_metrics(ranks) for name, ranks in rankings.items() if name != "model"},
+        "protocol": described.as_dict(),
+        "metrics": metrics,
+        "floors": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
     }
     has_past = np.asarray(rows["history_length"]) > 0
     if not has_past.all():
         record["groups"] = {
             f"{int(users.sum())} users {title} a past": {
-                name: ranking_metrics(ranks[users]) for name, ranks in rankings.items()
+                name: measure(ranks[users]) for name, ranks in rankings.items()
             }
             for title, users in (("with", has_past), ("without", ~has_past))
         }

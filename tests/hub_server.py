@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: as much of its HTTP protocol as huggingface_hub and transformers use.
+"""A Hugging Face Hub on this machine: as much of its HTTP protocol as transformers and datasets use.
 
 Repositories are snapshots in memory, a dictionary of files for every commit. Large files go the LFS way: batch,
 upload, verification, commit, and a redirection to another host, the "CDN", when they are read. Xet is not spoken:
@@ -6,10 +6,13 @@ clients set HF_HUB_DISABLE_XET=1.
 """
 
 import base64
+import contextlib
+import functools
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +21,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 USER, TOKEN = "somebody", "hf_good"
-LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
+DATASETS = "datasets/"
 # What the Hub accepts as a dataset in a model card's metadata.
 DATASET_PATTERN = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
 
@@ -53,9 +57,10 @@ class HubServer(ThreadingHTTPServer):
     """`with HubServer() as hub:` answers at `hub.endpoint`.
 
     Attributes:
-        repositories: By id, "somebody/name".
+        repositories: By id, "somebody/name"; those of datasets by "datasets/somebody/name".
         objects: Large files that have arrived whole and verified, by sha256.
         requests: Method and path of all requests.
+        log: Called with each of these.
         uploads_to_break: So many uploads of large files lose their connection half way.
         uploads_to_refuse: So many after these are refused.
     """
@@ -69,6 +74,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.log: Callable[[str], Any] = lambda request: None
         self.uploads_to_break = self.uploads_to_refuse = 0
         self.lock = threading.Lock()
 
@@ -102,6 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.server.lock:
             self.server.requests.append(f"{self.command} {path}")
+            self.server.log(self.server.requests[-1])
         try:
             if self.command != "PUT":
                 self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -157,10 +164,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusalError(
                 403, None, f'You don\'t have the rights to create a model under the namespace "{owner}"'
             )
-        repo = f"{owner}/{wanted['name']}"
+        prefix = DATASETS if wanted.get("type") == "dataset" else ""
+        repo = f"{prefix}{owner}/{wanted['name']}"
         address = {"url": f"{self.server.endpoint}/{repo}"}
         if repo in self.server.repositories:
-            return self.answer(address | {"error": "You already created this model repo"}, 409)
+            return self.answer(address | {"error": "You already created this repo"}, 409)
         repository = self.server.repositories[repo] = Repository()
         attributes = "".join(f"*{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in LFS_ENDINGS)
         repository.commit("main", "initial commit", {".gitattributes": attributes.encode()})
@@ -178,12 +186,20 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str = "main") -> None:
         sha, files = self.snapshot(repo, revision)
         siblings = [{"rfilename": path} for path in sorted(files)]
-        self.answer({"id": repo, "modelId": repo, "sha": sha, "private": False, "tags": [], "siblings": siblings})
+        name = repo.removeprefix(DATASETS)
+        self.answer({"id": name, "sha": sha, "private": False, "tags": [], "siblings": siblings})
 
     def refs(self, repo: str) -> None:
         branches = self.repository(repo).branches.items()
         named = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
         self.answer({"branches": named, "tags": [], "converts": []})
+
+    def history(self, repo: str, revision: str) -> None:
+        """Of a repository whose only branch is main."""
+        self.snapshot(repo, revision)
+        about = {"authors": [{"user": USER}], "date": "2000-01-01T00:00:00.000Z", "message": ""}
+        commits = [about | {"id": sha, "title": title} for sha, (title, _) in self.repository(repo).commits.items()]
+        self.answer(commits[::-1])
 
     def tree(self, repo: str, revision: str, folder: str | None = None) -> None:
         _, files = self.snapshot(repo, revision)
@@ -270,23 +286,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo: str, revision: str) -> None:
         self.writer()
-        _, files = self.snapshot(repo, revision)
         header, *operations = (json.loads(line) for line in self.body.splitlines())
-        files = dict(files)
-        for operation in operations:
-            kind, value = operation["key"], operation["value"]
-            if kind == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif kind == "lfsFile":
-                if value["oid"] not in self.server.objects:
-                    raise _RefusalError(400, None, f"{value['path']}: {value['oid']} has not been uploaded")
-                files[value["path"]] = self.server.objects[value["oid"]]
-            elif kind == "deletedFile":
-                del files[value["path"]]
-            else:
-                raise _RefusalError(400, None, f"unknown operation {kind}")
-        sha = self.repository(repo).commit(revision, header["value"]["summary"], files)
+        with self.server.lock:  # a client may commit from several threads
+            files = dict(self.snapshot(repo, revision)[1])
+            for operation in operations:
+                self.apply(operation["key"], operation["value"], files)
+            sha = self.repository(repo).commit(revision, header["value"]["summary"], files)
         self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.server.endpoint}/{repo}/commit/{sha}"})
+
+    def apply(self, kind: str, value: dict[str, Any], files: Snapshot) -> None:
+        if kind == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif kind == "lfsFile":
+            if value["oid"] not in self.server.objects:
+                raise _RefusalError(400, None, f"{value['path']}: {value['oid']} has not been uploaded")
+            files[value["path"]] = self.server.objects[value["oid"]]
+        elif kind == "deletedFile":
+            del files[value["path"]]
+        else:
+            raise _RefusalError(400, None, f"unknown operation {kind}")
 
     # --- reading
 
@@ -324,8 +342,8 @@ def _git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-REPO = r"(?P<repo>[^/]+/[^/]+?)"
-API = rf"/api/models/{REPO}"
+REPO = rf"(?P<repo>(?:{DATASETS})?[^/]+/[^/]+?)"
+API = rf"/api/(?:models/|(?={DATASETS})){REPO}"
 ROUTES = [
     (("GET",), r"/api/whoami-v2", _Handler.whoami),
     (("POST",), r"/api/repos/create", _Handler.create),
@@ -333,6 +351,7 @@ ROUTES = [
     (("GET",), rf"{API}/refs", _Handler.refs),
     (("POST",), rf"{API}/branch/(?P<branch>.+)", _Handler.branch),
     (("GET",), rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
+    (("GET",), rf"{API}/commits/(?P<revision>.+)", _Handler.history),
     (("POST",), rf"{API}/preupload/(?P<revision>.+)", _Handler.preupload),
     (("POST",), rf"{API}/commit/(?P<revision>.+)", _Handler.commit),
     (("GET",), rf"{API}/revision/(?P<revision>.+)", _Handler.info),
@@ -343,3 +362,12 @@ ROUTES = [
     (("HEAD", "GET"), rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", _Handler.resolve),
     (("HEAD", "GET"), r"/cdn/(?P<oid>\w+)", _Handler.from_cdn),
 ]
+
+
+if __name__ == "__main__":
+    # For trying commands by hand, as in docs/publishing.md: prints every request until it is interrupted.
+    with HubServer() as hub:
+        hub.log = functools.partial(print, flush=True)
+        hub.log(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1")
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from bert4rec_hf import Bert4RecTokenizer
-from bert4rec_hf.cli import main
+from bert4rec_hf.cli import COMMANDS, main
 
 NUM_USERS, NUM_ITEMS = 60, 30
 # None of these is a default, so that a recipe that is not read would show.
@@ -197,6 +197,22 @@ def test_evaluate_prints_metrics_beside_floors_and_stores_them_in_the_model_fold
     ndcg = f"{records['test']['metrics']['NDCG@10']:.4f}"
     assert ndcg in lines[2]
     assert ndcg in (model / "README.md").read_text("utf-8")
+
+
+def test_the_papers_protocol_says_that_it_is_sampled_and_stands_beside_the_full_one(model, data):
+    succeed("evaluate", model, "--data", data, "--use_cpu", "true")
+    lines = succeed("evaluate", model, "--data", data, "--use_cpu", "true", "--protocol", "paper")
+    assert "the target and 100 items drawn by popularity ranked" in lines[0]
+    names = [f"sampled_{name}" for name in ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")]
+    assert lines[1].split() == names
+    tested = [record for record in json.loads((model / "evaluation.json").read_text("utf-8")) if
+              record["protocol"]["part"] == "test"]  # fmt: skip
+    full, sampled = sorted(tested, key=lambda record: "sampled_MRR" in record["metrics"])
+    assert list(sampled["metrics"]) == names
+    assert not [name for name in full["metrics"] if name.startswith("sampled")]
+    # Among fewer items nobody's rank is worse.
+    assert sampled["metrics"]["sampled_HR@10"] >= full["metrics"]["HR@10"]
+    assert "sampled_NDCG@10" in (model / "README.md").read_text("utf-8")
 
 
 def test_evaluating_twice_stores_one_record(model, data):
@@ -557,12 +573,9 @@ def test_an_unknown_command_names_the_nearest_and_all_known_ones():
     assert (status, out) == (2, "")
     assert err == (
         "bert4rec: unknown command 'recomend'; did you mean recommend? "
-        "Expected one of prepare, train, evaluate, recommend, export\n"
+        "Expected one of prepare, train, evaluate, recommend, export, convert, convert-config\n"
     )
-    assert (
-        run("xyz")[2]
-        == "bert4rec: unknown command 'xyz'. Expected one of prepare, train, evaluate, recommend, export\n"
-    )
+    assert run("xyz")[2] == f"bert4rec: unknown command 'xyz'. Expected one of {', '.join(COMMANDS)}\n"
 
 
 def test_help_lists_the_commands_and_the_options_of_each():

@@ -231,3 +231,109 @@ def test_ids_beyond_the_vocabulary_are_errors(wrong):
         collator([{"input_ids": [5, MASK], "labels": [IGNORED, wrong]}])
     with pytest.raises(ValueError, match=message):
         collator([{"input_ids": [5, MASK], "labels": [IGNORED, 5], "exclude_ids": [wrong]}])
+
+
+def counted_collator(counts: dict[str, int] | None, **options) -> DataCollatorForMaskedItemPrediction:
+    tokenizer = Bert4RecTokenizer.from_items((f"{number:03}" for number in range(100)), counts=counts)
+    return DataCollatorForMaskedItemPrediction(tokenizer, **options)
+
+
+def test_uniform_negatives_are_of_the_catalogue_each_at_most_once_and_each_as_often():
+    collator = make_collator(num_negatives=20)
+    batches = [collator(ROWS) for _ in range(2000)]
+    assert set(batches[0]) == {"input_ids", "attention_mask", "labels", "label_positions", "negative_ids"}
+    draws = torch.stack([batch["negative_ids"] for batch in batches])
+    assert draws.shape == (2000, 20)
+    assert draws.dtype == torch.long
+    assert all(len(set(draw)) == 20 for draw in draws.tolist())
+    counts = torch.bincount(draws.flatten(), minlength=103)
+    assert counts[:FIRST].tolist() == [0, 0, 0]
+    # 2000 draws of probability .2: a standard deviation of 18.
+    assert (counts[FIRST:] - 400).abs().max() < 80
+
+
+@pytest.mark.parametrize("num_negatives", [100, 101, 10**6])
+def test_uniform_negatives_are_at_most_the_catalogue(num_negatives):
+    negatives = make_collator(num_negatives=num_negatives)(ROWS)["negative_ids"]
+    assert sorted(negatives.tolist()) == list(range(3, 103))
+
+
+def test_popular_negatives_come_in_proportion_to_the_counts_with_their_log_probabilities():
+    collator = counted_collator({"000": 60, "007": 30, "099": 10}, num_negatives=50, negative_sampling="popularity")
+    batches = [collator([{"input_ids": [10, 3]}, {"input_ids": [102]}, {"input_ids": []}]) for _ in range(400)]
+    ids = torch.stack([batch["negative_ids"] for batch in batches])
+    assert ids.shape == (400, 50)
+    assert set(ids.flatten().tolist()) == {3, 10, 102}  # an item without a count never
+    for token_id, share in ((3, 0.6), (10, 0.3), (102, 0.1)):
+        # 20000 draws: a standard error of .0035 at most.
+        assert abs((ids == token_id).float().mean() - share) < 0.015
+    logs = torch.stack([batch["negative_log_probabilities"] for batch in batches])
+    expected = torch.zeros(103)
+    expected[[3, 10, 102]] = torch.tensor([0.6, 0.3, 0.1]).log()
+    torch.testing.assert_close(logs, expected[ids])
+    among = {3: 1 - 0.4**50, 10: 1 - 0.7**50, 102: 1 - 0.9**50}
+    for batch in batches:
+        positions, log_p = batch["label_positions"], batch["positive_log_probabilities"]
+        assert log_p.dtype == torch.float
+        labels = batch["labels"].gather(1, positions.clamp(min=0)).masked_fill(positions < 0, IGNORED)
+        expected_p = [[np.log(among[label]) if label != IGNORED else 0.0 for label in row] for row in labels.tolist()]
+        torch.testing.assert_close(log_p, torch.tensor(expected_p), check_dtype=False)
+
+
+def test_a_label_without_a_count_has_the_log_probability_of_one():
+    collator = counted_collator({"000": 9}, num_negatives=1, negative_sampling="popularity")
+    batch = collator([{"input_ids": [50]}])
+    torch.testing.assert_close(batch["positive_log_probabilities"], torch.tensor([[1 / 9]]).log())
+
+
+def test_one_popular_item_alone_is_certain():
+    collator = counted_collator({"000": 9}, num_negatives=2, negative_sampling="popularity")
+    batch = collator([{"input_ids": [3]}])
+    assert batch["negative_ids"].tolist() == [3, 3]
+    assert batch["negative_log_probabilities"].tolist() == [0, 0]
+    assert batch["positive_log_probabilities"].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("negative_sampling", ["uniform", "popularity"])
+def test_negatives_repeat_under_the_same_seed_and_change_no_mask(negative_sampling):
+    counts = {f"{number:03}": 1 + number for number in range(100)}
+    collator = counted_collator(counts, num_negatives=10, negative_sampling=negative_sampling)
+    first, second = collator(ROWS), collator(ROWS)
+    torch.manual_seed(0)
+    again = collator(ROWS)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["negative_ids"], second["negative_ids"])
+    torch.manual_seed(0)
+    without = make_collator()(ROWS)
+    assert all(torch.equal(first[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("negative_sampling", ["uniform", "popularity"])
+def test_rows_with_labels_get_no_negatives(negative_sampling):
+    collator = counted_collator({"000": 1}, num_negatives=10, negative_sampling=negative_sampling)
+    assert set(collator(EVALUATION_ROWS)) == set(make_collator()(EVALUATION_ROWS))
+
+
+@pytest.mark.parametrize("counts", [None, {}, {"000": 0}], ids=["missing", "none", "zero"])
+def test_popular_negatives_without_counts_are_an_error(counts):
+    with pytest.raises(ValueError, match=r"needs the items' training counts.*tokenizer\.set_counts, or choose uniform"):
+        counted_collator(counts, num_negatives=10, negative_sampling="popularity")
+    assert counted_collator(counts, negative_sampling="popularity")(ROWS)  # no negatives, no counts needed
+
+
+def test_bad_values_of_the_negatives_are_errors():
+    with pytest.raises(ValueError, match="num_negatives must be at least 0; got -1"):
+        make_collator(num_negatives=-1)
+    with pytest.raises(ValueError, match="negative_sampling must be uniform or popularity; got 'log'"):
+        make_collator(num_negatives=1, negative_sampling="log")
+
+
+def test_of_more_masks_than_wanted_a_random_part_stays():
+    tokenizer = Bert4RecTokenizer.from_items(map(str, range(40)), model_max_length=40)
+    rows = [{"input_ids": list(range(3, 43))}] * 500
+    collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5, max_predictions=4)
+    masked = (collator(rows)["labels"] != -100).numpy()
+    assert (masked.sum(axis=1) == 4).all()
+    assert (np.abs(masked.mean(axis=0) - 0.1) < 0.06).all()  # wherever they stand
+    with pytest.raises(ValueError, match="max_predictions must be at least 1; got 0"):
+        DataCollatorForMaskedItemPrediction(tokenizer, max_predictions=0)

@@ -393,7 +393,7 @@ def test_titles_come_from_a_mapping_or_a_file(tmp_path, saved_catalogues):
     titles = write_csv(tmp_path / "titles.csv", [("01", "One, the first"), ("2", "Zwölf")], ("item_id", "title"))
     prepare(log, tmp_path / "out", item_titles=titles)
     assert [saved[1] for saved in saved_catalogues] == [{"01": "One"}, {"01": "One, the first", "2": "Zwölf"}]
-    with pytest.raises(ValueError, match="none of the 1 titles belongs to an item of the log"):
+    with pytest.raises(ValueError, match="none of the 1 titles belongs to an item of the catalogue"):
         prepare(log, tmp_path / "out", item_titles={"1": "One"})
     with pytest.raises(ValueError, match="has no column 'title'"):
         prepare(log, tmp_path / "out", item_titles=log)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hub_server import TOKEN, USER, HubServer
@@ -316,3 +318,137 @@ def test_a_wrong_token_is_refused_in_one_line_before_anything_is_trained(hub, da
     assert "hf_wrong" not in outcome.stderr
     assert f"{USER}/never" not in hub.repositories
     assert not list((tmp_path / "model").glob("*.safetensors"))
+
+
+STRATEGIES = [
+    ("ours", "end"),
+    ("ours", "every_save"),
+    ("ours", "all_checkpoints"),
+    ("plain", "every_save"),
+    ("plain", "checkpoint"),
+]
+# Of a plain Trainer's push: no recipe, preparation or evaluation, a card of its own, and its pickled arguments.
+PLAIN_FILES = {*LOADED_ALONE, "items.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
+# The trainer gets neither a protocol nor a preparation.
+OURS_FILES = MODEL_FILES - {"evaluation.json", "preparation.json"}
+
+
+@pytest.fixture(scope="module")
+def strategies(hub, folder, data) -> None:
+    """For each of STRATEGIES two epochs, a checkpoint after each, and trainer.push_to_hub()."""
+    code = f"""
+sys.path.append(sys.argv[1])
+from test_trainer_features import make_trainer
+for which, strategy in {STRATEGIES!r}:
+    name = f"{{which}}-{{strategy}}"
+    trainer = make_trainer(
+        which, sys.argv[2], name, num_train_epochs=2, save_total_limit=None, load_best_model_at_end=False,
+        push_to_hub=True, hub_model_id=f"{USER}/{{name}}", hub_strategy=strategy,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+print("null")
+"""
+    python(code, hub, folder, Path(__file__).parent, data)
+
+
+@pytest.fixture(scope="module")
+def answers_of_strategies(hub, folder, strategies) -> list[list]:
+    """What another process gets from the repository and from the folder that was pushed."""
+    code = f"""
+names = [f"{{which}}-{{strategy}}" for which, strategy in {STRATEGIES!r}]
+print(json.dumps([[answers(f"{USER}/{{name}}"), answers(name)] for name in names]))
+"""
+    return python(code, hub, folder)
+
+
+@pytest.mark.parametrize(("which", "strategy"), STRATEGIES)
+def test_each_trainer_pushes_by_each_strategy_what_recommends_elsewhere(hub, answers_of_strategies, which, strategy):
+    remote, local = answers_of_strategies[STRATEGIES.index((which, strategy))]
+    assert remote == local
+    assert all(re.fullmatch(r"item \d+", item["item_id"]) for answer in remote for item in answer)
+    assert all(item["title"] == f'The "{item["item_id"][5:]}th", a film' for answer in remote for item in answer)
+
+    repository = hub.repositories[f"{USER}/{which}-{strategy}"]
+    messages = repository.messages()
+    # A plain Trainer skips a checkpoint while the one before is still on its way.
+    saves = {"ours": ["step 2", "step 4"], "plain": ["epoch 1"]}[which] if strategy != "end" else []
+    assert messages[0] == "initial commit"
+    assert messages[-1] == "End of training"
+    assert {f"Training in progress, {save}" for save in saves} <= set(messages)
+    assert len(messages) > 2 or not saves
+    model_files = OURS_FILES if which == "ours" else PLAIN_FILES
+    assert {name for name in repository.files() if "/" not in name} == model_files
+    for _, snapshot in list(repository.commits.values())[1:]:
+        assert {name for name in snapshot if "/" not in name} >= model_files - {"README.md"}
+
+    kept = {name.split("/")[0] for name in repository.files() if "/" in name}
+    expected = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-2", "checkpoint-4"}}
+    assert kept == expected.get(strategy, set())
+    for checkpoint in kept:
+        resumable = {name.removeprefix(f"{checkpoint}/") for name in repository.files() if name.startswith(checkpoint)}
+        assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "items.json", "model.safetensors"} <= resumable
+
+
+@pytest.fixture(scope="module")
+def blocks() -> list[str]:
+    """The documentation's programs about prepared histories."""
+    text = (Path(__file__).parent.parent / "docs" / "publishing.md").read_text("utf-8")
+    section = text.split("## Prepared histories\n")[1].split("\n## ")[0]
+    return [block.replace("you/", f"{USER}/") for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
+
+
+@pytest.fixture(scope="module")
+def pushed_histories(hub, folder, data, blocks) -> str:
+    python(f"{blocks[0]}\nprint('null')", hub, folder)
+    return f"{USER}/histories"
+
+
+def test_pushed_histories_keep_their_columns_and_rows(hub, data, pushed_histories):
+    repository = hub.repositories[f"datasets/{pushed_histories}"]
+    shards = sorted(name for name in repository.files() if name.endswith(".parquet"))
+    assert shards == [f"data/train-0000{shard}-of-00002.parquet" for shard in range(2)]
+    parts = [pq.read_table(pa.BufferReader(repository.files()[name])) for name in shards]
+    local = pq.read_table(data / "histories.parquet")
+    pushed = pa.concat_tables(parts)
+    # That user_id is never null is all that gets lost.
+    assert [(field.name, field.type) for field in pushed.schema] == [(field.name, field.type) for field in local.schema]
+    assert pushed.to_pylist() == local.to_pylist()
+    assert pushed["item_id"].type == pa.list_(pa.string())
+    assert {"timestamp", "train_end", "validation_position", "test_position"} <= set(pushed.column_names)
+    # A model repository of the same name is another one.
+    catalogue = hub.repositories[pushed_histories].files().keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "items.json"} <= catalogue
+    assert not [name for name in catalogue if name.endswith(".parquet")]
+
+
+def test_another_process_trains_on_pushed_histories_as_on_local_ones(hub, folder, data, pushed_histories, blocks):
+    code = f"""
+{blocks[1]}
+from bert4rec_hf import Bert4RecTrainer, Bert4RecTrainingArguments, read_prepared
+local = stream_training_rows(sys.argv[1], tokenizer)
+streamed = [list(rows) for rows in (streamed_rows, local)]
+whole = [[row["input_ids"] for row in some] for some in (rows, training_rows(read_prepared("data")[0]))]
+
+def losses(rows):
+    torch.manual_seed(0)
+    config = Bert4RecConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    args = Bert4RecTrainingArguments(
+        "streamed", max_steps=3, logging_steps=1, per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True,
+        eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
+    )
+    model = Bert4RecForMaskedItemPrediction(config)
+    trainer = Bert4RecTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+print(json.dumps([streamed, whole, [losses(streamed_rows), losses(local)]]))
+"""
+    before = len(hub.requests)
+    streamed, whole, losses = python(code, hub, folder, data / "histories.parquet")
+    assert streamed[0] == streamed[1]
+    assert whole[0] == whole[1]
+    assert len(streamed[0]) == len(whole[0]) == 40
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    assert [request for request in hub.requests[before:] if f"datasets/{USER}/histories/resolve" in request]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_trainer import write_chain
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -118,3 +119,18 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(data, tmp_path, which
     trainer = make_trainer(which, data, tmp_path, callbacks=[callback], num_train_epochs=30, learning_rate=0.0)
     trainer.train()
     assert len(evaluations(trainer)) == 3
+
+
+@pytest.mark.parametrize("which", TRAINERS)
+def test_tensorboard_gets_every_loss_and_metric_of_the_log(data, tmp_path, monkeypatch, which):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    options = {"num_train_epochs": 2, "logging_steps": 3, "report_to": "tensorboard"}
+    trainer = make_trainer(which, data, tmp_path / "model", **options)
+    trainer.train()
+    arrived = EventAccumulator(str(tmp_path / "events")).Reload()
+    for tag, name in (("train/loss", "loss"), ("eval/NDCG@10", "eval_NDCG@10"), ("eval/loss", "eval_loss")):
+        logged = [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+        assert len(logged) >= 2
+        assert [(event.step, event.value) for event in arrived.Scalars(tag)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in logged
+        ]

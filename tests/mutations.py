@@ -1,0 +1,229 @@
+"""Mistakes that the tests must notice: each is made in a copy of the package, and the test that guards against it run.
+
+python tests/mutations.py [words of the mistakes to make; all by default]
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+# By file: the mistake, the text it is made in, what that becomes, the test that must fail.
+MUTATIONS = {
+    "configuration_bert4rec": [
+        ("the names of published code are kept in copies without it", "if self._auto_class is None:", "if False:",
+         "test_publish.py::test_a_copy_that_we_save_names_no_code_that_it_lacks"),
+    ],
+    "losses": [
+        ("the loss is divided by the labels of its own batch",
+         "if num_items_in_batch is None:", "if True:",
+         "test_exact_training.py::test_accumulated_small_batches_give_the_update_of_one_big_batch[ours]"),
+    ],
+    "modeling_bert4rec": [
+        ("padding is attended to",
+         "self.config, hidden_states, attention_mask,", "self.config, hidden_states, None,",
+         "test_modeling.py::test_an_item_that_is_not_attended_to_counts_for_nothing"),
+        ("attention looks back only", "        rotary = (\n",
+         "        attention_mask = attention_mask.tril()\n        rotary = (\n",
+         "test_modeling.py::test_later_items_influence_an_earlier_mask"),
+        ("attention looks back only where there is no mask", "self.is_causal = False", "self.is_causal = True",
+         "test_contracts.py::test_embeddings_without_a_mask_are_attended_to_on_both_sides"),
+        ("positions are counted over padding",
+         "count = attention_mask.long().cumsum(dim=1)", "count = torch.ones_like(attention_mask).cumsum(dim=1)",
+         "test_modeling.py::test_padding_on_either_side_gives_the_same_scores"),
+        ("learned_from_end counts from the start", "return count[:, -1:] - count", "return (count - 1).clamp(min=0)",
+         "test_contracts.py::test_positions_are_counted_from_the_side_that_the_config_names"),
+        ("keys are not rotated", "key = rotate(key, cosines, sines)", "pass",
+         "test_contracts.py::test_rotary_scores_depend_on_distances_alone"),
+        ("the last layer asks from the first positions' angles",
+         "_gather(cosines, query_positions), _gather(sines, query_positions)",
+         "(part[..., : query_positions.shape[1], :] for part in rotary)",
+         "test_modeling.py::test_label_positions_change_neither_loss_nor_gradients"),
+        ("the last layer is computed one position early",
+         "query_states = _gather(hidden_states, query_positions)",
+         "query_states = _gather(hidden_states, (query_positions - 1).clamp(min=0))",
+         "test_modeling.py::test_label_positions_change_neither_loss_nor_gradients"),
+        ("[PAD] is in the softmax unasked", 'if self.pad_in_softmax and item_loss == "softmax":', "if True:",
+         "test_modeling.py::test_the_loss_is_the_cross_entropy_over_items_alone"),
+        ("half-precision weights score in half precision",
+         "states, weight, bias = states.float(), weight.float(), bias.float()", "pass",
+         "test_modeling.py::test_a_bfloat16_model_scores_in_float32"),
+        ("autocast scores in half precision", "precision = torch.autocast(states.device.type, enabled=False)", "pass",
+         "test_modeling.py::test_autocast_does_not_tie_neighbours_in_the_ranking"),
+        ("special tokens are ranked", "scores[:, : FIRST_ITEM_ID - start] = -torch.inf", "pass",
+         "test_modeling.py::test_special_tokens_are_never_recommended_however_bad_the_items"),
+        ("excluded items are ranked", 'scores.scatter_reduce_(1, columns.where(inside, 0), ceiling, "amin")', "pass",
+         "test_modeling.py::test_where_everything_is_excluded_ids_are_0_and_scores_minus_infinity"),
+        ("a tie counts for the target", "(chunk_scores >= target_scores)",
+         "((chunk_scores > target_scores) | (chunk_ids == target_ids))",
+         "test_modeling.py::test_a_tie_counts_against_the_target"),
+        ("candidates are not heeded", "self._chunks(prediction_states, candidate_ids, exclude_ids)",
+         "self._chunks(prediction_states, None, exclude_ids)",
+         "test_modeling.py::test_a_target_is_ranked_among_candidates_that_lack_it"),
+        ("token ids of later chunks begin at 0 again",
+         "yield scores, chunk_ids.unsqueeze(0)", "yield scores, chunk_ids.unsqueeze(0) - start",
+         "test_modeling.py::test_recommend_and_rank_agree_with_sorting_the_full_matrix"
+         "[rotary-pre-excluded-catalogue-7]"),
+        ("new items have no bias", "for table in [*tables.values(), self.decoder.bias]:",
+         "for table in tables.values():",
+         "test_contracts.py::test_a_new_item_starts_with_the_mean_bias"),
+        ("new items change the old ones' rows", "table[old_size:] = table", "table[FIRST_ITEM_ID:] = table",
+         "test_modeling.py::test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit"),
+    ],
+    "tokenization_bert4rec": [
+        ("token ids do not follow the raw ids", "for raw_id in raw_ids:", "for raw_id in reversed(raw_ids):",
+         "test_tokenization.py::test_items_are_numbered_from_3_sorted_by_raw_id"),
+        ("an unknown item is the first of the catalogue", "known, unknown = self._token_ids, UNK_TOKEN_ID",
+         "known, unknown = self._token_ids, FIRST_ITEM_ID",
+         "test_tokenization.py::test_unknown_items_are_left_out_with_one_warning_that_counts_them"),
+        ("no [MASK] is appended", "return [*newest, MASK_TOKEN_ID]", "return [*newest]",
+         "test_tokenization.py::test_append_mask_keeps_the_newest_items"),
+        ("a long history keeps its oldest items", "return [*newest, MASK_TOKEN_ID]",
+         "return [*token_ids[: max_length - 1], MASK_TOKEN_ID]",
+         "test_tokenization.py::test_a_long_history_loses_its_oldest_items"),
+        ("new items come before the old ones",
+         "for raw_id in new:\n            vocabulary[_to_token(raw_id)] = len(vocabulary)",
+         "vocabulary = {token: number + len(new) * (number > 2) for token, number in vocabulary.items()}\n"
+         "        vocabulary |= {_to_token(raw_id): number for number, raw_id in enumerate(new, 3)}",
+         "test_tokenization.py::test_added_items_are_appended_and_nothing_is_renumbered"),
+        ("titles and counts are not saved",
+         'content = {"counts": self._counts, "titles": self._titles}', "content = {}",
+         "test_tokenization.py::test_titles_and_counts_survive_saving_and_copying"),
+    ],
+    "data_collator": [
+        ("the masked ratio is not heeded", "random.random(input_ids.shape) < self.mask_ratio",
+         "random.random(input_ids.shape) < 0.2",
+         "test_data_collator.py::test_the_share_of_masked_items_is_near_the_mask_ratio"),
+        ("a row may be left without a mask",
+         "masked[needed, np.where(only_last, last, anywhere)[needed]] = True", "pass",
+         "test_data_collator.py::test_every_row_that_has_items_has_a_label"),
+        ("items that are not masked have labels",
+         "labels=np.where(masked, input_ids, IGNORE_INDEX)", "labels=input_ids",
+         "test_data_collator.py::test_masked_inputs_are_always_mask_and_labels_the_original"),
+        ("the window is always the newest", "random.integers(spare + 1) if self.random_windows else spare", "spare",
+         "test_data_collator.py::test_random_windows_of_a_long_history_vary_and_are_contiguous"),
+    ],
+    "histories": [
+        ("the validation item trains", "train_end = has_targets.ifelse(number - 2,",
+         "train_end = has_targets.ifelse(number - 1,",
+         "test_histories.py::test_leave_one_out_orders_by_time_and_holds_out_the_last_two"),
+        ("events after the cut train", "train_end = table._validation\n", "train_end = table._test\n",
+         "test_histories.py::test_temporal_cuts_freeze_every_history_at_the_cut"),
+    ],
+    "splits": [
+        ("the target is in the history it is ranked from",
+         "[start : start + position]", "[start : start + position + 1]",
+         "test_splits.py::test_ranking_rows_are_what_serving_gets"),
+        ("validation ranks the test item", "positions = histories.target_positions[part][users]",
+         'positions = histories.target_positions["test"][users]',
+         "test_splits.py::test_a_user_without_a_past_is_ranked_from_a_lone_mask"),
+        ("only the window's items are excluded", "np.unique(past) if", "np.unique(row[:-1]) if",
+         "test_splits.py::test_ranking_rows_are_what_serving_gets"),
+        ("streamed rows are shared out twice, and some lost",
+         'load_dataset("parquet", data_files=files, split="train", streaming=True)',
+         'IterableDataset.from_generator(lambda: iter('
+         'load_dataset("parquet", data_files=files, split="train", streaming=True)))',
+         "test_streaming.py::test_processes_and_workers_share_the_rows_without_repeats_or_gaps[1-2]"),
+    ],
+    "metrics": [
+        ("targets that are never shown are left out of the mean", "count = max(len(ranks), 1)",
+         "count = max((ranks > 0).sum(), 1)", "test_metrics.py::test_metrics_of_known_ranks"),
+    ],
+    "model_card": [
+        ("the card lacks a metric", "for name, value in metrics.items()",
+         'for name, value in metrics.items() if name != "MRR"',
+         "test_hub.py::test_the_card_has_every_stored_metric_under_its_protocol"),
+    ],
+    "trainer": [
+        ("ranks do not leave out seen items", 'exclude_ids=inputs["exclude_ids"]', "exclude_ids=None",
+         "test_trainer.py::test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user"),
+        ("every epoch has the same order", "self.epoch = epoch", "self.epoch = 0",
+         "test_trainer.py::test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows"
+         "_and_the_next_epoch_has_another_order"),
+        ("the last, short batch is dropped", "*order[whole:].tolist()]", "]",
+         "test_trainer.py::test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own"),
+        ("a checkpoint lacks its preparation", '(folder / PREPARATION_FILE).write_text(text, "utf-8")', "pass",
+         "test_trainer.py::test_a_checkpoint_is_a_full_model_folder"),
+        ("a checkpoint has no tokenizer", "super()._save(output_dir, state_dict)",
+         "super()._save(output_dir, state_dict)\n        [path.unlink() for path in folder.glob(\"tokenizer*\")]",
+         "test_cli.py::test_every_checkpoint_is_a_whole_model_folder_too"),
+        ("numbers of other weights are kept", "(folder / EVALUATION_FILE).unlink(missing_ok=True)", "pass",
+         "test_hub.py::test_test_numbers_come_along_until_the_weights_are_others"),
+        ("the pickled arguments are pushed, with the token",
+         "(folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)", "pass",
+         "test_hub.py::test_nothing_of_this_machine_and_no_token_is_pushed"),
+    ],
+    "pipeline": [
+        ("seen items are recommended", "set(history) if filter_seen_items else set()", "set()",
+         "test_pipeline.py::test_the_folders_policy_filters_and_the_argument_overrides_it"),
+        ("only the window's items are left out", "set(history) if filter_seen_items",
+         "set(history[1 - self.model.config.max_position_embeddings :]) if filter_seen_items",
+         "test_pipeline.py::test_the_whole_history_is_filtered_also_before_the_models_window"),
+    ],
+    "export": [
+        ("the graph ignores exclude_ids",
+         "allowed & ~(torch.zeros_like(scores).scatter(1, exclude_ids, 1.0) > 0)", "allowed",
+         "test_export.py::test_torch_export_answers_like_the_model"),
+    ],
+}  # fmt: skip
+
+
+def run(folder: Path, *tests: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "PYTHONPATH": str(folder),
+        # A file that changes twice in a second, or keeps its length, would be taken for its compiled self.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # Room for a test's name and its error in one line.
+        "COLUMNS": "500",
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
+    command += [f"tests/{test}" for test in tests]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def main(words: list[str]) -> int:
+    chosen = [
+        (file, *mutation)
+        for file, mutations in MUTATIONS.items()
+        for mutation in mutations
+        if all(word in mutation[0] for word in words)
+    ]
+    if not chosen:
+        raise ValueError(f"no mistake in the table has all of these words: {' '.join(words)}")
+    caught = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("bert4rec_hf", "tests"):
+            shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPOSITORY / "setup.cfg", folder)
+        for file, _, old, _, _ in chosen:
+            count = (folder / "bert4rec_hf" / f"{file}.py").read_text("utf-8").count(old)
+            if count != 1:
+                raise ValueError(f"{file}.py must have this text once, and has it {count} times: {old}")
+        outcome = run(folder, *sorted({test for *_, test in chosen}))
+        if outcome.returncode or "\nSKIPPED" in outcome.stdout:
+            print(outcome.stdout, outcome.stderr, "without a mistake, all of these tests must pass", sep="\n")
+            return 1
+        for file, mistake, old, new, test in chosen:
+            path = folder / "bert4rec_hf" / f"{file}.py"
+            source = path.read_text("utf-8")
+            path.write_text(source.replace(old, new), "utf-8")
+            outcome = run(folder, test)
+            path.write_text(source, "utf-8")
+            # 1 is also an error in a fixture; and code that no longer runs fails in other ways than a test's own.
+            failed = re.findall(r"^FAILED .* - (?:assert|AssertionError|Failed)", outcome.stdout, re.MULTILINE)
+            found = outcome.returncode == 1 and len(failed) > 0
+            caught += found
+            print(f"{file}.py: {mistake} | {test} | {'caught' if found else 'NOT CAUGHT'}", flush=True)
+            if not found:
+                print(outcome.stdout[-2000:], outcome.stderr[-2000:])
+    print(f"{caught} of {len(chosen)} mistakes caught")
+    return int(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
