@@ -477,10 +477,7 @@ RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
         {"--duplicates": "drop"} if value == "first" else {} if value is None else "prepare keeps the first (drop) only"
     ),
     "eval_args": _split,
-    "stopping_step": lambda value: (
-        "train has no early stopping and ends with the best checkpoint of all; in Python, "
-        f"trainer.add_callback(transformers.EarlyStoppingCallback({value}))"
-    ),
+    "stopping_step": "early_stopping_patience",
     **_left_out("--eval_steps and --save_steps count steps or are a share of all", "eval_step"),
     **_left_out("follows from the metric", "valid_metric_bigger"),
     **_left_out("always HR and NDCG at 1 to 100, and MRR", "metrics topk metric_decimal_place loss_decimal_place"),

@@ -18,7 +18,15 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import upload_folder
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -101,6 +109,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="NDCG@10", metadata={"help": "Metric of the best."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better one; never if left out."}
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -437,6 +448,8 @@ def train_prepared(
         preparation=preparation,
         publish_code=publish_code,
     )
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
     resume = args.resume_from_checkpoint

@@ -343,7 +343,7 @@ def test_under_popular_negatives_the_true_probabilities_are_learnt():
         loss.backward()
         optimizer.step()
         mean += bias.detach().softmax(0) / 600 if step >= 200 else 0
-    # The label's share would be .75 with log(K q) of the label as well.
+    # The second share would be .75 with log(K q) of the label as well.
     torch.testing.assert_close(mean, truth, atol=0.02, rtol=0)
 
 
@@ -480,7 +480,6 @@ def test_each_loss_learns_the_next_item_of_a_markov_chain(chain, tmp_path, name,
     model = {"item_loss": name, "initializer_range": 0.1}
     trainer = train_prepared(chain, arguments(tmp_path / "model", **options, save_steps=0.5), **model)
     floors = evaluate_prepared(tmp_path / "model", chain, "validation", use_cpu=True)["floors"]
-    print("HR@1", name, negative_sampling, trainer.evaluation["metrics"]["HR@1"], floors["popularity"]["HR@1"])
     # The chain is followed in .9 of the steps.
     assert trainer.evaluation["metrics"]["HR@1"] > 0.6 > 0.2 > floors["popularity"]["HR@1"]
     assert Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "model").config.item_loss == name

@@ -145,6 +145,13 @@ def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weig
     assert ours_metrics["eval_HR@10"] > 0
 
 
+def test_training_stops_after_so_many_evaluations_without_a_better_one(chain, tmp_path):
+    data, _ = chain
+    options = {"num_train_epochs": 10, "learning_rate": 0.0, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    trainer = train_prepared(data, arguments(tmp_path / "model", early_stopping_patience=2, **options), **SMALL)
+    assert trainer.state.epoch == 3
+
+
 def test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own():
     lengths = np.random.default_rng(0).integers(1, 200, 1003)
     sampler = SimilarLengthSampler(lengths, 32, seed=0)
