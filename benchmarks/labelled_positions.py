@@ -1,4 +1,4 @@
-"""A training step with the head at labelled positions only, against the head everywhere: time and memory.
+"""A training step with last layer and head at labelled positions only, against everywhere: time and memory.
 
     python benchmarks/labelled_positions.py
 

@@ -86,7 +86,10 @@ def reference(name: str, case: dict[str, torch.Tensor], negative_ids: torch.Tens
     return total / count
 
 
-@pytest.mark.parametrize("negative_ids", [SHARED, own_negatives(), own_negatives(1)], ids=["shared", "own", "one"])
+NEGATIVES = {"shared": SHARED, "own": own_negatives(), "one": own_negatives(1), "more than items": own_negatives(15)}
+
+
+@pytest.mark.parametrize("negative_ids", NEGATIVES.values(), ids=NEGATIVES.keys())
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_loss_is_that_of_a_loop_over_positions_and_negatives(name, negative_ids):
     case = make_case()
