@@ -23,7 +23,7 @@ def kept_bytes(model: Bert4RecForMaskedItemPrediction, length: int) -> tuple[int
     mask = torch.ones_like(input_ids)
     totals = []
     for forward in (
-        lambda: model.model(input_ids, mask),
+        lambda: model.model(input_ids, mask, prediction_positions=positions),
         lambda: model(input_ids, mask, labels=labels, label_positions=positions),
     ):
         kept = {}
