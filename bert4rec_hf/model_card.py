@@ -34,6 +34,8 @@ SHOWN_RECIPE = (
     "max_position_embeddings", "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
 
+SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
+
 
 def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of evaluation.json: protocol, metrics, floors; none if there is no file."""
@@ -215,7 +217,8 @@ def _reproduction(
         f"bert4rec train --data data --output_dir model --config {RECIPE_FILE}",
         "bert4rec evaluate model --data data",
     ]
-    shown = {name: recipe[name] for name in SHOWN_RECIPE if name in recipe}
+    names = SHOWN_RECIPE + (SAMPLED_LOSS_RECIPE if recipe.get("item_loss", "softmax") != "softmax" else ())
+    shown = {name: recipe[name] for name in names if name in recipe}
     return (
         "## Reproduce\n\n```bash\n"
         + "\n".join(commands)

@@ -482,6 +482,7 @@ def test_each_loss_learns_the_next_item_of_a_markov_chain(chain, tmp_path, name,
     # With the small initial weights of the config's default, gBCE takes much longer.
     model = {"item_loss": name, "initializer_range": 0.1}
     trainer = train_prepared(chain, arguments(tmp_path / "model", **options, save_steps=0.5), **model)
+    assert (trainer.data_collator.num_negatives, trainer.data_collator.negative_sampling) == (4, negative_sampling)
     floors = evaluate_prepared(tmp_path / "model", chain, "validation", use_cpu=True)["floors"]
     # The chain is followed in .9 of the steps.
     assert trainer.evaluation["metrics"]["HR@1"] > 0.6 > 0.2 > floors["popularity"]["HR@1"]
@@ -500,5 +501,6 @@ def test_the_command_line_takes_the_loss_and_its_options(chain, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (config["item_loss"], config["gbce_calibration"]) == ("gbce", 0.5)
     recipe = (tmp_path / "model" / "recipe.yaml").read_text()
+    assert "num_negatives: 7\nnegative_sampling: popularity" in (tmp_path / "model" / "README.md").read_text()
     for line in ("item_loss: gbce", "gbce_calibration: 0.5", "num_negatives: 7", "negative_sampling: popularity"):
         assert line in recipe.splitlines()
