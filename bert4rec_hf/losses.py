@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 IGNORE_INDEX = -100
+# Of more logits than that, a quarter of a GiB, those of so many labels are made at a time, with the same result.
+LOGITS_AT_ONCE = 2**26
+LABELS_PER_CHUNK = 128
 
 
 def softmax_loss(
@@ -30,8 +33,23 @@ def softmax_loss(
     Returns:
         A scalar; 0 with zero gradients if no label counts.
     """
-    logits = _in_single_precision(nn.functional.linear(hidden_states, item_weight, item_bias))
-    loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    if len(hidden_states) * len(item_weight) > LOGITS_AT_ONCE:
+        options = nn.LinearCrossEntropyOptions(
+            batch_chunk_size=LABELS_PER_CHUNK, chunking_method=None, acc_policy="accurate"
+        )
+        with torch.autocast(hidden_states.device.type, enabled=False):  # it takes one precision only
+            loss = nn.functional.linear_cross_entropy(
+                hidden_states.to(item_weight.dtype),
+                item_weight,
+                labels,
+                linear_bias=item_bias,
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                options=options,
+            )
+    else:
+        logits = _in_single_precision(nn.functional.linear(hidden_states, item_weight, item_bias))
+        loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return _per_label(loss, labels, num_items_in_batch)
 
 

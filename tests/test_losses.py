@@ -15,6 +15,7 @@ from bert4rec_hf import (
     Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
     DataCollatorForMaskedItemPrediction,
+    losses,
     prepare,
 )
 from bert4rec_hf.cli import main
@@ -462,6 +463,31 @@ def test_half_precision_comes_near(name):
         loss = model(**batch).loss
     assert loss.dtype == torch.float
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.double, torch.bfloat16])
+def test_a_large_softmax_in_chunks_is_the_same(monkeypatch, dtype):
+    torch.manual_seed(0)
+    tensors = [(torch.randn(shape) / 3).to(dtype).requires_grad_() for shape in ((300, 8), (50, 8), (50,))]
+    labels = torch.randint(50, (300,)).masked_fill(torch.arange(300) % 7 == 0, IGNORED)
+
+    def loss_and_gradients() -> list[torch.Tensor]:
+        loss = softmax_loss(*tensors, labels, torch.tensor(200))
+        return [loss, *torch.autograd.grad(loss, tensors)]
+
+    whole = loss_and_gradients()
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1000)
+    chunked = loss_and_gradients()
+    tolerance = {torch.float: 1e-6, torch.double: 1e-14, torch.bfloat16: 2e-2}[dtype]
+    for one, other in zip(whole, chunked, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+    assert whole[0] > 1
+    nothing = softmax_loss(*tensors, torch.full_like(labels, IGNORED))
+    assert nothing == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        in_half = softmax_loss(tensors[0].bfloat16(), *tensors[1:], labels, torch.tensor(200))
+    torch.testing.assert_close(in_half.double(), whole[0].double(), rtol=2e-2, atol=2e-2)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, tensors))
 
 
 @pytest.fixture(scope="module")
