@@ -238,7 +238,8 @@ class Bert4RecTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         targets = inputs["labels"].amax(dim=1)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
+            # No scores here: `search` makes them, of a part of the catalogue at a time.
+            outputs = model(**inputs, item_ids=targets[:0])
             ranks, _, recommended = self.accelerator.unwrap_model(model).search(
                 outputs.prediction_states,
                 target_ids=targets,
