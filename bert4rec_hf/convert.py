@@ -9,7 +9,7 @@ import shlex
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     missing = [name for name in [*SETTINGS, "loss_type"] if name not in settings]
     if missing:
         raise ValueError(f"the settings in {path} lack {', '.join(missing)}")
+    if not isinstance(settings["n_layers"], int):
+        raise ValueError(f"n_layers in {path} must be a number; got {settings['n_layers']!r}")
     if settings["loss_type"] not in ITEM_LOSSES:
         raise ValueError(f"loss_type in {path} must be one of {', '.join(ITEM_LOSSES)}; got {settings['loss_type']!r}")
     expected = {ITEMS, POSITIONS, *_their_names(settings["n_layers"])}
@@ -215,25 +217,29 @@ def read_items(items: str | os.PathLike | Sequence[str]) -> list[str]:
         raw_ids = list(items)
     elif Path(items).suffix == ".pth":
         tables = getattr(read_pickle(items), "state", None)
-        tokens = tables.get("field2id_token") if isinstance(tables, dict) else None
-        field = tables.get("iid_field", "item_id") if isinstance(tables, dict) else None
-        if not isinstance(tokens, dict) or field not in tokens:
-            raise ValueError(f"{items} is no dataset that RecBole or hopwise saved: it has no field2id_token of items")
-        raw_ids = [str(token) for token in tokens[field]]
+        tables = tables if isinstance(tables, dict) else {}
+        tokens = tables.get("field2id_token")
+        if not isinstance(tokens, dict):
+            raise ValueError(f"{items} is no dataset that RecBole or hopwise saved: it has no field2id_token")
+        try:
+            fields = {_strings(field)[0]: stored for field, stored in tokens.items()}
+            raw_ids = _strings(fields[tables.get("iid_field", "item_id")])
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{items} has no item ids that can be read: {error}") from error
     elif Path(items).suffix == ".inter":
         raw_ids = _items_of_atomic_file(Path(items))
     elif Path(items).suffix == ".json":
-        raw_ids = json.loads(Path(items).read_text("utf-8"))
+        raw_ids = json.loads(Path(items).read_text("utf-8-sig"))
         if not isinstance(raw_ids, list):
             raise ValueError(f"{items} must hold a list of item ids; got {type(raw_ids).__name__}")
     else:
-        raw_ids = Path(items).read_text("utf-8").splitlines()
+        raw_ids = [line for line in Path(items).read_text("utf-8-sig").splitlines() if line]
     return raw_ids[1:] if raw_ids[:1] == ["[PAD]"] else raw_ids
 
 
 def _items_of_atomic_file(path: Path) -> list[str]:
     """In the order of their first appearance, which is that of their internal ids."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         header = file.readline().rstrip("\r\n").split("\t")
         names = [name.partition(":")[0] for name in header]
         if "item_id" not in names:
@@ -551,9 +557,15 @@ def _our_state(state: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, 
 
 
 class Inert:
-    """Stands for an object of a class that is not loaded: keeps what the pickle says of it, and does nothing."""
+    """What stands in place of any object but a container, number or string: what the pickle says of it."""
 
+    args: tuple = ()
     state: Any = None
+
+    def __new__(cls, *args: Any) -> "Inert":
+        inert = super().__new__(cls)
+        inert.args = args
+        return inert
 
     def __init__(self, *args: Any):
         pass
@@ -562,60 +574,46 @@ class Inert:
         self.state = state
 
 
-# What else stands in these files, and is nothing to us.
-INERT_MODULES = ("recbole", "hopwise", "pandas")
-INERT_NAMES = {
+# What stands in their files. None of it is imported.
+KNOWN_MODULES = ("recbole", "hopwise", "pandas")
+KNOWN_NAMES = {
     ("yaml.loader", "FullLoader"), ("logging", "getLogger"), ("builtins", "slice"), ("torch", "device"),
-    ("torch", "float32"), ("torch.storage", "_load_from_bytes"),
+    ("torch", "float32"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor_v2"),
+    ("numpy", "dtype"), ("numpy", "ndarray"),
 }  # fmt: skip
+NUMPY_MODULES, NUMPY_NAMES = ("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar", "_reconstruct")
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "BoolStorage": torch.bool, "ByteStorage": torch.uint8,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64,
 }  # fmt: skip
 
 
-class Unpickler(pickle.Unpickler):
-    """Builds containers, tensors and numpy arrays; any other name in a pickle is inert or refused."""
-
-    def __init__(self, file: Any, read_storage: Any):
-        super().__init__(file, encoding="utf-8")
-        self.read_storage = read_storage
+class InertUnpickler(pickle.Unpickler):
+    """Builds containers, numbers and strings; a known name is `Inert`, any other an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("scalar", "_reconstruct"):
-            return super().find_class("numpy._core.multiarray", name)
-        if module == "numpy" and name in ("dtype", "ndarray"):
-            return getattr(np, name)
-        if module.partition(".")[0] in INERT_MODULES or (module, name) in INERT_NAMES:
+        if (
+            module.partition(".")[0] in KNOWN_MODULES
+            or (module, name) in KNOWN_NAMES
+            or (module == "torch" and name in STORAGES)
+            or (module in NUMPY_MODULES and name in NUMPY_NAMES)
+        ):
             return type(name, (Inert,), {})
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of RecBole or hopwise needs")
 
     def persistent_load(self, identifier: Any) -> Any:
-        kind, dtype, key, _, size = identifier
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"it has a persistent object {kind!r}")
-        return torch.frombuffer(bytearray(self.read_storage(key)), dtype=dtype)[:size]
-
-
-def _rebuild_tensor(storage: Any, offset: int, size: Iterable[int], stride: Iterable[int], *rest: Any) -> Any:
-    if not isinstance(storage, torch.Tensor):
-        return Inert()  # of a saved dataset, whose tensors are not read
-    return storage.as_strided(tuple(size), tuple(stride), offset)
+        if not (isinstance(identifier, tuple) and identifier[:1] == ("storage",)):
+            raise pickle.UnpicklingError("it has a persistent object that is no tensor's storage")
+        return Inert(identifier)
 
 
 def read_pickle(path: str | os.PathLike) -> Any:
-    """What `torch.save` or `pickle.dump` wrote, without running anything that stands in it.
+    """What `torch.save` or `pickle.dump` wrote, without running or importing anything that stands in it.
 
-    `torch.load(weights_only=True)` cannot read pickle protocol 4, which RecBole and hopwise write. Here containers,
-    numbers, strings, tensors and numpy arrays are built; objects of RecBole and hopwise are `Inert`; any other name
-    is an error.
+    `torch.load(weights_only=True)` cannot read pickle protocol 4, which RecBole and hopwise write. Here tensors in a
+    "state_dict" are read; all other objects of names that stand in their files are `Inert`; other names are an error.
 
     Raises:
         ValueError: If it is no such file, is damaged, or names anything else.
@@ -623,15 +621,46 @@ def read_pickle(path: str | os.PathLike) -> Any:
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
-                return Unpickler(file, None).load()
+                return InertUnpickler(file).load()
         with zipfile.ZipFile(path) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             folder = name.removesuffix("data.pkl")
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise pickle.UnpicklingError("it is compressed, which torch.save does not do")
             if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
                 raise pickle.UnpicklingError("it was saved on a machine of another byte order")
             with archive.open(name) as file:
-                return Unpickler(file, lambda key: archive.read(f"{folder}data/{key}")).load()
+                content = InertUnpickler(file).load()
+            if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+                state = content["state_dict"].items()
+                content["state_dict"] = {name: _tensor(value, archive, folder) for name, value in state}
+            return content
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"cannot read {path} as a checkpoint of RecBole or hopwise: {error}") from error
+
+
+def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:
+    """Of the arguments of `torch._utils._rebuild_tensor_v2`, whose storage is a persistent id."""
+    storage, offset, size, stride, *_ = stored.args
+    _, dtype, key, *_ = storage.args[0]
+    values = torch.frombuffer(bytearray(archive.read(f"{folder}data/{int(key)}")), dtype=STORAGES[dtype.__name__])
+    number = math.prod(size)
+    contiguous = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
+    if tuple(stride) != contiguous or not 0 <= offset <= offset + number <= len(values):
+        raise pickle.UnpicklingError("a tensor in it is not what torch.save writes of weights")
+    return values[offset : offset + number].reshape(size).clone()
+
+
+def _strings(stored: Any) -> list[str]:
+    """Of a string, a list, or of numpy's strings and arrays of strings as they are pickled."""
+    if isinstance(stored, (str, list)):
+        return [stored] if isinstance(stored, str) else list(map(str, stored))
+    if type(stored).__name__ == "scalar":
+        (dtype, data), number = stored.args, 1
+    else:
+        _, (number,), dtype, _, data = stored.state
+    if dtype.args[0].startswith("U") and dtype.state[1] == "<":
+        return np.frombuffer(data, f"<U{int(dtype.args[0][1:])}", count=number).tolist()
+    return list(map(str, data)) if isinstance(data, list) else []

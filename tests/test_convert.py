@@ -4,6 +4,7 @@ import contextlib
 import copyreg
 import enum
 import functools
+import io
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import struct
 import sys
 import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +308,7 @@ def test_items_come_from_a_saved_dataset(tmp_path):
         dataset.iid_field = "item_id"
         dataset.field2id_token = {"user_id": np.array(["[PAD]", "1"]), "item_id": np.array(["[PAD]", "b", "a"])}
         (tmp_path / "numpy-strings.pth").write_bytes(pickle.dumps(dataset))
-        dataset.field2id_token["item_id"] = np.array(["[PAD]", "b", "a"], dtype=object)
+        dataset.field2id_token = {np.str_("item_id"): np.array(["[PAD]", "b", "a"], dtype=object)}
         (tmp_path / "numpy-objects.pth").write_bytes(pickle.dumps(dataset))
     for path in tmp_path.glob("*.pth"):
         assert read_items(path) == ["b", "a"], path
@@ -432,6 +434,45 @@ def test_a_hostile_pickle_is_refused_and_nothing_is_run(tmp_path, monkeypatch, n
         with pytest.raises(ValueError, match="cannot read"):
             read(path)
     assert os.listdir() == ["hostile.pth"]
+
+
+class Stored:
+    """Pickled as `torch.save` pickles a tensor of four numbers."""
+
+    def __init__(self, offset, size, stride):
+        self.args = ("the storage", offset, size, stride, False, OrderedDict())
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.args
+
+
+def write_tensor(path: Path, stored: Stored, compression: int = zipfile.ZIP_STORED) -> None:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", 4) if value == "the storage" else None
+
+    content = io.BytesIO()
+    Pickler(content, protocol=4).dump({"state_dict": {"weight": stored}})
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content.getvalue())
+        archive.writestr("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))
+
+
+def test_a_tensor_is_read_from_within_its_storage_only(tmp_path):
+    write_tensor(tmp_path / "good.pth", Stored(1, (1, 3), (3, 1)))
+    assert read_pickle(tmp_path / "good.pth")["state_dict"]["weight"].tolist() == [[2, 3, 4]]
+    odd = [
+        Stored(2**62 - 1024, (4,), (1,)), Stored(2, (4,), (1,)), Stored(-1, (2,), (1,)), Stored(0, (2**62 + 1,), (1,)),
+        Stored(0, (10**11,), (0,)), Stored(0, (2**33, 2**33), (2**33, 1)), Stored(3, (4,), (-1,)),
+        Stored(0, (-4,), (1,)), Stored(0, ("a",), (1,)), Stored(0, 4, 1),
+    ]  # fmt: skip
+    for stored in odd:
+        write_tensor(tmp_path / "odd.pth", stored)
+        with pytest.raises(ValueError, match="cannot read"):
+            read_pickle(tmp_path / "odd.pth")
+    write_tensor(tmp_path / "odd.pth", Stored(0, (4,), (1,)), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="it is compressed"):
+        read_pickle(tmp_path / "odd.pth")
 
 
 def test_the_hostile_pickles_are_hostile(tmp_path, monkeypatch):
