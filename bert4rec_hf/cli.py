@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import huggingface_hub
 import transformers
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
@@ -389,15 +391,15 @@ def convert(arguments: Sequence[str]) -> None:
         return
     if options.items is None:
         parser.error("the following arguments are required: --items, since a checkpoint has no raw item ids")
-    items, titles = read_items(options.items), None
+    titles = None
     if options.item_titles is not None:
         from .histories import read_titles
 
-        titles = read_titles(options.item_titles, "item_id", items)
+        titles = read_titles(options.item_titles, "item_id", read_items(options.items))
     model = convert_from_recbole(
-        rest.checkpoint, items, options.output, drop_oldest_item=options.drop_oldest_item, titles=titles
+        rest.checkpoint, options.items, options.output, drop_oldest_item=options.drop_oldest_item, titles=titles
     )
-    print(f"wrote {options.output}: {len(items):,} items, {model.num_parameters():,} parameters")
+    print(f"wrote {options.output}: {model.config.vocab_size - 3:,} items, {model.num_parameters():,} parameters")
     print(f"next: bert4rec recommend {options.output} ITEM_ID ITEM_ID …")
 
 
@@ -415,7 +417,13 @@ def convert_config(arguments: Sequence[str]) -> None:
     if options.output is None:
         print(text, end="")
         return
-    Path(options.output).write_text(text, "utf-8")
+    content, output = text.encode("utf-8"), Path(options.output)
+    beside = output.with_name(f".{output.name}.new")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, output)
+    finally:
+        beside.unlink(missing_ok=True)
     print(f"wrote {options.output}, whose first lines say how to prepare the log; next:")
     print(f"bert4rec train --config {options.output} --data DATA --output_dir MODEL")
 
@@ -453,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     huggingface_hub.utils.enable_progress_bars()
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Checkpoints of RecBole's and hopwise's BERT4Rec, in and out, and their settings as recipes."""
 
+import copyreg
 import json
 import math
 import os
@@ -49,6 +50,11 @@ SETTINGS = {
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "initializer_range",
 }
+# Settings that leave rows of the log out, and what they are if they do not.
+FILTERS = {
+    "user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)", "val_interval": None,
+    "rm_dup_inter": None,
+}  # fmt: skip
 ITEM_LOSSES = {"CE": "softmax", "BPR": "bpr"}
 # What their architecture is in our configuration.
 ARCHITECTURE = {"position_embedding_type": "learned_from_start", "normalization": "post", "prediction_head": True}
@@ -87,6 +93,12 @@ def convert_from_recbole(
         raise ValueError(f"{output} is there already and not an empty folder; choose another --output")
     state, settings = read_checkpoint(checkpoint)
     has_head = BIAS in state
+    filters = [name for name, none in FILTERS.items() if settings.get(name, none) not in (None, none)]
+    if filters and str(items).endswith(".inter"):
+        raise ValueError(
+            f"{checkpoint} was trained after the filters {', '.join(filters)}, which change the order of the internal "
+            f"ids: {items} does not tell it; give RecBole's saved dataset (save_dataset: True)"
+        )
     raw_ids = read_items(items)
     num_items = state[ITEMS].shape[0] - 2  # without [PAD] and [MASK]
     if len(raw_ids) != num_items:
@@ -102,16 +114,19 @@ def convert_from_recbole(
         sort=False,
         drop_oldest_item=has_head and drop_oldest_item,
     )
-    config = Bert4RecConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=num_positions,
-        item_loss=ITEM_LOSSES[settings["loss_type"]],
-        pad_in_softmax=True,
-        **ARCHITECTURE | {"prediction_head": has_head},
-        **{ours: settings[theirs] for theirs, ours in SETTINGS.items()},
-    )
-    model = Bert4RecForMaskedItemPrediction(config)
-    model.load_state_dict(_our_state(state, len(tokenizer)))
+    try:
+        config = Bert4RecConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=num_positions,
+            item_loss=ITEM_LOSSES[settings["loss_type"]],
+            pad_in_softmax=True,
+            **ARCHITECTURE | {"prediction_head": has_head},
+            **{ours: settings[theirs] for theirs, ours in SETTINGS.items()},
+        )
+        model = Bert4RecForMaskedItemPrediction(config)
+        model.load_state_dict(_our_state(state, len(tokenizer)))
+    except Exception as error:  # of settings that are no numbers, and of weights of another shape
+        raise ValueError(f"{checkpoint} has settings or weights that make no BERT4Rec: {error}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         folder = Path(temporary) / "new"
@@ -171,7 +186,10 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
             "config": settings | {"loss_type": loss_type, "MAX_ITEM_LIST_LENGTH": config.max_position_embeddings},
             "item_id": ["[PAD]", *tokenizer.items],
         }
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise OSError(f"cannot write {output}: {error}") from error
         os.replace(file, output)
 
 
@@ -192,9 +210,10 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     missing = [name for name in [*SETTINGS, "loss_type"] if name not in settings]
     if missing:
         raise ValueError(f"the settings in {path} lack {', '.join(missing)}")
-    if not isinstance(settings["n_layers"], int):
-        raise ValueError(f"n_layers in {path} must be a number; got {settings['n_layers']!r}")
-    if settings["loss_type"] not in ITEM_LOSSES:
+    sizes = [settings[name] for name in ("n_layers", "n_heads", "hidden_size", "inner_size")]
+    if not all(type(size) is int and 0 < size < 2**20 for size in sizes) or settings["n_layers"] > len(state):
+        raise ValueError(f"n_layers, n_heads, hidden_size and inner_size in {path} must be sizes; got {sizes}")
+    if str(settings["loss_type"]) not in ITEM_LOSSES:
         raise ValueError(f"loss_type in {path} must be one of {', '.join(ITEM_LOSSES)}; got {settings['loss_type']!r}")
     expected = {ITEMS, POSITIONS, *_their_names(settings["n_layers"])}
     if BIAS in state:
@@ -202,8 +221,10 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     else:  # the older layout, without a head
         expected -= {name for name in expected if name.startswith("output_")}
     if state.keys() != expected or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        odd = sorted(state.keys() ^ expected)
+        odd = sorted(map(str, state.keys() ^ expected))
         raise ValueError(f"{path} is no BERT4Rec that is known here: its weights differ in {', '.join(odd[:5])}")
+    if state[ITEMS].dim() != 2 or state[POSITIONS].dim() != 2:
+        raise ValueError(f"the tables in {path} must have two dimensions")
     return state, settings
 
 
@@ -224,16 +245,20 @@ def read_items(items: str | os.PathLike | Sequence[str]) -> list[str]:
         try:
             fields = {_strings(field)[0]: stored for field, stored in tokens.items()}
             raw_ids = _strings(fields[tables.get("iid_field", "item_id")])
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # a damaged file can hold anything
             raise ValueError(f"{items} has no item ids that can be read: {error}") from error
-    elif Path(items).suffix == ".inter":
-        raw_ids = _items_of_atomic_file(Path(items))
-    elif Path(items).suffix == ".json":
-        raw_ids = json.loads(Path(items).read_text("utf-8-sig"))
+    else:
+        try:
+            if Path(items).suffix == ".inter":
+                raw_ids = _items_of_atomic_file(Path(items))
+            elif Path(items).suffix == ".json":
+                raw_ids = json.loads(Path(items).read_text("utf-8-sig"))
+            else:
+                raw_ids = [line for line in Path(items).read_text("utf-8-sig").split("\n") if line]
+        except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {items}: {error}") from error
         if not isinstance(raw_ids, list):
             raise ValueError(f"{items} must hold a list of item ids; got {type(raw_ids).__name__}")
-    else:
-        raw_ids = [line for line in Path(items).read_text("utf-8-sig").splitlines() if line]
     return raw_ids[1:] if raw_ids[:1] == ["[PAD]"] else raw_ids
 
 
@@ -244,8 +269,11 @@ def _items_of_atomic_file(path: Path) -> list[str]:
         names = [name.partition(":")[0] for name in header]
         if "item_id" not in names:
             raise ValueError(f"{path} has no column item_id:token; its header is {' '.join(header)!r}")
-        column = names.index("item_id")
-        return list(dict.fromkeys(line.rstrip("\r\n").split("\t")[column] for line in file if line.strip()))
+        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+        short = next((number for number, row in enumerate(rows, start=2) if len(row) < len(header)), None)
+        if short is not None:
+            raise ValueError(f"line {short} of {path} has fewer columns than its header")
+        return list(dict.fromkeys(row[names.index("item_id")] for row in rows))
 
 
 def convert_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -282,7 +310,7 @@ def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list
     """Recipe, prepare command, remarks, and the keys that were left out by reason."""
     try:
         given = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path} as YAML: {error}") from error
     if not isinstance(given, dict | None):
         raise ValueError(f"{path} must be a mapping of settings to values; got {type(given).__name__}")
@@ -307,7 +335,7 @@ def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list
     try:
         Bert4RecConfig(**{name: value for name, value in recipe.items() if name in Bert4RecConfig.__annotations__})
         most = int(recipe["mask_ratio"] * recipe["max_position_embeddings"])
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (OverflowError, TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{path} has no settings of a model: {error}") from error
     if most > 0:
         recipe["max_predictions"] = most
@@ -618,6 +646,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
     Raises:
         ValueError: If it is no such file, is damaged, or names anything else.
     """
+    copyreg.clear_extension_cache()  # whose entries would not be looked up by `find_class`
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
@@ -645,6 +674,8 @@ def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:
     """Of the arguments of `torch._utils._rebuild_tensor_v2`, whose storage is a persistent id."""
     storage, offset, size, stride, *_ = stored.args
     _, dtype, key, *_ = storage.args[0]
+    if len(size) > 2:
+        raise pickle.UnpicklingError("a tensor in it has more than two dimensions")
     values = torch.frombuffer(bytearray(archive.read(f"{folder}data/{int(key)}")), dtype=STORAGES[dtype.__name__])
     number = math.prod(size)
     contiguous = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
@@ -655,12 +686,16 @@ def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:
 
 def _strings(stored: Any) -> list[str]:
     """Of a string, a list, or of numpy's strings and arrays of strings as they are pickled."""
-    if isinstance(stored, (str, list)):
-        return [stored] if isinstance(stored, str) else list(map(str, stored))
+    if isinstance(stored, list):
+        return [string for value in stored for string in _strings(value)]
+    if not isinstance(stored, Inert):
+        return [str(stored)]
     if type(stored).__name__ == "scalar":
         (dtype, data), number = stored.args, 1
     else:
         _, (number,), dtype, _, data = stored.state
-    if dtype.args[0].startswith("U") and dtype.state[1] == "<":
+    if dtype.args[0].startswith("U") and dtype.state[1] == "<" and number >= 0:
         return np.frombuffer(data, f"<U{int(dtype.args[0][1:])}", count=number).tolist()
-    return list(map(str, data)) if isinstance(data, list) else []
+    if not isinstance(data, list) or number < 0:
+        raise ValueError(f"an array of type {dtype.args[0]}")
+    return _strings(data)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import types
@@ -328,6 +329,67 @@ def test_items_that_cannot_be_the_checkpoints_are_refused_and_nothing_is_written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.pth"]
 
 
+def test_an_atomic_file_does_not_tell_the_order_of_a_log_that_was_filtered(tmp_path):
+    config = settings(user_inter_num_interval="[5,inf)", item_inter_num_interval="[0,inf)", val_interval=None)
+    checkpoint = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config)
+    log = tmp_path / "log.inter"
+    log.write_text("\n".join(["user_id:token\titem_id:token", *(f"1\t{item}" for item in ITEMS)]) + "\n")
+    with pytest.raises(ValueError, match=r"after the filters user_inter_num_interval, .* give RecBole's saved dataset"):
+        convert_from_recbole(checkpoint, log, tmp_path / "ours")
+    words = ["convert", checkpoint, "--items", log, "--output", tmp_path / "ours"]
+    assert main([str(word) for word in words]) == 2
+    assert not (tmp_path / "ours").exists()
+    convert_from_recbole(checkpoint, ITEMS, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.inter", b"user_id:token\titem_id:token\n1\ta\n1\n", "line 3 of .* has fewer columns than its header"),
+        ("latin.txt", b"caf\xe9\n", "cannot read .*latin.txt"),
+        ("broken.json", b"[", "cannot read .*broken.json"),
+        ("mapping.json", b"{}", "must hold a list of item ids; got dict"),
+    ],
+)
+def test_an_item_file_that_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_items(tmp_path / name)
+
+
+def test_odd_arrays_of_item_ids_are_refused(tmp_path):
+    arrays = {
+        "strings": np.array(["a", np.str_("b")], dtype=object), "numbers": np.arange(3), "bytes": np.array([b"a"]),
+        "code point": np.frombuffer(b"\xff" * 4, "<U1"), "big-endian": np.array(["a"], dtype=">U1"),
+    }  # fmt: skip
+    for name, array in arrays.items():
+        with installed("recbole") as (config_class, _):
+            dataset = config_class()
+            dataset.field2id_token = {"item_id": array}
+            (tmp_path / "data.pth").write_bytes(pickle.dumps(dataset))
+        if name == "strings":
+            assert read_items(tmp_path / "data.pth") == ["a", "b"]
+            continue
+        with pytest.raises(ValueError, match="has no item ids that can be read"):
+            read_items(tmp_path / "data.pth")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": ["gelu"]}, {"n_heads": np.int64(2)}, {"inner_size": 10**11}, {"n_layers": 10**11},
+        {"loss_type": ["CE"]}, {"layer_norm_eps": "small"}, {"inner_size": 13},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_make_no_model_are_refused(tmp_path, changes):
+    state = their_state(settings(), len(ITEMS), 5)
+    checkpoint = save_checkpoint(tmp_path / "theirs.pth", state, settings() | changes)
+    with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
+        convert_from_recbole(checkpoint, ITEMS, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_an_output_that_holds_something_is_left_alone(checkpoint, tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "note").write_text("mine")
@@ -456,6 +518,17 @@ def write_tensor(path: Path, stored: Stored, compression: int = zipfile.ZIP_STOR
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", content.getvalue())
         archive.writestr("archive/data/0", struct.pack("<4f", 1, 2, 3, 4))
+
+
+def test_an_extension_code_that_has_been_used_is_refused_as_well(tmp_path):
+    copyreg.add_extension("os", "getcwd", 0xF1)
+    try:
+        assert pickle.loads(b"\x80\x02\x82\xf1)R.") == os.getcwd()  # which remembers what the code stands for
+        (tmp_path / "odd.pth").write_bytes(b"\x80\x02\x82\xf1)R.")
+        with pytest.raises(ValueError, match=r"it names os\.getcwd"):
+            read_pickle(tmp_path / "odd.pth")
+    finally:
+        copyreg.remove_extension("os", "getcwd", 0xF1)
 
 
 def test_a_tensor_is_read_from_within_its_storage_only(tmp_path):
