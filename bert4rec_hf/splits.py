@@ -216,9 +216,7 @@ def ranking_rows(
     return Dataset(pa.table(table))
 
 
-def sampled_candidates(
-    rows: Dataset, histories: Histories, counts: Sequence[int], *, num_candidates: int = 100, seed: int = 42
-) -> Dataset:
+def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: int = 100, seed: int = 42) -> Dataset:
     """Evaluation rows with `candidate_ids`: items to rank the target among, as in Sun et al. 2019, section 4.2.
 
     They are drawn by popularity, each once, among the items that the user never had. A metric of them is no metric of
@@ -226,13 +224,12 @@ def sampled_candidates(
 
     Args:
         rows: Of `ranking_rows`.
-        histories: Those of the rows.
-        counts: How often each item occurs in the training data, in the order of token ids; `tokenizer.counts`.
+        histories: Those of the rows; popularity is the number of events in their training part.
         num_candidates: Fewer, where a user has had all but so many of the items that occur.
         seed: Equal seeds give equal candidates.
     """
-    cumulative = np.asarray(counts, np.int64).cumsum()
-    occurring = np.flatnonzero(counts) + FIRST_ITEM_ID
+    counts = np.bincount(histories.item_ids[histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)])
+    cumulative, occurring = counts.cumsum(), np.flatnonzero(counts)
     users = {user_id: number for number, user_id in enumerate(histories.user_id.to_pylist())}
     candidates = []
     for user_id in rows["user_id"]:
@@ -244,7 +241,7 @@ def sampled_candidates(
         while len(drawn) < wanted:
             # Drawn one after the other, with what has come before and what the user has had passed over.
             draws = random.integers(cumulative[-1], size=4 * num_candidates)
-            more = cumulative.searchsorted(draws, side="right") + FIRST_ITEM_ID
+            more = cumulative.searchsorted(draws, side="right")
             items, first = np.unique(np.concatenate((drawn, more[~np.isin(more, had)])), return_index=True)
             drawn = items[first.argsort()]
         candidates.append(drawn[:wanted])

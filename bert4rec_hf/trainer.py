@@ -496,7 +496,7 @@ def evaluate_prepared(
     if not len(rows):
         raise ValueError(f"no user of {data} has a {part} target")
     if protocol == "paper":
-        rows = sampled_candidates(rows, histories, tokenizer.counts or [])
+        rows = sampled_candidates(rows, histories)
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = Bert4RecTrainer(
             loaded,

@@ -94,37 +94,39 @@ def test_nothing_to_train_on_is_an_error(tokenizer):
 def many_users(num_users: int) -> tuple:
     """Users who had item 0, had item 1 as their target, and a catalogue whose item k occurs k times."""
     tokenizer = Bert4RecTokenizer.from_items((f"{k:02}" for k in range(30)), model_max_length=4)
+    log = [f"{k:02}" for k in range(30) for _ in range(k)]
     table = pa.table(
         {
-            "user_id": [f"user {number}" for number in range(num_users)],
-            "item_id": [["29", "01"]] * num_users,
-            "train_end": pa.array([1] * num_users, pa.int32()),
-            "validation_position": pa.array([None] * num_users, pa.int32()),
-            "test_position": pa.array([1] * num_users, pa.int32()),
+            "user_id": ["log", *(f"user {number}" for number in range(num_users))],
+            "item_id": [log] + [["29", "01"]] * num_users,
+            "train_end": pa.array([len(log)] + [1] * num_users, pa.int32()),
+            "validation_position": pa.array([None] * (num_users + 1), pa.int32()),
+            "test_position": pa.array([None] + [1] * num_users, pa.int32()),
         }
     )
     histories = tokenize_histories(table, tokenizer)
-    return ranking_rows(histories, tokenizer, "test", filter_seen_items=True), histories, list(range(30))
+    return ranking_rows(histories, tokenizer, "test", filter_seen_items=True), histories
 
 
 def test_sampled_candidates_go_by_popularity_and_are_none_of_the_users_own():
-    rows, histories, counts = many_users(3000)
-    drawn = np.array(sampled_candidates(rows, histories, counts, num_candidates=5)["candidate_ids"]) - 3
+    rows, histories = many_users(3000)
+    drawn = np.array(sampled_candidates(rows, histories, num_candidates=5)["candidate_ids"]) - 3
     assert drawn.shape == (3000, 5)
     assert all(len(set(row)) == 5 for row in drawn.tolist())
     assert not np.isin(drawn, [0, 1, 29]).any()  # never in the training part, the target, the past
     # The first of each user goes by the counts alone: the 2 of 2 .. 28 once in 405, the 28 in 28 of 405.
     share = np.bincount(drawn[:, 0], minlength=30) / 3000
-    expected = np.array(counts) * np.isin(counts, [0, 1, 29], invert=True) / sum(range(2, 29))
+    counts = np.arange(30)
+    expected = counts * np.isin(counts, [0, 1, 29], invert=True) / sum(range(2, 29))
     assert np.abs(share - expected).max() < 0.02
     assert np.corrcoef(share[2:29], expected[2:29])[0, 1] > 0.9
 
 
 def test_sampled_candidates_are_the_same_for_one_seed_and_all_that_are_left_if_few_are():
-    rows, histories, counts = many_users(20)
+    rows, histories = many_users(20)
     first, again, other = (
-        sampled_candidates(rows, histories, counts, num_candidates=5, seed=seed)["candidate_ids"] for seed in (1, 1, 2)
+        sampled_candidates(rows, histories, num_candidates=5, seed=seed)["candidate_ids"] for seed in (1, 1, 2)
     )
     assert list(first) == list(again) != list(other)
-    everything = sampled_candidates(rows, histories, counts, num_candidates=100)["candidate_ids"]
+    everything = sampled_candidates(rows, histories, num_candidates=100)["candidate_ids"]
     assert [sorted(row) for row in everything] == [list(range(5, 32))] * 20
