@@ -24,6 +24,7 @@ from .metrics import ranking_metrics
 from .model_card import write_model_card
 from .modeling_bert4rec import SPECIAL_TOKEN_LOGIT, Bert4RecForMaskedItemPrediction
 from .tokenization_bert4rec import Bert4RecTokenizer
+from .trainer import load_model
 
 # Their names of layers, and ours.
 LAYER_NAMES = {
@@ -154,7 +155,7 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
     output = Path(output)
     if output.exists():
         raise ValueError(f"{output} is there already; choose another --output")
-    ours = Bert4RecForMaskedItemPrediction.from_pretrained(model)
+    ours = load_model(model)
     config, tokenizer = ours.config, Bert4RecTokenizer.from_pretrained(model)
     wrong = [
         f"{name}={getattr(config, name)!r}" for name, value in ARCHITECTURE.items() if getattr(config, name) != value
