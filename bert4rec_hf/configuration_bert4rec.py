@@ -35,6 +35,10 @@ class Bert4RecConfig(PreTrainedConfig):
             Width of the feed-forward layers.
         hidden_act (`str`, defaults to `"gelu"`):
             Activation of the feed-forward layers: any name in `transformers.ACT2FN`.
+        gated_feed_forward (`bool`, defaults to `False`):
+            Whether the feed-forward layers multiply their inner states with the activation of another projection
+            (Shazeer 2020, https://arxiv.org/abs/2002.05202), half as many weights more: `intermediate_size` is then
+            usually two thirds of what it would be.
         hidden_dropout_prob (`float`, defaults to 0.1):
             Dropout of the embeddings and of the output of every sublayer.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
@@ -64,7 +68,8 @@ class Bert4RecConfig(PreTrainedConfig):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
             not recommended.
         filter_seen_items (`bool`, defaults to `False`):
-            The serving policy: whether the items of a user's history are never recommended.
+            The serving policy: whether the items of a user's history are never recommended. The full softmax leaves
+            them out as well then, so that the model learns nothing about repeats.
     """
 
     model_type = "bert4rec"
@@ -76,6 +81,7 @@ class Bert4RecConfig(PreTrainedConfig):
     num_attention_heads: int = 2
     intermediate_size: int = 256
     hidden_act: str = "gelu"
+    gated_feed_forward: bool = False
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.0
     max_position_embeddings: int = 200

@@ -58,7 +58,10 @@ FILTERS = {
 }  # fmt: skip
 ITEM_LOSSES = {"CE": "softmax", "BPR": "bpr"}
 # What their architecture is in our configuration.
-ARCHITECTURE = {"position_embedding_type": "learned_from_start", "normalization": "post", "prediction_head": True}
+ARCHITECTURE = {
+    "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
+    "prediction_head": True,
+}  # fmt: skip
 
 
 def convert_from_recbole(

@@ -3,14 +3,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-# Of more logits than that, a quarter of a GiB, those of so many labels are made at a time, with the same result.
+# So many logits, a quarter of a GiB, are made at a time; of more, with the same result.
 LOGITS_AT_ONCE = 2**26
-LABELS_PER_CHUNK = 128
 
 
 def softmax_loss(
@@ -19,8 +20,10 @@ def softmax_loss(
     item_bias: torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy over all items (Sun et al. 2019, equation 8).
+    """Cross-entropy over all items (Sun et al. 2019, equation 8), or all that may be recommended.
 
     Args:
         hidden_states: (N, hidden size), what stands at the masked positions.
@@ -29,28 +32,69 @@ def softmax_loss(
         labels: (N,) row of `item_weight` to predict; `IGNORE_INDEX` where there is nothing to predict.
         num_items_in_batch: What the sum is divided by: the labels of all batches that make one step. None: the
             labels of this batch.
+        excluded_ids: (N, E) rows of `item_weight` that are left out of a label's sum, unless they are the label; below
+            0 none. None: all items count.
 
     Returns:
         A scalar; 0 with zero gradients if no label counts.
     """
-    if len(hidden_states) * len(item_weight) > LOGITS_AT_ONCE:
-        options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=LABELS_PER_CHUNK, chunking_method=None, acc_policy="accurate"
-        )
-        with torch.autocast(hidden_states.device.type, enabled=False):  # it takes one precision only
-            loss = nn.functional.linear_cross_entropy(
-                hidden_states.to(item_weight.dtype),
-                item_weight,
-                labels,
-                linear_bias=item_bias,
-                ignore_index=IGNORE_INDEX,
-                reduction="sum",
-                options=options,
-            )
-    else:
+    if len(hidden_states) * len(item_weight) <= LOGITS_AT_ONCE:
         logits = _in_single_precision(nn.functional.linear(hidden_states, item_weight, item_bias))
+        _exclude(logits, labels, excluded_ids)
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    else:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.to(item_weight.dtype)
+            loss = _ChunkedCrossEntropy.apply(hidden_states, item_weight, item_bias, labels, excluded_ids)
     return _per_label(loss, labels, num_items_in_batch)
+
+
+@torch.no_grad()
+def _exclude(logits: torch.Tensor, labels: torch.Tensor, excluded_ids: torch.Tensor | None) -> None:
+    """Take items out of the softmax, in place; they have no gradient then, of which nothing needs to be recorded."""
+    if excluded_ids is not None:
+        index = labels.clamp(min=0).unsqueeze(1)
+        of_labels = logits.gather(1, index)
+        logits.scatter_(1, torch.where(excluded_ids < 0, index, excluded_ids), -torch.inf)
+        logits.scatter_(1, index, of_labels)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum over labels, of few at a time: their gradient is made along with their loss, the logits forgotten."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        item_weight: torch.Tensor,
+        item_bias: torch.Tensor,
+        labels: torch.Tensor,
+        excluded_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        needs_gradient = any(ctx.needs_input_grad)
+        gradients = [torch.zeros_like(t) for t in (hidden_states, item_weight, item_bias)] if needs_gradient else []
+        loss = hidden_states.new_zeros(())
+        num_labels = max(1, LOGITS_AT_ONCE // len(item_weight))
+        for start in range(0, len(labels), num_labels):
+            part = slice(start, start + num_labels)
+            logits = torch.addmm(item_bias, hidden_states[part], item_weight.T)
+            _exclude(logits, labels[part], None if excluded_ids is None else excluded_ids[part])
+            counts, index = (labels[part] != IGNORE_INDEX).unsqueeze(1), labels[part].clamp(min=0).unsqueeze(1)
+            log_sums = logits.logsumexp(dim=1, keepdim=True)
+            loss += ((log_sums - logits.gather(1, index)) * counts).sum()
+            if needs_gradient:
+                probabilities = logits.sub_(log_sums).exp_()
+                probabilities.scatter_add_(1, index, -torch.ones_like(log_sums)).mul_(counts)
+                gradients[0][part] = probabilities @ item_weight
+                gradients[1].addmm_(probabilities.T, hidden_states[part])
+                gradients[2] += probabilities.sum(dim=0)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(gradient.mul_(of_loss) for gradient in ctx.saved_tensors), None, None
 
 
 def sampled_softmax_loss(

@@ -191,15 +191,18 @@ class Bert4RecAttention(nn.Module):
 
 
 class Bert4RecFeedForward(nn.Module):
-    """Position-wise feed-forward network (equation 3)."""
+    """Position-wise feed-forward network (equation 3), or its gated variant (Shazeer 2020)."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.inner = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if config.gated_feed_forward else None
         self.activation = ACT2FN[config.hidden_act]
         self.outer = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate is not None:
+            return self.outer(self.activation(self.gate(hidden_states)) * self.inner(hidden_states))
         return self.outer(self.activation(self.inner(hidden_states)))
 
 
@@ -453,7 +456,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: As in `Bert4RecModel`.
-            labels: (batch, length) token ids to predict, -100 elsewhere.
+            labels: (batch, length) token ids to predict, -100 elsewhere. Where `config.filter_seen_items` is true, the
+                full softmax leaves out the items that the label's own row shows.
             label_positions: (batch, P) where `labels` has something to predict, padded with -1. With labels, head
                 and loss are computed there only, and nothing waits for the device to count them.
             prediction_positions: (batch, P) where to compute the head. None: everywhere.
@@ -471,7 +475,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         Raises:
             ValueError: As `Bert4RecModel`; if the item loss lacks its negatives, or they have another shape.
         """
-        attentions = hidden_states = None
+        attentions = hidden_states = seen = None
         sampled = [negative_ids, negative_log_probabilities, positive_log_probabilities]
         if labels is not None and label_positions is not None:
             prediction_positions = label_positions.clamp(min=0)
@@ -487,19 +491,23 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             )
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
             states = outputs.last_hidden_state
+            if labels is not None and input_ids is not None:
+                seen = input_ids.unsqueeze(1).expand(*labels.shape, -1)
             if labels is not None and label_positions is None and self.training:
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
+                seen = None if seen is None else seen[is_label]
                 sampled = [_at_labels(values, is_label) for values in sampled]
             prediction_states = self.head(states)
         loss = None
         if labels is not None:
+            item_loss = self.config.item_loss if self.training else "softmax"
             loss = self.decoder(
                 prediction_states,
                 labels=labels,
-                item_loss=self.config.item_loss if self.training else "softmax",
+                item_loss=item_loss,
                 num_items_in_batch=num_items_in_batch,
-                loss_options=self._loss_options(*sampled) if self.training else None,
+                loss_options=self._loss_options(item_loss, seen, *sampled),
             )
             if self.training:
                 return MaskedItemPredictionOutput(loss=loss, hidden_states=hidden_states, attentions=attentions)
@@ -717,14 +725,18 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
     def _loss_options(
         self,
+        item_loss: str,
+        seen: torch.Tensor | None,
         negative_ids: torch.Tensor | None,
         negative_log_probabilities: torch.Tensor | None,
         positive_log_probabilities: torch.Tensor | None,
     ) -> dict[str, Any]:
-        """What the item loss of the config needs besides."""
-        item_loss = self.config.item_loss
+        """What the item loss needs besides; `seen` are the visible token ids of each label's row, (…, length)."""
         if item_loss == "softmax":
-            return {}
+            if seen is None or not self.config.filter_seen_items:
+                return {}
+            # What serving never recommends is no alternative to the label.
+            return {"excluded_ids": _rows(seen) - FIRST_ITEM_ID}
         if negative_ids is None:
             raise ValueError(
                 f"item_loss {item_loss!r} needs negative_ids: give num_negatives to DataCollatorForMaskedItemPrediction"

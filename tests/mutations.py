@@ -22,6 +22,8 @@ MUTATIONS = {
         ("the loss is divided by the labels of its own batch",
          "if num_items_in_batch is None:", "if True:",
          "test_exact_training.py::test_accumulated_small_batches_give_the_update_of_one_big_batch[ours]"),
+        ("an excluded label is lost", "        logits.scatter_(1, index, of_labels)\n", "",
+         "test_losses.py::test_excluded_items_are_out_of_the_softmax_but_not_the_label"),
     ],
     "modeling_bert4rec": [
         ("padding is attended to",
@@ -49,6 +51,8 @@ MUTATIONS = {
          "test_modeling.py::test_label_positions_change_neither_loss_nor_gradients"),
         ("[PAD] is in the softmax unasked", 'if self.pad_in_softmax and item_loss == "softmax":', "if True:",
          "test_modeling.py::test_the_loss_is_the_cross_entropy_over_items_alone"),
+        ("seen items stay in the softmax", "if seen is None or not self.config.filter_seen_items:", "if True:",
+         "test_modeling.py::test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels"),
         ("half-precision weights score in half precision",
          "states, weight, bias = states.float(), weight.float(), bias.float()", "pass",
          "test_modeling.py::test_a_bfloat16_model_scores_in_float32"),

@@ -465,14 +465,28 @@ def test_half_precision_comes_near(name):
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.02)
 
 
+def test_excluded_items_are_out_of_the_softmax_but_not_the_label():
+    # Scores ln 1 to ln 4; of label 1 items 0 and 1 are excluded, of label 3 item 2; -1 is none.
+    loss = softmax_loss(
+        hidden_states=torch.ones(3, 1),
+        item_weight=torch.tensor([[1.0], [2.0], [3.0], [4.0]]).log(),
+        item_bias=torch.zeros(4),
+        labels=torch.tensor([1, 3, IGNORED]),
+        excluded_ids=torch.tensor([[0, 1], [2, -1], [0, 0]]),
+    )
+    torch.testing.assert_close(loss, (torch.tensor(9 / 2).log() + torch.tensor(7 / 4).log()) / 2)
+
+
+@pytest.mark.parametrize("exclude", [False, True], ids=["all-items", "some-excluded"])
 @pytest.mark.parametrize("dtype", [torch.float, torch.double, torch.bfloat16])
-def test_a_large_softmax_in_chunks_is_the_same(monkeypatch, dtype):
+def test_a_large_softmax_in_chunks_is_the_same(monkeypatch, dtype, exclude):
     torch.manual_seed(0)
+    excluded_ids = torch.randint(-3, 50, (300, 20)) if exclude else None
     tensors = [(torch.randn(shape) / 3).to(dtype).requires_grad_() for shape in ((300, 8), (50, 8), (50,))]
     labels = torch.randint(50, (300,)).masked_fill(torch.arange(300) % 7 == 0, IGNORED)
 
     def loss_and_gradients() -> list[torch.Tensor]:
-        loss = softmax_loss(*tensors, labels, torch.tensor(200))
+        loss = softmax_loss(*tensors, labels, torch.tensor(200), excluded_ids=excluded_ids)
         return [loss, *torch.autograd.grad(loss, tensors)]
 
     whole = loss_and_gradients()
@@ -485,7 +499,8 @@ def test_a_large_softmax_in_chunks_is_the_same(monkeypatch, dtype):
     nothing = softmax_loss(*tensors, torch.full_like(labels, IGNORED))
     assert nothing == 0
     with torch.autocast("cpu", torch.bfloat16):
-        in_half = softmax_loss(tensors[0].bfloat16(), *tensors[1:], labels, torch.tensor(200))
+        half = tensors[0].bfloat16()
+        in_half = softmax_loss(half, *tensors[1:], labels, torch.tensor(200), excluded_ids=excluded_ids)
     torch.testing.assert_close(in_half.double(), whole[0].double(), rtol=2e-2, atol=2e-2)
     assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, tensors))
 

@@ -30,7 +30,12 @@ ARCHITECTURES = {
         "prediction_head": True,
         "hidden_act": "relu",
     },
-    "from_end-pre": {"position_embedding_type": "learned_from_end", "normalization": "pre", "hidden_act": "swish"},
+    "from_end-pre-gated": {
+        "position_embedding_type": "learned_from_end",
+        "normalization": "pre",
+        "hidden_act": "silu",
+        "gated_feed_forward": True,
+    },
 }
 HISTORIES = [[5, 9, 17, 30, 4, 22, 8], [11, 3], [39, 38, 37, 36], []]
 
@@ -456,6 +461,24 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     with torch.no_grad():
         model.decoder.bias[:FIRST] = 50.0
     torch.testing.assert_close(model(**batch).loss, outputs.loss)
+
+
+@pytest.mark.parametrize("positions", [None, LABEL_POSITIONS], ids=["labels-only", "label-positions"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
+    model.config.filter_seen_items = True
+    model.train(training)
+    # Item 9 is seen in both rows; in the second it is a label as well.
+    input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
+    labels = torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])
+    loss = model(input_ids=input_ids, labels=labels, label_positions=positions).loss
+    model.eval()
+    logits = model(input_ids=input_ids).logits[[0, 0, 1], [1, 2, 0]]
+    alternatives = torch.ones(3, VOCAB, dtype=torch.bool)
+    alternatives[:, :FIRST] = False
+    alternatives[[[0, 0], [1, 1], [2, 2]], [[9, 11], [9, 11], [12, 12]]] = False
+    sums = logits.masked_fill(~alternatives, -torch.inf).logsumexp(dim=1)
+    torch.testing.assert_close(loss, (sums - logits[range(3), [5, 17, 9]]).mean())
 
 
 def test_the_softmax_loss_has_a_known_value():
