@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import EvalPrediction
@@ -123,6 +124,12 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
     return metrics
 
 
+def result_metrics(logged: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Of what the Trainer logs, the results without their prefix, and no timing."""
+    names = {name.removeprefix(f"{prefix}_"): value for name, value in logged.items()}
+    return {name: value for name, value in names.items() if "@" in name or name in ("MRR", "loss")}
+
+
 def shown_metrics(metrics: Mapping[str, float]) -> list[str]:
     """The names for a table."""
     return [name for name in (*SHOWN_METRICS, *(f"sampled_{name}" for name in SAMPLED_METRICS)) if name in metrics]
@@ -183,7 +190,7 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     size = num_items + FIRST_ITEM_ID
     training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
     popularity = _Scores.of(histories.item_ids[training], size)
-    recent = _Scores.of(histories.item_ids[training & _is_recent(histories, training)], size)
+    recent = histories.item_ids[training & _is_recent(histories, training)]
     follows = training[1:] & training[:-1]
     follows[histories.offsets[1:-1] - 1] = False  # the next event is another user's
     pairs, counts = np.unique(
@@ -191,24 +198,52 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     )
     starts = np.searchsorted(pairs, np.arange(size + 1) * size)
     next_items = pairs % size
-    nothing = np.zeros(0, np.int64)
-
-    ranks: dict[str, list[int]] = {"popularity": [], "recent popularity": [], "last-item co-occurrence": []}
+    ranks = []
     for input_ids, labels, exclude_ids in zip(rows["input_ids"], rows["labels"], rows["exclude_ids"], strict=True):
-        target, excluded = labels[-1], np.asarray(exclude_ids, np.int64)
+        target = labels[-1]
         if target == IGNORE_INDEX or target in exclude_ids:
-            found = [0, 0, 0]
+            ranks.append(0)
         else:
             last = input_ids[-2] if len(input_ids) > 1 else 0
             after = slice(starts[last], starts[last + 1])
-            found = [
-                popularity.rank(target, excluded, nothing, nothing),
-                recent.rank(target, excluded, nothing, nothing),
-                popularity.rank(target, excluded, next_items[after], counts[after]),
-            ]
-        for name, rank in zip(ranks, found, strict=True):
-            ranks[name].append(rank)
-    return {name: np.asarray(found) for name, found in ranks.items()}
+            ranks.append(popularity.rank(target, np.asarray(exclude_ids, np.int64), next_items[after], counts[after]))
+    return {
+        "popularity": popularity_ranks(rows, histories, num_items),
+        "recent popularity": _frequency_ranks(rows, recent, num_items),
+        "last-item co-occurrence": np.asarray(ranks, np.int64),
+    }
+
+
+def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
+    """(users,) ranks of the floor "popularity" alone, see `floors`; a second for a million users."""
+    training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
+    return _frequency_ranks(rows, histories.item_ids[training], num_items)
+
+
+def last_labels(rows: Dataset) -> np.ndarray:
+    """(users,) the targets of `ranking_rows` as token ids; -100 for one that the catalogue lacks."""
+    labels, lengths = _flat(rows, "labels")
+    return labels[lengths.cumsum() - 1]
+
+
+def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.ndarray:
+    """(users,) ranks of the targets by how often each item stands in `item_ids`."""
+    counts = np.bincount(item_ids, minlength=num_items + FIRST_ITEM_ID)
+    targets = last_labels(rows)
+    excluded, lengths = _flat(rows, "exclude_ids")
+    users = np.repeat(np.arange(len(rows)), lengths)
+    least = counts[np.maximum(targets, 0)]
+    ranks = num_items - np.searchsorted(np.sort(counts[FIRST_ITEM_ID:]), least)
+    ranks -= np.bincount(users[counts[excluded] >= least[users]], minlength=len(rows))
+    ranks[targets == IGNORE_INDEX] = 0
+    ranks[users[excluded == targets[users]]] = 0
+    return ranks
+
+
+def _flat(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, and the length of each row's."""
+    lists = rows.with_format("arrow")[name][:]
+    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()
 
 
 @dataclass

@@ -18,6 +18,8 @@ from .splits import PREPARATION_FILE
 from .tokenization_bert4rec import Bert4RecTokenizer
 
 EVALUATION_FILE = "evaluation.json"
+TRAINING_FILE = "training.json"
+CURVE_FILE = "learning_curve.png"
 RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
 TAGS = ("bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf")
@@ -35,6 +37,9 @@ SHOWN_RECIPE = (
     "normalization", "item_loss", "seed",
 )  # fmt: skip
 
+# So many evaluations of a run in its table, the chosen one besides; training.json has all.
+SHOWN_EVALUATIONS = 10
+
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
 
 
@@ -47,7 +52,7 @@ def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Write a record into evaluation.json, in the place of one under the same protocol."""
     records = [old for old in read_evaluations(folder) if old["protocol"] != record["protocol"]]
-    _write(Path(folder) / EVALUATION_FILE, json.dumps([*records, dict(record)], indent=2) + "\n")
+    write_file(Path(folder) / EVALUATION_FILE, json.dumps([*records, dict(record)], indent=2) + "\n")
 
 
 def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **metadata: Any) -> None:
@@ -91,13 +96,15 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **me
     if records:
         parts.append("## Metrics")
         parts += [_metrics_table(record) for record in records]
+    if (folder / TRAINING_FILE).is_file():
+        parts.append(_training(json.loads((folder / TRAINING_FILE).read_text("utf-8"))))
     parts.append(_limits(config, tokenizer, records))
     if recipe:
         parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
     parts.append(
         "Architecture: Sun et al., [BERT4Rec](https://arxiv.org/abs/1904.06690), CIKM 2019. Written by bert4rec_hf."
     )
-    _write(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
+    write_file(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
 
 
 def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | None) -> list[EvalResult]:
@@ -241,8 +248,33 @@ def _metrics_table(record: Mapping[str, Any]) -> str:
     return f"{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
 
 
-def _write(path: Path, text: str) -> None:
+def _training(record: Mapping[str, Any]) -> str:
+    evaluations, step = record["evaluations"], record["chosen_step"]
+    lines = [
+        f"These weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
+        f"Validation: {Protocol(**record['protocol'])}. Every metric of every evaluation: `{TRAINING_FILE}`."
+    ]
+    lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
+    lines.append(f"![Learning curve]({CURVE_FILE})")
+    stride = -(-len(evaluations) // SHOWN_EVALUATIONS)
+    shown = [
+        evaluation
+        for place, evaluation in enumerate(reversed(evaluations))
+        if place % stride == 0 or evaluation["step"] == step
+    ]
+    names = {"training_loss": "training loss", "loss": "validation loss", "HR@10": "HR@10", "NDCG@10": "NDCG@10"}
+    table = [f"| epoch | step | {' | '.join(names.values())} |", f"|---|---{'|---' * len(names)}|"]
+    for evaluation in reversed(shown):
+        numbers = [evaluation.get(name) for name in names]
+        cells = [f"{evaluation['epoch']:.4g}", f"{evaluation['step']:,}"]
+        cells += ["" if number is None else f"{number:.4f}" for number in numbers]
+        bold = "**" if evaluation["step"] == step else ""
+        table.append("".join(f"| {bold}{cell}{bold if cell else ''} " for cell in cells) + "|")
+    return "## Training\n\n" + "\n\n".join([*lines, "\n".join(table)])
+
+
+def write_file(path: Path, content: str | bytes) -> None:
     """Beside, then moved, so that a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, "utf-8")
+    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(beside, path)

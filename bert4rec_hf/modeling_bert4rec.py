@@ -34,7 +34,9 @@ SPECIAL_TOKEN_LOGIT = -1e4
 ITEMS_PER_CHUNK = 2**16
 # What stands beside config and weights in a model folder: the catalogue, and what is true of these weights only.
 CATALOGUE_FILES = ("tokenizer.json", "tokenizer_config.json", "items.json")
-RECORD_FILES = ("README.md", "evaluation.json", "recipe.yaml", "preparation.json")
+RECORD_FILES = (
+    "README.md", "evaluation.json", "training.json", "learning_curve.png", "recipe.yaml", "preparation.json",
+)  # fmt: skip
 # Where a card's snippet names the model.
 SNIPPET_MODEL = re.compile(r'model="(.+?)"')
 

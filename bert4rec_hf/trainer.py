@@ -34,8 +34,25 @@ from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
-from .metrics import COVERAGE_CUTOFF, Protocol, floors, ranking_metrics, sampled_metrics
-from .model_card import EVALUATION_FILE, RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
+from .learning_curve import training_record, write_training
+from .metrics import (
+    COVERAGE_CUTOFF,
+    Protocol,
+    floors,
+    popularity_ranks,
+    ranking_metrics,
+    result_metrics,
+    sampled_metrics,
+)
+from .model_card import (
+    CURVE_FILE,
+    EVALUATION_FILE,
+    RECIPE_FILE,
+    TRAINING_FILE,
+    add_evaluation,
+    read_evaluations,
+    write_model_card,
+)
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .publish import publish_code as publish_code_into
 from .splits import (
@@ -187,6 +204,7 @@ class Bert4RecTrainer(Trainer):
         model, args, data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`; the collator is
             made from the arguments if it is None.
         protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
+        floors: Metrics of rankings without a model on the evaluation rows, by name, to stand in the learning curve.
         preparation: The content of preparation.json, kept in the model folder.
         publish_code: Whether every folder that is saved gets our code, see `publish.publish_code`.
     """
@@ -197,6 +215,7 @@ class Bert4RecTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         protocol: Protocol | None = None,
+        floors: Mapping[str, Mapping[str, float]] | None = None,
         preparation: Mapping[str, Any] | None = None,
         publish_code: bool = False,
         **kwargs: Any,
@@ -214,6 +233,7 @@ class Bert4RecTrainer(Trainer):
             )
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
         self.protocol = protocol
+        self.floors = floors or {}
         self.preparation = preparation
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
@@ -254,7 +274,10 @@ class Bert4RecTrainer(Trainer):
     ) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.protocol is not None and eval_dataset is None:  # the protocol is that of the trainer's own rows
-            self.evaluation = {"protocol": self.protocol.as_dict(), "metrics": _stored(metrics, metric_key_prefix)}
+            self.evaluation = {
+                "protocol": self.protocol.as_dict(),
+                "metrics": result_metrics(metrics, metric_key_prefix),
+            }
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -286,12 +309,24 @@ class Bert4RecTrainer(Trainer):
             (folder / PREPARATION_FILE).write_text(text, "utf-8")
         if _weights_digest(folder) != old_weights:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)  # numbers of other weights
+            (folder / TRAINING_FILE).unlink(missing_ok=True)
+            (folder / CURVE_FILE).unlink(missing_ok=True)
         protocols = [record["protocol"] for record in read_evaluations(folder)]
         if self.evaluation is not None and self.evaluation["protocol"] not in protocols:
             add_evaluation(folder, self.evaluation)
+        training = self.training_record()
+        if training is not None:
+            write_training(folder, training)
         if self.publish_code:
             publish_code_into(folder)
         write_model_card(folder, self.hub_model_id)
+
+    def training_record(self) -> dict[str, Any] | None:
+        """How the run went up to now, see `learning_curve.training_record`; None without evaluations or protocol."""
+        if self.protocol is None:
+            return None
+        best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
+        return training_record(self.state, self.args, self.protocol, self.floors, best or self.state.global_step)
 
     def recipe(self) -> dict[str, Any]:
         """All arguments and the architecture, as `bert4rec train --config` takes them."""
@@ -387,6 +422,8 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
+    Warns at the end of a run that was still rising, or that has not learnt more than popularity.
+
     Args:
         data: The prepared folder.
         args: `resume_from_checkpoint` is a checkpoint's folder, or "last".
@@ -446,6 +483,7 @@ def train_prepared(
         eval_dataset=validation,
         processing_class=tokenizer,
         protocol=Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items),
+        floors={"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))},
         preparation=preparation,
         publish_code=publish_code,
     )
@@ -457,6 +495,10 @@ def train_prepared(
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     trainer.evaluate()
     trainer.save_model()
+    training = trainer.training_record()
+    if training is not None and trainer.is_world_process_zero():
+        for warning in training["warnings"]:
+            logger.warning(warning)
     return trainer
 
 
@@ -523,7 +565,7 @@ def evaluate_prepared(
         metrics = measure(rankings["model"])
     else:
         rankings |= floors(rows, histories, tokenizer.num_items)
-        metrics = _stored(prediction.metrics, "test")
+        metrics = result_metrics(prediction.metrics, "test")
     record: dict[str, Any] = {
         "protocol": described.as_dict(),
         "metrics": metrics,
@@ -541,12 +583,6 @@ def evaluate_prepared(
         add_evaluation(model, record)
         write_model_card(model)
     return record
-
-
-def _stored(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """What is a result and no timing."""
-    names = {name.removeprefix(f"{prefix}_"): value for name, value in metrics.items()}
-    return {name: value for name, value in names.items() if "@" in name or name in ("MRR", "loss")}
 
 
 def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:

@@ -21,8 +21,8 @@ from bert4rec_hf import prepare
 
 REPO = f"{USER}/chain"
 MODEL_FILES = {
-    ".gitattributes", "README.md", "config.json", "evaluation.json", "items.json", "model.safetensors",
-    "preparation.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json",
+    ".gitattributes", "README.md", "config.json", "evaluation.json", "items.json", "learning_curve.png",
+    "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "training.json",
 }  # fmt: skip
 LOADED_ALONE = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 HISTORIES = [[], ["item 3"], ["item 3", "item 7", "item 1"]]
