@@ -155,6 +155,13 @@ class EvaluateArguments:
     )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    report: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder to write report.json, report.md and report.png into: metrics by history length and by "
+            "popularity of the target, and how popular the recommendations are."
+        },
+    )
 
 
 @dataclass
@@ -313,6 +320,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(format_evaluation(record))
         folder = Path(rest.model)
         stored = f"wrote {folder / 'evaluation.json'} and the model card; " if folder.is_dir() else ""
+        if options.report is not None:
+            print(f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json and report.png")
         print(f"{stored}next: bert4rec recommend {rest.model} ITEM_ID ITEM_ID …")
 
 

@@ -55,6 +55,7 @@ from .model_card import (
 )
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .publish import publish_code as publish_code_into
+from .report import check_report_folder, evaluation_report, write_report
 from .splits import (
     PREPARATION_FILE,
     check_prepared,
@@ -511,6 +512,7 @@ def evaluate_prepared(
     per_device_eval_batch_size: int = 256,
     use_cpu: bool = False,
     disable_tqdm: bool = False,
+    report: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the floors.
 
@@ -521,15 +523,21 @@ def evaluate_prepared(
         protocol: "full", or "paper": among 100 items drawn by popularity, see `splits.sampled_candidates`, with
             metrics whose names say so.
         per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
+        report: A folder for report.json, report.md and report.png, see `report.evaluation_report`; the full protocol
+            only.
 
     Raises:
-        ValueError: If a folder is not what it should be, or if nobody has a target.
+        ValueError: If a folder is not what it should be, if nobody has a target, or for a report of sampled ranks.
 
     Returns:
         The record {protocol, metrics, floors}, and groups if users without a past are among them. It is written
         into the model's folder as well if that is a local one.
     """
     check_prepared(data)
+    if report is not None:
+        if protocol == "paper":
+            raise ValueError("a report is of the full ranking: leave out --protocol paper or --report")
+        check_report_folder(report)
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = read_prepared(data, tokenizer)
@@ -579,6 +587,9 @@ def evaluate_prepared(
             }
             for title, users in (("with", has_past), ("without", ~has_past))
         }
+    if trainer.is_world_process_zero() and report is not None:
+        recommended = prediction.predictions[1]
+        write_report(report, evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items))
     if trainer.is_world_process_zero() and os.path.isdir(model):
         add_evaluation(model, record)
         write_model_card(model)

@@ -330,7 +330,7 @@ STRATEGIES = [
 # Of a plain Trainer's push: no recipe, preparation or evaluation, a card of its own, and its pickled arguments.
 PLAIN_FILES = {*LOADED_ALONE, "items.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
 # The trainer gets neither a protocol nor a preparation.
-OURS_FILES = MODEL_FILES - {"evaluation.json", "preparation.json"}
+OURS_FILES = MODEL_FILES - {"evaluation.json", "learning_curve.png", "preparation.json", "training.json"}
 
 
 @pytest.fixture(scope="module")
