@@ -215,22 +215,28 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
 
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
-    """(users,) ranks of the floor "popularity" alone, see `floors`; a second for a million users."""
+    """(users,) ranks of the floor "popularity" alone, see `floors`; some seconds for a million users."""
     training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
     return _frequency_ranks(rows, histories.item_ids[training], num_items)
 
 
 def last_labels(rows: Dataset) -> np.ndarray:
     """(users,) the targets of `ranking_rows` as token ids; -100 for one that the catalogue lacks."""
-    labels, lengths = _flat(rows, "labels")
+    labels, lengths = list_values(rows, "labels")
     return labels[lengths.cumsum() - 1]
+
+
+def list_values(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list column, and the length of each row's."""
+    lists = rows.with_format("arrow")[name][:]
+    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()
 
 
 def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.ndarray:
     """(users,) ranks of the targets by how often each item stands in `item_ids`."""
     counts = np.bincount(item_ids, minlength=num_items + FIRST_ITEM_ID)
     targets = last_labels(rows)
-    excluded, lengths = _flat(rows, "exclude_ids")
+    excluded, lengths = list_values(rows, "exclude_ids")
     users = np.repeat(np.arange(len(rows)), lengths)
     least = counts[np.maximum(targets, 0)]
     ranks = num_items - np.searchsorted(np.sort(counts[FIRST_ITEM_ID:]), least)
@@ -238,12 +244,6 @@ def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.
     ranks[targets == IGNORE_INDEX] = 0
     ranks[users[excluded == targets[users]]] = 0
     return ranks
-
-
-def _flat(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a list column, and the length of each row's."""
-    lists = rows.with_format("arrow")[name][:]
-    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()
 
 
 @dataclass

@@ -14,7 +14,7 @@ from datasets import Dataset
 from .configuration_bert4rec import FIRST_ITEM_ID
 from .learning_curve import BLUE, GREEN, ORANGE, VERMILION, png
 from .losses import IGNORE_INDEX
-from .metrics import COVERAGE_CUTOFF, Protocol, last_labels, ranking_metrics
+from .metrics import COVERAGE_CUTOFF, Protocol, last_labels, list_values, ranking_metrics
 from .model_card import write_file
 from .splits import Histories
 
@@ -131,12 +131,19 @@ def popular_items(rows: Dataset, counts: np.ndarray) -> np.ndarray:
         rows: Of `ranking_rows`.
         counts: (items,) training events; of equally frequent items the first come first.
     """
-    order = np.argsort(-counts, kind="stable") + FIRST_ITEM_ID
+    order = np.argsort(-counts, kind="stable")
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    excluded, lengths = list_values(rows, "exclude_ids")
+    users = np.repeat(np.arange(len(rows)), lengths)
+    # Of each user's excluded places in ascending order, the free places that each has before it.
+    ascending = np.sort(users * len(order) + places[excluded - FIRST_ITEM_ID]) - users * len(order)
+    free_before = ascending - (np.arange(len(users)) - np.repeat(lengths.cumsum() - lengths, lengths))
     shown = np.zeros((len(rows), COVERAGE_CUTOFF), np.int64)
-    for place, exclude_ids in enumerate(rows["exclude_ids"]):
-        first = order[: COVERAGE_CUTOFF + len(exclude_ids)]
-        left = first[~np.isin(first, exclude_ids)][:COVERAGE_CUTOFF]
-        shown[place, : len(left)] = left
+    for number in range(min(COVERAGE_CUTOFF, len(order))):
+        place = number + np.bincount(users[free_before <= number], minlength=len(rows))
+        there = place < len(order)
+        shown[there, number] = order[place[there]] + FIRST_ITEM_ID
     return shown
 
 
