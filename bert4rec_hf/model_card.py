@@ -252,7 +252,7 @@ def _training(record: Mapping[str, Any]) -> str:
     evaluations, step = record["evaluations"], record["chosen_step"]
     lines = [
         f"These weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
-        f"Validation: {Protocol(**record['protocol'])}. Every metric of every evaluation: `{TRAINING_FILE}`."
+        f"Validation under: {Protocol(**record['protocol'])}. Every metric of every evaluation: `{TRAINING_FILE}`."
     ]
     lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
     lines.append(f"![Learning curve]({CURVE_FILE})")
