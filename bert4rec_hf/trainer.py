@@ -74,6 +74,11 @@ NO_RECIPE = {
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
 
+# Training events from which a model is 128 wide, events an item below which it has more dropout, width of its heads.
+WIDE_FROM = 500_000
+SPARSE_BELOW = 30
+HEAD_WIDTH = 32
+
 # Of a checkpoint, what only the Trainer reads.
 RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
 
@@ -154,6 +159,15 @@ class BriefProgress(ProgressCallback):
     """A progress bar, and one line an evaluation instead of fifteen metrics."""
 
     loss = math.nan
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            config = model.config
+            self.training_bar.write(
+                f"{config.num_hidden_layers} layers of width {config.hidden_size}, {model.num_parameters():,} weights; "
+                f"{state.max_steps:,} steps, {state.num_train_epochs} epochs"
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -413,6 +427,29 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def default_architecture(num_events: int, num_items: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `Bert4RecConfig`, what a new model has unless it is told; benchmarks/ablations.md has what it rests on.
+
+    64 wide, 128 from half a million training events on; heads of 32; gated SiLU feed-forward layers with as many
+    weights as plain ones four times as wide have; dropout .1, or .2 where an item has fewer than 30 events.
+
+    Args:
+        num_events, num_items: Of the training part and the catalogue.
+        given: Fields that are told, from which the others follow.
+    """
+    hidden_size = given.get("hidden_size", 64 if num_events < WIDE_FROM else 128)
+    dropout = 0.2 if num_events < SPARSE_BELOW * num_items else 0.1
+    chosen: dict[str, Any] = {"hidden_size": hidden_size, "hidden_dropout_prob": dropout}
+    if hidden_size % HEAD_WIDTH == 0:
+        chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
+    if given.get("gated_feed_forward", True):
+        width = max(1, 8 * hidden_size // 3 // HEAD_WIDTH) * HEAD_WIDTH
+        chosen |= {"gated_feed_forward": True, "hidden_act": "silu", "intermediate_size": width}
+    else:
+        chosen["intermediate_size"] = 4 * hidden_size
+    return chosen | dict(given)
+
+
 def train_prepared(
     data: str | os.PathLike,
     args: Bert4RecTrainingArguments,
@@ -430,7 +467,7 @@ def train_prepared(
         args: `resume_from_checkpoint` is a checkpoint's folder, or "last".
         model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
         publish_code: Whether the folder gets our code, see `publish.publish_code`.
-        architecture: Fields of `Bert4RecConfig`, for a new model.
+        architecture: Fields of `Bert4RecConfig`, for a new model; the others as `default_architecture` has them.
 
     Returns:
         The trainer, with the best model.
@@ -447,7 +484,8 @@ def train_prepared(
             "max_position_embeddings": preparation["max_length"],
             "filter_seen_items": preparation["filter_seen_items"],
         }
-        config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | architecture))
+        chosen = default_architecture(int(histories.is_training().sum()), tokenizer.num_items, architecture)
+        config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
         model = Bert4RecForMaskedItemPrediction(config)
         tokenizer.model_max_length = config.max_position_embeddings
     else:
