@@ -2,43 +2,59 @@
 
     python benchmarks/quality.py LOG --recipe recipes/ml-1m.yaml --seeds 3 [--output FOLDER]
 
-LOG is a dataset's name or a file as `bert4rec prepare` takes it; a Parquet file with a column `position` in place of
-times is ordered by that. Validation chooses the checkpoint, test is read once. Appends a row to benchmarks/quality.md;
-the models stay in FOLDER, where a run that was interrupted is taken up again.
+LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
+`position` in place of times is ordered by that. Validation chooses the checkpoint, test is read once. Adds a row to
+benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken up again, each with its
+users' ranks, `ranks.parquet`, for benchmarks/compare.py.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecTrainingArguments, prepare
+from bert4rec_hf import Bert4RecConfig, Bert4RecTokenizer, Bert4RecTrainingArguments, prepare
+from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.metrics import Protocol
-from bert4rec_hf.trainer import evaluate_prepared, train_prepared
+from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
+from bert4rec_hf.trainer import evaluate_prepared, load_model, train_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "quality.md"
+RANKS_FILE = "ranks.parquet"
 HEADER = """# Quality
 
-One row a run of `benchmarks/quality.py`, which its command names. Test targets, read once; the checkpoint is the best
-on validation (NDCG@10). Leave-one-out, all items ranked, seen items filtered, ties against the model. ± is the
-standard deviation over seeds; the sampling error over users comes on top: about .0036 NDCG@10 on 6,040 users, .0075
-on 943.
+One row a run of `benchmarks/quality.py`, or for a peer of `benchmarks/peers.py`, which its command names. Test
+targets, read once; the checkpoint is the best on validation (NDCG@10; a peer's, as the peer chooses). Leave-one-out,
+all items ranked, seen items filtered, ties against the model; of a peer the lists of 100 items that it serves are
+judged. ± is the standard deviation over seeds; the sampling error over users comes on top: about .0036 NDCG@10 on
+6,040 users, .0075 on 943. `benchmarks/compare.py` tells two rows apart user by user.
 
 | log (sha256) | ranking | parameters | epochs | minutes a seed | HR@10 | NDCG@10 | validation NDCG@10 | command |
 |---|---|---|---|---|---|---|---|---|
 """
 
 
+def log_name(log: str) -> str:
+    if Path(log).is_dir():
+        log = json.loads((Path(log) / PREPARATION_FILE).read_text("utf-8"))["source"]
+    path = Path(log)
+    return path.parent.name if path.name == "interactions.parquet" else path.stem
+
+
 def prepared(log: str, folder: Path, length: int | None) -> Path:
+    if (Path(log) / HISTORIES_FILE).is_file():
+        return Path(log)
     data = folder / (f"data-{length}" if length else "data")
     if not data.exists():
         has_position = log.endswith(".parquet") and "position" in pq.read_schema(log).names
@@ -47,10 +63,35 @@ def prepared(log: str, folder: Path, length: int | None) -> Path:
     return data
 
 
+def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> None:
+    pq.write_table(pa.table({"user_id": user_ids, "rank": pa.array(ranks, pa.int32())}), folder / RANKS_FILE)
+
+
+def rank_users(model_folder: Path, data: Path) -> None:
+    """Keep the rank of every user's test target, as `evaluate_prepared` counts it, with the model."""
+    model = load_model(model_folder).eval()
+    histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model_folder))
+    policy, length = model.config.filter_seen_items, model.config.max_position_embeddings
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=policy, max_length=length)
+    columns = rows.select_columns(["input_ids", "labels", "exclude_ids"])
+    ranks = [
+        model.rank(
+            batch["input_ids"],
+            batch["labels"].amax(dim=1),
+            batch["attention_mask"],
+            exclude_ids=batch["exclude_ids"],
+        )
+        for batch in DataLoader(columns, 256, collate_fn=DataCollatorForMaskedItemPrediction(tokenizer))
+    ]
+    write_ranks(model_folder, rows["user_id"][:], torch.cat(ranks).numpy())
+
+
 def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
     """Train and evaluate once; what is there already is read."""
     done = output / "quality.json"
     if done.is_file():
+        if not (output / RANKS_FILE).is_file():
+            rank_users(output, data)
         return json.loads(done.read_text())
     start = time.perf_counter()
     fields = {name: value for name, value in recipe.items() if name in Bert4RecConfig.__annotations__}
@@ -66,6 +107,7 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
         "parameters": trainer.model.num_parameters(),
         "validation": trainer.evaluation["metrics"]["NDCG@10"],
     }
+    rank_users(output, data)
     done.write_text(json.dumps(record, indent=2))
     return record
 
@@ -73,6 +115,30 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
 def spread(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.4f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def add_row(
+    name: str, data: Path, protocol: Protocol, floors: Mapping[str, Mapping[str, float]], cells: Sequence[str]
+) -> None:
+    """Below the table's rows of the same log, or with the log's protocol and floors at its end."""
+    digest = hashlib.sha256((data / HISTORIES_FILE).read_bytes()).hexdigest()[:8]
+    log = f"{name} ({digest})"
+    lines = (TABLE.read_text("utf-8") if TABLE.is_file() else HEADER).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|---")) + 1
+    end = next((number for number, line in enumerate(lines) if number >= first and line[:1] != "|"), len(lines))
+    of_log = [number for number in range(first, end) if lines[number].startswith((f"| {log} |", f"| **{log}** |"))]
+    rows = [] if of_log else [f"| **{log}** | {protocol} | | | | | | | |"]
+    for floor, metrics in {} if of_log else floors.items():
+        rows.append(f"| {log} | {floor} | | | | {metrics['HR@10']:.4f} | {metrics['NDCG@10']:.4f} | | |")
+    rows.append(f"| {' | '.join([log, *cells])} |")
+    end = of_log[-1] + 1 if of_log else end
+    lines[end:end] = rows
+    TABLE.write_text("\n".join(lines) + "\n", "utf-8")
+    print(*rows, sep="\n")
+
+
+def named_seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def main() -> None:
@@ -84,32 +150,23 @@ def main() -> None:
     options = parser.parse_args()
     recipe_path = Path(options.recipe)
     recipe = yaml.safe_load(recipe_path.read_text("utf-8"))
-    name = Path(options.log).parent.name if options.log.endswith("interactions.parquet") else Path(options.log).stem
+    name = log_name(options.log)
     folder = Path(options.output) / name
     data = prepared(options.log, folder, recipe.get("max_position_embeddings"))
-    runs = [run(data, folder / f"{recipe_path.stem}-{seed}", recipe, seed) for seed in range(42, 42 + options.seeds)]
-    digest = hashlib.sha256((data / "histories.parquet").read_bytes()).hexdigest()[:8]
-    text = TABLE.read_text("utf-8") if TABLE.is_file() else HEADER
-    log = f"{name} ({digest})"
-    protocol = Protocol(**runs[0]["protocol"])
-    if f"| {log} |" not in text:
-        text += f"| **{log}** | {protocol} | | | | | | | |\n"
-        for floor, metrics in runs[0]["floors"].items():
-            text += f"| {log} | {floor} | | | | {metrics['HR@10']:.4f} | {metrics['NDCG@10']:.4f} | | |\n"
-    seeds = ", ".join(str(seed) for seed in range(42, 42 + options.seeds))
+    seeds = range(42, 42 + options.seeds)
+    runs = [run(data, folder / f"{recipe_path.stem}-{seed}", recipe, seed) for seed in seeds]
     cells = [
-        log, f"`{options.recipe}`, seed{'s' if options.seeds > 1 else ''} {seeds}", f"{runs[0]['parameters']:,}",
+        f"`{options.recipe}`, {named_seeds(seeds)}",
+        f"{runs[0]['parameters']:,}",
         f"{statistics.mean(run['epochs'] for run in runs):.0f}",
         f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]),
-        f"`benchmarks/quality.py {os.path.basename(options.log) if name == Path(options.log).stem else name} "
-        f"--recipe {options.recipe} --seeds {options.seeds}`, torch {torch.__version__}, "
+        f"`benchmarks/quality.py {name} --recipe {options.recipe} --seeds {options.seeds}`, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread of {platform.machine()}",
-    ]  # fmt: skip
-    TABLE.write_text(text + f"| {' | '.join(cells)} |\n", "utf-8")
-    print(f"| {' | '.join(cells)} |")
+    ]
+    add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)
 
 
 if __name__ == "__main__":

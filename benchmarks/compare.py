@@ -1,0 +1,83 @@
+"""Two rankings of the same test users, told apart user by user: a paired bootstrap.
+
+    python benchmarks/compare.py A B [--resamples 10000]
+
+A and B are folders with a `ranks.parquet` as benchmarks/quality.py and benchmarks/peers.py leave it, or quoted patterns
+of several, `'quality/ml-1m/recipe-*'`, whose metrics are first averaged over the folders (seeds) for each user. Prints
+the mean of A minus B with its 95 % interval over users; what other seeds would give is not in it.
+"""
+
+import argparse
+import glob
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+RANKS_FILE = "ranks.parquet"
+METRICS = ("NDCG@10", "HR@10")
+CHUNK = 100  # resamples at once
+
+
+def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
+    """The users in order, their NDCG@10 and HR@10 (2, users), the number of folders that these are means of."""
+    found = [pattern] if Path(pattern).is_dir() else sorted(glob.glob(pattern))
+    folders = [folder for folder in found if (Path(folder) / RANKS_FILE).is_file()]
+    if not folders:
+        raise ValueError(f"no folder {pattern} has a {RANKS_FILE}")
+    users: list[str] = []
+    values = []
+    for folder in folders:
+        table = pq.read_table(Path(folder) / RANKS_FILE).sort_by("user_id")
+        if users and table["user_id"].to_pylist() != users:
+            raise ValueError(f"{folders[0]} and {folder} have not the same test users")
+        users = table["user_id"].to_pylist()
+        ranks = table["rank"].to_numpy()
+        hits = (ranks > 0) & (ranks <= 10)
+        values.append([np.where(hits, 1 / np.log2(np.maximum(ranks, 1) + 1), 0), hits])
+    return users, np.mean(values, axis=0), len(folders)
+
+
+def compare(of_a: np.ndarray, of_b: np.ndarray, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
+    """For each metric the mean of A minus B, its 95 % interval, and the share of resamples where it is not above 0.
+
+    Args:
+        of_a, of_b: (metrics, users), the same users.
+        resamples: Of users, drawn with replacement.
+        seed: Equal seeds draw equally.
+    """
+    differences = of_a - of_b
+    random = np.random.default_rng(seed)
+    num_users = differences.shape[1]
+    means = np.concatenate([
+        differences[:, random.integers(num_users, size=(min(CHUNK, resamples - start), num_users))].mean(axis=2).T
+        for start in range(0, resamples, CHUNK)
+    ])  # fmt: skip
+    low, high = np.quantile(means, (0.025, 0.975), axis=0)
+    return np.stack([differences.mean(axis=1), low, high, (means <= 0).mean(axis=0)], axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("a")
+    parser.add_argument("b")
+    parser.add_argument("--resamples", type=int, default=10_000)
+    options = parser.parse_args()
+    try:
+        (users, of_a, folders_a), (others, of_b, folders_b) = gains(options.a), gains(options.b)
+        if users != others:
+            raise ValueError(
+                f"A and B have not the same test users ({len(users):,} and {len(others):,}, of which "
+                f"{len(set(users) & set(others)):,} are in both): rank both on one prepared folder"
+            )
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{len(users):,} users; A: {folders_a} seed(s), B: {folders_b} seed(s); {options.resamples:,} resamples\n")
+    print("| | A | B | A - B | 95 % interval | share of resamples ≤ 0 |\n|---|---|---|---|---|---|")
+    for metric, a, b, row in zip(METRICS, of_a, of_b, compare(of_a, of_b, options.resamples), strict=True):
+        mean, low, high, share = row
+        print(f"| {metric} | {a.mean():.4f} | {b.mean():.4f} | {mean:+.4f} | {low:+.4f} to {high:+.4f} | {share:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
