@@ -1,0 +1,267 @@
+"""Runs where a peer is installed: trains it on the split of a prepared folder, writes what it serves to the test users.
+
+    python peer_worker.py PEER HISTORIES.parquet OUTPUT_FOLDER SEED SETTINGS
+
+SETTINGS is JSON, laid over the peer's own. Writes lists.parquet (user_id, item_id, rank; 100 items a user, seen items
+left out) and peer.json (epochs and whether their number was limited, parameters, seconds, versions).
+"""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+LIST_LENGTH = 100
+
+# What RecTools' own benchmark sets, which are its defaults too; the benchmark's most epochs, and its patience for
+# recall@10 on validation: github.com/blondered/bert4rec_repro, recommenders/rectools/transformers.py.
+RECTOOLS = {
+    "session_max_len": 100, "n_heads": 4, "n_factors": 256, "n_blocks": 2, "lr": 0.001, "loss": "softmax",
+    "epochs": 200, "patience": 50,
+}  # fmt: skip
+
+# Their BERT4Rec.yaml and overall.yaml hold, which are documented: 50 items, 2 layers, 64 wide, batches of 2048, 300
+# epochs, stopping after 10 evaluations without a better one.
+RECBOLE_EPOCHS = 300
+
+IMPLICIT = {"models": ["CosineRecommender", "TFIDFRecommender", "BM25Recommender"], "K": [20, 50, 100, 200, 500]}
+
+
+def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:
+    """The first `ends` events of each history: user_id, item_id, place from 0."""
+    lists = [items[:end] for items, end in zip(histories["item_id"], ends, strict=True)]
+    lengths = [len(items) for items in lists]
+    return pd.DataFrame({
+        "user_id": np.repeat(histories["user_id"].to_numpy(), lengths),
+        "item_id": np.concatenate(lists),
+        "place": np.concatenate([np.arange(length) for length in lengths]),
+    })  # fmt: skip
+
+
+def before(histories: pd.DataFrame, part: str) -> pd.Series:
+    """How many events each user has before the part's target; all, where there is none."""
+    return histories[f"{part}_position"].where(histories[f"{part}_position"] >= 0, histories["item_id"].map(len))
+
+
+def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
+    import pytorch_lightning as lightning
+    import torch
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+    from rectools import models
+    from rectools.dataset import Dataset
+    from rectools.models.nn.transformers.utils import leave_one_out_mask
+
+    class Recall(lightning.Callback):
+        """recall@10 of the validation targets, as their benchmark counts it: seen items are ranked too."""
+
+        def on_validation_epoch_start(self, trainer, module):
+            self.hits = []
+
+        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            targets = batch["y"]
+            best = outputs["logits"].view(len(targets), -1).topk(10).indices
+            self.hits.append((best == targets).any(dim=1).float())
+
+        def on_validation_epoch_end(self, trainer, module):
+            self.log("recall@10", torch.cat(self.hits).mean())
+            print(f"epoch {trainer.current_epoch + 1}: recall@10 {torch.cat(self.hits).mean():.4f}", flush=True)
+
+    settings = RECTOOLS | settings
+    epochs, patience = settings.pop("epochs"), settings.pop("patience")
+    best = ModelCheckpoint(dirpath=folder / "checkpoint", monitor="recall@10", mode="max")
+
+    def trainer() -> lightning.Trainer:
+        return lightning.Trainer(
+            max_epochs=epochs,
+            min_epochs=1,
+            deterministic=True,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            callbacks=[Recall(), best, EarlyStopping("recall@10", mode="max", patience=patience)],
+        )
+
+    def dataset(part: pd.DataFrame) -> Dataset:
+        times = pd.Timestamp(0) + pd.to_timedelta(part["place"], unit="s")
+        return Dataset.construct(part[["user_id", "item_id"]].assign(weight=1, datetime=times))
+
+    validated = histories["user_id"][histories["validation_position"] >= 0].to_numpy()
+    lightning.seed_everything(seed)
+    model_class = {"rectools-bert4rec": models.BERT4RecModel, "rectools-sasrec": models.SASRecModel}[peer]
+    model = model_class(
+        get_trainer_func=trainer,
+        get_val_mask_func=lambda interactions: leave_one_out_mask(interactions, validated),
+        **settings,
+    )
+    past = dataset(events(histories, before(histories, "test")))  # the validation item is masked in training
+    model.fit(past)
+    fitted = model.fit_trainer
+    kept = next(callback for callback in fitted.callbacks if isinstance(callback, ModelCheckpoint))
+    checkpoint = torch.load(kept.best_model_path, weights_only=False)
+    model.lightning_model.load_state_dict(checkpoint["state_dict"])
+    users = histories["user_id"][histories["test_position"] >= 0].to_numpy()
+    lists = model.recommend(users=users, dataset=past, k=LIST_LENGTH, filter_viewed=True)
+    return lists, {
+        "epochs": fitted.current_epoch,
+        "best_epoch": checkpoint["epoch"] + 1,
+        "limited": fitted.current_epoch == epochs < RECTOOLS["epochs"],
+        "parameters": sum(parameter.numel() for parameter in model.torch_model.parameters()),
+        "package": "rectools",
+    }
+
+
+def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
+    # Names that NumPy 2 no longer has and RecBole 1.2 reads when it is imported.
+    for name in ("bool", "float", "int", "object"):
+        if name not in np.__dict__:
+            setattr(np, name, getattr(__builtins__, name))
+    import torch
+
+    library = peer.removesuffix("-bert4rec")
+    config_class = importlib.import_module(f"{library}.config").Config
+    data = importlib.import_module(f"{library}.data")
+    utils = importlib.import_module(f"{library}.utils")
+
+    log = events(histories, histories["item_id"].map(len))
+    log["item_id"], items = pd.factorize(log["item_id"])
+    (folder / "log").mkdir(parents=True, exist_ok=True)
+    header = ["user_id:token", "item_id:token", "timestamp:float"]
+    log["user_id"] = pd.factorize(log["user_id"])[0]  # the row of the history
+    log.to_csv(folder / "log" / "log.inter", sep="\t", index=False, header=header)
+
+    config = config_class(
+        model="BERT4Rec",
+        dataset="log",
+        config_dict={
+            "data_path": str(folder),
+            "checkpoint_dir": str(folder / "checkpoint"),
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
+            "train_neg_sample_args": None,
+            "use_gpu": False,
+            "show_progress": False,
+            "seed": seed,
+        }
+        | settings,
+    )
+    utils.init_seed(config["seed"], config["reproducibility"])
+    utils.init_logger(config)
+    dataset = data.create_dataset(config)
+    train, validation, test = data.data_preparation(config, dataset)
+    utils.init_seed(config["seed"], config["reproducibility"])
+    model = utils.get_model(config["model"])(config, train._dataset)
+    trainer = utils.get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    trainer.fit(train, validation, saved=True, show_progress=False)
+    # RecBole's own reading fails with a torch that reads weights only.
+    checkpoint = torch.load(trainer.saved_model_file, weights_only=False)
+    model.load_state_dict(checkpoint["state_dict"])
+    model.eval()
+
+    internal = dataset.token2id("item_id", np.arange(len(items)).astype(str))
+    codes = np.full(internal.max() + 1, -1)
+    codes[internal] = np.arange(len(items))
+    past_lengths = histories["test_position"].to_numpy()
+    coded = log.groupby("user_id")["item_id"].agg(list)
+    lists = []
+    with torch.no_grad():
+        for batch in test:
+            interaction = batch[0]
+            scores = model.full_sort_predict(interaction).view(len(interaction), -1)
+            scores[:, 0] = -torch.inf  # padding
+            numbers = dataset.id2token("user_id", interaction["user_id"].numpy()).astype(int)
+            targets = codes[interaction["item_id"].numpy()]
+            for number, target, row in zip(numbers, targets, scores, strict=True):
+                user_id, past = histories["user_id"][number], coded[number][: past_lengths[number]]
+                if target != coded[number][len(past)]:
+                    raise ValueError(f"user {user_id} has another test target there")
+                row[internal[past]] = -torch.inf  # what they do not filter themselves
+                best = row.topk(min(LIST_LENGTH, int(row.isfinite().sum()))).indices.numpy()
+                ranks = 1 + np.arange(len(best))
+                lists.append(pd.DataFrame({"user_id": user_id, "item_id": items[codes[best]], "rank": ranks}))
+    epochs = len(trainer.train_loss_dict)
+    return pd.concat(lists), {
+        "epochs": epochs,
+        "best_epoch": checkpoint["epoch"] + 1,
+        "limited": epochs == config["epochs"] < RECBOLE_EPOCHS,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "package": library,
+    }
+
+
+def implicit(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
+    from implicit import nearest_neighbours
+    from scipy.sparse import csr_matrix
+
+    settings = IMPLICIT | settings  # the choice among which is validation's
+    items = pd.Index(np.unique(np.concatenate(histories["item_id"].tolist())))
+
+    def matrix(ends: pd.Series) -> csr_matrix:
+        part = events(histories, ends)
+        rows = pd.Index(histories["user_id"]).get_indexer(part["user_id"])
+        columns = items.get_indexer(part["item_id"])
+        return csr_matrix((np.ones(len(part)), (rows, columns)), shape=(len(histories), len(items)))
+
+    def serve(model: nearest_neighbours.ItemItemRecommender, part: str, length: int) -> pd.DataFrame:
+        past = matrix(before(histories, part))
+        found = []
+        for row in np.flatnonzero(histories[f"{part}_position"] >= 0):
+            best, scores = model.recommend(row, past[row], N=length)
+            best = best[scores > 0]  # where few items have a score, those that the user has had fill the list
+            user_id, ranks = histories["user_id"].iloc[row], 1 + np.arange(len(best))
+            found.append(pd.DataFrame({"user_id": user_id, "item_id": items[best], "rank": ranks}))
+        return pd.concat(found)
+
+    has_target = histories[histories["validation_position"] >= 0]
+    places = has_target["validation_position"]
+    targets = [items[place] for items, place in zip(has_target["item_id"], places, strict=True)]
+    targets = pd.DataFrame({"user_id": has_target["user_id"], "item_id": targets})
+    train = matrix(histories["train_end"])
+    best, model = -1.0, None
+    for name in settings["models"]:
+        for neighbours in settings["K"]:
+            candidate = getattr(nearest_neighbours, name)(K=neighbours, num_threads=1)
+            candidate.fit(train, show_progress=False)
+            hits = serve(candidate, "validation", 10).merge(targets)
+            found = float((1 / np.log2(hits["rank"] + 1)).sum() / len(targets))
+            print(f"{name}, K={neighbours}: NDCG@10 {found:.4f}", flush=True)
+            if found > best:
+                best, model = found, candidate
+    return serve(model, "test", LIST_LENGTH), {
+        "chosen": f"{type(model).__name__}, K={model.K}",
+        "validation": best,
+        "package": "implicit",
+    }
+
+
+def main(peer: str, file: str, output: str, seed: str, settings: str) -> None:
+    start = time.perf_counter()
+    folder = Path(output)
+    histories = pq.read_table(file).select(
+        ["user_id", "item_id", "train_end", "validation_position", "test_position"]
+    ).to_pandas()  # fmt: skip
+    for part in ("validation", "test"):
+        histories[f"{part}_position"] = histories[f"{part}_position"].fillna(-1).astype(int)
+    run = {"rectools": rectools, "recbole": recbole, "hopwise": recbole, "implicit": implicit}[peer.split("-")[0]]
+    lists, record = run(peer, histories, folder, int(seed), json.loads(settings))
+    lists[["user_id", "item_id", "rank"]].to_parquet(folder / "lists.parquet", index=False)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    record["versions"] = {
+        name: installed[name] for name in (record.pop("package"), "torch", "pytorch-lightning") if name in installed
+    } | {"python": platform.python_version()}
+    record |= {"seconds": time.perf_counter() - start, "cpu_seconds": used.ru_utime + used.ru_stime}
+    (folder / "peer.json").write_text(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    sys.argv[1:], arguments = [], sys.argv[1:]  # RecBole's Config reads the command line
+    main(*arguments)

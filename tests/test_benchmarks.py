@@ -1,0 +1,99 @@
+"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bert4rec_hf import Bert4RecTokenizer
+from bert4rec_hf.splits import tokenize_histories
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from compare import compare, gains  # noqa: E402
+from peers import judge  # noqa: E402
+from quality import write_ranks  # noqa: E402
+
+USERS = [f"u{number}" for number in range(50)]
+
+
+def ranks(folder: Path, values: list[int], users: list[str] = USERS) -> str:
+    folder.mkdir()
+    write_ranks(folder, users, values)
+    return str(folder)
+
+
+def test_a_ranking_does_not_differ_from_itself(tmp_path):
+    users, of_a, folders = gains(ranks(tmp_path / "a", [1, 2, 11, 0, 10] * 10))
+    assert (users, folders) == (sorted(USERS), 1)
+    np.testing.assert_allclose(of_a[:, users.index("u1")], [1 / np.log2(3), 1])
+    np.testing.assert_allclose(of_a[1].mean(), 3 / 5)
+    assert compare(of_a, of_a).tolist() == [[0, 0, 0, 1]] * 2
+
+
+def test_one_that_is_better_for_most_users_lies_above_0_and_the_other_way_round_below(tmp_path):
+    _, of_a, _ = gains(ranks(tmp_path / "a", [1, 1, 1, 1, 20] * 10))
+    _, of_b, _ = gains(ranks(tmp_path / "b", [2, 0, 11, 12, 1] * 10))
+    for mean, low, high, share in compare(of_a, of_b):
+        assert 0 < low < mean < high
+        assert share < 0.05
+    # HR@10: 3/5 of the users are hits of A only, 1/5 of B only; the standard error is that of 50 such draws.
+    mean, low, high, _ = compare(of_a, of_b)[1]
+    assert mean == pytest.approx(0.4)
+    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt((0.6 + 0.2 - 0.4**2) / 50), rel=0.05)
+    assert (compare(of_b, of_a)[:, 2] < 0).all()
+
+
+def test_seeds_are_averaged_user_by_user_whatever_the_order_of_rows(tmp_path):
+    ranks(tmp_path / "a-42", [1] * 50)
+    ranks(tmp_path / "a-43", [0] * 49 + [1], USERS[::-1])
+    users, values, folders = gains(str(tmp_path / "a-*"))
+    assert folders == 2
+    assert values[1].tolist() == [1.0 if user == "u0" else 0.5 for user in users]
+
+
+def test_other_users_are_refused_in_one_line(tmp_path):
+    a, b = ranks(tmp_path / "a", [1] * 50), ranks(tmp_path / "b", [1] * 49, USERS[1:])
+    run = subprocess.run([sys.executable, BENCHMARKS / "compare.py", a, b], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "A and B have not the same test users (50 and 49, of which 49 are in both)" in run.stderr
+    run = subprocess.run([sys.executable, BENCHMARKS / "compare.py", a, a], capture_output=True, text=True, check=True)
+    assert "| HR@10 | 1.0000 | 1.0000 | +0.0000 | +0.0000 to +0.0000 | 1.0000 |" in run.stdout
+    with pytest.raises(ValueError, match="have not the same test users"):
+        gains(str(tmp_path / "*"))
+
+
+def lists(**served: list[str]) -> pa.Table:
+    rows = [
+        {"user_id": user, "item_id": item, "rank": rank}
+        for user, items in served.items()
+        for rank, item in enumerate(items, 1)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def test_a_targets_rank_is_its_place_in_the_list_and_a_list_with_seen_items_is_refused():
+    tokenizer = Bert4RecTokenizer.from_items(list("abcdefg"))
+    table = pa.table(
+        {
+            "user_id": ["trains", "first", "third", "absent", "unserved"],
+            "item_id": [["a", "b"], ["a", "b", "c"], ["a", "b", "d"], ["b", "c", "e"], ["c", "d", "a"]],
+            "train_end": [2, 1, 1, 1, 1],
+            "validation_position": [None, 1, 1, 1, 1],
+            "test_position": [None, 2, 2, 2, 2],
+        }
+    )
+    histories = tokenize_histories(table, tokenizer)
+    served = lists(third=["e", "c", "d"], first=["c", "d"], absent=["a", "g"])
+    users, found = judge(served, histories, tokenizer)
+    assert users == ["first", "third", "absent", "unserved"]
+    assert found.tolist() == [1, 3, 0, 0]
+    for wrong in ({"first": ["c", "a"]}, {"first": ["c", "c"]}):
+        with pytest.raises(ValueError, match="an item twice, or one that its user has had"):
+            judge(lists(**wrong), histories, tokenizer)
+    gap = pa.table({"user_id": ["first"], "item_id": ["c"], "rank": [2]})
+    with pytest.raises(ValueError, match="not 1, 2, 3"):
+        judge(gap, histories, tokenizer)
