@@ -46,6 +46,12 @@ def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:
     })  # fmt: skip
 
 
+def listed(user_ids: list[str], lists: list) -> pd.DataFrame:
+    """What `events` makes of histories, of lists of items: user_id, item_id, rank from 1."""
+    found = pd.DataFrame({"user_id": user_ids, "item_id": lists})
+    return events(found, found["item_id"].map(len)).assign(rank=lambda rows: rows["place"] + 1)
+
+
 def before(histories: pd.DataFrame, part: str) -> pd.Series:
     """How many events each user has before the part's target; all, where there is none."""
     return histories[f"{part}_position"].where(histories[f"{part}_position"] >= 0, histories["item_id"].map(len))
@@ -171,7 +177,7 @@ def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, setting
     codes[internal] = np.arange(len(items))
     past_lengths = histories["test_position"].to_numpy()
     coded = log.groupby("user_id")["item_id"].agg(list)
-    lists = []
+    user_ids, lists = [], []
     with torch.no_grad():
         for batch in test:
             interaction = batch[0]
@@ -185,10 +191,10 @@ def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, setting
                     raise ValueError(f"user {user_id} has another test target there")
                 row[internal[past]] = -torch.inf  # what they do not filter themselves
                 best = row.topk(min(LIST_LENGTH, int(row.isfinite().sum()))).indices.numpy()
-                ranks = 1 + np.arange(len(best))
-                lists.append(pd.DataFrame({"user_id": user_id, "item_id": items[codes[best]], "rank": ranks}))
+                user_ids.append(user_id)
+                lists.append(items[codes[best]])
     epochs = len(trainer.train_loss_dict)
-    return pd.concat(lists), {
+    return listed(user_ids, lists), {
         "epochs": epochs,
         "best_epoch": checkpoint["epoch"] + 1,
         "limited": epochs == config["epochs"] < RECBOLE_EPOCHS,
@@ -212,13 +218,12 @@ def implicit(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
 
     def serve(model: nearest_neighbours.ItemItemRecommender, part: str, length: int) -> pd.DataFrame:
         past = matrix(before(histories, part))
+        rows = np.flatnonzero(histories[f"{part}_position"] >= 0)
         found = []
-        for row in np.flatnonzero(histories[f"{part}_position"] >= 0):
+        for row in rows:
             best, scores = model.recommend(row, past[row], N=length)
-            best = best[scores > 0]  # where few items have a score, those that the user has had fill the list
-            user_id, ranks = histories["user_id"].iloc[row], 1 + np.arange(len(best))
-            found.append(pd.DataFrame({"user_id": user_id, "item_id": items[best], "rank": ranks}))
-        return pd.concat(found)
+            found.append(best[scores > 0])  # where few items have a score, those that the user has had fill the list
+        return listed(histories["user_id"].to_numpy()[rows], [items[best] for best in found])
 
     has_target = histories[histories["validation_position"] >= 0]
     places = has_target["validation_position"]
