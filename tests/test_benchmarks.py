@@ -94,6 +94,7 @@ def test_a_targets_rank_is_its_place_in_the_list_and_a_list_with_seen_items_is_r
     for wrong in ({"first": ["c", "a"]}, {"first": ["c", "c"]}):
         with pytest.raises(ValueError, match="an item twice, or one that its user has had"):
             judge(lists(**wrong), histories, tokenizer)
-    gap = pa.table({"user_id": ["first"], "item_id": ["c"], "rank": [2]})
-    with pytest.raises(ValueError, match="not 1, 2, 3"):
-        judge(gap, histories, tokenizer)
+    for rank in (0, 2):
+        table = pa.table({"user_id": ["first"], "item_id": ["c"], "rank": [rank]})
+        with pytest.raises(ValueError, match="not 1, 2, 3"):
+            judge(table, histories, tokenizer)
