@@ -23,7 +23,13 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecTokenizer, Bert4RecTrainingArguments, prepare
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecTokenizer,
+    Bert4RecTrainer,
+    Bert4RecTrainingArguments,
+    prepare,
+)
 from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.metrics import Protocol
 from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
@@ -86,6 +92,15 @@ def rank_users(model_folder: Path, data: Path) -> None:
     write_ranks(model_folder, rows["user_id"][:], torch.cat(ranks).numpy())
 
 
+def train(data: Path, output: Path, recipe: dict, seed: int) -> Bert4RecTrainer:
+    """With a recipe as `bert4rec train --config` takes it, from its last checkpoint if there is one."""
+    fields = {name: value for name, value in recipe.items() if name in Bert4RecConfig.__annotations__}
+    options = {name: value for name, value in recipe.items() if name not in fields} | {"seed": seed}
+    resume = "last" if list(output.glob("checkpoint-*")) else None
+    arguments = Bert4RecTrainingArguments(str(output), **options, resume_from_checkpoint=resume)
+    return train_prepared(data, arguments, **fields)
+
+
 def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
     """Train and evaluate once; what is there already is read."""
     done = output / "quality.json"
@@ -94,15 +109,11 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
             rank_users(output, data)
         return json.loads(done.read_text())
     start = time.perf_counter()
-    fields = {name: value for name, value in recipe.items() if name in Bert4RecConfig.__annotations__}
-    options = {name: value for name, value in recipe.items() if name not in fields}
-    resume = "last" if list(output.glob("checkpoint-*")) else None
-    args = Bert4RecTrainingArguments(str(output), **options | {"seed": seed}, resume_from_checkpoint=resume)
-    trainer = train_prepared(data, args, **fields)
+    trainer = train(data, output, recipe, seed)
     seconds = time.perf_counter() - start
     record = evaluate_prepared(output, data) | {
         "seconds": seconds,
-        "resumed": resume is not None,
+        "resumed": trainer.args.resume_from_checkpoint is not None,
         "epochs": trainer.state.epoch,
         "parameters": trainer.model.num_parameters(),
         "validation": trainer.evaluation["metrics"]["NDCG@10"],
