@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=100, metadata={"help": "Steps, or below 1 a share of all steps."})
     num_train_epochs: float = field(default=80.0, metadata={"help": "Number of epochs."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Histories a training step."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Histories a training step; chosen from their number if left out."}
+    )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -246,6 +248,10 @@ class Bert4RecTrainer(Trainer):
                 num_negatives=0 if model.config.item_loss == "softmax" else args.num_negatives,
                 negative_sampling=args.negative_sampling,
             )
+        if isinstance(args, Bert4RecTrainingArguments) and args.per_device_train_batch_size is None:
+            rows = kwargs.get("train_dataset")
+            batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
+            args.per_device_train_batch_size = max(1, batch_size // args.world_size)
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
         self.protocol = protocol
         self.floors = floors or {}
@@ -425,6 +431,17 @@ def _weights_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def default_batch_size(num_rows: int) -> int:
+    """Histories a step of all processes together: 32, doubled while an epoch has more than 500 steps, 1,024 at most.
+
+    Small batches learn fastest a history (benchmarks/ablations.md); large logs have enough of them.
+    """
+    batch_size = 32
+    while batch_size < 1024 and num_rows > 500 * batch_size:
+        batch_size *= 2
+    return batch_size
 
 
 def default_architecture(num_events: int, num_items: int, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,13 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
-from bert4rec_hf.trainer import SimilarLengthSampler, default_architecture, evaluate_prepared, train_prepared
+from bert4rec_hf.trainer import (
+    SimilarLengthSampler,
+    default_architecture,
+    default_batch_size,
+    evaluate_prepared,
+    train_prepared,
+)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64}
 
@@ -367,3 +373,8 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
         "hidden_size": 48, "intermediate_size": 192, "gated_feed_forward": False, "hidden_act": "relu",
         "hidden_dropout_prob": 0.2,
     }  # fmt: skip
+
+
+def test_large_logs_are_trained_in_larger_batches_shared_by_the_processes():
+    sizes = [default_batch_size(rows) for rows in (0, 943, 16_000, 16_001, 40_000, 10**9)]
+    assert sizes == [32, 32, 32, 64, 128, 1024]
