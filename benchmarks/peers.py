@@ -105,8 +105,8 @@ def main() -> None:
     output = Path(options.output)
     data = prepared(options.log, output / name, None)
     histories, tokenizer, preparation = read_prepared(data)
-    if preparation["split"]["name"] != "leave-one-out":
-        parser.error("peers are run on leave-one-out; prepare the log with that split")
+    if preparation["split"]["name"] != "leave-one-out" or not preparation["filter_seen_items"]:
+        parser.error("peers are run on leave-one-out with seen items filtered; prepare the log like that")
     suffix = "".join(f"-{setting}={value}" for setting, value in settings.items()).replace("/", "_")
     seeds = range(42, 42 + options.seeds)
     runs, metrics = [], []

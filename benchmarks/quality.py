@@ -1,11 +1,11 @@
-"""A recipe on a log: leave-one-out, full ranking, seen items filtered, beside the floors.
+"""A recipe on a log: leave-one-out, full ranking, beside the floors.
 
-    python benchmarks/quality.py LOG --recipe recipes/ml-1m.yaml --seeds 3 [--output FOLDER]
+    python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--output FOLDER]
 
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
-`position` in place of times is ordered by that. Validation chooses the checkpoint, test is read once. Adds a row to
-benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken up again, each with its
-users' ranks, `ranks.parquet`, for benchmarks/compare.py.
+`position` in place of times is ordered by that. Without a recipe, what is measured are the defaults. Validation chooses
+the checkpoint, test is read once. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was
+interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def prepared(log: str, folder: Path, length: int | None) -> Path:
     if not data.exists():
         has_position = log.endswith(".parquet") and "position" in pq.read_schema(log).names
         order = {"sequence_column": "position"} if has_position else {}
-        prepare(log, data, filter_seen_items=True, max_length=length, **order)
+        prepare(log, data, max_length=length, **order)
     return data
 
 
@@ -155,26 +155,27 @@ def named_seeds(seeds: Sequence[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("log")
-    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--recipe")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", default="quality")
     options = parser.parse_args()
-    recipe_path = Path(options.recipe)
-    recipe = yaml.safe_load(recipe_path.read_text("utf-8"))
+    recipe = yaml.safe_load(Path(options.recipe).read_text("utf-8")) if options.recipe else {}
     name = log_name(options.log)
     folder = Path(options.output) / name
     data = prepared(options.log, folder, recipe.get("max_position_embeddings"))
     seeds = range(42, 42 + options.seeds)
-    runs = [run(data, folder / f"{recipe_path.stem}-{seed}", recipe, seed) for seed in seeds]
+    title, stem = (f"`{options.recipe}`", Path(options.recipe).stem) if options.recipe else ("defaults", "defaults")
+    runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
+    given = f" --recipe {options.recipe}" if options.recipe else ""
     cells = [
-        f"`{options.recipe}`, {named_seeds(seeds)}",
+        f"{title}, {named_seeds(seeds)}",
         f"{runs[0]['parameters']:,}",
         f"{statistics.mean(run['epochs'] for run in runs):.0f}",
         f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]),
-        f"`benchmarks/quality.py {name} --recipe {options.recipe} --seeds {options.seeds}`, torch {torch.__version__}, "
+        f"`benchmarks/quality.py {name}{given} --seeds {options.seeds}`, torch {torch.__version__}, "
         f"{torch.get_num_threads()} thread of {platform.machine()}",
     ]
     add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)
