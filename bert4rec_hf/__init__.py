@@ -28,6 +28,7 @@ PIPELINE_REGISTRY.register_pipeline(
 _LATER = {
     "Bert4RecTrainer": "trainer",
     "Bert4RecTrainingArguments": "trainer",
+    "ItemIndex": "item_index",
     "Protocol": "metrics",
     "compute_metrics": "metrics",
     "convert_config": "convert",

@@ -31,6 +31,7 @@ class SequentialRecommendationPipeline(Pipeline):
         filter_seen_items: Whether the items of the whole history are left out; None: as the folder says.
         exclude: Item ids never to recommend.
         candidates: Item ids to choose from; None: the catalogue.
+        index: An `ItemIndex` of the model, for approximate search where no candidates are given.
         batch_size: Histories at once.
 
     Returns:
@@ -70,6 +71,7 @@ class SequentialRecommendationPipeline(Pipeline):
         filter_seen_items: bool | None = None,
         exclude: Iterable[str | int] | None = None,
         candidates: Iterable[str | int] | None = None,
+        index: Any = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess = {
             "filter_seen_items": filter_seen_items,
@@ -78,9 +80,10 @@ class SequentialRecommendationPipeline(Pipeline):
         }
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
+        forward = {"top_k": top_k, "index": index}
         return (
             {name: value for name, value in preprocess.items() if value is not None},
-            {} if top_k is None else {"top_k": top_k},
+            {name: value for name, value in forward.items() if value is not None},
             {},
         )
 
@@ -134,7 +137,9 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
         return list(dict.fromkeys(token_ids))
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor], top_k: int = 10) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, model_inputs: dict[str, torch.Tensor], top_k: int = 10, index: Any = None
+    ) -> dict[str, torch.Tensor]:
         inputs = dict(model_inputs)
         num_unknown = inputs.pop("num_unknown")
         top_k = min(top_k, self.model.config.vocab_size)
@@ -147,10 +152,29 @@ class SequentialRecommendationPipeline(Pipeline):
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
                 if rows is not chooses:
                     part["candidate_ids"] = None
-                found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
+                if index is not None and rows is not chooses:
+                    found_scores, found_ids = self._nearest(index, top_k, **part)
+                else:
+                    found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
         return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+
+    def _nearest(
+        self, index: Any, top_k: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, exclude_ids: torch.Tensor,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """As `model.recommend`, of the items that the index finds."""
+        if len(index) != self.tokenizer.num_items:
+            raise ValueError(
+                f"the index has {len(index)} items, the catalogue {self.tokenizer.num_items}: build it from this model"
+            )
+        vectors = self.model.user_vectors(input_ids, attention_mask)
+        # So many that enough are left without those that are excluded.
+        scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
+        excluded = (item_ids.unsqueeze(2) == exclude_ids.unsqueeze(1)).any(dim=2)
+        scores, columns = scores.masked_fill(excluded, -torch.inf).topk(min(top_k, scores.shape[1]))
+        return scores, item_ids.gather(1, columns).masked_fill(scores.isneginf(), 0)
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
         """One history's recommendations, and how many of its items were unknown."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, ItemIndex
 
 # Ids that a careless program would read as numbers, split, strip or take for a special token.
 ODD = ["007", "a b", "[MASK]", "ünï"]
@@ -334,3 +334,27 @@ def test_the_jth_recommendation_has_rank_j_for_each_of_50_users(pipe):
         assert ranks.tolist() == list(range(1, len(targets) + 1))
         if token_ids:
             assert pipe.model.rank(row[:1], torch.tensor(token_ids[:1]), exclude_ids=seen[:1]).tolist() == [0]
+
+
+def test_an_index_that_looks_at_everything_answers_as_the_exact_search(pipe, histories, tmp_path):
+    ItemIndex.build(pipe.model).save(tmp_path / "items.usearch")
+    index = ItemIndex.load(tmp_path / "items.usearch")
+    rows = [*histories, {"history": ["007"], "exclude": ["100", "101"]}, {"history": ["100"], "candidates": ["007"]}]
+    exact, near = pipe(rows, top_k=5), pipe(rows, top_k=5, index=index)
+    assert [ids(answer) for answer in near] == [ids(answer) for answer in exact]
+    assert all(len(answer) == 5 for answer in near[:-1])
+    for one, other in zip(near, exact, strict=True):
+        assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
+    batched = pipe(rows, top_k=5, index=index, batch_size=4)
+    assert [ids(answer) for answer in batched] == [ids(answer) for answer in exact]
+    # More than there are.
+    assert len(pipe(["007"], top_k=99, index=index)) == len(ITEMS) - 1
+
+
+def test_an_index_of_another_model_is_an_error(pipe, tmp_path):
+    other = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(pipe.tokenizer), hidden_size=8))
+    with pytest.raises(ValueError, match="the index has vectors of width 9, the model of width 17: build it from"):
+        pipe(["007"], index=ItemIndex.build(other))
+    smaller = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=13, hidden_size=16))
+    with pytest.raises(ValueError, match="the index has 10 items, the catalogue 30: build it from this model"):
+        pipe(["007"], index=ItemIndex.build(smaller))
