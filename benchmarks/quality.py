@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -32,11 +33,13 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.metrics import Protocol
+from bert4rec_hf.model_card import CURVE_FILE
 from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
 from bert4rec_hf.trainer import evaluate_prepared, load_model, train_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "quality.md"
+CURVES = HERE / "curves"
 RANKS_FILE = "ranks.parquet"
 HEADER = """# Quality
 
@@ -44,7 +47,8 @@ One row a run of `benchmarks/quality.py`, or for a peer of `benchmarks/peers.py`
 targets, read once; the checkpoint is the best on validation (NDCG@10; a peer's, as the peer chooses). Leave-one-out,
 all items ranked, seen items filtered, ties against the model; of a peer the lists of 100 items that it serves are
 judged. ± is the standard deviation over seeds; the sampling error over users comes on top: about .0036 NDCG@10 on
-6,040 users, .0075 on 943. `benchmarks/compare.py` tells two rows apart user by user.
+6,040 users, .0075 on 943. Epochs lead to the learning curve of the first seed. `benchmarks/compare.py` tells two rows
+apart user by user.
 
 | log (sha256) | ranking | parameters | epochs | minutes a seed | HR@10 | NDCG@10 | validation NDCG@10 | command |
 |---|---|---|---|---|---|---|---|---|
@@ -167,10 +171,13 @@ def main() -> None:
     title, stem = (f"`{options.recipe}`", Path(options.recipe).stem) if options.recipe else ("defaults", "defaults")
     runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
     given = f" --recipe {options.recipe}" if options.recipe else ""
+    CURVES.mkdir(exist_ok=True)
+    curve = CURVES / f"{name}-{stem}.png"
+    shutil.copyfile(folder / f"{stem}-{seeds[0]}" / CURVE_FILE, curve)
     cells = [
         f"{title}, {named_seeds(seeds)}",
         f"{runs[0]['parameters']:,}",
-        f"{statistics.mean(run['epochs'] for run in runs):.0f}",
+        f"[{statistics.mean(run['epochs'] for run in runs):.0f}]({CURVES.name}/{curve.name})",
         f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
