@@ -6,6 +6,7 @@ SETTINGS is JSON, laid over the peer's own. Writes lists.parquet (user_id, item_
 left out) and peer.json (epochs and whether their number was limited, parameters, seconds, versions).
 """
 
+import builtins
 import importlib
 import importlib.metadata
 import json
@@ -57,12 +58,35 @@ def before(histories: pd.DataFrame, part: str) -> pd.Series:
     return histories[f"{part}_position"].where(histories[f"{part}_position"] >= 0, histories["item_id"].map(len))
 
 
+def read_histories(file: str | Path) -> pd.DataFrame:
+    """One user a row; the position of a target that is missing is -1."""
+    histories = pq.read_table(file).select(
+        ["user_id", "item_id", "train_end", "validation_position", "test_position"]
+    ).to_pandas()  # fmt: skip
+    for part in ("validation", "test"):
+        histories[f"{part}_position"] = histories[f"{part}_position"].fillna(-1).astype(int)
+    return histories
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed, and of Python."""
+    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed} | {"python": platform.python_version()}
+
+
+def rectools_dataset(part: pd.DataFrame):
+    """RecTools' Dataset of what `events` makes."""
+    from rectools.dataset import Dataset
+
+    times = pd.Timestamp(0) + pd.to_timedelta(part["place"], unit="s")
+    return Dataset.construct(part[["user_id", "item_id"]].assign(weight=1, datetime=times))
+
+
 def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
     import pytorch_lightning as lightning
     import torch
     from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
     from rectools import models
-    from rectools.dataset import Dataset
     from rectools.models.nn.transformers.utils import leave_one_out_mask
 
     class Recall(lightning.Callback):
@@ -96,10 +120,6 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
             callbacks=[Recall(), best, EarlyStopping("recall@10", mode="max", patience=patience)],
         )
 
-    def dataset(part: pd.DataFrame) -> Dataset:
-        times = pd.Timestamp(0) + pd.to_timedelta(part["place"], unit="s")
-        return Dataset.construct(part[["user_id", "item_id"]].assign(weight=1, datetime=times))
-
     validated = histories["user_id"][histories["validation_position"] >= 0].to_numpy()
     lightning.seed_everything(seed)
     model_class = {"rectools-bert4rec": models.BERT4RecModel, "rectools-sasrec": models.SASRecModel}[peer]
@@ -108,7 +128,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
         get_val_mask_func=lambda interactions: leave_one_out_mask(interactions, validated),
         **settings,
     )
-    past = dataset(events(histories, before(histories, "test")))  # the validation item is masked in training
+    past = rectools_dataset(events(histories, before(histories, "test")))  # the validation item is masked in training
     model.fit(past)
     fitted = model.fit_trainer
     kept = next(callback for callback in fitted.callbacks if isinstance(callback, ModelCheckpoint))
@@ -125,14 +145,12 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     }
 
 
-def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
+def recbole_trainer(library: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple:
+    """RecBole's or hopwise's trainer, with its model; data loaders of the three parts; dataset; log; items by code."""
     # Names that NumPy 2 no longer has and RecBole 1.2 reads when it is imported.
     for name in ("bool", "float", "int", "object"):
         if name not in np.__dict__:
-            setattr(np, name, getattr(__builtins__, name))
-    import torch
-
-    library = peer.removesuffix("-bert4rec")
+            setattr(np, name, getattr(builtins, name))
     config_class = importlib.import_module(f"{library}.config").Config
     data = importlib.import_module(f"{library}.data")
     utils = importlib.import_module(f"{library}.utils")
@@ -162,10 +180,20 @@ def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, setting
     utils.init_seed(config["seed"], config["reproducibility"])
     utils.init_logger(config)
     dataset = data.create_dataset(config)
-    train, validation, test = data.data_preparation(config, dataset)
+    loaders = data.data_preparation(config, dataset)
     utils.init_seed(config["seed"], config["reproducibility"])
-    model = utils.get_model(config["model"])(config, train._dataset)
+    model = utils.get_model(config["model"])(config, loaders[0]._dataset)
     trainer = utils.get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    return trainer, loaders, dataset, log, items
+
+
+def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
+    library = peer.removesuffix("-bert4rec")
+    trainer, loaders, dataset, log, items = recbole_trainer(library, histories, folder, seed, settings)
+    import torch
+
+    train, validation, test = loaders
+    model = trainer.model
     trainer.fit(train, validation, saved=True, show_progress=False)
     # RecBole's own reading fails with a torch that reads weights only.
     checkpoint = torch.load(trainer.saved_model_file, weights_only=False)
@@ -197,7 +225,7 @@ def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, setting
     return listed(user_ids, lists), {
         "epochs": epochs,
         "best_epoch": checkpoint["epoch"] + 1,
-        "limited": epochs == config["epochs"] < RECBOLE_EPOCHS,
+        "limited": epochs == trainer.config["epochs"] < RECBOLE_EPOCHS,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "package": library,
     }
@@ -250,19 +278,12 @@ def implicit(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
 def main(peer: str, file: str, output: str, seed: str, settings: str) -> None:
     start = time.perf_counter()
     folder = Path(output)
-    histories = pq.read_table(file).select(
-        ["user_id", "item_id", "train_end", "validation_position", "test_position"]
-    ).to_pandas()  # fmt: skip
-    for part in ("validation", "test"):
-        histories[f"{part}_position"] = histories[f"{part}_position"].fillna(-1).astype(int)
+    histories = read_histories(file)
     run = {"rectools": rectools, "recbole": recbole, "hopwise": recbole, "implicit": implicit}[peer.split("-")[0]]
     lists, record = run(peer, histories, folder, int(seed), json.loads(settings))
     lists[["user_id", "item_id", "rank"]].to_parquet(folder / "lists.parquet", index=False)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
-    record["versions"] = {
-        name: installed[name] for name in (record.pop("package"), "torch", "pytorch-lightning") if name in installed
-    } | {"python": platform.python_version()}
+    record["versions"] = versions(record.pop("package"), "torch", "pytorch-lightning")
     record |= {"seconds": time.perf_counter() - start, "cpu_seconds": used.ru_utime + used.ru_stime}
     (folder / "peer.json").write_text(json.dumps(record, indent=2))
 

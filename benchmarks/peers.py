@@ -34,7 +34,9 @@ import return_trip  # noqa: E402
 PYARROW = "pyarrow==21.0.0"  # the last that takes RecBole's and RecTools' NumPy 1
 RECTOOLS = ["torch==2.13.0", "rectools[torch]==0.19.0", "pytorch-lightning==2.5.2"]
 IMPLICIT = ["implicit==0.7.3", "pandas"]
-LIBRARIES = return_trip.LIBRARIES | {"rectools": (RECTOOLS, RECTOOLS), "implicit": (IMPLICIT, IMPLICIT)}
+REPLAY = ["torch==2.13.0", "replay-rec[torch]==0.22.0"]  # for benchmarks/speed.py
+OTHERS = {"rectools": RECTOOLS, "implicit": IMPLICIT, "replay": REPLAY}
+LIBRARIES = return_trip.LIBRARIES | {name: (packages, packages) for name, packages in OTHERS.items()}
 return_trip.LIBRARIES = {name: (package, [*needed, PYARROW]) for name, (package, needed) in LIBRARIES.items()}
 PEERS = {
     "rectools-bert4rec": "RecTools BERT4Rec",

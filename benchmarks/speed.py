@@ -1,0 +1,168 @@
+"""Seconds an epoch, memory and seconds to rank, ours and peers': the same histories, shape and batch, in turns.
+
+    python benchmarks/speed.py LOG [--hidden_size 64] [--length 200] [--batch 128] [--steps 20] [--repeats 3] …
+
+LOG is as benchmarks/quality.py takes it. Each run is a process of its own in the system's own environment, made in
+FOLDER/environments once (benchmarks/speed_worker.py says with which settings it runs). Writes the shape's section of
+benchmarks/speed.md, anew after every round. On a machine that does nothing else.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import peers
+import torch
+from quality import HERE, log_name, prepared
+
+from bert4rec_hf.splits import read_prepared
+
+TABLE = HERE / "speed.md"
+HEADER = (
+    "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
+)
+CPU = Path("/proc/cpuinfo").read_text()
+# What the package is told on a CPU comes first: bfloat16 where the processor has it.
+OURS = ["ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-fp32"]
+SYSTEMS = {
+    "ours-bf16": "bert4rec_hf, bf16",
+    "ours-fp32": "bert4rec_hf, fp32",
+    "bert": "transformers.BertForMaskedLM by hand, fp32",
+    "rectools": "RecTools BERT4Rec, fp32",
+    "replay": "RePlay Bert4Rec, fp32",
+    "hopwise": "hopwise BERT4Rec, fp32",
+}
+WARMUP = 3
+
+
+def run(system: str, data: Path, environments: Path, threads: int, options: dict) -> dict:
+    """One run of benchmarks/speed_worker.py."""
+    system, _, precision = system.partition("-")
+    # BertForMaskedLM is of the library that ours stands on: one environment has both.
+    alone = system not in ("ours", "bert")
+    python = peers.return_trip.environment(environments, system) if alone else Path(sys.executable)
+    command = [python, HERE / "speed_worker.py", system, data.resolve()]
+    threads_of = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    with tempfile.TemporaryDirectory() as folder:
+        finished = subprocess.run(
+            [*command, json.dumps(options | {"bf16": precision == "bf16"})],
+            cwd=folder,
+            env=os.environ | threads_of,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        if finished.returncode:
+            raise RuntimeError(f"{system} failed:\n{finished.stdout[-3000:]}")
+        return json.loads((Path(folder) / "speed.json").read_text())
+
+
+def machine(threads: int) -> str:
+    model = re.search(r"model name\s*:\s*(.+)", CPU)
+    return f"{model[1] if model else 'CPU'}, {threads} threads, torch {torch.__version__}"
+
+
+def write_section(title: str, lines: Sequence[str]) -> None:
+    """In place of the section of the same title, or at the end."""
+    text = TABLE.read_text("utf-8") if TABLE.is_file() else HEADER
+    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    new = "\n".join([f"## {title}", "", *lines]) + "\n"
+    same = [number for number, section in enumerate(sections) if section.startswith(f"## {title}\n")]
+    if same:
+        sections[same[0]] = new
+    else:
+        sections.append(new)
+    TABLE.write_text("\n".join(part.rstrip("\n") + "\n" for part in (head, *sections)), "utf-8")
+    print(new, flush=True)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def table(rounds: Sequence[dict[str, dict]], num_users: int, batch: int) -> list[str]:
+    """A row a system: medians over the rounds with least and most; ratios are those within a round."""
+
+    def epoch(run: dict) -> float:
+        return run["seconds_a_step"] * -(-run["rows"] // batch)
+
+    def ratio(system: str, of: Callable[[dict], float]) -> str:
+        return spread([of(runs[system]) / of(runs[OURS[0]]) for runs in rounds])
+
+    lines = [
+        "| system | histories an epoch | seconds an epoch | times ours | histories a second | ours, times as many | "
+        f"GiB at most | seconds to rank {num_users:,} users | times ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for system in rounds[0]:
+        runs = [runs[system] for runs in rounds]
+        versions = ", ".join(f"{package} {version}" for package, version in runs[0]["versions"].items())
+        cells = [
+            f"{SYSTEMS[system]} ({versions})",
+            f"{runs[0]['rows']:,}",
+            spread([epoch(run) for run in runs]),
+            ratio(system, epoch),
+            spread([batch / run["seconds_a_step"] for run in runs]),
+            ratio(system, lambda run: run["seconds_a_step"]),
+            spread([run["peak"] for run in runs]),
+            spread([run["seconds_a_user"] * num_users for run in runs]),
+            ratio(system, lambda run: run["seconds_a_user"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("log")
+    parser.add_argument("--hidden_size", type=int, default=64)
+    parser.add_argument("--length", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20, help="training steps that are timed, of ours an epoch's")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--users", type=int, help="rank so many only, and multiply")
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=[*OURS, "bert", "rectools", "replay", "hopwise"]
+    )
+    parser.add_argument("--output", default="speed")
+    options = parser.parse_args()
+    name, output = log_name(options.log), Path(options.output)
+    data = prepared(options.log, output / name, None)
+    num_users = int(np.count_nonzero(read_prepared(data)[0].target_positions["test"] >= 0))
+    asked = {name: getattr(options, name) for name in ("hidden_size", "length", "batch", "steps", "users")}
+    asked["warmup"] = WARMUP
+    systems = dict.fromkeys([OURS[0], *options.systems])  # ratios are to the first
+    rounds = []
+    for number in range(options.repeats):
+        rounds.append({})
+        for system in systems:
+            found = run(system, data, output / "environments", options.threads, asked)
+            rounds[-1][system] = found
+            print(f"round {number + 1}, {system}: {json.dumps(found)}", flush=True)
+        ranked = f"of {options.users:,} users, multiplied" if options.users else "of all users"
+        shape = f"--hidden_size {options.hidden_size} --length {options.length} --batch {options.batch}"
+        write_section(
+            f"{name}, length {options.length}, width {options.hidden_size}, batches of {options.batch}",
+            [
+                f"2 layers, 2 heads; {machine(options.threads)}. {len(rounds)} rounds, each system in turn: median "
+                "(least to most), of ratios to the first row too. Seconds an epoch are those of "
+                f"{options.steps} training steps after {WARMUP} (of ours an epoch's: its batches differ in length) "
+                f"times the epoch's number of steps. Top 10 {ranked}, seen items filtered. "
+                f"`benchmarks/speed.py {name} {shape} --steps {options.steps} --repeats {len(rounds)}`",
+                "",
+                *table(rounds, num_users, options.batch),
+            ],
+        )
+
+
+if __name__ == "__main__":
+    main()

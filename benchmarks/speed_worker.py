@@ -1,0 +1,371 @@
+"""Runs where a system is installed: times its training steps and its ranking, or follows it to its best quality.
+
+    python speed_worker.py SYSTEM PREPARED_FOLDER OPTIONS
+
+OPTIONS is JSON. Works in the current folder and writes speed.json there. What is imported is what the system needs.
+"""
+
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from peer_worker import before, events, read_histories, recbole_trainer, rectools_dataset, versions
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+
+LAYERS, HEADS, TOP_K, RANKED_AT_ONCE = 2, 2, 10, 256
+
+
+class EnoughError(Exception):
+    """Leaves a training loop that has no other end."""
+
+
+class Clock:
+    """The times at which optimizer steps end, whoever's loop they are in; the first few are warm-up."""
+
+    def __init__(self, warmup: int, steps: int):
+        self.warmup, self.steps, self.times, self.peak = warmup, steps, [], 0.0
+        register_optimizer_step_post_hook(self.tick)
+
+    @property
+    def total(self) -> int:
+        return self.warmup + self.steps
+
+    def tick(self, *_) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) > self.total:
+            raise EnoughError
+        # GiB. Not ru_maxrss, which a process has from the one that started it, here benchmarks/speed.py.
+        self.peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+    def seconds_a_step(self) -> float:
+        return (self.times[self.total - 1] - self.times[self.warmup - 1]) / self.steps
+
+
+def pasts(histories: pd.DataFrame) -> list[list[str]]:
+    """What each test user had before the target."""
+    rows = histories[histories["test_position"] >= 0]
+    return [list(items[:end]) for items, end in zip(rows["item_id"], rows["test_position"], strict=True)]
+
+
+# Each trains under the clock and returns the rows of an epoch and a function that ranks all test users and counts them.
+
+
+def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    from transformers import pipeline
+
+    from bert4rec_hf import Bert4RecTrainingArguments
+    from bert4rec_hf.splits import read_prepared, training_rows
+    from bert4rec_hf.trainer import train_prepared
+
+    rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows="proportional"))
+    clock.steps = max(clock.steps, -(-rows // shape["batch"]))  # its batches differ in length: a whole epoch
+    arguments = Bert4RecTrainingArguments(
+        "model",
+        per_device_train_batch_size=shape["batch"],
+        bf16=shape["bf16"],
+        max_steps=clock.total,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
+    train_prepared(
+        data,
+        arguments,
+        max_position_embeddings=shape["length"],
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+    )
+    recommend = pipeline("sequential-recommendation", model="model")
+    return rows, lambda: len(recommend(pasts(histories), top_k=TOP_K, batch_size=RANKED_AT_ONCE))
+
+
+def bert(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    """`transformers.BertForMaskedLM` as it is used by hand: logits of all items at all positions of the batch."""
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+
+    pad, mask, first_item = 0, 1, 2
+    items = pd.Index(np.unique(np.concatenate(histories["item_id"].tolist())))
+
+    def token_ids(history: list[str], length: int) -> torch.Tensor:
+        return torch.from_numpy(items.get_indexer(history[-length:])) + first_item
+
+    def batch_of(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        return {"input_ids": input_ids, "attention_mask": (input_ids != pad).long()}
+
+    def masked(features: list[dict]) -> dict[str, torch.Tensor]:
+        batch = batch_of([feature["input_ids"] for feature in features])
+        is_masked = (torch.rand(batch["input_ids"].shape) < 0.2) & (batch["input_ids"] != pad)
+        labels = batch["input_ids"].where(is_masked, -100)
+        return batch | {"input_ids": batch["input_ids"].masked_fill(is_masked, mask), "labels": labels}
+
+    config = BertConfig(
+        vocab_size=len(items) + first_item,
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * shape["hidden_size"],
+        max_position_embeddings=shape["length"],
+        pad_token_id=pad,
+    )
+    model = BertForMaskedLM(config)
+    trained = zip(histories["item_id"], histories["train_end"], strict=True)
+    rows = [{"input_ids": token_ids(history[:end], shape["length"])} for history, end in trained if end > 0]
+    arguments = TrainingArguments(
+        "model",
+        per_device_train_batch_size=shape["batch"],
+        learning_rate=1e-3,
+        max_steps=clock.total,
+        save_strategy="no",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    Trainer(model, arguments, data_collator=masked, train_dataset=rows).train()
+
+    @torch.no_grad()
+    def rank() -> int:
+        model.eval()
+        lists = []
+        for past in DataLoader(pasts(histories), RANKED_AT_ONCE, collate_fn=list):
+            known = [token_ids(history, len(history)) for history in past]
+            batch = batch_of([torch.cat([row[1 - shape["length"] :], torch.tensor([mask])]) for row in known])
+            last = batch["attention_mask"].sum(dim=1) - 1
+            scores = model(**batch).logits[torch.arange(len(past)), last]
+            scores[:, :first_item] = -torch.inf
+            for row, seen in zip(scores, known, strict=True):
+                row[seen] = -torch.inf
+            lists += [items[best] for best in (scores.topk(TOP_K).indices - first_item).numpy()]
+        return len(lists)
+
+    return len(rows), rank
+
+
+def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    """Its defaults, which its own benchmark sets too, but for the shape; its default trainer, but for the end."""
+    from pytorch_lightning import Trainer
+    from rectools.models import BERT4RecModel
+
+    model = BERT4RecModel(
+        session_max_len=shape["length"],
+        n_factors=shape["hidden_size"],
+        n_blocks=LAYERS,
+        n_heads=HEADS,
+        batch_size=shape["batch"],
+        get_trainer_func=lambda: Trainer(
+            max_epochs=-1,
+            max_steps=clock.total,
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        ),
+    )
+    model.fit(rectools_dataset(events(histories, histories["train_end"])))
+    past = rectools_dataset(events(histories, before(histories, "test")))
+    users = histories["user_id"][histories["test_position"] >= 0].to_numpy()
+
+    def rank() -> int:
+        return model.recommend(users=users, dataset=past, k=TOP_K, filter_viewed=True)["user_id"].nunique()
+
+    return len(model.data_preparator.get_dataloader_train().dataset), rank
+
+
+def replay(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    """Its defaults but for the shape and the loss: the same softmax, with logits at masked positions only."""
+    import lightning
+    from replay.data import FeatureHint, FeatureType
+    from replay.data.nn import PandasSequentialDataset, TensorFeatureInfo, TensorSchema
+    from replay.models.nn.sequential import Bert4Rec
+    from replay.models.nn.sequential.bert4rec import Bert4RecPredictionDataset, Bert4RecTrainingDataset
+    from replay.models.nn.sequential.callbacks import PandasPredictionCallback
+    from replay.models.nn.sequential.postprocessors import RemoveSeenItems
+
+    items = pd.Index(np.unique(np.concatenate(histories["item_id"].tolist())))
+    item = TensorFeatureInfo(
+        "item_id",
+        FeatureType.CATEGORICAL,
+        is_seq=True,
+        feature_hint=FeatureHint.ITEM_ID,
+        cardinality=len(items),
+        embedding_dim=shape["hidden_size"],
+    )
+    schema = TensorSchema(item)
+
+    def sequences(lists: list) -> PandasSequentialDataset:
+        codes = [items.get_indexer(history) for history in lists if len(history)]
+        table = pd.DataFrame({"user_id": np.arange(len(codes)), "item_id": codes})
+        return PandasSequentialDataset(schema, "user_id", "item_id", table)
+
+    def trainer(**options) -> lightning.Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        return lightning.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **options)
+
+    trained = zip(histories["item_id"], histories["train_end"], strict=True)
+    rows = Bert4RecTrainingDataset(sequences([history[:end] for history, end in trained]), shape["length"])
+    model = Bert4Rec(
+        schema,
+        block_count=LAYERS,
+        head_count=HEADS,
+        hidden_size=shape["hidden_size"],
+        max_seq_len=shape["length"],
+        loss_type="CE_restricted",
+    )
+    trainer(max_epochs=-1, max_steps=clock.total).fit(model, DataLoader(rows, shape["batch"], shuffle=True))
+    past = sequences(pasts(histories))
+
+    def rank() -> int:
+        lists = PandasPredictionCallback(TOP_K, "user_id", "item_id", postprocessors=[RemoveSeenItems(past)])
+        loader = DataLoader(Bert4RecPredictionDataset(past, shape["length"]), RANKED_AT_ONCE)
+        trainer(callbacks=[lists]).predict(model, loader, return_predictions=False)
+        return lists.get_result()["user_id"].nunique()
+
+    return len(rows), rank
+
+
+def hopwise(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    """Its defaults but for the shape and the batches."""
+    settings = {
+        "n_layers": LAYERS,
+        "n_heads": HEADS,
+        "hidden_size": shape["hidden_size"],
+        "inner_size": 4 * shape["hidden_size"],
+        "MAX_ITEM_LIST_LENGTH": shape["length"],
+        "train_batch_size": shape["batch"],
+        "eval_batch_size": RANKED_AT_ONCE,
+    }
+    trainer, (train, _, test), *_ = recbole_trainer("hopwise", histories, Path.cwd(), 42, settings)
+    with contextlib.suppress(EnoughError):
+        while True:
+            trainer._train_epoch(train, 0)
+
+    @torch.no_grad()
+    def rank() -> int:
+        trainer.model.eval()
+        lists = []
+        for interaction, *_ in test:
+            if len(lists) >= (histories["test_position"] >= 0).sum():  # where a sample is asked for
+                break
+            scores = trainer.model.full_sort_predict(interaction).view(len(interaction), -1)
+            # It filters nothing itself; here what it still has of a history, and padding, which is item 0.
+            lists += scores.scatter(1, interaction["item_id_list"], -torch.inf).topk(TOP_K).indices.tolist()
+        return len(lists)
+
+    return len(train.dataset), rank
+
+
+class Stopwatch:
+    """Seconds of wall and CPU time while it runs, and a validation NDCG@10 at some of them."""
+
+    def __init__(self):
+        self.wall = self.cpu = 0.0
+        self.curve = []
+
+    def start(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.wall += time.perf_counter() - self.started[0]
+        self.cpu += time.process_time() - self.started[1]
+
+    def note(self, epoch: float, value: float) -> None:
+        self.curve.append({"epoch": epoch, "seconds": self.wall, "cpu_seconds": self.cpu, "NDCG@10": value})
+        print(self.curve[-1], flush=True)
+
+
+# Each trains with its watch running, evaluates with it stopped, and returns the curve: all items ranked, seen ones too.
+
+
+def quality_of_ours(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
+    from quality import train
+    from transformers import TrainerCallback
+    from transformers.trainer import DEFAULT_CALLBACKS
+
+    watch = Stopwatch()
+
+    class Watching(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            watch.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            watch.stop()  # evaluation and saving come between this and the next start
+            watch.start()
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            watch.note(state.epoch, metrics["eval_NDCG@10"])
+            watch.start()
+
+        def on_save(self, args, state, control, **kwargs):
+            watch.start()
+
+    DEFAULT_CALLBACKS.append(Watching)
+    train(data, Path("model"), options["recipe"] | {"filter_seen_items": False}, 42)
+    return watch.curve[:-1]  # the last is of the best model, after training
+
+
+def quality_of_hopwise(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
+    deadline = time.monotonic() + 60 * options["peer_minutes"]
+    trainer, (train, validation, _), *_ = recbole_trainer("hopwise", histories, Path.cwd(), 42, options["settings"])
+    watch = Stopwatch()
+    train_epoch = trainer._train_epoch
+
+    def watched(*args, **kwargs):
+        watch.start()
+        loss = train_epoch(*args, **kwargs)
+        watch.stop()
+        return loss
+
+    def note(epoch: int, score: float) -> None:
+        watch.note(epoch + 1, float(score))
+        if time.monotonic() > deadline:
+            raise EnoughError
+
+    trainer._train_epoch = watched
+    with contextlib.suppress(EnoughError):  # or to its own early stopping
+        trainer.fit(train, validation, saved=False, show_progress=False, callback_fn=note)
+    return watch.curve
+
+
+SPEED = {"ours": ours, "bert": bert, "rectools": rectools, "replay": replay, "hopwise": hopwise}
+QUALITY = {"ours": quality_of_ours, "hopwise": quality_of_hopwise}
+
+
+def main(system: str, folder: str, options: str) -> None:
+    data, options = Path(folder), json.loads(options)
+    histories = read_histories(data / "histories.parquet")
+    package = {"ours": "bert4rec_hf", "bert": "transformers", "replay": "replay-rec"}.get(system, system)
+    record = {"versions": versions(package, "torch")}
+    if "steps" in options:
+        if options["users"]:
+            histories.loc[np.flatnonzero(histories["test_position"] >= 0)[options["users"] :], "test_position"] = -1
+        clock = Clock(options["warmup"], options["steps"])
+        rows, rank = SPEED[system](data, histories, clock, options)
+        start = time.perf_counter()
+        users = rank()
+        record |= {
+            "rows": rows,
+            "steps": clock.steps,
+            "seconds_a_step": clock.seconds_a_step(),
+            "peak": clock.peak,
+            "seconds_a_user": (time.perf_counter() - start) / users,
+            "users": users,
+        }
+    else:
+        record["curve"] = QUALITY[system](data, histories, options)
+    Path("speed.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    sys.argv[1:], given = [], sys.argv[1:]  # RecBole's Config reads the command line
+    main(*given)
