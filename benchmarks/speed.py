@@ -10,6 +10,7 @@ benchmarks/speed.md, anew after every round. On a machine that does nothing else
 import argparse
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -29,7 +30,8 @@ TABLE = HERE / "speed.md"
 HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )
-CPU = Path("/proc/cpuinfo").read_text()
+CPU_FILE = Path("/proc/cpuinfo")
+CPU = CPU_FILE.read_text() if CPU_FILE.is_file() else f"model name: {platform.processor()}"
 # What the package is told on a CPU comes first: bfloat16 where the processor has it.
 OURS = ["ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-fp32"]
 SYSTEMS = {
@@ -67,7 +69,7 @@ def run(system: str, data: Path, environments: Path, threads: int, options: dict
 
 def machine(threads: int) -> str:
     model = re.search(r"model name\s*:\s*(.+)", CPU)
-    return f"{model[1] if model else 'CPU'}, {threads} threads, torch {torch.__version__}"
+    return f"{model[1] if model else platform.machine()}, {threads} threads, torch {torch.__version__}"
 
 
 def write_section(title: str, lines: Sequence[str]) -> None:

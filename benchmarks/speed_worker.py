@@ -72,6 +72,7 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
         per_device_train_batch_size=shape["batch"],
         bf16=shape["bf16"],
         max_steps=clock.total,
+        logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,

@@ -1,4 +1,4 @@
-"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap."""
+"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times."""
 
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from bert4rec_hf.splits import tokenize_histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import speed  # noqa: E402
 from compare import compare, gains  # noqa: E402
 from peers import judge  # noqa: E402
 from quality import write_ranks  # noqa: E402
@@ -98,3 +99,23 @@ def test_a_targets_rank_is_its_place_in_the_list_and_a_list_with_seen_items_is_r
         table = pa.table({"user_id": ["first"], "item_id": ["c"], "rank": [rank]})
         with pytest.raises(ValueError, match="not 1, 2, 3"):
             judge(table, histories, tokenizer)
+
+
+def test_times_are_compared_within_a_round_an_epoch_by_its_own_number_of_steps():
+    def run(rows: int, seconds: float) -> dict:
+        known = {"rows": rows, "seconds_a_step": seconds, "seconds_a_user": 2 * seconds, "peak": 1.0}
+        return known | {"versions": {"torch": "2"}}
+
+    ours = speed.OURS[0]
+    rounds = [{ours: run(90, slow), "rectools": run(100, 3 * slow)} for slow in (1, 2, 10)]
+    cells = [cell.strip() for cell in speed.table(rounds, num_users=5, batch=10)[-1].split("|")]
+    epoch, ratio, rate, times_a_history = "60 (30 to 300)", "3.33 (3.33 to 3.33)", "1.67 (0.333 to 3.33)", "3 (3 to 3)"
+    assert cells[3:7] == [epoch, ratio, rate, times_a_history]
+    assert cells[8:10] == ["60 (30 to 300)", "3 (3 to 3)"]
+
+
+def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "TABLE", tmp_path / "speed.md")
+    for title, line in (("a", "old"), ("a, longer", "kept"), ("a", "new")):
+        speed.write_section(title, [line])
+    assert speed.TABLE.read_text("utf-8") == f"{speed.HEADER}\n## a\n\nnew\n\n## a, longer\n\nkept\n"
