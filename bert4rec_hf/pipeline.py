@@ -151,19 +151,18 @@ class SequentialRecommendationPipeline(Pipeline):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
                 if rows is not chooses:
-                    part["candidate_ids"] = None
-                if index is not None and rows is not chooses:
-                    found_scores, found_ids = self._nearest(index, top_k, **part)
-                else:
+                    del part["candidate_ids"]
+                if rows is chooses or index is None:
                     found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
+                else:
+                    found_scores, found_ids = self._nearest(index, top_k, **part)
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
         return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
 
     def _nearest(
-        self, index: Any, top_k: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, exclude_ids: torch.Tensor,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, index: Any, top_k: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, exclude_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `model.recommend`, of the items that the index finds."""
         if len(index) != self.tokenizer.num_items:
             raise ValueError(

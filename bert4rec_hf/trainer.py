@@ -436,7 +436,7 @@ def _weights_digest(folder: Path) -> str:
 def default_batch_size(num_rows: int) -> int:
     """Histories a step of all processes together: 32, doubled while an epoch has more than 500 steps, 1,024 at most.
 
-    Small batches learn fastest a history (benchmarks/ablations.md); large logs have enough of them.
+    Small batches learn fastest a history; a large log has enough histories for larger ones.
     """
     batch_size = 32
     while batch_size < 1024 and num_rows > 500 * batch_size:
