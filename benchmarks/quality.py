@@ -5,7 +5,8 @@
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
 `position` in place of times is ordered by that. Without a recipe, what is measured are the defaults. Validation chooses
 the checkpoint, test is read once. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was
-interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py.
+interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes,
+`torchrun --nproc_per_node 2 benchmarks/quality.py …`, which two CPU cores have more of than of two threads.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 
 from bert4rec_hf import (
@@ -122,8 +124,10 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
         "parameters": trainer.model.num_parameters(),
         "validation": trainer.evaluation["metrics"]["NDCG@10"],
     }
-    rank_users(output, data)
-    done.write_text(json.dumps(record, indent=2))
+    if PartialState().is_main_process:
+        rank_users(output, data)
+        done.write_text(json.dumps(record, indent=2))
+    PartialState().wait_for_everyone()
     return record
 
 
@@ -166,10 +170,14 @@ def main() -> None:
     recipe = yaml.safe_load(Path(options.recipe).read_text("utf-8")) if options.recipe else {}
     name = log_name(options.log)
     folder = Path(options.output) / name
-    data = prepared(options.log, folder, recipe.get("max_position_embeddings"))
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with state.main_process_first():
+        data = prepared(options.log, folder, recipe.get("max_position_embeddings"))
     seeds = range(42, 42 + options.seeds)
     title, stem = (f"`{options.recipe}`", Path(options.recipe).stem) if options.recipe else ("defaults", "defaults")
     runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
+    if not state.is_main_process:
+        return
     given = f" --recipe {options.recipe}" if options.recipe else ""
     CURVES.mkdir(exist_ok=True)
     curve = CURVES / f"{name}-{stem}.png"
@@ -183,7 +191,7 @@ def main() -> None:
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]),
         f"`benchmarks/quality.py {name}{given} --seeds {options.seeds}`, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread of {platform.machine()}",
+        f"{state.num_processes} x {torch.get_num_threads()} thread of {platform.machine()}",
     ]
     add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
-# So many logits, a quarter of a GiB, are made at a time; of more, with the same result.
+# So many logits are made at a time, a quarter of a GiB.
 LOGITS_AT_ONCE = 2**26
 
 
@@ -38,14 +38,7 @@ def softmax_loss(
     Returns:
         A scalar; 0 with zero gradients if no label counts.
     """
-    if len(hidden_states) * len(item_weight) <= LOGITS_AT_ONCE:
-        logits = _in_single_precision(nn.functional.linear(hidden_states, item_weight, item_bias))
-        _exclude(logits, labels, excluded_ids)
-        loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    else:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(item_weight.dtype)
-            loss = _ChunkedCrossEntropy.apply(hidden_states, item_weight, item_bias, labels, excluded_ids)
+    loss = _CrossEntropy.apply(hidden_states, item_weight, item_bias, labels, excluded_ids)
     return _per_label(loss, labels, num_items_in_batch)
 
 
@@ -59,8 +52,8 @@ def _exclude(logits: torch.Tensor, labels: torch.Tensor, excluded_ids: torch.Ten
         logits.scatter_(1, index, of_labels)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum over labels, of few at a time: their gradient is made along with their loss, the logits forgotten."""
+class _CrossEntropy(torch.autograd.Function):
+    """The sum over labels, of some at a time: their gradient is made along with their loss, the logits forgotten."""
 
     @staticmethod
     def forward(
@@ -71,30 +64,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         excluded_ids: torch.Tensor | None,
     ) -> torch.Tensor:
+        inputs = (hidden_states, item_weight, item_bias)
+        dtype, precise = item_weight.dtype, torch.promote_types(item_weight.dtype, torch.float32)
+        kind = hidden_states.device.type
+        # float16 has no range for sums that are divided later.
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            dtype = torch.bfloat16
         needs_gradient = any(ctx.needs_input_grad)
-        gradients = [torch.zeros_like(t) for t in (hidden_states, item_weight, item_bias)] if needs_gradient else []
-        loss = hidden_states.new_zeros(())
+        gradients = [torch.zeros_like(tensor, dtype=precise) for tensor in inputs] if needs_gradient else []
+        loss = hidden_states.new_zeros((), dtype=precise)
         num_labels = max(1, LOGITS_AT_ONCE // len(item_weight))
-        for start in range(0, len(labels), num_labels):
-            part = slice(start, start + num_labels)
-            logits = torch.addmm(item_bias, hidden_states[part], item_weight.T)
-            _exclude(logits, labels[part], None if excluded_ids is None else excluded_ids[part])
-            counts, index = (labels[part] != IGNORE_INDEX).unsqueeze(1), labels[part].clamp(min=0).unsqueeze(1)
-            log_sums = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((log_sums - logits.gather(1, index)) * counts).sum()
-            if needs_gradient:
-                probabilities = logits.sub_(log_sums).exp_()
-                probabilities.scatter_add_(1, index, -torch.ones_like(log_sums)).mul_(counts)
-                gradients[0][part] = probabilities @ item_weight
-                gradients[1].addmm_(probabilities.T, hidden_states[part])
-                gradients[2] += probabilities.sum(dim=0)
+        with torch.autocast(kind, enabled=False):
+            states, weight, bias = (tensor.to(dtype) for tensor in inputs)
+            for start in range(0, len(labels), num_labels):
+                part = slice(start, start + num_labels)
+                logits = torch.addmm(bias, states[part], weight.T).to(precise)
+                _exclude(logits, labels[part], None if excluded_ids is None else excluded_ids[part])
+                counts, index = (labels[part] != IGNORE_INDEX).unsqueeze(1), labels[part].clamp(min=0).unsqueeze(1)
+                largest, of_labels = logits.amax(dim=1, keepdim=True), logits.gather(1, index)
+                sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+                loss += ((sums.log() + largest - of_labels) * counts).sum()
+                if needs_gradient:
+                    probabilities = logits.mul_(counts / sums)
+                    probabilities.scatter_add_(1, index, -counts.to(precise))
+                    gradients[2] += probabilities.sum(dim=0)
+                    probabilities = probabilities.to(dtype)
+                    gradients[0][part] = probabilities @ weight
+                    gradients[1] += probabilities.T @ states[part]
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(gradient.mul_(of_loss) for gradient in ctx.saved_tensors), None, None
+        return *(gradient * of_loss for gradient in ctx.saved_tensors), None, None
 
 
 def sampled_softmax_loss(

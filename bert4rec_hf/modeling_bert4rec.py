@@ -62,6 +62,19 @@ class MaskedItemPredictionOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class Bert4RecDropout(nn.Dropout):
+    """`nn.Dropout`, on a CPU with 16 random bits an element, which takes half the time."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        threshold = round(self.p * 2**16)
+        if not self.training or hidden_states.device.type != "cpu" or not 0 < threshold < 2**16:
+            return super().forward(hidden_states)
+        bits = torch.empty(-(-hidden_states.numel() // 4), dtype=torch.long).random_(-(2**63), None)
+        numbers = bits.view(torch.int16)[: hidden_states.numel()].view(hidden_states.shape)
+        kept = (numbers >= threshold - 2**15).to(hidden_states.dtype)
+        return hidden_states * kept.mul_(2**16 / (2**16 - threshold))
+
+
 class Bert4RecEmbeddings(nn.Module):
     """Item embeddings, with learned positions if the config asks for them."""
 
@@ -76,7 +89,7 @@ class Bert4RecEmbeddings(nn.Module):
             if config.normalization == "post"
             else nn.Identity()
         )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Bert4RecDropout(config.hidden_dropout_prob)
 
     def forward(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, position_ids: torch.Tensor
@@ -218,7 +231,7 @@ class Bert4RecLayer(GradientCheckpointingLayer):
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = Bert4RecFeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Bert4RecDropout(config.hidden_dropout_prob)
 
     def forward(
         self,

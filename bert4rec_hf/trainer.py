@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 # Of one machine or one run, no part of a recipe.
 NO_RECIPE = {
-    "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
+    "output_dir", "run_name", "use_cpu", "dataloader_pin_memory", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
 
@@ -141,8 +141,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for
-            if self.bf16:
-                self.use_cpu = True  # as TrainingArguments want to be told
+            # TrainingArguments want to be told: without, there is no bf16, and torchrun's processes train each alone.
+            self.use_cpu = True
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}"
@@ -551,6 +551,7 @@ def train_prepared(
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     trainer.evaluate()
     trainer.save_model()
+    trainer.accelerator.wait_for_everyone()  # the folder is the main process's work, and may be read at once
     training = trainer.training_record()
     if training is not None and trainer.is_world_process_zero():
         for warning in training["warnings"]:

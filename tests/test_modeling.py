@@ -721,3 +721,24 @@ def test_growing_with_the_tokenizer_of_another_model_is_an_error():
     with pytest.raises(ValueError, match="the tokenizer has 6 token ids"):
         make_model().add_items(tokenizer, ["new"])
     assert tokenizer.num_items == 3
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout = modeling.Bert4RecDropout(p)
+    states = torch.full((1001, 999), 2.0, requires_grad=True)  # no multiple of four
+    dropped = dropout(states)
+    kept = dropped != 0
+    error = (p * (1 - p) / states.numel()) ** 0.5
+    assert (~kept).double().mean().item() == pytest.approx(p, abs=5 * error + 2**-17)
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 2 / (1 - p)), rtol=2e-2, atol=0)
+    # Neighbours, which come from one random number, are dropped independently.
+    both = (~kept[:, 1:] & ~kept[:, :-1]).double().mean().item()
+    assert both == pytest.approx(p * p, abs=5 * error + 2**-16)
+    (gradient,) = torch.autograd.grad(dropped.sum(), states)
+    assert torch.equal(gradient, dropped / 2)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(states), dropped)
+    assert dropout(states.bfloat16()).dtype == torch.bfloat16
+    assert dropout.eval()(states) is states

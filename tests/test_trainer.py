@@ -342,12 +342,11 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, lau
 
     model = tmp_path / "model"
     printed = launch(
-        "train", "--data", data, "--output_dir", model, "--use_cpu", "true", "--num_train_epochs", "1",
-        "--hidden_size", "32",
-    )  # fmt: skip
+        "train", "--data", data, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32"
+    )
     assert printed.count("wrote") == 1
     assert len(list(model.glob("model*.safetensors"))) == 1
-    launch("evaluate", model, "--data", data, "--use_cpu", "true", "--per_device_eval_batch_size", "64")
+    launch("evaluate", model, "--data", data, "--per_device_eval_batch_size", "64")
     records = json.loads((model / "evaluation.json").read_text())
     two = next(record for record in records if record["protocol"]["part"] == "test")
     one = evaluate_prepared(model, data, use_cpu=True)
