@@ -92,15 +92,15 @@ class DataCollatorForMaskedItemPrediction:
         if self.max_predictions is not None:
             places = np.where(masked, random.random(input_ids.shape), 2.0).argsort(axis=1).argsort(axis=1)
             masked &= places < self.max_predictions
-        last = np.where(is_item, np.arange(input_ids.shape[1]), -1).max(axis=1, initial=-1)
-        # A row that chance has left without a mask gets one; a row may be chosen to have its last item only.
-        order = np.where(is_item, random.random(input_ids.shape), -1.0)
-        anywhere = order.argmax(axis=1) if input_ids.shape[1] else last
+        last = np.where(is_item, np.arange(input_ids.shape[1]), -1).max(axis=1)
+        order = random.random(input_ids.shape)
         only_last = random.random(len(rows)) < self.last_item_ratio
         masked[only_last] = False
+        # A row that chance has left without a mask gets one; a row may be chosen to have its last item only.
         needed = np.flatnonzero(~masked.any(axis=1) & (last >= 0))
-        masked[needed, np.where(only_last, last, anywhere)[needed]] = True
-        label_positions = _pad([np.flatnonzero(row) for row in masked], -1)
+        anywhere = np.where(is_item[needed], order[needed], -1.0).argmax(axis=1)
+        masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True
+        label_positions = _pad([row.nonzero()[0] for row in masked], -1)
         batch = self._batch(
             input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
             attention_mask=input_ids != PAD_TOKEN_ID,
@@ -145,7 +145,7 @@ class DataCollatorForMaskedItemPrediction:
             "input_ids": input_ids,
             "attention_mask": input_ids != PAD_TOKEN_ID,
             "labels": _pad(labels, IGNORE_INDEX),
-            "label_positions": _pad([np.flatnonzero(row) for row in is_mask], -1),
+            "label_positions": _pad([row.nonzero()[0] for row in is_mask], -1),
         }
         self._check_ids(batch["input_ids"])
         self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))

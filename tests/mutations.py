@@ -103,7 +103,7 @@ MUTATIONS = {
          "random.random(input_ids.shape) < 0.2",
          "test_data_collator.py::test_the_share_of_masked_items_is_near_the_mask_ratio"),
         ("a row may be left without a mask",
-         "masked[needed, np.where(only_last, last, anywhere)[needed]] = True", "pass",
+         "masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True", "pass",
          "test_data_collator.py::test_every_row_that_has_items_has_a_label"),
         ("items that are not masked have labels",
          "labels=np.where(masked, input_ids, IGNORE_INDEX)", "labels=input_ids",
