@@ -1,5 +1,6 @@
-"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times."""
+"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bert4rec_hf import Bert4RecTokenizer
 from bert4rec_hf.splits import tokenize_histories
@@ -14,6 +17,7 @@ from bert4rec_hf.splits import tokenize_histories
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import speed  # noqa: E402
+import step  # noqa: E402
 from compare import compare, gains  # noqa: E402
 from peers import judge  # noqa: E402
 from quality import write_ranks  # noqa: E402
@@ -119,3 +123,53 @@ def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path, monkeypatch
     for title, line in (("a", "old"), ("a, longer", "kept"), ("a", "new")):
         speed.write_section(title, [line])
     assert speed.TABLE.read_text("utf-8") == f"{speed.HEADER}\n## a\n\nnew\n\n## a, longer\n\nkept\n"
+
+
+def small_step() -> tuple:
+    """Two histories of length 5, the last item masked; 7 items, one head of 32, feed-forward layers of 64."""
+    batch = step.make_collator(7, 5, last_item_ratio=1)(list(step.make_rows(2, 5, 7)))
+    return step.make_model(32, 7), batch, torch.float32
+
+
+def test_the_operations_of_a_step_multiply_as_much_as_pytorch_counts_in_it():
+    model, batch, dtype = small_step()
+    flop = {part.name: part.times * part.flop for part in step.operations(model, batch, dtype) if part.flop}
+    # A multiplication and an addition of each weight and position; as much for each of two gradients.
+    assert flop == {
+        "linear 32 to 32, all positions": 6 * (6 * 10 * 32 * 32),
+        "linear 32 to 64, all positions": 2 * (6 * 10 * 32 * 64),
+        "linear 64 to 32, all positions": 6 * 10 * 64 * 32,
+        "attention in float32, all positions": 2 * (6 * 10 * 5 * 32),
+        "linear 32 to 32, labels": 2 * (6 * 2 * 32 * 32),
+        "linear 32 to 64, labels": 2 * (6 * 2 * 32 * 64),
+        "linear 64 to 32, labels": 6 * 2 * 64 * 32,
+        "attention in float32, labels": 2 * (6 * 2 * 5 * 32),
+        "item softmax": 6 * 2 * 7 * 32,
+    }
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        step.training_step(model, batch, dtype)()
+    assert counter.get_total_flops() == sum(flop.values())
+
+
+def test_a_step_is_reported_beside_its_operations_and_the_rest(monkeypatch):
+    for name, value in (("ROUNDS", 2), ("CALLS", 1), ("SQUARE", 8)):
+        monkeypatch.setattr(step, name, value)
+    lines = step.step_section(*small_step())
+    table, rest = lines.index("|---|---|---|---|---|"), lines.index("|---|---|---|---|")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[table + 1 : table + 24]]
+    assert [row[:2] for row in rows[:3]] == [
+        ["item look-up", "1"],
+        ["dropout of the embeddings", "1"],
+        ["linear 32 to 32, all positions", "6"],
+    ]
+    assert lines[table + 24] == ""
+    ratio, total = re.search(r"([\d.]+) times the ([\d.]+) ms of its operations", lines[2]).groups()
+    assert float(ratio) > 0
+    assert float(total) == pytest.approx(sum(float(row[3]) for row in rows), abs=0.2)
+    assert "computes 2 positions for 2 labels" in lines[2]
+    assert 0 < len(lines[rest + 1 :]) <= step.OPERATORS_SHOWN
+
+
+def test_all_rows_are_collated():
+    assert min(step.collation_rates(step.make_rows(8, 5, 7), step.make_collator(7, 5), 4)) > 0
