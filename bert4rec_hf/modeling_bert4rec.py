@@ -508,7 +508,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             states = outputs.last_hidden_state
             if labels is not None and input_ids is not None:
                 seen = input_ids.unsqueeze(1).expand(*labels.shape, -1)
-            if labels is not None and label_positions is None and self.training:
+            if labels is not None and self.training and (label_positions is None or _waits_for_nothing(states)):
+                # Without those positions that only rows with more labels have.
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
                 seen = None if seen is None else seen[is_label]
@@ -807,6 +808,11 @@ def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if states.dim() == 4:
         positions = positions.unsqueeze(1).expand(-1, states.shape[1], -1)
     return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
+
+
+def _waits_for_nothing(states: torch.Tensor) -> bool:
+    """Whether a shape may follow from values: not on a device, nor in a compiled graph."""
+    return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:

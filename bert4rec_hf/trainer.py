@@ -70,8 +70,8 @@ logger = logging.getLogger(__name__)
 
 # Of one machine or one run, no part of a recipe.
 NO_RECIPE = {
-    "output_dir", "run_name", "use_cpu", "dataloader_pin_memory", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
-    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
+    "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
+    "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
 
 # Training events from which a model is 128 wide, events an item below which it has more dropout, width of its heads.

@@ -547,6 +547,15 @@ class NoSynchronization(TorchDispatchMode):
 
     waiting = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(modeling, "_waits_for_nothing", lambda states: False)  # as on a device
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
@@ -742,3 +751,21 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
     assert torch.equal(dropout(states), dropped)
     assert dropout(states.bfloat16()).dtype == torch.bfloat16
     assert dropout.eval()(states) is states
+
+
+@pytest.mark.parametrize("item_loss", ["softmax", "sampled_softmax"])
+def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkeypatch, item_loss):
+    model = make_model(item_loss=item_loss, filter_seen_items=True).train()
+    tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
+    negatives = {} if item_loss == "softmax" else {"num_negatives": 5}
+    collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5, **negatives)
+    batch = collator([{"input_ids": row} for row in ([3, 4, 5, 6, 7, 8, 9], [7, 8], [])])
+    assert (batch["label_positions"] < 0).any()
+    found = []
+    for waits_for_nothing in (True, False):
+        monkeypatch.setattr(modeling, "_waits_for_nothing", lambda states, answer=waits_for_nothing: answer)
+        loss = model(**batch).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[0][0] > 0

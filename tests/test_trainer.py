@@ -341,9 +341,7 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, lau
         return outcome.stdout
 
     model = tmp_path / "model"
-    printed = launch(
-        "train", "--data", data, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32"
-    )
+    printed = launch("train", "--data", data, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32")
     assert printed.count("wrote") == 1
     assert len(list(model.glob("model*.safetensors"))) == 1
     launch("evaluate", model, "--data", data, "--per_device_eval_batch_size", "64")
