@@ -308,7 +308,8 @@ class Bert4RecTrainer(Trainer):
         lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:])
         lengths = np.minimum(lengths.to_numpy(zero_copy_only=False), self.model.config.max_position_embeddings)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SimilarLengthSampler(lengths, self.args.train_batch_size, seed)
+        # Of all processes together: they wait for one another at every step.
+        return SimilarLengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         # Grouping by length would also reorder evaluation, and ranks would be another user's.
