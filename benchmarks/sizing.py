@@ -3,61 +3,57 @@
     python benchmarks/sizing.py
 
 Counted, not estimated: parameters from the model, activations from the tensors that autograd keeps in a forward pass
-on the meta device, which allocates nothing. In fp32, with AdamW and the full softmax, all logits at once.
+on the meta device, which allocates nothing. In fp32, with AdamW.
 """
-
-import math
 
 import torch
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, losses
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
+from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
 
 GIB = 2**30
 BATCH, MASK_RATIO = 128, 0.2
 
 
-def kept_bytes(model: Bert4RecForMaskedItemPrediction, length: int) -> tuple[int, int]:
-    """What autograd keeps for the encoder, and for the item table with the softmax."""
+def on_meta(num_items: int, hidden_size: int, length: int) -> Bert4RecForMaskedItemPrediction:
+    config = Bert4RecConfig(
+        vocab_size=num_items + FIRST_ITEM_ID,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=length,
+    )
+    with torch.device("meta"):
+        model = Bert4RecForMaskedItemPrediction(config).train()
+    model.tie_weights()
+    return model
+
+
+def kept_bytes(model: Bert4RecForMaskedItemPrediction, length: int) -> int:
+    """What autograd keeps of the encoder, for `BATCH` histories."""
     with torch.device("meta"):
         input_ids = torch.ones(BATCH, length, dtype=torch.long)
         positions = torch.zeros(BATCH, int(length * MASK_RATIO), dtype=torch.long)
-        labels = torch.full((BATCH, length), 3)
-    mask = torch.ones_like(input_ids)
-    totals = []
-    for forward in (
-        lambda: model.model(input_ids, mask, prediction_positions=positions),
-        lambda: model(input_ids, mask, labels=labels, label_positions=positions),
-    ):
-        kept = {}
+    kept = {}
 
-        def keep(tensor: torch.Tensor, kept: dict = kept) -> torch.Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-            return tensor
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            forward()
-        totals.append(sum(storage.nbytes() for storage in kept.values()))
-    encoder, everything = totals
-    return encoder, everything - encoder
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids, torch.ones_like(input_ids), prediction_positions=positions)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def main() -> None:
-    losses.LOGITS_AT_ONCE = math.inf
     print(f"batch {BATCH}, mask ratio {MASK_RATIO}, 2 layers; GiB a device\n")
-    print("| items | hidden size | length | weights | with gradients and AdamW | encoder kept | logits at once |")
-    print("|---|---|---|---|---|---|---|")
+    print("| items | hidden size | length | weights | with gradients and AdamW | encoder kept |")
+    print("|---|---|---|---|---|---|")
     for items in (3_416, 100_000, 1_000_000):
         for hidden, length in ((64, 50), (64, 200), (256, 200)):
-            config = Bert4RecConfig(
-                vocab_size=items + 3, hidden_size=hidden, intermediate_size=4 * hidden, max_position_embeddings=length
-            )
-            with torch.device("meta"):
-                model = Bert4RecForMaskedItemPrediction(config).train()
-            model.tie_weights()
-            weights = sum(parameter.numel() for parameter in model.parameters()) * 4
-            encoder, softmax = kept_bytes(model, length)
-            sizes = (weights / GIB, 4 * weights / GIB, encoder / GIB, softmax / GIB)
+            model = on_meta(items, hidden, length)
+            weights = 4 * model.num_parameters()
+            sizes = (weights / GIB, 4 * weights / GIB, kept_bytes(model, length) / GIB)
             print(f"| {items:,} | {hidden} | {length} | {' | '.join(f'{size:.2f}' for size in sizes)} |")
 
 
