@@ -394,7 +394,7 @@ def _optimizer(value: Any) -> dict[str, Any] | str:
 
 
 def _weight_decay(value: Any) -> dict[str, Any]:
-    remark = "AdamW shrinks the weights themselves, biases and norms excepted; their Adam adds it to all gradients"
+    remark = "AdamW shrinks the weights themselves, items, biases, norms excepted; their Adam adds it to all gradients"
     return {"weight_decay": value} | ({"#": remark} if value else {})
 
 

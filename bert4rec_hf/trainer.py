@@ -301,6 +301,11 @@ class Bert4RecTrainer(Trainer):
             }
         return metrics
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        # Nor the item table: an item that no batch has would shrink all the same.
+        tables = ("item_embeddings.weight", "decoder.weight")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(tables)]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):

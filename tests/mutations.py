@@ -168,6 +168,8 @@ MUTATIONS = {
         ("every epoch has the same order", "self.epoch = epoch", "self.epoch = 0",
          "test_trainer.py::test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows"
          "_and_the_next_epoch_has_another_order"),
+        ("the item table decays", "if not name.endswith(tables)", "",
+         "test_trainer.py::test_weight_decay_is_not_of_the_item_table"),
         ("the last, short batch is dropped", "*order[whole:].tolist()]", "]",
          "test_trainer.py::test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own"),
         ("a checkpoint lacks its preparation", '(folder / PREPARATION_FILE).write_text(text, "utf-8")', "pass",

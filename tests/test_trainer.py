@@ -28,6 +28,7 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
+from bert4rec_hf.configuration_bert4rec import UNK_TOKEN_ID
 from bert4rec_hf.trainer import (
     SimilarLengthSampler,
     default_architecture,
@@ -256,6 +257,23 @@ def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_
     first, second = rows[: len(everything)], rows[len(everything) :]
     assert sorted(first) == sorted(second) == everything
     assert first != second
+
+
+def test_weight_decay_is_not_of_the_item_table(chain, tmp_path):
+    histories, tokenizer, _ = read_prepared(chain[0])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
+    no_item = model.decoder.weight[UNK_TOKEN_ID].clone()  # nothing reads it, so that decay alone could change it
+    options = {"weight_decay": 0.5, "max_steps": 2, "warmup_steps": 0, "eval_strategy": "no", "save_strategy": "no"}
+    trainer = Bert4RecTrainer(
+        model,
+        arguments(tmp_path / "model", load_best_model_at_end=False, **options),
+        train_dataset=training_rows(histories),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert no_item.any()
+    assert torch.equal(model.decoder.weight[UNK_TOKEN_ID], no_item)
+    assert "model.layers.0.attention.query.weight" in trainer.get_decay_parameter_names(model)
 
 
 def test_one_seed_gives_one_model_and_another_seed_another(chain, tmp_path):
