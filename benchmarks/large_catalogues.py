@@ -23,7 +23,7 @@ BATCH, LENGTH, MASK_RATIO, NUM_NEGATIVES, STEPS = 32, 50, 0.2, 1000, 5
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
 
 
-def train(item_loss: str, num_items: int, length: int = LENGTH, num_steps: int = STEPS) -> float:
+def train(item_loss: str, num_items: int, length: int = LENGTH) -> float:
     """Seconds a training step, the median."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def train(item_loss: str, num_items: int, length: int = LENGTH, num_steps: int =
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     random = np.random.default_rng(0)
     seconds = []
-    for _ in range(num_steps):
+    for _ in range(STEPS):
         ranks = np.exp(random.random((BATCH, length)) * np.log(num_items)).astype(np.int64)
         input_ids = torch.from_numpy(ranks - 1 + FIRST_ITEM_ID)
         places = random.permuted(np.tile(np.arange(length), (BATCH, 1)), axis=1)
@@ -53,7 +53,7 @@ def train(item_loss: str, num_items: int, length: int = LENGTH, num_steps: int =
 
 def peak_gib() -> float:
     """Of this process up to now. Not ru_maxrss, which a process has from the one that started it."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ TABLE = Path(__file__).parent / "serving.md"
 LENGTH, TOP_K, CLUSTERS = 50, 10, 1000
 
 
-def generated(num_items: int) -> Bert4RecForMaskedItemPrediction:
+def generated(num_items: int, length: int = LENGTH) -> Bert4RecForMaskedItemPrediction:
     torch.manual_seed(0)
     model = Bert4RecForMaskedItemPrediction(
-        Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, hidden_size=64, max_position_embeddings=LENGTH + 1)
+        Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, hidden_size=64, max_position_embeddings=length + 1)
     )
     with torch.no_grad():
         table = model.get_input_embeddings().weight

@@ -1,5 +1,6 @@
-"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP."""
+"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP, a plan."""
 
+import math
 import re
 import subprocess
 import sys
@@ -9,13 +10,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from bert4rec_hf import Bert4RecTokenizer
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    Bert4RecTrainer,
+    Bert4RecTrainingArguments,
+)
 from bert4rec_hf.splits import tokenize_histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import scaling  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
 from compare import compare, gains  # noqa: E402
@@ -173,3 +182,82 @@ def test_a_step_is_reported_beside_its_operations_and_the_rest(monkeypatch):
 
 def test_all_rows_are_collated():
     assert min(step.collation_rates(step.make_rows(8, 5, 7), step.make_collator(7, 5), 4)) > 0
+
+
+def test_every_series_of_scaling_is_measured_written_and_drawn(tmp_path):
+    def run(measure: str, **options) -> dict[str, float]:
+        return scaling.MEASURES[measure](**options)
+
+    series = scaling.measured(run, lengths=(5, 10), catalogues=(100, 200), users=(40, 80))
+    assert [[next(iter(point.values())) for point in points] for points in series.values()] == [
+        [5, 10],
+        [100, 200],
+        [40, 80],
+    ]
+    for points in series.values():
+        assert all(0 < value < math.inf for point in points for value in point.values())
+    scaling.draw(series, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    lines = scaling.text(series, "scaling.png").splitlines()
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## By history length",
+        "## By catalogue",
+        "## By users",
+        "## A plan for 100,000,000 users and 10,000,000 items",
+    ]
+    assert any(line.startswith("| 200 | ") for line in lines)
+
+
+def test_a_plan_adds_up_bytes_and_seconds():
+    def of(flops: float = math.inf, memory: float = math.inf, link: float = math.inf, **options) -> dict[str, float]:
+        gpu = scaling.Gpu(bf16_flops=flops, memory_bandwidth=memory, link_bandwidth=link, share=0.5)
+        return scaling.plan(10, 100, 2, hidden_size=8, length=10, batch_size=4, gpu=gpu, **options)
+
+    # 2 histories a GPU with 2 labels each; a table of 800 numbers; 872 weights a layer: 4 x 72 + 288 + 264 + 32.
+    found = of()
+    assert found["owned"] == 800 * (4 + 4 + 8) / 2
+    assert found["passing"] == 800 * 8
+    assert found["together"] == sum(list(found.values())[:3])
+    products = 2 * 10 * 2 * 872 + 4 * 2 * 10**2 * 8
+    assert of(flops=1)["seconds a step"] == 2 * 3 * (2 * products + 2 * 4 * 1000 * 8)
+    assert of(link=1)["seconds a step"] == 2 * 800 * 6 / 2
+    assert of(link=1)["seconds an epoch"] == 3 * of(link=1)["seconds a step"]
+    at_once = {"item_loss": "softmax", "memory": 1, "logits_at_once": 400}
+    two_parts = at_once | {"logits_at_once": 200}
+    assert of(**two_parts)["seconds a step"] - of(**at_once)["seconds a step"] == 2 * 16 * 800
+    assert of(**at_once)["together"] - of(**two_parts)["together"] == 6 * 200
+
+
+def test_more_gpus_are_taken_until_the_weights_fit():
+    # 16 bytes a number, shared, and 8 that are not: 64 GiB may be filled.
+    assert scaling.fewest_gpus(1, 2 * 2**20, hidden_size=1024, batch_size=1) == 1
+    assert scaling.fewest_gpus(1, 3 * 2**20, hidden_size=1024, batch_size=1) == 2
+    assert scaling.fewest_gpus(1, 6 * 2**20, hidden_size=1024, batch_size=1) == 8
+
+
+def test_a_series_is_carried_on_in_proportion_or_by_its_power():
+    points = [{"users": 1, "GiB": 7.0, "seconds": 3.0}, {"users": 10, "GiB": 9, "seconds": 9}]
+    points += [{"users": 100, "GiB": 18, "seconds": 27}]
+    assert scaling.proportional(points, "GiB", 1000) == pytest.approx(108)
+    assert scaling.by_power(points, "seconds", 1000) == pytest.approx(81)
+
+
+@pytest.mark.parametrize("optim", [name for name in scaling.OPTIMIZER_STATE if " " not in name])
+def test_the_plan_counts_what_an_optimizer_keeps_of_the_item_table(tmp_path, optim):
+    tokenizer = Bert4RecTokenizer.from_items(range(30), model_max_length=5)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), hidden_size=8))
+    arguments = Bert4RecTrainingArguments(
+        str(tmp_path),
+        optim=optim,
+        max_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_dict({"input_ids": [[3, 4, 5, 6]] * 4})
+    trainer = Bert4RecTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    state = trainer.optimizer.optimizer.state[model.decoder.weight]
+    kept = sum(value.numel() for value in state.values() if getattr(value, "ndim", 0))
+    assert kept == scaling.OPTIMIZER_STATE[optim](len(tokenizer), 8)
