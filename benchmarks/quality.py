@@ -179,6 +179,7 @@ def main() -> None:
     if not state.is_main_process:
         return
     given = f" --recipe {options.recipe}" if options.recipe else ""
+    launcher = f"torchrun --nproc_per_node {state.num_processes} " if state.num_processes > 1 else ""
     CURVES.mkdir(exist_ok=True)
     curve = CURVES / f"{name}-{stem}.png"
     shutil.copyfile(folder / f"{stem}-{seeds[0]}" / CURVE_FILE, curve)
@@ -190,7 +191,7 @@ def main() -> None:
         + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]),
-        f"`benchmarks/quality.py {name}{given} --seeds {options.seeds}`, torch {torch.__version__}, "
+        f"`{launcher}benchmarks/quality.py {name}{given} --seeds {options.seeds}`, torch {torch.__version__}, "
         f"{state.num_processes} x {torch.get_num_threads()} thread of {platform.machine()}",
     ]
     add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)
