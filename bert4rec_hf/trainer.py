@@ -87,7 +87,9 @@ RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_
 class Bert4RecTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what masked item prediction needs; the other defaults are measured ones."""
 
-    mask_ratio: float = field(default=0.2, metadata={"help": "Probability of each item to be masked."})
+    mask_ratio: float | None = field(
+        default=None, metadata={"help": "Probability of each item to be masked; chosen from the lengths if left out."}
+    )
     last_item_ratio: float = field(
         default=0.0, metadata={"help": "Share of training rows whose only mask is the last item."}
     )
@@ -237,6 +239,10 @@ class Bert4RecTrainer(Trainer):
         publish_code: bool = False,
         **kwargs: Any,
     ):
+        rows = kwargs.get("train_dataset")
+        if isinstance(args, Bert4RecTrainingArguments) and args.mask_ratio is None:
+            has_lengths = isinstance(rows, Dataset) and len(rows)
+            args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
         if kwargs.get("data_collator") is None and isinstance(args, Bert4RecTrainingArguments):
             kwargs["data_collator"] = DataCollatorForMaskedItemPrediction(
                 kwargs["processing_class"],
@@ -249,7 +255,6 @@ class Bert4RecTrainer(Trainer):
                 negative_sampling=args.negative_sampling,
             )
         if isinstance(args, Bert4RecTrainingArguments) and args.per_device_train_batch_size is None:
-            rows = kwargs.get("train_dataset")
             batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
             args.per_device_train_batch_size = max(1, batch_size // args.world_size)
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
@@ -310,8 +315,7 @@ class Bert4RecTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):
             return super()._get_train_sampler(train_dataset)
-        lengths = pc.list_value_length(rows.with_format("arrow")["input_ids"][:])
-        lengths = np.minimum(lengths.to_numpy(zero_copy_only=False), self.model.config.max_position_embeddings)
+        lengths = np.minimum(row_lengths(rows), self.model.config.max_position_embeddings)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # Of all processes together: they wait for one another at every step.
         return SimilarLengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
@@ -437,6 +441,16 @@ def _weights_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """(rows,), of their `input_ids`."""
+    return pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_numpy(zero_copy_only=False)
+
+
+def default_mask_ratio(mean_length: float) -> float:
+    """.2, or .4 where rows have fewer than 20 items on average, of which a fifth is hardly more than one."""
+    return 0.4 if mean_length < 20 else 0.2
 
 
 def default_batch_size(num_rows: int) -> int:

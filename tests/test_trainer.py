@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
 
 from bert4rec_hf import (
@@ -393,3 +394,25 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
 def test_large_logs_are_trained_in_larger_batches_shared_by_the_processes():
     sizes = [default_batch_size(rows) for rows in (0, 943, 16_000, 16_001, 40_000, 10**9)]
     assert sizes == [32, 32, 32, 64, 128, 1024]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "expected"),
+    [
+        ([[3, 4, 5]] * 3 + [[3] * 60], None, 0.4),
+        ([[3, 4, 5]] * 3 + [[3] * 90], None, 0.2),
+        ([[3, 4, 5]], 0.3, 0.3),
+        ([], None, 0.2),
+    ],
+)
+def test_short_histories_have_more_masks_unless_it_is_told(tmp_path, rows, given, expected):
+    tokenizer = Bert4RecTokenizer.from_items(range(30), model_max_length=100)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
+    trainer = Bert4RecTrainer(
+        model,
+        arguments(tmp_path / "model", mask_ratio=given),
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        eval_dataset=Dataset.from_dict({"input_ids": rows}),
+        processing_class=tokenizer,
+    )
+    assert trainer.data_collator.mask_ratio == trainer.args.mask_ratio == trainer.recipe()["mask_ratio"] == expected
