@@ -1,7 +1,6 @@
 """Recommendations for a whole file of histories, streamed from Parquet to Parquet."""
 
 import os
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,22 +61,28 @@ def recommend_file(
             ("score", pa.float32()),
         ]
     )
-    users: deque[Any] = deque()
+    num_histories = source.metadata.num_rows
 
-    def rows() -> Iterator[list[Any]]:
-        for batch in source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"]):
-            for user, items in zip(batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), strict=True):
-                users.append(user)
-                yield items or []
+    def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        with tqdm(total=num_histories, desc="recommending") as progress:
+            for batch in source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"]):
+                rows = [items or [] for items in batch["item_id"].to_pylist()]
+                by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # little is padding then
+                found = {}
+                for number, answer in zip(
+                    by_length, pipe((rows[number] for number in by_length), batch_size=batch_size), strict=True
+                ):
+                    found[number] = answer
+                    progress.update()
+                for number, user in enumerate(batch["user_id"].to_pylist()):
+                    yield user, found[number]
 
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = output.with_name(f".{output.name}.new")
-    num_histories = source.metadata.num_rows
     try:
         with pq.ParquetWriter(beside, result, compression="zstd") as writer:
             columns: list[list[Any]] = [[], [], [], []]
-            for answer in tqdm(pipe(rows(), batch_size=batch_size), total=num_histories, desc="recommending"):
-                user = users.popleft()
+            for user, answer in answers():
                 for rank, entry in enumerate(answer, start=1):
                     for column, value in zip(columns, (user, entry["item_id"], rank, entry["score"]), strict=True):
                         column.append(value)

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
@@ -239,24 +239,25 @@ class Bert4RecTrainer(Trainer):
         publish_code: bool = False,
         **kwargs: Any,
     ):
-        rows = kwargs.get("train_dataset")
-        if isinstance(args, Bert4RecTrainingArguments) and args.mask_ratio is None:
-            has_lengths = isinstance(rows, Dataset) and len(rows)
-            args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
-        if kwargs.get("data_collator") is None and isinstance(args, Bert4RecTrainingArguments):
-            kwargs["data_collator"] = DataCollatorForMaskedItemPrediction(
-                kwargs["processing_class"],
-                mask_ratio=args.mask_ratio,
-                last_item_ratio=args.last_item_ratio,
-                max_predictions=args.max_predictions,
-                max_length=model.config.max_position_embeddings,
-                random_windows=args.train_windows != "newest",
-                num_negatives=0 if model.config.item_loss == "softmax" else args.num_negatives,
-                negative_sampling=args.negative_sampling,
-            )
-        if isinstance(args, Bert4RecTrainingArguments) and args.per_device_train_batch_size is None:
-            batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
-            args.per_device_train_batch_size = max(1, batch_size // args.world_size)
+        if isinstance(args, Bert4RecTrainingArguments):
+            rows = kwargs.get("train_dataset")
+            if args.mask_ratio is None:
+                has_lengths = isinstance(rows, Dataset) and len(rows)
+                args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
+            if args.per_device_train_batch_size is None:
+                batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
+                args.per_device_train_batch_size = max(1, batch_size // args.world_size)
+            if kwargs.get("data_collator") is None:
+                kwargs["data_collator"] = DataCollatorForMaskedItemPrediction(
+                    kwargs["processing_class"],
+                    mask_ratio=args.mask_ratio,
+                    last_item_ratio=args.last_item_ratio,
+                    max_predictions=args.max_predictions,
+                    max_length=model.config.max_position_embeddings,
+                    random_windows=args.train_windows != "newest",
+                    num_negatives=0 if model.config.item_loss == "softmax" else args.num_negatives,
+                    negative_sampling=args.negative_sampling,
+                )
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
         self.protocol = protocol
         self.floors = floors or {}
@@ -320,9 +321,22 @@ class Bert4RecTrainer(Trainer):
         # Of all processes together: they wait for one another at every step.
         return SimilarLengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        # Grouping by length would also reorder evaluation, and ranks would be another user's.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        output = super().predict(test_dataset, *args, **kwargs)
+        if not isinstance(test_dataset, Dataset):
+            return output
+        places = np.argsort(by_length(test_dataset))  # of the rows among what was predicted
+        found = output.predictions
+        return output._replace(
+            predictions=tuple(array[places] for array in found) if isinstance(found, tuple) else found[places],
+            label_ids=None if output.label_ids is None else output.label_ids[places],
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # So that little is padding; all processes share the batches of any one sampler.
+        return (
+            by_length(eval_dataset).tolist() if isinstance(eval_dataset, Dataset) else SequentialSampler(eval_dataset)
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -446,6 +460,11 @@ def _weights_digest(folder: Path) -> str:
 def row_lengths(rows: Dataset) -> np.ndarray:
     """(rows,), of their `input_ids`."""
     return pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_numpy(zero_copy_only=False)
+
+
+def by_length(rows: Dataset) -> np.ndarray:
+    """Numbers of the rows, the shortest first."""
+    return row_lengths(rows).argsort(kind="stable")
 
 
 def default_mask_ratio(mean_length: float) -> float:

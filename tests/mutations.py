@@ -170,6 +170,8 @@ MUTATIONS = {
          "_and_the_next_epoch_has_another_order"),
         ("the item table decays", "if not name.endswith(tables)", "",
          "test_trainer.py::test_weight_decay_is_not_of_the_item_table"),
+        ("ranks stay in the order of evaluation", "np.argsort(by_length(test_dataset))", "np.arange(len(test_dataset))",
+         "test_trainer.py::test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user"),
         ("the last, short batch is dropped", "*order[whole:].tolist()]", "]",
          "test_trainer.py::test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own"),
         ("a checkpoint lacks its preparation", '(folder / PREPARATION_FILE).write_text(text, "utf-8")', "pass",

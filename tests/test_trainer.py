@@ -93,7 +93,7 @@ def assert_equal_weights(first: Path, second: Path) -> None:
 
 def test_the_best_next_item_of_a_markov_chain_is_learnt(chain, tmp_path):
     data, best_next = chain
-    train_prepared(data, arguments(tmp_path / "model", num_train_epochs=60))
+    train_prepared(data, arguments(tmp_path / "model", num_train_epochs=60, mask_ratio=0.2))
     recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu")
     chance = random.Random(1)
     histories = [[*chance.choices(list(best_next), k=4), item] for item in best_next for _ in range(4)]
@@ -179,7 +179,15 @@ def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(c
     trainer = train_prepared(data, arguments(tmp_path / "model", num_train_epochs=1), filter_seen_items=True, **SMALL)
     histories, tokenizer, _ = read_prepared(data)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
-    ranks, _ = trainer.predict(rows).predictions
+
+    def shortened(row, number):
+        ids, labels = (row[name][-2 - number % 7 :] for name in ("input_ids", "labels"))
+        return {"input_ids": ids, "labels": labels, "exclude_ids": ids[:-1]}
+
+    rows = rows.map(shortened, with_indices=True)  # of other lengths, by which they are ranked
+    prediction = trainer.predict(rows)
+    ranks, _ = prediction.predictions
+    assert prediction.label_ids.tolist() == [max(labels) for labels in rows["labels"]]
     recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu", top_k=25)
     targets = [tokenizer.items[labels[-1] - 3] for labels in rows["labels"]]
     pasts = [tokenizer.token_ids_to_item_ids(ids[:-1]) for ids in rows["input_ids"]]
