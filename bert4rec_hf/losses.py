@@ -76,7 +76,8 @@ class _CrossEntropy(torch.autograd.Function):
         num_labels = max(1, LOGITS_AT_ONCE // len(item_weight))
         with torch.autocast(kind, enabled=False):
             states, weight, bias = (tensor.to(dtype) for tensor in inputs)
-            for start in range(0, len(labels), num_labels):
+            # A range alone would be compiled anew for each number of labels.
+            for start in range(0, len(labels), num_labels) if len(labels) > num_labels else (0,):
                 part = slice(start, start + num_labels)
                 logits = torch.addmm(bias, states[part], weight.T).to(precise)
                 _exclude(logits, labels[part], None if excluded_ids is None else excluded_ids[part])

@@ -67,7 +67,7 @@ class Bert4RecDropout(nn.Dropout):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         threshold = round(self.p * 2**16)
-        if not self.training or hidden_states.device.type != "cpu" or not 0 < threshold < 2**16:
+        if not self.training or not _is_eager_on_cpu(hidden_states) or not 0 < threshold < 2**16:
             return super().forward(hidden_states)
         bits = torch.empty(-(-hidden_states.numel() // 4), dtype=torch.long).random_(-(2**63), None)
         numbers = bits.view(torch.int16)[: hidden_states.numel()].view(hidden_states.shape)
@@ -508,7 +508,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             states = outputs.last_hidden_state
             if labels is not None and input_ids is not None:
                 seen = input_ids.unsqueeze(1).expand(*labels.shape, -1)
-            if labels is not None and self.training and (label_positions is None or _waits_for_nothing(states)):
+            if labels is not None and self.training and (label_positions is None or _is_eager_on_cpu(states)):
                 # Without those positions that only rows with more labels have.
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
@@ -810,8 +810,8 @@ def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
 
 
-def _waits_for_nothing(states: torch.Tensor) -> bool:
-    """Whether a shape may follow from values: not on a device, nor in a compiled graph."""
+def _is_eager_on_cpu(states: torch.Tensor) -> bool:
+    """Not on a device, where shapes that follow from values wait for it, nor in a compiled graph, which they break."""
     return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -549,7 +549,7 @@ class NoSynchronization(TorchDispatchMode):
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(modeling, "_waits_for_nothing", lambda states: False)  # as on a device
+        self.patch.setattr(modeling, "_is_eager_on_cpu", lambda states: False)  # as on a device
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -762,8 +762,8 @@ def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkey
     batch = collator([{"input_ids": row} for row in ([3, 4, 5, 6, 7, 8, 9], [7, 8], [])])
     assert (batch["label_positions"] < 0).any()
     found = []
-    for waits_for_nothing in (True, False):
-        monkeypatch.setattr(modeling, "_waits_for_nothing", lambda states, answer=waits_for_nothing: answer)
+    for eager_on_cpu in (True, False):
+        monkeypatch.setattr(modeling, "_is_eager_on_cpu", lambda states, answer=eager_on_cpu: answer)
         loss = model(**batch).loss
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for one, other in zip(*found, strict=True):
