@@ -326,11 +326,13 @@ class Bert4RecTrainer(Trainer):
         if not isinstance(test_dataset, Dataset):
             return output
         places = np.argsort(by_length(test_dataset))  # of the rows among what was predicted
-        found = output.predictions
-        return output._replace(
-            predictions=tuple(array[places] for array in found) if isinstance(found, tuple) else found[places],
-            label_ids=None if output.label_ids is None else output.label_ids[places],
-        )
+
+        def in_order(found: Any) -> Any:
+            if isinstance(found, tuple):
+                return tuple(in_order(part) for part in found)
+            return None if found is None else found[places]
+
+        return output._replace(predictions=in_order(output.predictions), label_ids=in_order(output.label_ids))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # So that little is padding; all processes share the batches of any one sampler.

@@ -188,6 +188,8 @@ def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(c
     prediction = trainer.predict(rows)
     ranks, _ = prediction.predictions
     assert prediction.label_ids.tolist() == [max(labels) for labels in rows["labels"]]
+    trainer.args.prediction_loss_only = True
+    assert trainer.predict(rows).predictions is None
     recommend = pipeline("sequential-recommendation", model=str(tmp_path / "model"), device="cpu", top_k=25)
     targets = [tokenizer.items[labels[-1] - 3] for labels in rows["labels"]]
     pasts = [tokenizer.token_ids_to_item_ids(ids[:-1]) for ids in rows["input_ids"]]
