@@ -5,8 +5,8 @@
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
 `position` in place of times is ordered by that. Without a recipe, what is measured are the defaults. Validation chooses
 the checkpoint, test is read once. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was
-interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes,
-`torchrun --nproc_per_node 2 benchmarks/quality.py …`, which two CPU cores have more of than of two threads.
+interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes:
+`torchrun --nproc_per_node 2 benchmarks/quality.py …`.
 """
 
 import argparse

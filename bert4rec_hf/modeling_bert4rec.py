@@ -506,7 +506,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             )
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
             states = outputs.last_hidden_state
-            if labels is not None and input_ids is not None:
+            if labels is not None and input_ids is not None and self.config.filter_seen_items:
                 seen = input_ids.unsqueeze(1).expand(*labels.shape, -1)
             if labels is not None and self.training and (label_positions is None or _is_eager_on_cpu(states)):
                 # Without those positions that only rows with more labels have.
@@ -749,7 +749,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     ) -> dict[str, Any]:
         """What the item loss needs besides; `seen` are the visible token ids of each label's row, (…, length)."""
         if item_loss == "softmax":
-            if seen is None or not self.config.filter_seen_items:
+            if seen is None:
                 return {}
             # What serving never recommends is no alternative to the label.
             return {"excluded_ids": _rows(seen) - FIRST_ITEM_ID}
