@@ -1,10 +1,12 @@
 """`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
 
+import ctypes
 import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
@@ -78,6 +80,9 @@ NO_RECIPE = {
 WIDE_FROM = 500_000
 SPARSE_BELOW = 30
 HEAD_WIDTH = 32
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # Of a checkpoint, what only the Trainer reads.
 RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
@@ -259,6 +264,8 @@ class Bert4RecTrainer(Trainer):
                     negative_sampling=args.negative_sampling,
                 )
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         self.protocol = protocol
         self.floors = floors or {}
         self.preparation = preparation
@@ -448,6 +455,17 @@ class Bert4RecTrainer(Trainer):
         # As above: with save_total_limit=1, the last checkpoint is deleted here.
         self._finish_current_push()
         return super()._finalize_training(*args)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what is allocated next, in the whole process; elsewhere this does nothing.
+
+    Large tensors are given back to the system otherwise, at every step, and each of their pages is faulted in anew.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def _weights_digest(folder: Path) -> str:

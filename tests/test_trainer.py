@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import shutil
 import socket
@@ -426,3 +427,25 @@ def test_short_histories_have_more_masks_unless_it_is_told(tmp_path, rows, given
         processing_class=tokenizer,
     )
     assert trainer.data_collator.mask_ratio == trainer.args.mask_ratio == trainer.recipe()["mask_ratio"] == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_memory_that_was_freed_is_not_faulted_in_again():
+    code = """
+import resource, torch
+from bert4rec_hf.trainer import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+given_back = faults()  # 64 where the system has huge pages
+keep_freed_memory()
+faults()
+print(given_back >= 64, faults() < given_back / 4)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC", "THP"))}
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert output.stdout.split() == ["True", "True"]
