@@ -31,6 +31,7 @@ _LATER = {
     "ItemIndex": "item_index",
     "Protocol": "metrics",
     "compute_metrics": "metrics",
+    "cooccurrence_vectors": "cooccurrence",
     "convert_config": "convert",
     "convert_from_recbole": "convert",
     "convert_to_recbole": "convert",

@@ -34,7 +34,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
 from transformers.utils.hub import PushInProgress
 
-from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+from .configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
+from .cooccurrence import cooccurrence_vectors
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .learning_curve import training_record, write_training
 from .metrics import (
@@ -94,6 +95,13 @@ class Bert4RecTrainingArguments(TrainingArguments):
 
     mask_ratio: float | None = field(
         default=None, metadata={"help": "Probability of each item to be masked; chosen from the lengths if left out."}
+    )
+    item_initialization: str = field(
+        default="cooccurrence",
+        metadata={
+            "choices": ["cooccurrence", "random"],
+            "help": "Where the item table of a new model starts: from which items stand near one another, or anywhere.",
+        },
     )
     last_item_ratio: float = field(
         default=0.0, metadata={"help": "Share of training rows whose only mask is the last item."}
@@ -563,6 +571,11 @@ def train_prepared(
         chosen = default_architecture(int(histories.is_training().sum()), tokenizer.num_items, architecture)
         config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
         model = Bert4RecForMaskedItemPrediction(config)
+        if args.item_initialization == "cooccurrence":
+            vectors = cooccurrence_vectors(histories, tokenizer.num_items, config.hidden_size, seed=args.seed)
+            has_neighbours = vectors.any(dim=1)
+            with torch.no_grad():
+                model.get_input_embeddings().weight[FIRST_ITEM_ID:][has_neighbours] = vectors[has_neighbours]
         tokenizer.model_max_length = config.max_position_embeddings
     else:
         model = load_model(model_name_or_path)

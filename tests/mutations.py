@@ -111,6 +111,14 @@ MUTATIONS = {
         ("the window is always the newest", "random.integers(spare + 1) if self.random_windows else spare", "spare",
          "test_data_collator.py::test_random_windows_of_a_long_history_vary_and_are_contiguous"),
     ],
+    "cooccurrence": [
+        ("items of two users are neighbours", "near = (row_of[:-distance] == row_of[distance:]) & (first != second)",
+         "near = first != second", "test_cooccurrence.py::test_items_of_different_users_have_nothing_in_common"),
+        ("held-out items are counted", "histories.is_training() & (", "(",
+         "test_cooccurrence.py::test_only_the_training_part_counts"),
+        ("frequent items are near everything", "of_item[first] * of_neighbour[second]", "1",
+         "test_cooccurrence.py::test_products_are_the_positive_mutual_information"),
+    ],
     "histories": [
         ("the validation item trains", "train_end = has_targets.ifelse(number - 2,",
          "train_end = has_targets.ifelse(number - 1,",

@@ -30,7 +30,8 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
-from bert4rec_hf.configuration_bert4rec import UNK_TOKEN_ID
+from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
+from bert4rec_hf.cooccurrence import cooccurrence_vectors
 from bert4rec_hf.trainer import (
     SimilarLengthSampler,
     default_architecture,
@@ -295,6 +296,21 @@ def test_one_seed_gives_one_model_and_another_seed_another(chain, tmp_path):
     assert_equal_weights(tmp_path / "first", tmp_path / "again")
     with pytest.raises(AssertionError):
         assert_equal_weights(tmp_path / "first", tmp_path / "other")
+
+
+def test_a_new_models_item_table_starts_from_co_occurrences_unless_it_is_told(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    tables = {}
+    for name in ("cooccurrence", "random"):
+        options = {"max_steps": 1, "learning_rate": 0.0, "seed": 7, "item_initialization": name}
+        trainer = train_prepared(data, arguments(tmp_path / name, **options), **SMALL)
+        tables[name] = trainer.model.get_input_embeddings().weight.detach()
+        assert trainer.recipe()["item_initialization"] == name
+    vectors = cooccurrence_vectors(histories, tokenizer.num_items, SMALL["hidden_size"], seed=7)
+    assert torch.equal(tables["cooccurrence"][FIRST_ITEM_ID:], vectors)
+    assert torch.equal(tables["cooccurrence"][:FIRST_ITEM_ID], tables["random"][:FIRST_ITEM_ID])
+    assert not torch.equal(tables["random"][FIRST_ITEM_ID:], vectors)
 
 
 def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):

@@ -1,0 +1,68 @@
+"""Item vectors from which items stand near one another in histories: where the item table of a new model starts."""
+
+import numpy as np
+import torch
+
+from .configuration_bert4rec import FIRST_ITEM_ID
+from .splits import Histories
+
+# Items at most so far apart are counted together.
+WINDOW = 5
+# Levy, Goldberg & Dagan 2015: of neighbours, numbers to this power make rare ones less surprising.
+NEIGHBOUR_POWER = 0.75
+# Root mean square of the vectors' elements.
+SCALE = 0.05
+# Of a larger log, whole histories drawn at random with about so many events are counted.
+MOST_EVENTS = 10_000_000
+
+
+def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int, *, seed: int = 0) -> torch.Tensor:
+    """Vectors whose products tell how much more often than by chance two items stand near one another.
+
+    The positive pointwise mutual information of items up to `WINDOW` apart in the training part, factorised by a
+    truncated SVD, of which both sides have the square root of the singular values (Levy & Goldberg, NeurIPS 2014;
+    Levy, Goldberg & Dagan, TACL 2015); turned at random, so that no dimension stands out.
+
+    Args:
+        histories: As `read_prepared` returns them.
+        num_items: Of the catalogue.
+        hidden_size: Length of a vector.
+        seed: Equal seeds give equal vectors.
+
+    Returns:
+        (num_items, hidden_size); 0 for an item that has no neighbours.
+    """
+    rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
+    counted = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
+    share = MOST_EVENTS / max(1, counted.sum())
+    if share < 1:
+        counted &= (np.random.default_rng(seed).random(len(histories)) < share)[rows]
+    row_of = torch.from_numpy(rows[counted])
+    items = torch.from_numpy(histories.item_ids[counted]).long() - FIRST_ITEM_ID
+    size = (num_items, num_items)
+    counts = _sparse(torch.empty(2, 0, dtype=torch.long), torch.empty(0), size)
+    for distance in range(1, WINDOW + 1):
+        first, second = items[:-distance], items[distance:]
+        near = (row_of[:-distance] == row_of[distance:]) & (first != second)
+        pairs = torch.stack((first[near], second[near]))
+        counts = (counts + _sparse(pairs, torch.ones(pairs.shape[1]), size)).coalesce()
+    counts = (counts + counts.t()).coalesce()
+    vectors = torch.zeros(num_items, hidden_size)
+    if not counts.values().numel():
+        return vectors
+    (first, second), number = counts.indices(), counts.values()
+    of_item = counts.sum(dim=1).to_dense()
+    of_neighbour = of_item**NEIGHBOUR_POWER / (of_item**NEIGHBOUR_POWER).sum()
+    information = (number / (of_item[first] * of_neighbour[second])).log().clamp(min=0)
+    matrix = _sparse(counts.indices(), information, size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        rank = min(hidden_size, num_items)
+        left, singular, _ = torch.svd_lowrank(matrix, q=min(rank + 10, num_items), niter=4)
+        turn = torch.linalg.qr(torch.randn(hidden_size, hidden_size)).Q
+    vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
+    return vectors @ turn * (SCALE / vectors.square().mean().sqrt().clamp(min=1e-12))
+
+
+def _sparse(indices: torch.Tensor, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return torch.sparse_coo_tensor(indices, values, size, check_invariants=False).coalesce()

@@ -1,0 +1,105 @@
+"""The vectors from which a new model's item table starts."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from bert4rec_hf import Bert4RecTokenizer, cooccurrence, tokenize_histories
+from bert4rec_hf.cooccurrence import NEIGHBOUR_POWER, SCALE, WINDOW, cooccurrence_vectors
+
+
+def made(rows: list[str], held_out: int = 0):
+    """Histories of one-letter items, of which the last `held_out` do not train, and the catalogue in order."""
+    tokenizer = Bert4RecTokenizer.from_items(sorted(set("".join(rows))), model_max_length=10)
+    table = pa.table({
+        "user_id": [str(number) for number in range(len(rows))],
+        "item_id": [list(row) for row in rows],
+        "train_end": pa.array([len(row) - held_out for row in rows], pa.int32()),
+        "validation_position": pa.array([None] * len(rows), pa.int32()),
+        "test_position": pa.array([None] * len(rows), pa.int32()),
+    })  # fmt: skip
+    return tokenize_histories(table, tokenizer), tokenizer.num_items
+
+
+def mutual_information(rows: list[str]) -> np.ndarray:
+    """(items, items), pair by pair."""
+    names = sorted(set("".join(rows)))
+    counts = np.zeros((len(names), len(names)))
+    for row in rows:
+        for (i, first), (j, second) in combinations(enumerate(row), 2):
+            if j - i <= WINDOW and first != second:
+                counts[names.index(first), names.index(second)] += 1
+                counts[names.index(second), names.index(first)] += 1
+    powers = counts.sum(axis=1) ** NEIGHBOUR_POWER
+    expected = np.outer(counts.sum(axis=1), powers / powers.sum())
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(counts / expected), 0)
+
+
+def test_products_are_the_positive_mutual_information():
+    rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"]
+    histories, num_items = made(rows)
+    information = mutual_information(rows)
+    vectors = cooccurrence_vectors(histories, num_items, num_items).double().numpy()
+    # Of left and right singular vectors the left ones, each side with the root of the singular values.
+    left, singular, _ = np.linalg.svd(information)
+    expected = (left * singular) @ left.T
+    scale = np.sqrt((left**2 * singular).mean()) / SCALE
+    assert vectors @ vectors.T * scale**2 == pytest.approx(expected, abs=1e-4)
+    assert np.sqrt((vectors**2).mean()) == pytest.approx(SCALE)
+
+
+def test_items_that_stand_together_have_like_vectors_whatever_the_width():
+    chance = np.random.default_rng(0)
+    rows = ["".join(chance.choice(list(group), 8)) for group in ("abcde", "fghij") for _ in range(50)]
+    histories, num_items = made(rows)
+    for hidden_size in (4, 64):
+        vectors = torch.nn.functional.normalize(cooccurrence_vectors(histories, num_items, hidden_size))
+        products = vectors @ vectors.T
+        assert vectors.shape == (10, hidden_size)
+        assert products[:5, :5].min() > products[:5, 5:].max() + 0.2
+
+
+def test_items_of_different_users_have_nothing_in_common():
+    histories, num_items = made(["ab"] * 3 + ["cd"] * 3)
+    products = cooccurrence_vectors(histories, num_items, 8) @ cooccurrence_vectors(histories, num_items, 8).T
+    assert products[:2, 2:].abs().max() < 1e-6
+
+
+def test_only_the_training_part_counts():
+    histories, num_items = made(["abx", "bay"], held_out=1)
+    vectors = cooccurrence_vectors(histories, num_items, 8)
+    assert vectors[:2].any(dim=1).all()
+    assert not vectors[2:].any()
+
+
+def test_an_item_beside_nothing_but_itself_has_no_vector():
+    histories, num_items = made(["aaa", "b"])
+    assert not cooccurrence_vectors(histories, num_items, 8).any()
+
+
+def test_equal_seeds_give_equal_vectors_and_leave_other_random_numbers_alone():
+    histories, num_items = made(["abcabd", "badcba", "efefgh"])
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    vectors = [cooccurrence_vectors(histories, num_items, 8, seed=seed) for seed in (1, 1, 2)]
+    assert torch.rand(1) == expected
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.allclose(vectors[0], vectors[2])
+    products = [found @ found.T for found in vectors]
+    assert torch.allclose(products[0], products[2], atol=1e-5)
+
+
+def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
+    monkeypatch.setattr(cooccurrence, "MOST_EVENTS", 200)
+    rows = [chr(97 + number % 20) + chr(117 + number % 5) for number in range(400)]
+    histories, num_items = made(rows)
+    vectors = cooccurrence_vectors(histories, num_items, 8)
+    assert vectors.any()
+    assert not torch.equal(vectors, cooccurrence_vectors(histories, num_items, 8, seed=1))
+    assert math.isfinite(vectors.sum())
