@@ -1,12 +1,17 @@
-"""A training step with 100,000 and a million items: full and sampled losses, time and memory.
+"""Full and sampled losses: a training step with 100,000 and a million items, and what they cost in quality.
 
     python benchmarks/large_catalogues.py
+    python benchmarks/large_catalogues.py --quality LOG [--epochs 5] [--seeds 3] [--output FOLDER]
 
-32 histories of length 50, hidden size 64, 2 layers, mask ratio .2, AdamW, one thread; items in proportion to 1 / rank.
-Each loss runs in a process of its own.
+A step: 32 histories of length 50, hidden size 64, 2 layers, mask ratio .2, AdamW, one thread; items in proportion to
+1 / rank; each loss in a process of its own. Quality: LOG as benchmarks/quality.py takes it, validation NDCG@10 after so
+many epochs of the defaults with each loss. Either writes its section of benchmarks/large_catalogues.md.
 """
 
+import argparse
+import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,12 +20,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quality import log_name, named_seeds, prepared, spread
+from quality import train as train_model
+from speed import write_section
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from bert4rec_hf.metrics import Protocol
 
 BATCH, LENGTH, MASK_RATIO, NUM_NEGATIVES, STEPS = 32, 50, 0.2, 1000, 5
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
+TABLE = Path(__file__).with_suffix(".md")
+HEADER = "# Large catalogues\n\nWritten by `benchmarks/large_catalogues.py`.\n"
+SAMPLED = {"item_loss": "sampled_softmax", "num_negatives": NUM_NEGATIVES}
+QUALITY: dict[str, dict] = {
+    "softmax": {},
+    f"sampled softmax, {NUM_NEGATIVES:,} uniform negatives": SAMPLED,
+    f"sampled softmax, {NUM_NEGATIVES:,} by popularity": SAMPLED | {"negative_sampling": "popularity"},
+    f"gBCE, {NUM_NEGATIVES:,} uniform negatives": {"item_loss": "gbce", "num_negatives": NUM_NEGATIVES},
+}
+SHORT = {"eval_steps": 0.5, "save_steps": 0.5, "disable_tqdm": True}
 
 
 def train(item_loss: str, num_items: int, length: int = LENGTH) -> float:
@@ -56,16 +75,64 @@ def peak_gib() -> float:
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(f"{train(sys.argv[1], int(sys.argv[2])):.3f} {peak_gib():.2f}")
-        return
-    print("| items | loss | seconds a step | peak GiB of the process |\n|---|---|---|---|")
+def time_and_memory() -> list[str]:
+    lines = ["| items | loss | seconds a step | peak GiB of the process |", "|---|---|---|---|"]
     for num_items in (100_000, 1_000_000):
         for item_loss in ITEM_LOSSES:
-            command = [sys.executable, __file__, item_loss, str(num_items)]
+            command = [sys.executable, __file__, "--step", item_loss, str(num_items)]
             seconds, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            print(f"| {num_items:,} | {item_loss} | {seconds} | {peak} |", flush=True)
+            lines.append(f"| {num_items:,} | {item_loss} | {seconds} | {peak} |")
+            print(lines[-1], flush=True)
+    intro = (
+        f"One thread, torch {torch.__version__}. {BATCH} histories of length {LENGTH}, hidden size 64, 2 layers, "
+        f"{BATCH * int(LENGTH * MASK_RATIO)} labels a step, {NUM_NEGATIVES:,} negatives where they are sampled."
+    )
+    return [intro, "", *lines]
+
+
+def quality(log: str, epochs: int, seeds: range, output: Path) -> list[str]:
+    data = prepared(log, output / log_name(log), None)
+    lines = ["| loss | NDCG@10 | of the full softmax's | HR@10 | CPU minutes |", "|---|---|---|---|---|"]
+    full = 0.0
+    for title, change in QUALITY.items():
+        runs = []
+        for seed in seeds:
+            folder = output / log_name(log) / "model"
+            shutil.rmtree(folder, ignore_errors=True)
+            start = time.process_time()
+            trainer = train_model(data, folder, SHORT | {"num_train_epochs": epochs, "seed": seed} | change, seed)
+            runs.append(trainer.evaluation["metrics"] | {"minutes": (time.process_time() - start) / 60})
+            print(title, json.dumps(runs[-1]), flush=True)
+        values = [run["NDCG@10"] for run in runs]
+        full = full or statistics.mean(values)
+        cells = [
+            title,
+            spread(values),
+            f"{statistics.mean(values) / full:.3f}",
+            spread([run["HR@10"] for run in runs]),
+            f"{statistics.mean(run['minutes'] for run in runs):.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    protocol = Protocol(**trainer.evaluation["protocol"])
+    command = f"`benchmarks/large_catalogues.py --quality {log_name(log)} --epochs {epochs} --seeds {len(seeds)}`"
+    return [f"{protocol}; {named_seeds(seeds)}; the defaults but for {epochs} epochs. {command}", "", *lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--quality", metavar="LOG")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", default="large_catalogues")
+    options = parser.parse_args()
+    if options.step:
+        print(f"{train(options.step[0], int(options.step[1])):.3f} {peak_gib():.2f}")
+    elif options.quality:
+        lines = quality(options.quality, options.epochs, range(42, 42 + options.seeds), Path(options.output))
+        write_section(TABLE, HEADER, f"Quality, {log_name(options.quality)}", lines)
+    else:
+        write_section(TABLE, HEADER, "A training step", time_and_memory())
 
 
 if __name__ == "__main__":

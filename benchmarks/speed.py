@@ -72,9 +72,9 @@ def machine(threads: int) -> str:
     return f"{model[1] if model else platform.machine()}, {threads} threads, torch {torch.__version__}"
 
 
-def write_section(title: str, lines: Sequence[str]) -> None:
-    """In place of the section of the same title, or at the end."""
-    text = TABLE.read_text("utf-8") if TABLE.is_file() else HEADER
+def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:
+    """In place of the section of the same title, or at the end; a new table begins with the header."""
+    text = path.read_text("utf-8") if path.is_file() else header
     head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
     new = "\n".join([f"## {title}", "", *lines]) + "\n"
     same = [number for number, section in enumerate(sections) if section.startswith(f"## {title}\n")]
@@ -82,7 +82,7 @@ def write_section(title: str, lines: Sequence[str]) -> None:
         sections[same[0]] = new
     else:
         sections.append(new)
-    TABLE.write_text("\n".join(part.rstrip("\n") + "\n" for part in (head, *sections)), "utf-8")
+    path.write_text("\n".join(part.rstrip("\n") + "\n" for part in (head, *sections)), "utf-8")
     print(new, flush=True)
 
 
@@ -153,6 +153,8 @@ def main() -> None:
         ranked = f"of {options.users:,} users, multiplied" if options.users else "of all users"
         shape = f"--hidden_size {options.hidden_size} --length {options.length} --batch {options.batch}"
         write_section(
+            TABLE,
+            HEADER,
             f"{name}, length {options.length}, width {options.hidden_size}, batches of {options.batch}",
             [
                 f"2 layers, 2 heads; {machine(options.threads)}. {len(rounds)} rounds, each system in turn: median "

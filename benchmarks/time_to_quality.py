@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 from quality import log_name, prepared
-from speed import machine, run, write_section
+from speed import HEADER, TABLE, machine, run, write_section
 
 METRIC = "NDCG@10"
 
@@ -56,6 +56,8 @@ def main() -> None:
         times = [reached[1][key] / reached[0][key] for key in ("seconds", "cpu_seconds")]
         ratio = f"hopwise takes {times[0]:.1f} times the seconds, {times[1]:.1f} times the CPU seconds."
     write_section(
+        TABLE,
+        HEADER,
         f"{name}, time to hopwise's best validation {METRIC}",
         [
             f"{machine(options.threads)}. All items ranked, seen items not filtered; seconds of training; hopwise "

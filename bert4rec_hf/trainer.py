@@ -77,9 +77,11 @@ NO_RECIPE = {
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
 
-# Training events from which a model is 128 wide, events an item below which it has more dropout, width of its heads.
+# Training events from which a model is 128 wide; events an item below which items are rare: then it is 256 wide, unless
+# they are too many for that, and has much dropout; width of its heads.
 WIDE_FROM = 500_000
-SPARSE_BELOW = 30
+RARE_BELOW = 30
+TOO_MANY_ITEMS = 100_000
 HEAD_WIDTH = 32
 
 # Of glibc's malloc.h.
@@ -125,10 +127,12 @@ class Bert4RecTrainingArguments(TrainingArguments):
         default="uniform",
         metadata={"choices": ["uniform", "popularity"], "help": "How they are drawn."},
     )
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the learning rate."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak of the learning rate; chosen from the model's width if left out."}
+    )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=100, metadata={"help": "Steps, or below 1 a share of all steps."})
-    num_train_epochs: float = field(default=80.0, metadata={"help": "Number of epochs."})
+    num_train_epochs: float = field(default=20.0, metadata={"help": "Number of epochs."})
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Histories a training step; chosen from their number if left out."}
     )
@@ -257,6 +261,8 @@ class Bert4RecTrainer(Trainer):
             if args.mask_ratio is None:
                 has_lengths = isinstance(rows, Dataset) and len(rows)
                 args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
+            if args.learning_rate is None:
+                args.learning_rate = default_learning_rate(model.config.hidden_size)
             if args.per_device_train_batch_size is None:
                 batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
                 args.per_device_train_batch_size = max(1, batch_size // args.world_size)
@@ -500,6 +506,11 @@ def default_mask_ratio(mean_length: float) -> float:
     return 0.4 if mean_length < 20 else 0.2
 
 
+def default_learning_rate(hidden_size: int) -> float:
+    """.002, or .001 for a model 256 wide or wider."""
+    return 2e-3 if hidden_size < 256 else 1e-3
+
+
 def default_batch_size(num_rows: int) -> int:
     """Histories a step of all processes together: 32, doubled while an epoch has more than 500 steps, 1,024 at most.
 
@@ -514,16 +525,20 @@ def default_batch_size(num_rows: int) -> int:
 def default_architecture(num_events: int, num_items: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Of `Bert4RecConfig`, what a new model has unless it is told; benchmarks/ablations.md has what it rests on.
 
-    64 wide, 128 from half a million training events on; heads of 32; gated SiLU feed-forward layers with as many
-    weights as plain ones four times as wide have; dropout .1, or .2 where an item has fewer than 30 events.
+    64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
+    at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
+    weights as plain ones four times as wide have.
 
     Args:
         num_events, num_items: Of the training part and the catalogue.
         given: Fields that are told, from which the others follow.
     """
-    hidden_size = given.get("hidden_size", 64 if num_events < WIDE_FROM else 128)
-    dropout = 0.2 if num_events < SPARSE_BELOW * num_items else 0.1
-    chosen: dict[str, Any] = {"hidden_size": hidden_size, "hidden_dropout_prob": dropout}
+    are_rare = num_events < RARE_BELOW * num_items
+    hidden_size = 64 if num_events < WIDE_FROM else 128
+    if are_rare and num_items <= TOO_MANY_ITEMS:
+        hidden_size = 256
+    hidden_size = given.get("hidden_size", hidden_size)
+    chosen: dict[str, Any] = {"hidden_size": hidden_size, "hidden_dropout_prob": 0.5 if are_rare else 0.1}
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
     if given.get("gated_feed_forward", True):

@@ -127,11 +127,10 @@ def test_times_are_compared_within_a_round_an_epoch_by_its_own_number_of_steps()
     assert cells[8:10] == ["60 (30 to 300)", "3 (3 to 3)"]
 
 
-def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "TABLE", tmp_path / "speed.md")
+def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path):
     for title, line in (("a", "old"), ("a, longer", "kept"), ("a", "new")):
-        speed.write_section(title, [line])
-    assert speed.TABLE.read_text("utf-8") == f"{speed.HEADER}\n## a\n\nnew\n\n## a, longer\n\nkept\n"
+        speed.write_section(tmp_path / "table.md", "# Table\n", title, [line])
+    assert (tmp_path / "table.md").read_text("utf-8") == "# Table\n\n## a\n\nnew\n\n## a, longer\n\nkept\n"
 
 
 def small_step() -> tuple:
