@@ -13,7 +13,7 @@ NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 SCALE = 0.05
 # Of a larger log, whole histories drawn at random with about so many events are counted.
-MOST_EVENTS = 10_000_000
+MOST_EVENTS = 2_500_000
 
 
 def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int, *, seed: int = 0) -> torch.Tensor:
