@@ -17,12 +17,39 @@ import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from bert4rec_hf import DataCollatorForMaskedItemPrediction, ranking_metrics, ranking_rows, read_prepared
+from bert4rec_hf import (
+    Bert4RecForMaskedItemPrediction,
+    DataCollatorForMaskedItemPrediction,
+    ranking_metrics,
+    ranking_rows,
+    read_prepared,
+)
 from bert4rec_hf.export import export_onnx
 from bert4rec_hf.metrics import Protocol
 from bert4rec_hf.trainer import load_model
 
 ROUNDS, BATCH = 5, 64
+
+
+def exported(model: Bert4RecForMaskedItemPrediction, folder: Path) -> dict[str, tuple[Callable, int]]:
+    """By name: recommended token ids of a batch by onnxruntime on one thread, and the bytes of its files."""
+    path, small = folder / "model.onnx", folder / "int8.onnx"
+    export_onnx(model, path, top_k=10)
+    quantize_dynamic(path, small, weight_type=QuantType.QInt8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    found: dict[str, tuple[Callable, int]] = {}
+    for name, file in (("onnxruntime", path), ("onnxruntime, int8", small)):
+        session = onnxruntime.InferenceSession(file, options)
+        size = sum(part.stat().st_size for part in folder.glob(f"{file.name}*"))
+
+        def answer(batch: dict, session: onnxruntime.InferenceSession = session) -> np.ndarray:
+            inputs = {key: value.numpy() for key, value in batch.items()}
+            inputs["candidate_ids"] = np.zeros((len(batch["input_ids"]), 1), np.int64)
+            return session.run(["item_ids"], inputs)[0]
+
+        found[name] = answer, size
+    return found
 
 
 def main() -> None:
@@ -40,24 +67,10 @@ def main() -> None:
     ]
 
     with tempfile.TemporaryDirectory() as temporary:
-        path, small = Path(temporary) / "model.onnx", Path(temporary) / "int8.onnx"
-        export_onnx(model, path, top_k=10)
-        quantize_dynamic(path, small, weight_type=QuantType.QInt8)
-        sizes = {
-            "PyTorch": (Path(folder) / "model.safetensors").stat().st_size,
-            "onnxruntime": path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob("model.onnx.data")),
-            "onnxruntime, int8": small.stat().st_size,
-        }
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
         answers: dict[str, Callable] = {"PyTorch": lambda batch: model.recommend(**batch, top_k=10)[1].numpy()}
-        for name, file in (("onnxruntime", path), ("onnxruntime, int8", small)):
-            session = onnxruntime.InferenceSession(file, options)
-            answers[name] = lambda batch, session=session: session.run(
-                ["item_ids"],
-                {key: value.numpy() for key, value in batch.items()}
-                | {"candidate_ids": np.zeros((len(batch["input_ids"]), 1), np.int64)},
-            )[0]
+        sizes = {"PyTorch": (Path(folder) / "model.safetensors").stat().st_size}
+        for name, (answer, size) in exported(model, Path(temporary)).items():
+            answers[name], sizes[name] = answer, size
 
         ranks: dict[str, list[int]] = {name: [] for name in answers}
         seconds: dict[str, list[float]] = {name: [] for name in answers}
