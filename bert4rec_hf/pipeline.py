@@ -54,8 +54,12 @@ class SequentialRecommendationPipeline(Pipeline):
             answer, num_unknown = super().__call__(_AsOne(inputs), **kwargs)
             _warn(num_unknown)
             return answer
-        answers = self._answers(super().__call__((row for row in inputs), **kwargs))
-        return list(answers) if isinstance(inputs, list | tuple) else answers
+        if not isinstance(inputs, list | tuple):
+            return self._answers(super().__call__((row for row in inputs), **kwargs))
+        # So that histories of a batch are of like length, and little is padding.
+        order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
+        answers = self._answers(super().__call__((inputs[place] for place in order), **kwargs))
+        return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     @staticmethod
     def _answers(outputs: Iterable[tuple[list[dict[str, Any]], int]]) -> Iterator[list[dict[str, Any]]]:
@@ -219,6 +223,13 @@ def _is_one_history(inputs: Any) -> bool:
         return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
     first = inputs[0]
     return isinstance(first, str) or not isinstance(first, Iterable) or getattr(first, "ndim", 1) == 0
+
+
+def _length(history: Any) -> int:
+    """Of one history of many; 0 where it is not known before it is read."""
+    if isinstance(history, Mapping):
+        history = history.get("history", history.get("item_id", ()))
+    return len(history) if hasattr(history, "__len__") else 0
 
 
 def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:

@@ -200,6 +200,21 @@ def test_batches_give_what_single_histories_give(folder, histories, padding_side
         assert_equal_answers(pipe(rows, batch_size=batch_size), expected)
 
 
+def test_batches_of_a_list_are_of_like_length_and_answers_in_its_order(pipe, histories, monkeypatch):
+    mixed = [[*history][:length] for history in histories for length in (4, 1, 3)]
+    mixed[1] = {"history": mixed[1]}
+    alone = [pipe(history) for history in mixed]
+    widths = []
+    recommend = pipe.model.recommend
+    monkeypatch.setattr(
+        pipe.model, "recommend", lambda **inputs: widths.append(inputs["input_ids"].shape[1]) or recommend(**inputs)
+    )
+    together = pipe(mixed, batch_size=len(histories))
+    assert_equal_answers(together, alone)
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+
+
 def test_the_folders_policy_filters_and_the_argument_overrides_it(pipe, tmp_path):
     history = ["100", "101", "102"]
     everything = len(ITEMS)
