@@ -69,7 +69,7 @@ def run(system: str, data: Path, environments: Path, threads: int, options: dict
 
 def machine(threads: int) -> str:
     model = re.search(r"model name\s*:\s*(.+)", CPU)
-    return f"{model[1] if model else platform.machine()}, {threads} threads, torch {torch.__version__}"
+    return f"{model[1] if model else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:
@@ -151,7 +151,10 @@ def main() -> None:
             rounds[-1][system] = found
             print(f"round {number + 1}, {system}: {json.dumps(found)}", flush=True)
         ranked = f"of {options.users:,} users, multiplied" if options.users else "of all users"
-        shape = f"--hidden_size {options.hidden_size} --length {options.length} --batch {options.batch}"
+        given = f"--hidden_size {options.hidden_size} --length {options.length} --batch {options.batch}"
+        given += f" --steps {options.steps} --repeats {len(rounds)} --threads {options.threads}"
+        given += f" --users {options.users}" if options.users else ""
+        given += f" --systems {' '.join(options.systems)}" if len(options.systems) < len(SYSTEMS) else ""
         write_section(
             TABLE,
             HEADER,
@@ -161,7 +164,7 @@ def main() -> None:
                 "(least to most), of ratios to the first row too. Seconds an epoch are those of "
                 f"{options.steps} training steps after {WARMUP} (of ours an epoch's: its batches differ in length) "
                 f"times the epoch's number of steps. Top 10 {ranked}, seen items filtered. "
-                f"`benchmarks/speed.py {name} {shape} --steps {options.steps} --repeats {len(rounds)}`",
+                f"`benchmarks/speed.py {name} {given}`",
                 "",
                 *table(rounds, num_users, options.batch),
             ],
