@@ -69,7 +69,8 @@ def run(system: str, data: Path, environments: Path, threads: int, options: dict
 
 def machine(threads: int) -> str:
     model = re.search(r"model name\s*:\s*(.+)", CPU)
-    return f"{model[1] if model else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
+    plural = "s" if threads > 1 else ""
+    return f"{model[1] if model else platform.machine()}, {threads} thread{plural}, torch {torch.__version__}"
 
 
 def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:
