@@ -386,7 +386,7 @@ class Bert4RecDecoder(nn.Linear):
     def forward(
         self,
         states: torch.Tensor,
-        item_ids: torch.Tensor | None = None,
+        item_ids: torch.Tensor | range | None = None,
         labels: torch.Tensor | None = None,
         item_loss: str = "softmax",
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -418,6 +418,11 @@ class Bert4RecDecoder(nn.Linear):
                     return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
                 scores = nn.functional.pad(scores, (FIRST_ITEM_ID - 1, 0), value=SPECIAL_TOKEN_LOGIT)
                 return torch.cat((nn.functional.linear(states, weight[:1], bias[:1]), scores), dim=-1)
+            if isinstance(item_ids, range):
+                rows = slice(item_ids.start, item_ids.stop)
+                scores = nn.functional.linear(states, weight[rows], bias[rows])
+                scores[..., : max(0, FIRST_ITEM_ID - item_ids.start)] = SPECIAL_TOKEN_LOGIT
+                return scores
             if item_ids.dim() == 1:
                 scores = nn.functional.linear(states, weight[item_ids], bias[item_ids])
             else:
@@ -459,7 +464,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         label_positions: torch.Tensor | None = None,
         prediction_positions: torch.Tensor | None = None,
         prediction_states: torch.Tensor | None = None,
-        item_ids: torch.Tensor | None = None,
+        item_ids: torch.Tensor | range | None = None,
         exclude_ids: torch.Tensor | None = None,
         candidate_ids: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -478,7 +483,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             prediction_positions: (batch, P) where to compute the head. None: everywhere.
             prediction_states: (batch, P, hidden size) of an earlier call, in place of the input: the same
                 positions, scored for other `item_ids`.
-            item_ids: (C,) or (batch, C) token ids to score. None: all.
+            item_ids: (C,) or (batch, C) token ids to score; or a range of them, whose rows of the item table are read
+                where they are and not looked up. None: all.
             exclude_ids, candidate_ids: Not used here; evaluation rows carry them along, for `search`.
             num_items_in_batch: Labels in all batches of one optimizer step, handed over by the Trainer.
             negative_ids: (K,) or (batch, P, K) token ids that the labels are compared with in training, unless
@@ -791,7 +797,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             end = min(start + ITEMS_PER_CHUNK, self.config.vocab_size)
             chunk_ids = torch.arange(start, end, device=states.device)
             everything = (start, end) == (0, self.config.vocab_size)
-            scores = self(prediction_states=states, item_ids=None if everything else chunk_ids).logits
+            scores = self(prediction_states=states, item_ids=None if everything else range(start, end)).logits
             scores = _finite(scores.squeeze(1))
             if start < FIRST_ITEM_ID:
                 scores[:, : FIRST_ITEM_ID - start] = -torch.inf

@@ -222,6 +222,13 @@ def test_recommend_and_rank_agree_with_sorting_the_full_matrix(model, candidate_
     assert torch.equal(model.recommend(ids, mask, top_k=4, **options)[1], items[:, :4])
 
 
+@pytest.mark.parametrize("item_ids", [range(VOCAB), range(1, 9), range(FIRST, VOCAB), range(7, 7)])
+def test_a_range_of_items_has_the_scores_of_its_ids(model, item_ids):
+    ids, mask = pad(HISTORIES)
+    expected = model(ids, mask, item_ids=torch.tensor(item_ids, dtype=torch.long)).logits
+    assert torch.allclose(model(ids, mask, item_ids=item_ids).logits, expected, atol=1e-6)
+
+
 def test_scores_of_recommend_are_the_logits_at_the_mask(model):
     ids, mask = pad(HISTORIES)
     scores, items = model.recommend(ids, mask, top_k=5)
