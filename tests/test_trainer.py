@@ -485,8 +485,8 @@ def faults():
 faults()
 given_back = faults()
 keep_freed_memory()
-faults()
-print(given_back >= 1000, faults() < given_back / 4)
+# The first few may not fit into what was freed before.
+print(given_back >= 1000, [faults() for _ in range(5)][-1] < given_back / 4)
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC", "THP"))}
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
