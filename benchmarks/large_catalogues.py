@@ -100,7 +100,7 @@ def quality(log: str, epochs: int, seeds: range, output: Path) -> list[str]:
             folder = output / log_name(log) / "model"
             shutil.rmtree(folder, ignore_errors=True)
             start = time.process_time()
-            trainer = train_model(data, folder, SHORT | {"num_train_epochs": epochs, "seed": seed} | change, seed)
+            trainer = train_model(data, folder, SHORT | {"num_train_epochs": epochs} | change, seed)
             runs.append(trainer.evaluation["metrics"] | {"minutes": (time.process_time() - start) / 60})
             print(title, json.dumps(runs[-1]), flush=True)
         values = [run["NDCG@10"] for run in runs]
