@@ -35,7 +35,7 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutpu
 from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
-from .cooccurrence import cooccurrence_vectors
+from .cooccurrence import start_from_cooccurrence
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .learning_curve import training_record, write_training
 from .metrics import (
@@ -102,7 +102,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
         default="cooccurrence",
         metadata={
             "choices": ["cooccurrence", "random"],
-            "help": "Where the item table of a new model starts: from which items stand near one another, or anywhere.",
+            "help": "Where a new model starts: from which items stand near one another, or anywhere.",
         },
     )
     last_item_ratio: float = field(
@@ -587,10 +587,7 @@ def train_prepared(
         config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
         model = Bert4RecForMaskedItemPrediction(config)
         if args.item_initialization == "cooccurrence":
-            vectors = cooccurrence_vectors(histories, tokenizer.num_items, config.hidden_size, seed=args.seed)
-            has_neighbours = vectors.any(dim=1)
-            with torch.no_grad():
-                model.get_input_embeddings().weight[FIRST_ITEM_ID:][has_neighbours] = vectors[has_neighbours]
+            start_from_cooccurrence(model, histories, tokenizer.num_items, seed=args.seed)
         tokenizer.model_max_length = config.max_position_embeddings
     else:
         model = load_model(model_name_or_path)

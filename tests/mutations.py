@@ -118,6 +118,8 @@ MUTATIONS = {
          "test_cooccurrence.py::test_only_the_training_part_counts"),
         ("frequent items are near everything", "of_item[first] * of_neighbour[second]", "1",
          "test_cooccurrence.py::test_products_are_the_positive_mutual_information"),
+        ("the first layer mixes the vectors up", "copy_(attention.value.weight.T)", "copy_(attention.value.weight)",
+         "test_cooccurrence.py::test_the_first_layer_hands_on_the_mean_of_a_history"),
     ],
     "histories": [
         ("the validation item trains", "train_end = has_targets.ifelse(number - 2,",

@@ -8,8 +8,21 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bert4rec_hf import Bert4RecTokenizer, cooccurrence, tokenize_histories
-from bert4rec_hf.cooccurrence import NEIGHBOUR_POWER, SCALE, WINDOW, cooccurrence_vectors
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    cooccurrence,
+    tokenize_histories,
+)
+from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from bert4rec_hf.cooccurrence import (
+    NEIGHBOUR_POWER,
+    SCALE,
+    WINDOW,
+    cooccurrence_vectors,
+    start_from_cooccurrence,
+)
 
 
 def made(rows: list[str], held_out: int = 0):
@@ -62,6 +75,35 @@ def test_items_that_stand_together_have_like_vectors_whatever_the_width():
         products = vectors @ vectors.T
         assert vectors.shape == (10, hidden_size)
         assert products[:5, :5].min() > products[:5, 5:].max() + 0.2
+
+
+def test_a_new_model_recommends_what_stands_near_the_items_of_a_history():
+    chance = np.random.default_rng(0)
+    rows = ["".join(chance.choice(list(group), 8)) for group in ("abcde", "fghij") for _ in range(50)]
+    histories, num_items = made([*rows, "k"])
+    torch.manual_seed(0)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
+    alone = model.get_input_embeddings().weight[-1].clone()
+    start_from_cooccurrence(model, histories, num_items)
+    assert torch.equal(model.get_input_embeddings().weight[-1], alone)
+    assert torch.equal(
+        model.get_input_embeddings().weight[FIRST_ITEM_ID:-1], cooccurrence_vectors(histories, num_items, 64)[:-1]
+    )
+    past = torch.tensor([[0, 1, 2], [7, 6, 5]]) + FIRST_ITEM_ID
+    input_ids = torch.cat((past, torch.full((2, 1), MASK_TOKEN_ID)), dim=1)
+    _, best = model.recommend(input_ids, top_k=2, exclude_ids=past)
+    assert [set(row) for row in (best - FIRST_ITEM_ID).tolist()] == [{3, 4}, {8, 9}]
+
+
+def test_the_first_layer_hands_on_the_mean_of_a_history():
+    histories, num_items = made(["abcabd", "badcba", "efefgh"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
+    start_from_cooccurrence(model, histories, num_items)
+    attention = model.model.layers[0].attention
+    torch.nn.init.zeros_(attention.query.weight)
+    states = torch.randn(2, 5, 64)
+    handed_on, _ = attention(states)
+    assert torch.allclose(handed_on, states.mean(dim=1, keepdim=True).expand_as(states), atol=1e-5)
 
 
 def test_items_of_different_users_have_nothing_in_common():

@@ -298,7 +298,7 @@ def test_one_seed_gives_one_model_and_another_seed_another(chain, tmp_path):
         assert_equal_weights(tmp_path / "first", tmp_path / "other")
 
 
-def test_a_new_models_item_table_starts_from_co_occurrences_unless_it_is_told(chain, tmp_path):
+def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_path):
     data, _ = chain
     histories, tokenizer, _ = read_prepared(data)
     tables = {}
