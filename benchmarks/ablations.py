@@ -33,6 +33,7 @@ PAPER = {
 }  # fmt: skip
 CHANGES: dict[str, dict] = {
     "the recipe": {},
+    "starts at random": {"item_initialization": "random"},
     "plain feed-forward layers, GELU": {"gated_feed_forward": False, "hidden_act": "gelu"},
     "gated by GELU": {"hidden_act": "gelu"},
     "post-normalisation": {"normalization": "post"},
