@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from peer_worker import before, events, read_histories, recbole_trainer, rectools_dataset, versions
+from peer_worker import RECTOOLS, before, events, read_histories, recbole_trainer, rectools_dataset, versions
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
@@ -49,10 +49,16 @@ class Clock:
         return (self.times[self.total - 1] - self.times[self.warmup - 1]) / self.steps
 
 
-def pasts(histories: pd.DataFrame) -> list[list[str]]:
-    """What each test user had before the target."""
-    rows = histories[histories["test_position"] >= 0]
-    return [list(items[:end]) for items, end in zip(rows["item_id"], rows["test_position"], strict=True)]
+def pasts(histories: pd.DataFrame, part: str = "test") -> list[list[str]]:
+    """What each user of a part had before the target."""
+    rows = histories[histories[f"{part}_position"] >= 0]
+    return [list(items[:end]) for items, end in zip(rows["item_id"], rows[f"{part}_position"], strict=True)]
+
+
+def ndcg(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """NDCG@10 of one target a row, ties against it."""
+    ranks = (scores >= scores.gather(1, targets.view(-1, 1))).sum(dim=1)
+    return float((1 / torch.log2(ranks + 1.0)).where(ranks <= TOP_K, 0).mean())
 
 
 # Each trains under the clock and returns the rows of an epoch and a function that ranks all test users and counts them.
@@ -89,8 +95,11 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
     return rows, lambda: len(recommend(pasts(histories), top_k=TOP_K, batch_size=RANKED_AT_ONCE))
 
 
-def bert(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
-    """`transformers.BertForMaskedLM` as it is used by hand: logits of all items at all positions of the batch."""
+def bert_by_hand(histories: pd.DataFrame, shape: dict, **options) -> tuple:
+    """`transformers.BertForMaskedLM` as it is used by hand: logits of all items at all positions of the batch.
+
+    Returns its Trainer; the items; and what scores them after histories, and gives the items there as columns.
+    """
     from torch.nn.utils.rnn import pad_sequence
     from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
@@ -126,29 +135,38 @@ def bert(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
         "model",
         per_device_train_batch_size=shape["batch"],
         learning_rate=1e-3,
-        max_steps=clock.total,
         save_strategy="no",
         use_cpu=True,
         dataloader_pin_memory=False,
+        **options,
     )
-    Trainer(model, arguments, data_collator=masked, train_dataset=rows).train()
 
     @torch.no_grad()
-    def rank() -> int:
+    def score(past: list[list[str]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.eval()
+        known = [token_ids(history, len(history)) for history in past]
+        batch = batch_of([torch.cat([row[1 - shape["length"] :], torch.tensor([mask])]) for row in known])
+        last = batch["attention_mask"].sum(dim=1) - 1
+        scores = model(**batch).logits[torch.arange(len(past)), last, first_item:]
+        return scores, [row - first_item for row in known]
+
+    return Trainer(model, arguments, data_collator=masked, train_dataset=rows), items, score
+
+
+def bert(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    trainer, items, score = bert_by_hand(histories, shape, max_steps=clock.total)
+    trainer.train()
+
+    def rank() -> int:
         lists = []
         for past in DataLoader(pasts(histories), RANKED_AT_ONCE, collate_fn=list):
-            known = [token_ids(history, len(history)) for history in past]
-            batch = batch_of([torch.cat([row[1 - shape["length"] :], torch.tensor([mask])]) for row in known])
-            last = batch["attention_mask"].sum(dim=1) - 1
-            scores = model(**batch).logits[torch.arange(len(past)), last]
-            scores[:, :first_item] = -torch.inf
+            scores, known = score(past)
             for row, seen in zip(scores, known, strict=True):
                 row[seen] = -torch.inf
-            lists += [items[best] for best in (scores.topk(TOP_K).indices - first_item).numpy()]
+            lists += [items[best] for best in scores.topk(TOP_K).indices.numpy()]
         return len(lists)
 
-    return len(rows), rank
+    return len(trainer.train_dataset), rank
 
 
 def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
@@ -338,8 +356,86 @@ def quality_of_hopwise(data: Path, histories: pd.DataFrame, options: dict) -> li
     return watch.curve
 
 
+def quality_of_rectools(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
+    """Its defaults, validated as its own benchmark does it."""
+    from pytorch_lightning import Callback, Trainer, seed_everything
+    from rectools.models import BERT4RecModel
+    from rectools.models.nn.transformers.utils import leave_one_out_mask
+
+    deadline = time.monotonic() + 60 * options["peer_minutes"]
+    watch = Stopwatch()
+
+    class Watching(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            watch.start()
+
+        def on_validation_epoch_start(self, trainer, module):
+            if trainer.sanity_checking:
+                return
+            watch.stop()
+            self.scores, self.targets = [], []
+
+        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            if not trainer.sanity_checking:
+                targets = batch["y"].view(-1, 1)
+                self.targets.append(targets)
+                self.scores.append(outputs["logits"].view(len(targets), -1))
+
+        def on_validation_epoch_end(self, trainer, module):
+            if not trainer.sanity_checking:
+                watch.note(trainer.current_epoch + 1, ndcg(torch.cat(self.scores), torch.cat(self.targets)))
+                trainer.should_stop = time.monotonic() > deadline
+
+    def trainer() -> Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        return Trainer(max_epochs=RECTOOLS["epochs"], accelerator="cpu", devices=1, callbacks=[Watching()], **quiet)
+
+    validated = histories["user_id"][histories["validation_position"] >= 0].to_numpy()
+    seed_everything(42)
+    model = BERT4RecModel(
+        get_trainer_func=trainer,
+        get_val_mask_func=lambda interactions: leave_one_out_mask(interactions, validated),
+    )
+    model.fit(rectools_dataset(events(histories, before(histories, "test"))))
+    return watch.curve
+
+
+def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
+    """The shape of the recipe of ours, in batches of 32, with a learning rate that falls over its epochs."""
+    from transformers import TrainerCallback
+
+    deadline = time.monotonic() + 60 * options["peer_minutes"]
+    watch = Stopwatch()
+    shape = {"hidden_size": 64, "length": options["length"], "batch": 32}
+    trainer, items, score = bert_by_hand(histories, shape, num_train_epochs=options["epochs"], seed=42)
+    past = pasts(histories, "validation")
+    has_target = histories[histories["validation_position"] >= 0]
+    places = has_target["validation_position"]
+    targets = [history[place] for history, place in zip(has_target["item_id"], places, strict=True)]
+    targets = torch.from_numpy(items.get_indexer(targets))
+
+    class Watching(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            watch.start()
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            watch.stop()
+            scores = torch.cat([score(part)[0] for part in DataLoader(past, RANKED_AT_ONCE, collate_fn=list)])
+            watch.note(state.epoch, ndcg(scores, targets))
+            control.should_training_stop = time.monotonic() > deadline
+
+    trainer.add_callback(Watching())
+    trainer.train()
+    return watch.curve
+
+
 SPEED = {"ours": ours, "bert": bert, "rectools": rectools, "replay": replay, "hopwise": hopwise}
-QUALITY = {"ours": quality_of_ours, "hopwise": quality_of_hopwise}
+QUALITY = {
+    "ours": quality_of_ours,
+    "bert": quality_of_bert,
+    "rectools": quality_of_rectools,
+    "hopwise": quality_of_hopwise,
+}
 
 
 def main(system: str, folder: str, options: str) -> None:

@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
 from transformers.utils.hub import PushInProgress
 
-from .configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
+from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .cooccurrence import start_from_cooccurrence
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .learning_curve import training_record, write_training
