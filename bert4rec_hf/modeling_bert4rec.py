@@ -3,6 +3,7 @@
 
 import contextlib
 import filecmp
+import math
 import os
 import re
 import shutil
@@ -270,6 +271,10 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
         if isinstance(module, Bert4RecRotaryEmbedding):
             # Not stored in the file, and empty when the model was made on the meta device.
             initialization.copy_(module.inverse_frequencies, module.compute_inverse_frequencies())
+        if isinstance(module, Bert4RecDecoder) and self.config.item_loss == "gbce":
+            # Each item is as likely as any other then, and not as likely as not, as it would be with 0: what unlearns
+            # that first, with all items as negatives, unlearns most of where the item table started.
+            initialization.constant_(module.bias, -math.log(module.out_features - FIRST_ITEM_ID))
 
 
 class Bert4RecModel(Bert4RecPreTrainedModel):

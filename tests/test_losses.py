@@ -435,6 +435,14 @@ def test_training_without_negatives_is_an_error_that_says_where_to_ask_for_them(
         model(**batch)
 
 
+@pytest.mark.parametrize("item_loss", ["softmax", "gbce"])
+def test_a_new_model_thinks_each_item_as_likely_as_any_other(item_loss):
+    """Of binary cross-entropies: the sigmoid of a bias is one in the number of items."""
+    bias = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=103, item_loss=item_loss)).decoder.bias
+    likely = {"softmax": bias.softmax(0) * 103, "gbce": bias.sigmoid() * 101}[item_loss]
+    assert torch.allclose(likely, torch.ones(103), atol=1e-4)
+
+
 @pytest.mark.parametrize("calibration", [-0.1, 1.5, float("nan")])
 def test_a_calibration_out_of_range_is_an_error(calibration):
     with pytest.raises(ValueError, match=f"gbce_calibration must lie between 0 and 1; got {calibration}"):
