@@ -1,5 +1,7 @@
 """Where a new model starts: item vectors from which items stand near one another in histories, and their mean."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -83,7 +85,7 @@ def start_from_cooccurrence(
     vectors = cooccurrence_vectors(histories, num_items, model.config.hidden_size, seed=seed)
     has_neighbours = vectors.any(dim=1)
     model.get_input_embeddings().weight[FIRST_ITEM_ID:][has_neighbours] = vectors[has_neighbours]
-    attention = model.model.layers[0].attention
+    attention: Any = model.model.layers[0].attention
     torch.nn.init.orthogonal_(attention.value.weight)
     attention.output.weight.copy_(attention.value.weight.T)
 
