@@ -649,7 +649,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         for chunk_scores, chunk_ids in self._chunks(prediction_states, candidate_ids, exclude_ids):
             if target_ids is not None:
                 target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-                ranks += (chunk_scores >= target_scores).sum(dim=1, keepdim=True)
+                # As floats: a sum of booleans makes a copy of them in 64 bits first.
+                reached = torch.ge(chunk_scores, target_scores, out=torch.empty_like(chunk_scores))
+                ranks += reached.sum(dim=1, keepdim=True).long()
             if top_k is not None:
                 best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
                 best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
@@ -801,9 +803,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         for start in range(0, self.config.vocab_size, ITEMS_PER_CHUNK):
             end = min(start + ITEMS_PER_CHUNK, self.config.vocab_size)
             chunk_ids = torch.arange(start, end, device=states.device)
-            everything = (start, end) == (0, self.config.vocab_size)
-            scores = self(prediction_states=states, item_ids=None if everything else range(start, end)).logits
-            scores = _finite(scores.squeeze(1))
+            scores = _finite(self(prediction_states=states, item_ids=range(start, end)).logits.squeeze(1))
             if start < FIRST_ITEM_ID:
                 scores[:, : FIRST_ITEM_ID - start] = -torch.inf
             if exclude_ids is not None:
@@ -846,11 +846,14 @@ def _at_labels(values: torch.Tensor | None, is_label: torch.Tensor) -> torch.Ten
 def _target_scores(
     target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Target scores (batch, 1), filled in where these scores have the target."""
-    return torch.maximum(target_scores, scores.masked_fill(item_ids != target_ids, -torch.inf).amax(1, keepdim=True))
+    """Target scores (batch, 1), filled in where these have the target: as one of a range, or first of the candidates."""
+    columns = target_ids - item_ids[:, :1]
+    inside = (columns >= 0) & (columns < scores.shape[1])
+    found = scores.gather(1, columns.where(inside, 0)).masked_fill(~inside, -torch.inf)
+    return torch.maximum(target_scores, found)
 
 
 def _finite(scores: torch.Tensor) -> torch.Tensor:
-    if scores.isnan().any():
+    if scores.numel() and scores.amax().isnan():  # the maximum of what has a NaN is NaN
         raise ValueError("a score is NaN: the weights are not finite, training has diverged")
     return scores
