@@ -846,7 +846,7 @@ def _at_labels(values: torch.Tensor | None, is_label: torch.Tensor) -> torch.Ten
 def _target_scores(
     target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Target scores (batch, 1), filled in where these have the target: as one of a range, or first of the candidates."""
+    """Target scores (batch, 1), filled in where these have the target: one of a range, or the first candidate."""
     columns = target_ids - item_ids[:, :1]
     inside = (columns >= 0) & (columns < scores.shape[1])
     found = scores.gather(1, columns.where(inside, 0)).masked_fill(~inside, -torch.inf)
