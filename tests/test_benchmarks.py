@@ -1,5 +1,6 @@
 """What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP, a plan."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -29,7 +30,8 @@ import speed  # noqa: E402
 import step  # noqa: E402
 from compare import compare, gains  # noqa: E402
 from peers import judge  # noqa: E402
-from quality import write_ranks  # noqa: E402
+from quality import prepared, write_ranks  # noqa: E402
+from speed_worker import ndcg  # noqa: E402
 
 USERS = [f"u{number}" for number in range(50)]
 
@@ -131,6 +133,27 @@ def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path):
     for title, line in (("a", "old"), ("a, longer", "kept"), ("a", "new")):
         speed.write_section(tmp_path / "table.md", "# Table\n", title, [line])
     assert (tmp_path / "table.md").read_text("utf-8") == "# Table\n\n## a\n\nnew\n\n## a, longer\n\nkept\n"
+
+
+def test_systems_are_followed_to_their_quality_epoch_by_epoch(tmp_path):
+    """Ours and BertForMaskedLM, on a log in which each item has one next; of 30 items, ten chance ones reach .15."""
+    rows = [(user, (7 * user + place) % 30, place) for user in range(500) for place in range(8)]
+    log = tmp_path / "log.csv"
+    log.write_text("user_id,item_id,timestamp\n" + "".join(f"{user},{item},{at}\n" for user, item, at in rows))
+    data = prepared(str(log), tmp_path, 10)
+    recipe = {"num_train_epochs": 20, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    given = {"peer_minutes": 5, "length": 10, "epochs": 20, "recipe": recipe}
+    for system, reached in (("bert", 0.25), ("ours-recipe", 0.8)):
+        curve = speed.run(system, data, tmp_path, 1, given)["curve"]
+        assert [point["epoch"] for point in curve] == list(range(1, 21))
+        assert all(first["seconds"] < second["seconds"] for first, second in itertools.pairwise(curve))
+        assert max(point["NDCG@10"] for point in curve) > reached
+
+
+def test_ties_stand_before_the_target():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0], [0.0] * 3])
+    expected = (1 + 1 / math.log2(3) + 1 / math.log2(4)) / 3
+    assert ndcg(scores, torch.tensor([0, 1, 1])) == pytest.approx(expected)
 
 
 def small_step() -> tuple:
