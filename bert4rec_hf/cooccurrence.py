@@ -69,25 +69,29 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
 
 @torch.no_grad()
 def start_from_cooccurrence(
-    model: Bert4RecForMaskedItemPrediction, histories: Histories, num_items: int, *, seed: int = 0
+    model: Bert4RecForMaskedItemPrediction,
+    histories: Histories,
+    num_items: int,
+    *,
+    with_mean: bool = True,
+    seed: int = 0,
 ) -> None:
     """Give a new model the item vectors, and a first layer that hands their mean on.
 
-    Values and output of its attention undo one another and queries and keys are near 0, as they are in every new
-    model: a history's [MASK] has the mean of its items' vectors then, and what stands near them has the highest scores
-    before anything is learnt.
-
     Args:
-        model: Its item table and the weights of the first layer's attention change. An item without neighbours keeps
-            its vector.
+        model: What changes. An item without neighbours keeps its vector.
         histories, num_items, seed: As in `cooccurrence_vectors`.
+        with_mean: Whether values and output of the first layer's attention undo one another. Queries and keys are near
+            0, as they are in every new model: a history's [MASK] has the mean of its items' vectors then, and what
+            stands near them has the highest scores before anything is learnt.
     """
     vectors = cooccurrence_vectors(histories, num_items, model.config.hidden_size, seed=seed)
     has_neighbours = vectors.any(dim=1)
     model.get_input_embeddings().weight[FIRST_ITEM_ID:][has_neighbours] = vectors[has_neighbours]
-    attention: Any = model.model.layers[0].attention
-    torch.nn.init.orthogonal_(attention.value.weight)
-    attention.output.weight.copy_(attention.value.weight.T)
+    if with_mean:
+        attention: Any = model.model.layers[0].attention
+        torch.nn.init.orthogonal_(attention.value.weight)
+        attention.output.weight.copy_(attention.value.weight.T)
 
 
 def _sparse(indices: torch.Tensor, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -78,7 +78,7 @@ NO_RECIPE = {
 }  # fmt: skip
 
 # Training events from which a model is 128 wide; events an item below which items are rare: then it is 256 wide, unless
-# they are too many for that, and has much dropout; width of its heads.
+# they are too many for that, has much dropout and starts without their mean; width of its heads.
 WIDE_FROM = 500_000
 RARE_BELOW = 30
 TOO_MANY_ITEMS = 100_000
@@ -533,7 +533,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         num_events, num_items: Of the training part and the catalogue.
         given: Fields that are told, from which the others follow.
     """
-    are_rare = num_events < RARE_BELOW * num_items
+    are_rare = _are_rare(num_events, num_items)
     hidden_size = 64 if num_events < WIDE_FROM else 128
     if are_rare and num_items <= TOO_MANY_ITEMS:
         hidden_size = 256
@@ -547,6 +547,10 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     else:
         chosen["intermediate_size"] = 4 * hidden_size
     return chosen | dict(given)
+
+
+def _are_rare(num_events: int, num_items: int) -> bool:
+    return num_events < RARE_BELOW * num_items
 
 
 def train_prepared(
@@ -583,11 +587,13 @@ def train_prepared(
             "max_position_embeddings": preparation["max_length"],
             "filter_seen_items": preparation["filter_seen_items"],
         }
-        chosen = default_architecture(int(histories.is_training().sum()), tokenizer.num_items, architecture)
+        num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
+        chosen = default_architecture(num_events, num_items, architecture)
         config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
         model = Bert4RecForMaskedItemPrediction(config)
         if args.item_initialization == "cooccurrence":
-            start_from_cooccurrence(model, histories, tokenizer.num_items, seed=args.seed)
+            with_mean = not _are_rare(num_events, num_items)  # with it, little data is learnt by heart
+            start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
         tokenizer.model_max_length = config.max_position_embeddings
     else:
         model = load_model(model_name_or_path)

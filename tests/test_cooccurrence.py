@@ -104,6 +104,10 @@ def test_the_first_layer_hands_on_the_mean_of_a_history():
     states = torch.randn(2, 5, 64)
     handed_on, _ = attention(states)
     assert torch.allclose(handed_on, states.mean(dim=1, keepdim=True).expand_as(states), atol=1e-5)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    start_from_cooccurrence(model, histories, num_items, with_mean=False, seed=1)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"model.embeddings.item_embeddings.weight", "decoder.weight"}
 
 
 def test_items_of_different_users_have_nothing_in_common():
