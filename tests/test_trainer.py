@@ -313,13 +313,16 @@ def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_pat
     assert not torch.equal(tables["random"][FIRST_ITEM_ID:], vectors)
 
 
-@pytest.mark.parametrize("rare_below", [0, 10**6])
-def test_a_new_model_starts_with_the_mean_of_a_history_unless_items_are_rare(chain, tmp_path, monkeypatch, rare_below):
+@pytest.mark.parametrize(("rare_below", "wide_from"), [(0, 10**6), (10**6, 10**6), (0, 1)])
+def test_a_new_model_starts_with_the_mean_of_a_history_where_the_log_is_small_and_no_item_rare(
+    chain, tmp_path, monkeypatch, rare_below, wide_from
+):
     monkeypatch.setattr("bert4rec_hf.trainer.RARE_BELOW", rare_below)
+    monkeypatch.setattr("bert4rec_hf.trainer.WIDE_FROM", wide_from)
     options = {"max_steps": 1, "learning_rate": 0.0}
     trainer = train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
     attention = trainer.model.model.layers[0].attention
-    assert torch.equal(attention.output.weight, attention.value.weight.T) == (rare_below == 0)
+    assert torch.equal(attention.output.weight, attention.value.weight.T) == (rare_below < wide_from == 10**6)
 
 
 def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
