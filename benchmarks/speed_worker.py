@@ -370,25 +370,29 @@ def quality_of_rectools(data: Path, histories: pd.DataFrame, options: dict) -> l
             watch.start()
 
         def on_validation_epoch_start(self, trainer, module):
-            if trainer.sanity_checking:
-                return
             watch.stop()
             self.scores, self.targets = [], []
 
         def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-            if not trainer.sanity_checking:
-                targets = batch["y"].view(-1, 1)
-                self.targets.append(targets)
-                self.scores.append(outputs["logits"].view(len(targets), -1))
+            targets = batch["y"].view(-1, 1)
+            self.targets.append(targets)
+            self.scores.append(outputs["logits"].view(len(targets), -1))
 
         def on_validation_epoch_end(self, trainer, module):
-            if not trainer.sanity_checking:
-                watch.note(trainer.current_epoch + 1, ndcg(torch.cat(self.scores), torch.cat(self.targets)))
-                trainer.should_stop = time.monotonic() > deadline
+            watch.note(trainer.current_epoch + 1, ndcg(torch.cat(self.scores), torch.cat(self.targets)))
+            trainer.should_stop = time.monotonic() > deadline
 
     def trainer() -> Trainer:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        return Trainer(max_epochs=RECTOOLS["epochs"], accelerator="cpu", devices=1, callbacks=[Watching()], **quiet)
+        return Trainer(
+            max_epochs=RECTOOLS["epochs"],
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            callbacks=[Watching()],
+        )
 
     validated = histories["user_id"][histories["validation_position"] >= 0].to_numpy()
     seed_everything(42)
