@@ -37,6 +37,7 @@ QUALITY: dict[str, dict] = {
     "softmax": {},
     f"sampled softmax, {NUM_NEGATIVES:,} uniform negatives": SAMPLED,
     f"sampled softmax, {NUM_NEGATIVES:,} by popularity": SAMPLED | {"negative_sampling": "popularity"},
+    "sampled softmax, 4,000 by popularity": SAMPLED | {"negative_sampling": "popularity", "num_negatives": 4000},
     f"gBCE, {NUM_NEGATIVES:,} uniform negatives": {"item_loss": "gbce", "num_negatives": NUM_NEGATIVES},
 }
 SHORT = {"eval_steps": 0.5, "save_steps": 0.5, "disable_tqdm": True}

@@ -55,6 +55,13 @@ def pasts(histories: pd.DataFrame, part: str = "test") -> list[list[str]]:
     return [list(items[:end]) for items, end in zip(rows["item_id"], rows[f"{part}_position"], strict=True)]
 
 
+def validation_targets(histories: pd.DataFrame, items: pd.Index) -> torch.Tensor:
+    """The places among the items of what the users of `pasts(histories, "validation")` took next."""
+    rows = histories[histories["validation_position"] >= 0]
+    targets = [history[place] for history, place in zip(rows["item_id"], rows["validation_position"], strict=True)]
+    return torch.from_numpy(items.get_indexer(targets))
+
+
 def ndcg(scores: torch.Tensor, targets: torch.Tensor) -> float:
     """NDCG@10 of one target a row, ties against it."""
     ranks = (scores >= scores.gather(1, targets.view(-1, 1))).sum(dim=1)
@@ -201,15 +208,16 @@ def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> 
     return len(model.data_preparator.get_dataloader_train().dataset), rank
 
 
-def replay(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
-    """Its defaults but for the shape and the loss: the same softmax, with logits at masked positions only."""
+def replay_by_defaults(histories: pd.DataFrame, **shape) -> tuple:
+    """RePlay's model, its defaults but for the shape and the loss: the softmax with logits at masked positions only.
+
+    Returns it; its rows; the items; and what makes sequences of histories and Lightning's trainers for it.
+    """
     import lightning
     from replay.data import FeatureHint, FeatureType
     from replay.data.nn import PandasSequentialDataset, TensorFeatureInfo, TensorSchema
     from replay.models.nn.sequential import Bert4Rec
-    from replay.models.nn.sequential.bert4rec import Bert4RecPredictionDataset, Bert4RecTrainingDataset
-    from replay.models.nn.sequential.callbacks import PandasPredictionCallback
-    from replay.models.nn.sequential.postprocessors import RemoveSeenItems
+    from replay.models.nn.sequential.bert4rec import Bert4RecTrainingDataset
 
     items = pd.Index(np.unique(np.concatenate(histories["item_id"].tolist())))
     item = TensorFeatureInfo(
@@ -232,14 +240,21 @@ def replay(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tu
         return lightning.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **options)
 
     trained = zip(histories["item_id"], histories["train_end"], strict=True)
-    rows = Bert4RecTrainingDataset(sequences([history[:end] for history, end in trained]), shape["length"])
-    model = Bert4Rec(
-        schema,
+    rows = Bert4RecTrainingDataset(sequences([history[:end] for history, end in trained]), shape["max_seq_len"])
+    return Bert4Rec(schema, loss_type="CE_restricted", **shape), rows, items, sequences, trainer
+
+
+def replay(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
+    from replay.models.nn.sequential.bert4rec import Bert4RecPredictionDataset
+    from replay.models.nn.sequential.callbacks import PandasPredictionCallback
+    from replay.models.nn.sequential.postprocessors import RemoveSeenItems
+
+    model, rows, _, sequences, trainer = replay_by_defaults(
+        histories,
         block_count=LAYERS,
         head_count=HEADS,
         hidden_size=shape["hidden_size"],
         max_seq_len=shape["length"],
-        loss_type="CE_restricted",
     )
     trainer(max_epochs=-1, max_steps=clock.total).fit(model, DataLoader(rows, shape["batch"], shuffle=True))
     past = sequences(pasts(histories))
@@ -412,11 +427,7 @@ def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[
     watch = Stopwatch()
     shape = {"hidden_size": 64, "length": options["length"], "batch": 32}
     trainer, items, score = bert_by_hand(histories, shape, num_train_epochs=options["epochs"], seed=42)
-    past = pasts(histories, "validation")
-    has_target = histories[histories["validation_position"] >= 0]
-    places = has_target["validation_position"]
-    targets = [history[place] for history, place in zip(has_target["item_id"], places, strict=True)]
-    targets = torch.from_numpy(items.get_indexer(targets))
+    past, targets = pasts(histories, "validation"), validation_targets(histories, items)
 
     class Watching(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
@@ -433,11 +444,42 @@ def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[
     return watch.curve
 
 
+def quality_of_replay(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
+    """Its defaults, 256 wide and 100 long, in batches of 32, until the time is over."""
+    from lightning import Callback, seed_everything
+    from replay.models.nn.sequential.bert4rec import Bert4RecPredictionDataset
+
+    deadline = time.monotonic() + 60 * options["peer_minutes"]
+    watch = Stopwatch()
+    seed_everything(42)
+    length = 100
+    model, rows, items, sequences, trainer = replay_by_defaults(histories, hidden_size=256, max_seq_len=length)
+    past = DataLoader(Bert4RecPredictionDataset(sequences(pasts(histories, "validation")), length), RANKED_AT_ONCE)
+    targets = validation_targets(histories, items)
+
+    class Watching(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            watch.start()
+
+        def on_train_epoch_end(self, trainer, module):
+            watch.stop()
+            module.eval()
+            with torch.no_grad():
+                scores = torch.cat([module.predict_step(batch, 0) for batch in past])
+            module.train()
+            watch.note(trainer.current_epoch + 1, ndcg(scores, targets))
+            trainer.should_stop = time.monotonic() > deadline
+
+    trainer(max_epochs=-1, callbacks=[Watching()]).fit(model, DataLoader(rows, 32, shuffle=True))
+    return watch.curve
+
+
 SPEED = {"ours": ours, "bert": bert, "rectools": rectools, "replay": replay, "hopwise": hopwise}
 QUALITY = {
     "ours": quality_of_ours,
     "bert": quality_of_bert,
     "rectools": quality_of_rectools,
+    "replay": quality_of_replay,
     "hopwise": quality_of_hopwise,
 }
 
