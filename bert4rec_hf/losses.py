@@ -111,6 +111,7 @@ def sampled_softmax_loss(
     negative_ids: torch.Tensor,
     negative_log_probabilities: torch.Tensor | None = None,
     positive_log_probabilities: torch.Tensor | None = None,
+    excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy over the label and its negatives (Bengio & Senecal 2008; Jean et al. 2015, section 3).
 
@@ -126,6 +127,7 @@ def sampled_softmax_loss(
         negative_log_probabilities: Shaped like `negative_ids`: log q, where q is the probability of the negative in
             each of K draws with replacement. None: all items are drawn alike, which cancels.
         positive_log_probabilities: (N,), log p of the labels, 1 - (1 - q)^K; finite also where nothing is to predict.
+        excluded_ids: (N, E) rows of `item_weight` that are no negatives of a label's; below 0 none. None: all may be.
 
     Returns:
         A scalar; a position without a negative adds 0.
@@ -133,7 +135,9 @@ def sampled_softmax_loss(
     Raises:
         ValueError: If `negative_ids` has another shape, or one of the log probabilities comes without the other.
     """
-    positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids)
+    positive, negative, is_negative = _scores(
+        hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids
+    )
     if negative_log_probabilities is not None and positive_log_probabilities is not None:
         positive = positive - positive_log_probabilities
         negative = negative - negative_log_probabilities - math.log(max(negative_ids.shape[-1], 1))
@@ -151,12 +155,15 @@ def bpr_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
     negative_ids: torch.Tensor,
+    excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bayesian personalized ranking (Rendle et al. 2009): -log sigmoid(s+ - s-), the mean over the negatives.
 
     Args, Returns, Raises: As in `sampled_softmax_loss`.
     """
-    positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids)
+    positive, negative, is_negative = _scores(
+        hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids
+    )
     losses = -nn.functional.logsigmoid(positive.unsqueeze(1) - negative).masked_fill(~is_negative, 0)
     losses = losses.sum(dim=1) / is_negative.sum(dim=1).clamp(min=1)
     return _total(losses, labels, is_negative, num_items_in_batch)
@@ -171,6 +178,7 @@ def gbce_loss(
     *,
     negative_ids: torch.Tensor,
     calibration: float = 0.75,
+    excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Generalised binary cross-entropy (Petrov & Macdonald, RecSys 2023), against overconfidence.
 
@@ -182,7 +190,9 @@ def gbce_loss(
 
     Other Args, Returns, Raises: As in `sampled_softmax_loss`.
     """
-    positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids)
+    positive, negative, is_negative = _scores(
+        hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids
+    )
     num_negatives = is_negative.sum(dim=1).to(positive.dtype)
     alpha = (num_negatives / max(len(item_weight) - 1, 1)).clamp(max=1)  # above 1 where an item was drawn twice
     of_positive = (1 - calibration * (1 - alpha)) * nn.functional.logsigmoid(positive)
@@ -197,6 +207,7 @@ def _scores(
     item_bias: torch.Tensor,
     labels: torch.Tensor,
     negative_ids: torch.Tensor,
+    excluded_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of the labels (N,) and of the negatives (N, K), and which of these count (N, K)."""
     if negative_ids.dim() == 0 or negative_ids.shape[:-1] not in ((), labels.shape):
@@ -217,7 +228,22 @@ def _scores(
         negative_weight = negative_weight.view(*negative_ids.shape, item_weight.shape[1])
         negative = torch.einsum("nh,nkh->nk", hidden_states, negative_weight) + negative_bias.view_as(negative_ids)
     is_negative = (negative_ids >= 0) & (negative_ids != labels.unsqueeze(1))
+    if excluded_ids is not None and excluded_ids.shape[1] and negative_ids.shape[-1]:
+        is_negative &= ~_are_among(negative_ids, excluded_ids)
     return positive, _in_single_precision(negative), is_negative
+
+
+def _are_among(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Whether ids (K,) or (N, K) are among their row's others (N, E): (N, K), without an (N, K, E) on the way."""
+    num_ids = ids.shape[-1]
+    in_order = ids.sort(dim=-1).values
+    # An id that is there twice is where it stands first.
+    places = torch.searchsorted(in_order, ids.contiguous()).expand(len(others), -1)
+    places_of_others = torch.searchsorted(in_order, others.contiguous()).clamp(max=num_ids - 1)
+    found = in_order.expand(len(others), -1).gather(1, places_of_others) == others
+    is_found = torch.zeros(len(others), num_ids + 1, dtype=torch.bool, device=ids.device)
+    is_found.scatter_(1, torch.where(found, places_of_others, num_ids), True)
+    return is_found.gather(1, places)
 
 
 def _in_single_precision(scores: torch.Tensor) -> torch.Tensor:

@@ -482,7 +482,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: As in `Bert4RecModel`.
             labels: (batch, length) token ids to predict, -100 elsewhere. Where `config.filter_seen_items` is true, the
-                full softmax leaves out the items that the label's own row shows.
+                item loss leaves out the items that the label's own row shows.
             label_positions: (batch, P) where `labels` has something to predict, padded with -1. With labels, head
                 and loss are computed there only, and nothing waits for the device to count them.
             prediction_positions: (batch, P) where to compute the head. None: everywhere.
@@ -761,16 +761,15 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         positive_log_probabilities: torch.Tensor | None,
     ) -> dict[str, Any]:
         """What the item loss needs besides; `seen` are the visible token ids of each label's row, (…, length)."""
+        # What serving never recommends is no alternative to the label.
+        options: dict[str, Any] = {} if seen is None else {"excluded_ids": _rows(seen) - FIRST_ITEM_ID}
         if item_loss == "softmax":
-            if seen is None:
-                return {}
-            # What serving never recommends is no alternative to the label.
-            return {"excluded_ids": _rows(seen) - FIRST_ITEM_ID}
+            return options
         if negative_ids is None:
             raise ValueError(
                 f"item_loss {item_loss!r} needs negative_ids: give num_negatives to DataCollatorForMaskedItemPrediction"
             )
-        options: dict[str, Any] = {"negative_ids": _rows(negative_ids) - FIRST_ITEM_ID}
+        options["negative_ids"] = _rows(negative_ids) - FIRST_ITEM_ID
         if item_loss == "gbce":
             options["calibration"] = self.config.gbce_calibration
         if item_loss == "sampled_softmax" and negative_log_probabilities is not None:

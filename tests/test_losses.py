@@ -51,7 +51,13 @@ def log_probabilities(negative_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def reference(name: str, case: dict[str, torch.Tensor], negative_ids: torch.Tensor, **options) -> float:
+def reference(
+    name: str,
+    case: dict[str, torch.Tensor],
+    negative_ids: torch.Tensor,
+    excluded_ids: torch.Tensor | None = None,
+    **options,
+) -> float:
     """One position and one negative at a time, as the papers write it."""
     negatives_of = negative_ids.expand(7, -1).tolist()
     logs_of = options.get("negative_log_probabilities", torch.zeros(())).expand(7, len(negatives_of[0])).tolist()
@@ -66,7 +72,8 @@ def reference(name: str, case: dict[str, torch.Tensor], negative_ids: torch.Tens
             return sum(one * other for one, other in products) + float(case["item_bias"][item])
 
         pairs = zip(negatives_of[position], logs_of[position], strict=True)
-        negatives = [(score(item), log) for item, log in pairs if item != label]
+        excluded = {label} if excluded_ids is None else {label, *excluded_ids[position].tolist()}
+        negatives = [(score(item), log) for item, log in pairs if item not in excluded]
         positive = score(label)
         k = len(negatives)
         if not k:
@@ -87,17 +94,29 @@ def reference(name: str, case: dict[str, torch.Tensor], negative_ids: torch.Tens
     return total / count
 
 
+# 7 stands twice among the shared negatives; below 0 is none.
+EXCLUDED = torch.tensor([[7, 1, -1], [4, 7, 7], [0, 1, 2], [9, -3, 1], [-1, -2, -3], [10, 8, 6], [5, 5, 5]])
 NEGATIVES = {"shared": SHARED, "own": own_negatives(), "one": own_negatives(1), "more than items": own_negatives(15)}
 
 
+@pytest.mark.parametrize("excluded_ids", [None, EXCLUDED], ids=["all-items", "some-excluded"])
 @pytest.mark.parametrize("negative_ids", NEGATIVES.values(), ids=NEGATIVES.keys())
 @pytest.mark.parametrize("name", SAMPLED)
-def test_a_loss_is_that_of_a_loop_over_positions_and_negatives(name, negative_ids):
+def test_a_loss_is_that_of_a_loop_over_positions_and_negatives(name, negative_ids, excluded_ids):
     case = make_case()
-    expected = reference(name, case, negative_ids, **OPTIONS[name])
+    expected = reference(name, case, negative_ids, excluded_ids, **OPTIONS[name])
     assert expected > 0.1
-    loss = ITEM_LOSSES[name](**case, negative_ids=negative_ids, **OPTIONS[name])
+    loss = ITEM_LOSSES[name](**case, negative_ids=negative_ids, excluded_ids=excluded_ids, **OPTIONS[name])
     assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_nothing_to_exclude_changes_nothing(name):
+    case = make_case()
+    without = ITEM_LOSSES[name](**case, negative_ids=SHARED, **OPTIONS[name])
+    for excluded_ids in (torch.empty(7, 0, dtype=torch.long), torch.full((7, 2), -1), LABELS.unsqueeze(1)):
+        loss = ITEM_LOSSES[name](**case, negative_ids=SHARED, excluded_ids=excluded_ids, **OPTIONS[name])
+        assert torch.equal(loss, without)
 
 
 @pytest.mark.parametrize("negative_ids", [SHARED, own_negatives()], ids=["shared", "own"])
@@ -366,11 +385,18 @@ def at_labels(model, batch) -> dict[str, torch.Tensor]:
     return {"hidden_states": states, "labels": torch.tensor([2, 14, 0]), **items}
 
 
+@pytest.mark.parametrize("filter_seen_items", [False, True])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_the_model_computes_the_loss_of_its_config_in_training(name):
+def test_the_model_computes_the_loss_of_its_config_in_training(name, filter_seen_items):
     options = {"gbce_calibration": 0.6} if name == "gbce" else {}
-    model, batch = collated(name, **options)
-    expected = ITEM_LOSSES[name](**at_labels(model, batch), negative_ids=batch["negative_ids"] - 3, **OPTIONS[name])
+    model, batch = collated(name, filter_seen_items=filter_seen_items, **options)
+    # The first row's two labels, the second's one.
+    case, seen = at_labels(model, batch), batch["input_ids"][[0, 0, 1]] - 3
+    negatives = {"negative_ids": batch["negative_ids"] - 3} | OPTIONS[name]
+    expected = ITEM_LOSSES[name](**case, excluded_ids=seen, **negatives)
+    assert not torch.isclose(expected, ITEM_LOSSES[name](**case, **negatives), rtol=1e-4)
+    if not filter_seen_items:
+        expected = ITEM_LOSSES[name](**case, **negatives)
     loss = model(**batch).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
