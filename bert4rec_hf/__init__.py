@@ -32,6 +32,7 @@ _LATER = {
     "Protocol": "metrics",
     "compute_metrics": "metrics",
     "cooccurrence_vectors": "cooccurrence",
+    "keep_cooccurrence": "cooccurrence",
     "start_from_cooccurrence": "cooccurrence",
     "convert_config": "convert",
     "convert_from_recbole": "convert",

@@ -1,4 +1,4 @@
-"""Where a new model starts: item vectors from which items stand near one another in histories, and their mean."""
+"""Item vectors from which items stand near one another in histories: where a new model starts, and what it keeps."""
 
 from typing import Any
 
@@ -15,6 +15,8 @@ WINDOW = 5
 NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 SCALE = 0.05
+# Mean squared length of the fixed vectors: what is added to the score of a history's double.
+FIXED_SCORE = 10.0
 # Of a larger log, whole histories drawn at random with about so many events are counted.
 MOST_EVENTS = 2_500_000
 
@@ -92,6 +94,26 @@ def start_from_cooccurrence(
         attention: Any = model.model.layers[0].attention
         torch.nn.init.orthogonal_(attention.value.weight)
         attention.output.weight.copy_(attention.value.weight.T)
+
+
+@torch.no_grad()
+def keep_cooccurrence(
+    model: Bert4RecForMaskedItemPrediction, histories: Histories, num_items: int, *, seed: int = 0
+) -> None:
+    """Give a model its fixed item vectors, `config.cooccurrence_size` long.
+
+    Their products with the mean of a history's, newer items counting more, are added to the scores wherever items are
+    ranked. Training, which predicts the very pairs that they were made of, is without them: they would look surer
+    than they are.
+
+    Args:
+        model: What changes; its `cooccurrence_size` is above 0.
+        histories, num_items, seed: As in `cooccurrence_vectors`.
+    """
+    vectors = cooccurrence_vectors(histories, num_items, model.config.cooccurrence_size, seed=seed)
+    length = vectors.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
+    table: Any = model.decoder.cooccurrence
+    table[FIRST_ITEM_ID:] = vectors * (FIXED_SCORE**0.5 / length)
 
 
 def _sparse(indices: torch.Tensor, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

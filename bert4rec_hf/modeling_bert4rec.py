@@ -50,7 +50,7 @@ class MaskedItemPredictionOutput(ModelOutput):
             The item loss in training, the full softmax in evaluation.
         logits (`torch.FloatTensor` of shape `(batch_size, positions, vocab_size)`):
             Scores of the items, or of `item_ids` only; None while training with labels.
-        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, hidden_size)`):
+        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, hidden_size + cooccurrence_size)`):
             What the item table is multiplied with; None while training with labels.
         hidden_states, attentions (`tuple(torch.FloatTensor)`):
             With `output_hidden_states=True`, `output_attentions=True`.
@@ -271,6 +271,8 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
         if isinstance(module, Bert4RecRotaryEmbedding):
             # Not stored in the file, and empty when the model was made on the meta device.
             initialization.copy_(module.inverse_frequencies, module.compute_inverse_frequencies())
+        if isinstance(module, Bert4RecDecoder) and module.cooccurrence is not None:
+            initialization.zeros_(module.cooccurrence)
         if isinstance(module, Bert4RecDecoder) and self.config.item_loss == "gbce":
             # Each item is as likely as any other then, and not as likely as not, as it would be with 0: what unlearns
             # that first, with all items as negatives, unlearns most of where the item table started.
@@ -382,11 +384,19 @@ class Bert4RecPredictionHead(nn.Module):
 
 
 class Bert4RecDecoder(nn.Linear):
-    """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in."""
+    """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in.
+
+    Beside it, if the config asks for them, fixed item vectors: what stands behind the hidden size of a state is
+    multiplied with these.
+    """
+
+    cooccurrence: torch.Tensor | None
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config.hidden_size, config.vocab_size)
         self.pad_in_softmax = config.pad_in_softmax
+        size = config.cooccurrence_size
+        self.register_buffer("cooccurrence", torch.zeros(config.vocab_size, size) if size else None)
 
     def forward(
         self,
@@ -397,11 +407,14 @@ class Bert4RecDecoder(nn.Linear):
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_options: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """The item loss with labels, else scores: (batch, P, hidden size) -> (batch, P, vocab size or C)."""
+        """The item loss with labels, else scores: (batch, P, width of the states) -> (batch, P, vocab size or C)."""
         if labels is not None:
-            weight, bias = self.weight[FIRST_ITEM_ID:], self.bias[FIRST_ITEM_ID:]
+            weight, bias = self.weight, self.bias[FIRST_ITEM_ID:]
+            if self.cooccurrence is not None and states.shape[-1] > self.in_features:
+                weight = torch.cat((weight, self.cooccurrence), dim=1)
+            pad, weight = weight[:1], weight[FIRST_ITEM_ID:]
             if self.pad_in_softmax and item_loss == "softmax":  # last, so that items keep their rows
-                weight, bias = torch.cat((weight, self.weight[:1])), torch.cat((bias, self.bias[:1]))
+                weight, bias = torch.cat((weight, pad)), torch.cat((bias, self.bias[:1]))
             return ITEM_LOSSES[item_loss](
                 states.flatten(0, -2),
                 weight,
@@ -410,29 +423,62 @@ class Bert4RecDecoder(nn.Linear):
                 num_items_in_batch,
                 **(loss_options or {}),
             )
-        weight, bias = self.weight, self.bias
         precision: contextlib.AbstractContextManager = contextlib.nullcontext()
         if not self.training:
             # Half precision would tie neighbours in the ranking, and ties count as misses.
-            states, weight, bias = states.float(), weight.float(), bias.float()
-            precision = torch.autocast(states.device.type, enabled=False)
+            states, precision = states.float(), torch.autocast(states.device.type, enabled=False)
         with precision:
             if item_ids is None:
-                scores = nn.functional.linear(states, weight[FIRST_ITEM_ID:], bias[FIRST_ITEM_ID:])
+                scores = self._scores(states, slice(FIRST_ITEM_ID, None))
                 if not self.pad_in_softmax:
                     return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
                 scores = nn.functional.pad(scores, (FIRST_ITEM_ID - 1, 0), value=SPECIAL_TOKEN_LOGIT)
-                return torch.cat((nn.functional.linear(states, weight[:1], bias[:1]), scores), dim=-1)
+                return torch.cat((self._scores(states, slice(1)), scores), dim=-1)
             if isinstance(item_ids, range):
-                rows = slice(item_ids.start, item_ids.stop)
-                scores = nn.functional.linear(states, weight[rows], bias[rows])
+                scores = self._scores(states, slice(item_ids.start, item_ids.stop))
                 scores[..., : max(0, FIRST_ITEM_ID - item_ids.start)] = SPECIAL_TOKEN_LOGIT
                 return scores
-            if item_ids.dim() == 1:
-                scores = nn.functional.linear(states, weight[item_ids], bias[item_ids])
-            else:
-                scores = states @ weight[item_ids].transpose(1, 2) + bias[item_ids].unsqueeze(1)
+            scores = self._scores(states, item_ids)
             return scores.masked_fill((item_ids < FIRST_ITEM_ID).unsqueeze(-2), SPECIAL_TOKEN_LOGIT)
+
+    def _scores(self, states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        """(batch, P, width of the states) with rows of the table, (C,) or each of the batch with its own (batch, C)."""
+        learnt, fixed = states[..., : self.in_features], states[..., self.in_features :]
+        weight, bias = self.weight[rows].to(states.dtype), self.bias[rows].to(states.dtype)
+        if bias.dim() == 1:
+            scores = nn.functional.linear(learnt, weight, bias)
+        else:
+            scores = learnt @ weight.mT + bias.unsqueeze(1)
+        if self.cooccurrence is not None and fixed.shape[-1]:
+            scores += fixed @ self.cooccurrence[rows].to(states.dtype).mT
+        return scores
+
+    def history_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the fixed vectors are multiplied with at some positions or all: the mean of a history's own.
+
+        An item counts half as much as one that is one nearer.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 0 for items that do not count.
+            positions: (batch, P); None: all.
+
+        Returns:
+            (batch, P, co-occurrence size); 0 for a history without items.
+        """
+        assert self.cooccurrence is not None  # for the type checker
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = places.expand_as(input_ids) if positions is None else positions
+        distances = (positions.unsqueeze(2) - places).abs()
+        is_item = input_ids >= FIRST_ITEM_ID
+        if attention_mask is not None and attention_mask.dim() == 2:
+            is_item = is_item & (attention_mask != 0)
+        is_item = is_item.unsqueeze(1)
+        weights = (-math.log(2) * distances).masked_fill(~is_item, -torch.inf).softmax(dim=2)
+        vectors = self.cooccurrence[input_ids].float()
+        return weights.masked_fill(~is_item, 0) @ vectors
 
 
 class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
@@ -456,6 +502,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         # A resize hands over a plain nn.Linear.
         self.decoder.weight, self.decoder.bias = value.weight, value.bias
+        if self.decoder.cooccurrence is not None:
+            added = value.out_features - len(self.decoder.cooccurrence)
+            self.decoder.cooccurrence = nn.functional.pad(self.decoder.cooccurrence, (0, 0, 0, added))
         self.decoder.out_features = value.out_features
 
     @can_return_tuple
@@ -486,7 +535,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             label_positions: (batch, P) where `labels` has something to predict, padded with -1. With labels, head
                 and loss are computed there only, and nothing waits for the device to count them.
             prediction_positions: (batch, P) where to compute the head. None: everywhere.
-            prediction_states: (batch, P, hidden size) of an earlier call, in place of the input: the same
+            prediction_states: (batch, P, width) of an earlier call, in place of the input: the same
                 positions, scored for other `item_ids`.
             item_ids: (C,) or (batch, C) token ids to score; or a range of them, whose rows of the item table are read
                 where they are and not looked up. None: all.
@@ -526,6 +575,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 seen = None if seen is None else seen[is_label]
                 sampled = [_at_labels(values, is_label) for values in sampled]
             prediction_states = self.head(states)
+            if self.config.cooccurrence_size and not self.training:
+                if input_ids is None:
+                    raise ValueError("with a cooccurrence_size, expected input_ids, whose fixed vectors are added up")
+                fixed = self.decoder.history_states(input_ids, attention_mask, prediction_positions)
+                prediction_states = torch.cat((prediction_states, fixed.to(prediction_states.dtype)), dim=-1)
         loss = None
         if labels is not None:
             item_loss = self.config.item_loss if self.training else "softmax"
@@ -617,7 +671,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
 
         Args:
-            prediction_states: (batch, 1, hidden size), from `forward`.
+            prediction_states: (batch, 1, hidden size + co-occurrence size), from `forward`.
             target_ids: As in `rank`; None: no ranks.
             top_k: As in `recommend`; None: no items.
             candidate_ids, exclude_ids: As in `recommend`.
@@ -666,7 +720,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """Grow the catalogue: tokenizer, item table and bias together.
 
         A new item starts as the mean of the old ones, so that it is recommended no more than an average item before
-        it is trained. What is known of the old items stays as it is.
+        it is trained; its fixed vector, if the model has those, is 0. What is known of the old items stays as it is.
 
         Args:
             tokenizer: The model's `Bert4RecTokenizer`.
@@ -692,18 +746,22 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores of `recommend`."""
+        """(batch, width + 1): their dot products with `item_vectors` are the scores of `recommend`."""
         states = self._mask_states(input_ids, attention_mask).squeeze(1).float()
         return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
-        """(number of items, hidden size + 1), the bias last; row i is the item of token id i + 3."""
-        vectors = torch.cat((self.decoder.weight, self.decoder.bias.unsqueeze(1)), dim=1)
+        """(number of items, width + 1), the bias last; row i is the item of token id i + 3.
+
+        The width is the hidden size, and the co-occurrence size besides.
+        """
+        fixed = [] if self.decoder.cooccurrence is None else [self.decoder.cooccurrence]
+        vectors = torch.cat((self.decoder.weight, *fixed, self.decoder.bias.unsqueeze(1)), dim=1)
         return vectors[FIRST_ITEM_ID:].float()
 
     def _mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch, 1, hidden size) at the last [MASK] of each history."""
+        """(batch, 1, width of the states) at the last [MASK] of each history."""
         if self.training:
             raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
         self._check_ids(input_ids)

@@ -35,7 +35,7 @@ from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutpu
 from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
-from .cooccurrence import start_from_cooccurrence
+from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .learning_curve import training_record, write_training
 from .metrics import (
@@ -527,7 +527,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
 
     64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
     at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
-    weights as plain ones four times as wide have.
+    weights as plain ones four times as wide have; fixed vectors of 512 where items are rare, of at most 100,000.
 
     Args:
         num_events, num_items: Of the training part and the catalogue.
@@ -535,10 +535,15 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     """
     are_rare = _are_rare(num_events, num_items)
     hidden_size = 64 if num_events < WIDE_FROM else 128
+    cooccurrence_size = 0
     if are_rare and num_items <= TOO_MANY_ITEMS:
-        hidden_size = 256
+        hidden_size, cooccurrence_size = 256, 512
     hidden_size = given.get("hidden_size", hidden_size)
-    chosen: dict[str, Any] = {"hidden_size": hidden_size, "hidden_dropout_prob": 0.5 if are_rare else 0.1}
+    chosen: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "hidden_dropout_prob": 0.5 if are_rare else 0.1,
+        "cooccurrence_size": cooccurrence_size,
+    }
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
     if given.get("gated_feed_forward", True):
@@ -588,6 +593,8 @@ def train_prepared(
             "filter_seen_items": preparation["filter_seen_items"],
         }
         num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
+        if args.item_initialization == "random":
+            architecture = {"cooccurrence_size": 0} | architecture
         chosen = default_architecture(num_events, num_items, architecture)
         config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
         model = Bert4RecForMaskedItemPrediction(config)
@@ -595,6 +602,8 @@ def train_prepared(
             # The mean saves small logs two thirds of their epochs; large ones end no better, and rare items worse.
             with_mean = num_events < WIDE_FROM and not _are_rare(num_events, num_items)
             start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
+        if config.cooccurrence_size:
+            keep_cooccurrence(model, histories, num_items, seed=args.seed)
         tokenizer.model_max_length = config.max_position_embeddings
     else:
         model = load_model(model_name_or_path)

@@ -18,9 +18,11 @@ from bert4rec_hf import (
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.cooccurrence import (
     NEIGHBOUR_POWER,
+    FIXED_SCORE,
     SCALE,
     WINDOW,
     cooccurrence_vectors,
+    keep_cooccurrence,
     start_from_cooccurrence,
 )
 
@@ -108,6 +110,20 @@ def test_the_first_layer_hands_on_the_mean_of_a_history():
     start_from_cooccurrence(model, histories, num_items, with_mean=False, seed=1)
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"model.embeddings.item_embeddings.weight", "decoder.weight"}
+
+
+def test_fixed_vectors_are_those_of_co_occurrence_of_a_length_that_is_fixed_too():
+    histories, num_items = made(["abcabd", "badcba", "efefgh", "k"])
+    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, cooccurrence_size=6)
+    model = Bert4RecForMaskedItemPrediction(config)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    keep_cooccurrence(model, histories, num_items, seed=2)
+    fixed, vectors = model.decoder.cooccurrence[FIRST_ITEM_ID:], cooccurrence_vectors(histories, num_items, 6, seed=2)
+    assert float(fixed.square().sum(dim=1).mean()) == pytest.approx(FIXED_SCORE)
+    torch.testing.assert_close(fixed, vectors * float(fixed.norm() / vectors.norm()))
+    assert not model.decoder.cooccurrence[:FIRST_ITEM_ID].any()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"decoder.cooccurrence"}
 
 
 def test_items_of_different_users_have_nothing_in_common():

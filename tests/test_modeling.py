@@ -55,6 +55,8 @@ def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)
+    if model.decoder.cooccurrence is not None:
+        nn.init.normal_(model.decoder.cooccurrence[FIRST:])
     return model.eval()
 
 
@@ -69,6 +71,11 @@ def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPredictio
 
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def plain_model(request) -> Bert4RecForMaskedItemPrediction:
+    return make_model(**request.param)
+
+
+@pytest.fixture(params=[*ARCHITECTURES.values(), {"cooccurrence_size": 5}], ids=[*ARCHITECTURES, "cooccurrence"])
 def model(request) -> Bert4RecForMaskedItemPrediction:
     return make_model(**request.param)
 
@@ -156,7 +163,8 @@ def test_later_items_influence_an_earlier_mask(model):
     assert (scores[0] - scores[1]).abs().max() > 0.05
 
 
-def test_inputs_embeds_stand_in_for_input_ids(model):
+def test_inputs_embeds_stand_in_for_input_ids(plain_model):
+    model = plain_model
     ids, mask = pad(HISTORIES)
     with torch.no_grad():
         embedded = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits[ids == MASK]
@@ -368,7 +376,8 @@ def test_no_logits_are_made_in_training_with_labels(model):
     assert model(**training_batch(), label_positions=LABEL_POSITIONS).logits is None
 
 
-def test_evaluation_returns_the_logits_and_the_loss_of_training(model):
+def test_evaluation_returns_the_logits_and_the_loss_of_training(plain_model):
+    model = plain_model
     trained = model.train()(**training_batch()).loss
     model.eval()
     outputs = model(**training_batch())
@@ -456,7 +465,8 @@ def test_losses_of_two_halves_add_up_to_that_of_the_whole(model, as_tensor):
     assert halves[1] > 0.1
 
 
-def test_the_loss_is_the_cross_entropy_over_items_alone(model):
+def test_the_loss_is_the_cross_entropy_over_items_alone(plain_model):
+    model = plain_model
     batch = training_batch()
     outputs = model(**batch)
     states = outputs.prediction_states[[0, 0, 1], [1, 2, 0]]
@@ -472,7 +482,8 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(model):
 
 @pytest.mark.parametrize("positions", [None, LABEL_POSITIONS], ids=["labels-only", "label-positions"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
+def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(plain_model, positions, training):
+    model = plain_model
     model.config.filter_seen_items = True
     model.train(training)
     # Item 9 is seen in both rows; in the second it is a label as well.
@@ -486,6 +497,70 @@ def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels
     alternatives[[[0, 0], [1, 1], [2, 2]], [[9, 11], [9, 11], [12, 12]]] = False
     sums = logits.masked_fill(~alternatives, -torch.inf).logsumexp(dim=1)
     torch.testing.assert_close(loss, (sums - logits[range(3), [5, 17, 9]]).mean())
+
+
+def test_of_a_history_items_count_half_as_much_as_those_one_nearer():
+    model = make_model(cooccurrence_size=VOCAB)
+    model.decoder.cooccurrence.copy_(torch.eye(VOCAB))
+    # [PAD], [UNK] and what is not attended to count for nothing.
+    ids = torch.tensor([[5, 9, MASK, 0, 0], [0, 0, 0, 0, MASK], [9, 2, 5, MASK, 7], [8, 9, 5, MASK, 0]])
+    mask = (ids != PAD).long()
+    mask[3, 0] = 0
+    expected = torch.zeros(4, VOCAB)
+    expected[0, [5, 9]] = torch.tensor([1 / 3, 2 / 3])
+    expected[2, [9, 5, 7]] = torch.tensor([1 / 9, 4 / 9, 4 / 9])
+    expected[3, [9, 5]] = torch.tensor([1 / 3, 2 / 3])
+    positions = torch.tensor([[2], [4], [3], [3]])
+    torch.testing.assert_close(model.decoder.history_states(ids, mask, positions).squeeze(1), expected)
+    everywhere = model.decoder.history_states(ids, mask, None)
+    torch.testing.assert_close(everywhere[range(4), positions.flatten()], expected)
+    # As far as floats reach, and farther.
+    far = torch.tensor([[9, *[2] * 300, MASK]])
+    assert model.decoder.history_states(far, None, torch.tensor([[301]]))[0, 0, 9] == 1
+
+
+def test_what_is_fixed_is_added_to_the_scores_wherever_items_are_ranked_and_not_in_training():
+    plain, model = make_model(), make_model(cooccurrence_size=5)
+    assert "decoder.cooccurrence" not in plain.state_dict()
+    ids, mask = pad(HISTORIES)
+    positions = (ids == MASK).nonzero()[:, 1:]
+    with torch.no_grad():
+        added = model.decoder.history_states(ids, mask, positions).squeeze(1) @ model.decoder.cooccurrence.T
+    scores = mask_scores(model, ids, mask)
+    torch.testing.assert_close(scores[:, FIRST:], (mask_scores(plain, ids, mask) + added)[:, FIRST:])
+    assert added[:3].abs().max() > 0.1
+    products = model.user_vectors(ids, mask) @ model.item_vectors().T
+    torch.testing.assert_close(products, scores[:, FIRST:])
+    # What is not to be learnt changes no gradient; the loss of evaluation is that of the scores.
+    for one in (plain, model):
+        one.train()(**training_batch()).loss.backward()
+    for name, gradient in gradients(plain).items():
+        assert torch.equal(gradients(model)[name], gradient)
+    outputs = model.eval()(**training_batch())
+    logits = outputs.logits[[0, 0, 1], [1, 2, 0], FIRST:]
+    expected = torch.nn.functional.cross_entropy(logits, training_batch()["labels"][[0, 0, 1], [1, 2, 0]] - FIRST)
+    torch.testing.assert_close(outputs.loss, expected)
+    with pytest.raises(ValueError, match="cooccurrence_size, expected input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
+
+
+def test_an_item_that_is_new_has_no_fixed_vector():
+    model = make_model(cooccurrence_size=5)
+    tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
+    before = model.decoder.cooccurrence.clone()
+    assert model.add_items(tokenizer, ["new"]) == 1
+    assert torch.equal(model.decoder.cooccurrence[:-1], before)
+    assert not model.decoder.cooccurrence[-1].any()
+    assert len(model.decoder.cooccurrence) == VOCAB + 1
+
+
+def test_a_config_that_lacks_the_vectors_of_its_size_starts_without_them(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = Bert4RecConfig.from_pretrained(tmp_path, cooccurrence_size=4)
+    loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path, config=config)
+    assert torch.equal(loaded.decoder.cooccurrence, torch.zeros(VOCAB, 4))
+    with pytest.raises(Exception, match="cooccurrence_size must be at least 0; got -1"):
+        Bert4RecConfig(cooccurrence_size=-1)
 
 
 def test_the_softmax_loss_has_a_known_value():
@@ -525,8 +600,9 @@ def test_a_saved_folder_gives_the_same_scores_in_a_new_process(tmp_path):
     # One process for all architectures, since starting it takes longer than all else here.
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
     inputs = tokenizer([["0", "36", "5"], ["7"]], padding=True, return_tensors="pt")
-    models = [make_model(seed, **options) for seed, options in enumerate(ARCHITECTURES.values())]
-    folders = [tmp_path / name for name in ARCHITECTURES]
+    architectures = ARCHITECTURES | {"cooccurrence": {"cooccurrence_size": 5}}
+    models = [make_model(seed, **options) for seed, options in enumerate(architectures.values())]
+    folders = [tmp_path / name for name in architectures]
     for model, folder in zip(models, folders, strict=True):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -313,6 +313,21 @@ def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_pat
     assert not torch.equal(tables["random"][FIRST_ITEM_ID:], vectors)
 
 
+def test_a_model_of_rare_items_keeps_their_co_occurrences_unless_it_starts_at_random(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr("bert4rec_hf.trainer.RARE_BELOW", 10**6)
+    sizes = {}
+    for name, given in {"cooccurrence": {}, "random": {}, "told": {"cooccurrence_size": 3}}.items():
+        start = "random" if name == "told" else name
+        options = {"max_steps": 2, "item_initialization": start}
+        model = train_prepared(chain[0], arguments(tmp_path / name, **options), **SMALL, **given).model
+        sizes[name] = model.config.cooccurrence_size
+        loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / name)
+        if sizes[name]:
+            assert torch.equal(loaded.decoder.cooccurrence, model.decoder.cooccurrence)
+            assert float(loaded.decoder.cooccurrence.square().sum(1)[FIRST_ITEM_ID:].mean()) == pytest.approx(10)
+    assert sizes == {"cooccurrence": 512, "random": 0, "told": 3}
+
+
 @pytest.mark.parametrize(("rare_below", "wide_from"), [(0, 10**6), (10**6, 10**6), (0, 1)])
 def test_a_new_model_starts_with_the_mean_of_a_history_where_the_log_is_small_and_no_item_rare(
     chain, tmp_path, monkeypatch, rare_below, wide_from
@@ -416,22 +431,22 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
     small = default_architecture(90_000, 1_000, {})
     assert small == {
         "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 160, "gated_feed_forward": True,
-        "hidden_act": "silu", "hidden_dropout_prob": 0.1,
+        "hidden_act": "silu", "hidden_dropout_prob": 0.1, "cooccurrence_size": 0,
     }  # fmt: skip
     large = default_architecture(600_000, 20_000, {})
     assert (large["hidden_size"], large["num_attention_heads"], large["intermediate_size"]) == (128, 4, 320)
     assert large["hidden_dropout_prob"] == 0.1
     rare = default_architecture(599_999, 20_000, {})
     assert (rare["hidden_size"], rare["num_attention_heads"], rare["intermediate_size"]) == (256, 8, 672)
-    assert rare["hidden_dropout_prob"] == 0.5
+    assert (rare["hidden_dropout_prob"], rare["cooccurrence_size"]) == (0.5, 512)
     many = default_architecture(499_999, 100_001, {})
-    assert (many["hidden_size"], many["hidden_dropout_prob"]) == (64, 0.5)
+    assert (many["hidden_size"], many["hidden_dropout_prob"], many["cooccurrence_size"]) == (64, 0.5, 0)
     plain = default_architecture(
         500_000, 20_000, {"hidden_size": 48, "gated_feed_forward": False, "hidden_act": "relu"}
     )
     assert plain == {
         "hidden_size": 48, "intermediate_size": 192, "gated_feed_forward": False, "hidden_act": "relu",
-        "hidden_dropout_prob": 0.5,
+        "hidden_dropout_prob": 0.5, "cooccurrence_size": 512,
     }  # fmt: skip
 
 
