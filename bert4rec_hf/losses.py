@@ -135,9 +135,7 @@ def sampled_softmax_loss(
     Raises:
         ValueError: If `negative_ids` has another shape, or one of the log probabilities comes without the other.
     """
-    positive, negative, is_negative = _scores(
-        hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids
-    )
+    positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     if negative_log_probabilities is not None and positive_log_probabilities is not None:
         positive = positive - positive_log_probabilities
         negative = negative - negative_log_probabilities - math.log(max(negative_ids.shape[-1], 1))
@@ -161,9 +159,7 @@ def bpr_loss(
 
     Args, Returns, Raises: As in `sampled_softmax_loss`.
     """
-    positive, negative, is_negative = _scores(
-        hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids
-    )
+    positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     losses = -nn.functional.logsigmoid(positive.unsqueeze(1) - negative).masked_fill(~is_negative, 0)
     losses = losses.sum(dim=1) / is_negative.sum(dim=1).clamp(min=1)
     return _total(losses, labels, is_negative, num_items_in_batch)
@@ -190,9 +186,7 @@ def gbce_loss(
 
     Other Args, Returns, Raises: As in `sampled_softmax_loss`.
     """
-    positive, negative, is_negative = _scores(
-        hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids
-    )
+    positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     num_negatives = is_negative.sum(dim=1).to(positive.dtype)
     alpha = (num_negatives / max(len(item_weight) - 1, 1)).clamp(max=1)  # above 1 where an item was drawn twice
     of_positive = (1 - calibration * (1 - alpha)) * nn.functional.logsigmoid(positive)

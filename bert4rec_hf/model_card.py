@@ -32,10 +32,9 @@ PREPARE_DEFAULTS = {
 
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
-    "item_initialization", "mask_ratio", "train_windows", "hidden_size", "num_hidden_layers", "num_attention_heads",
-    "intermediate_size",
-    "gated_feed_forward", "hidden_dropout_prob", "max_position_embeddings", "position_embedding_type",
-    "normalization", "item_loss", "seed",
+    "item_initialization", "cooccurrence_size", "mask_ratio", "train_windows", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob", "max_position_embeddings",
+    "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
 
 # So many evaluations of a run in its table, the chosen one besides; training.json has all.

@@ -17,8 +17,8 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.cooccurrence import (
-    NEIGHBOUR_POWER,
     FIXED_SCORE,
+    NEIGHBOUR_POWER,
     SCALE,
     WINDOW,
     cooccurrence_vectors,
