@@ -477,8 +477,8 @@ class Bert4RecDecoder(nn.Linear):
             is_item = is_item & (attention_mask != 0)
         is_item = is_item.unsqueeze(1)
         weights = (-math.log(2) * distances).masked_fill(~is_item, -torch.inf).softmax(dim=2)
-        vectors = self.cooccurrence[input_ids].float()
-        return weights.masked_fill(~is_item, 0) @ vectors
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return weights.masked_fill(~is_item, 0) @ self.cooccurrence[input_ids].float()
 
 
 class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):

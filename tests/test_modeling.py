@@ -512,7 +512,8 @@ def test_of_a_history_items_count_half_as_much_as_those_one_nearer():
     expected[3, [9, 5]] = torch.tensor([1 / 3, 2 / 3])
     positions = torch.tensor([[2], [4], [3], [3]])
     torch.testing.assert_close(model.decoder.history_states(ids, mask, positions).squeeze(1), expected)
-    everywhere = model.decoder.history_states(ids, mask, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        everywhere = model.decoder.history_states(ids, mask, None)
     torch.testing.assert_close(everywhere[range(4), positions.flatten()], expected)
     # As far as floats reach, and farther.
     far = torch.tensor([[9, *[2] * 300, MASK]])
