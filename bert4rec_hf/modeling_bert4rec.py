@@ -387,7 +387,7 @@ class Bert4RecDecoder(nn.Linear):
     """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in.
 
     Beside it, if the config asks for them, fixed item vectors: what stands behind the hidden size of a state is
-    multiplied with these.
+    multiplied with these. They are a buffer, which is never sharded, and may be read anywhere.
     """
 
     cooccurrence: torch.Tensor | None

@@ -70,14 +70,13 @@ def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPredictio
     return model
 
 
-@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
-def plain_model(request) -> Bert4RecForMaskedItemPrediction:
-    return make_model(**request.param)
-
-
 @pytest.fixture(params=[*ARCHITECTURES.values(), {"cooccurrence_size": 5}], ids=[*ARCHITECTURES, "cooccurrence"])
 def model(request) -> Bert4RecForMaskedItemPrediction:
     return make_model(**request.param)
+
+
+# Of that fixture, those without fixed vectors.
+PLAIN = pytest.mark.parametrize("model", [*ARCHITECTURES.values()], ids=[*ARCHITECTURES], indirect=True)
 
 
 def pad(rows: list[list[int]], side: str = "right", length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,8 +162,8 @@ def test_later_items_influence_an_earlier_mask(model):
     assert (scores[0] - scores[1]).abs().max() > 0.05
 
 
-def test_inputs_embeds_stand_in_for_input_ids(plain_model):
-    model = plain_model
+@PLAIN
+def test_inputs_embeds_stand_in_for_input_ids(model):
     ids, mask = pad(HISTORIES)
     with torch.no_grad():
         embedded = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits[ids == MASK]
@@ -376,8 +375,8 @@ def test_no_logits_are_made_in_training_with_labels(model):
     assert model(**training_batch(), label_positions=LABEL_POSITIONS).logits is None
 
 
-def test_evaluation_returns_the_logits_and_the_loss_of_training(plain_model):
-    model = plain_model
+@PLAIN
+def test_evaluation_returns_the_logits_and_the_loss_of_training(model):
     trained = model.train()(**training_batch()).loss
     model.eval()
     outputs = model(**training_batch())
@@ -465,8 +464,8 @@ def test_losses_of_two_halves_add_up_to_that_of_the_whole(model, as_tensor):
     assert halves[1] > 0.1
 
 
-def test_the_loss_is_the_cross_entropy_over_items_alone(plain_model):
-    model = plain_model
+@PLAIN
+def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     batch = training_batch()
     outputs = model(**batch)
     states = outputs.prediction_states[[0, 0, 1], [1, 2, 0]]
@@ -482,8 +481,8 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(plain_model):
 
 @pytest.mark.parametrize("positions", [None, LABEL_POSITIONS], ids=["labels-only", "label-positions"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(plain_model, positions, training):
-    model = plain_model
+@PLAIN
+def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
     model.config.filter_seen_items = True
     model.train(training)
     # Item 9 is seen in both rows; in the second it is a label as well.
