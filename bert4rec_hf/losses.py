@@ -38,7 +38,10 @@ def softmax_loss(
     Returns:
         A scalar; 0 with zero gradients if no label counts.
     """
-    loss = _CrossEntropy.apply(hidden_states, item_weight, item_bias, labels, excluded_ids)
+    inputs = (hidden_states, item_weight, item_bias)
+    if not torch.is_grad_enabled():  # a view of a parameter asks for its gradient all the same
+        inputs = (hidden_states.detach(), item_weight.detach(), item_bias.detach())
+    loss = _CrossEntropy.apply(*inputs, labels, excluded_ids)
     return _per_label(loss, labels, num_items_in_batch)
 
 

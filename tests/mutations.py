@@ -24,6 +24,8 @@ MUTATIONS = {
          "test_exact_training.py::test_accumulated_small_batches_give_the_update_of_one_big_batch[ours]"),
         ("an excluded label is lost", "        logits.scatter_(1, index, of_labels)\n", "",
          "test_losses.py::test_excluded_items_are_out_of_the_softmax_but_not_the_label"),
+        ("evaluation makes gradients", "if not torch.is_grad_enabled():", "if False:",
+         "test_losses.py::test_without_gradients_the_softmax_is_one_multiplication"),
         ("seen items are negatives", "is_negative &= ~_are_among(negative_ids, excluded_ids)", "pass",
          "test_losses.py::test_a_loss_is_that_of_a_loop_over_positions_and_negatives"),
     ],

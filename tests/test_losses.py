@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_modeling import NoSynchronization, gradients, make_model, training_batch
 from test_trainer import arguments, write_chain
+from torch.utils.flop_counter import FlopCounterMode
 
 from bert4rec_hf import (
     Bert4RecConfig,
@@ -537,6 +538,17 @@ def test_a_large_softmax_in_chunks_is_the_same(monkeypatch, dtype, exclude):
         in_half = softmax_loss(half, *tensors[1:], labels, torch.tensor(200), excluded_ids=excluded_ids)
     torch.testing.assert_close(in_half.double(), whole[0].double(), rtol=2e-2, atol=2e-2)
     assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, tensors))
+
+
+def test_without_gradients_the_softmax_is_one_multiplication():
+    states, table, bias = torch.randn(5, 8), torch.nn.Parameter(torch.randn(53, 8)), torch.nn.Parameter(torch.randn(53))
+    labels = torch.arange(5)
+    one, flops = 2 * 5 * 50 * 8, []
+    for with_gradients in (False, True):
+        with torch.set_grad_enabled(with_gradients), FlopCounterMode(display=False) as counter:
+            softmax_loss(states, table[3:], bias[3:], labels)  # the rows behind the special tokens, as in the model
+        flops.append(counter.get_total_flops())
+    assert flops == [one, 3 * one]
 
 
 @pytest.fixture(scope="module")
