@@ -58,6 +58,13 @@ def before(histories: pd.DataFrame, part: str) -> pd.Series:
     return histories[f"{part}_position"].where(histories[f"{part}_position"] >= 0, histories["item_id"].map(len))
 
 
+def validation_targets(histories: pd.DataFrame) -> pd.DataFrame:
+    """user_id and item_id of those who have one."""
+    rows = histories[histories["validation_position"] >= 0]
+    targets = [items[place] for items, place in zip(rows["item_id"], rows["validation_position"], strict=True)]
+    return pd.DataFrame({"user_id": rows["user_id"], "item_id": targets})
+
+
 def read_histories(file: str | Path) -> pd.DataFrame:
     """One user a row; the position of a target that is missing is -1."""
     histories = pq.read_table(file).select(
@@ -253,10 +260,7 @@ def implicit(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
             found.append(best[scores > 0])  # where few items have a score, those that the user has had fill the list
         return listed(histories["user_id"].to_numpy()[rows], [items[best] for best in found])
 
-    has_target = histories[histories["validation_position"] >= 0]
-    places = has_target["validation_position"]
-    targets = [items[place] for items, place in zip(has_target["item_id"], places, strict=True)]
-    targets = pd.DataFrame({"user_id": has_target["user_id"], "item_id": targets})
+    targets = validation_targets(histories)
     train = matrix(histories["train_end"])
     best, model = -1.0, None
     for name in settings["models"]:

@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from peer_worker import RECTOOLS, before, events, read_histories, recbole_trainer, rectools_dataset, versions
+from peer_worker import (
+    RECTOOLS,
+    before,
+    events,
+    read_histories,
+    recbole_trainer,
+    rectools_dataset,
+    validation_targets,
+    versions,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
@@ -53,13 +62,6 @@ def pasts(histories: pd.DataFrame, part: str = "test") -> list[list[str]]:
     """What each user of a part had before the target."""
     rows = histories[histories[f"{part}_position"] >= 0]
     return [list(items[:end]) for items, end in zip(rows["item_id"], rows[f"{part}_position"], strict=True)]
-
-
-def validation_targets(histories: pd.DataFrame, items: pd.Index) -> torch.Tensor:
-    """The places among the items of what the users of `pasts(histories, "validation")` took next."""
-    rows = histories[histories["validation_position"] >= 0]
-    targets = [history[place] for history, place in zip(rows["item_id"], rows["validation_position"], strict=True)]
-    return torch.from_numpy(items.get_indexer(targets))
 
 
 def ndcg(scores: torch.Tensor, targets: torch.Tensor) -> float:
@@ -427,7 +429,8 @@ def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[
     watch = Stopwatch()
     shape = {"hidden_size": 64, "length": options["length"], "batch": 32}
     trainer, items, score = bert_by_hand(histories, shape, num_train_epochs=options["epochs"], seed=42)
-    past, targets = pasts(histories, "validation"), validation_targets(histories, items)
+    past = pasts(histories, "validation")
+    targets = torch.from_numpy(items.get_indexer(validation_targets(histories)["item_id"]))
 
     class Watching(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
@@ -455,7 +458,7 @@ def quality_of_replay(data: Path, histories: pd.DataFrame, options: dict) -> lis
     length = 100
     model, rows, items, sequences, trainer = replay_by_defaults(histories, hidden_size=256, max_seq_len=length)
     past = DataLoader(Bert4RecPredictionDataset(sequences(pasts(histories, "validation")), length), RANKED_AT_ONCE)
-    targets = validation_targets(histories, items)
+    targets = torch.from_numpy(items.get_indexer(validation_targets(histories)["item_id"]))
 
     class Watching(Callback):
         def on_train_epoch_start(self, trainer, module):
