@@ -108,7 +108,13 @@ class PrepareArguments:
     event_columns: list[str] | None = field(default=None, metadata={"help": "Columns to carry along."})
     split: str = field(
         default="leave-one-out",
-        metadata={"choices": ["leave-one-out", "temporal"], "help": "How targets are held out."},
+        metadata={
+            "choices": ["leave-one-out", "temporal", "none"],
+            "help": "How targets are held out; none: all events train, for a model that serves.",
+        },
+    )
+    validation: bool = field(
+        default=True, metadata={"help": "Hold out validation targets too; false: only those of the test."}
     )
     validation_cut: str = field(
         default="0.8", metadata={"help": "Temporal split: a share of the events, a time or an ISO date."}
@@ -266,10 +272,13 @@ def prepare(arguments: Sequence[str]) -> None:
         f"{'no times' if tied is None else f'tied times {tied:.1%}'}, "
         f"cold targets {statistics['share_cold_targets']:.1%}"
     )
-    print(
-        f"{preparation['split']['name']}: {statistics['num_validation_targets']:,} validation and "
-        f"{statistics['num_test_targets']:,} test targets"
-    )
+    if preparation["split"]["name"] == "none":
+        print("no targets held out: all events train")
+    else:
+        print(
+            f"{preparation['split']['name']}: {statistics['num_validation_targets']:,} validation and "
+            f"{statistics['num_test_targets']:,} test targets"
+        )
     chosen = "as told" if options.max_length else "the shortest of 50, 100, 200 that holds three quarters"
     print(f"history length {preparation['max_length']} ({chosen})")
     if options.filter_seen_items is not None:
@@ -303,7 +312,9 @@ def train(arguments: Sequence[str]) -> None:
     )
     if trainer.is_world_process_zero():
         folder = training_arguments.output_dir
-        print(f"wrote {folder}; next: bert4rec evaluate {folder} --data {options.data}")
+        held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
+        following = f"evaluate {folder} --data {options.data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
+        print(f"wrote {folder}; next: bert4rec {following}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:

@@ -461,11 +461,13 @@ def _split(value: Any) -> dict[str, Any] | str:
     split, modes = value.get("split") or {"LS": "valid_and_test"}, value.get("mode") or "full"
     if not isinstance(split, dict) or "LS" not in split:
         return f"prepare splits leave-one-out or at a time (--split temporal), not by {split}"
-    remarks = [f"both validation and test targets are held out, not {split['LS']}"] * (split["LS"] != "valid_and_test")
+    options = {"--split": "leave-one-out"} | ({"--validation": "false"} if split["LS"] == "test_only" else {})
+    both = split["LS"] in ("valid_and_test", "test_only")
+    remarks = [] if both else [f"both validation and test targets are held out, not {split['LS']}"]
     remarks += ["events are ordered by time"] * (value.get("order", "TO") != "TO")
     if any(mode != "full" for mode in (modes.values() if isinstance(modes, dict) else [modes])):
         remarks.append(f"all items are ranked, not {modes}; bert4rec evaluate --protocol paper ranks among 100")
-    return {"--split": "leave-one-out"} | ({"#": "; ".join(remarks)} if remarks else {})
+    return options | ({"#": "; ".join(remarks)} if remarks else {})
 
 
 def _model(value: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def histories(
     duplicates: str = "keep",
     event_columns: Sequence[str] = (),
     split: str = "leave-one-out",
+    validation: bool = True,
     validation_cut: float | str | date = 0.8,
     test_cut: float | str | date = 0.9,
 ) -> ir.Table:
@@ -134,6 +136,8 @@ def histories(
             unless the user has fewer than 3 events. The k-core is that of the whole log. "temporal": one cut
             in time for all users; the targets are each user's first event at or after the cut. The k-core is
             that of the events before the validation cut; it decides who trains, all users and events stay.
+            "none": no targets, all events train: for a model that serves, once a split has told how good it is.
+        validation: False: no validation targets; what they are taken from trains, a temporal split has one cut.
         validation_cut: A share of all events between 0 and 1, or a value of the time column, or an ISO date
             (in UTC; for a column of numbers it is taken as seconds since 1970). Events before it train.
         test_cut: Likewise.
@@ -160,6 +164,7 @@ def histories(
         duplicates=duplicates,
         event_columns=event_columns,
         split=split,
+        validation=validation,
         validation_cut=validation_cut,
         test_cut=test_cut,
     )
@@ -181,6 +186,7 @@ def prepare(
     duplicates: str = "keep",
     event_columns: Sequence[str] = (),
     split: str = "leave-one-out",
+    validation: bool = True,
     validation_cut: float | str | date = 0.8,
     test_cut: float | str | date = 0.9,
     item_titles: Mapping[str, str] | str | Path | None = None,
@@ -196,7 +202,7 @@ def prepare(
         source: A log as `read_log` takes it, an Ibis table of events, or the name of one of `NAMED_DATASETS`.
         output: The folder to write.
         user_column, item_column, time_column, sequence_column, rating_column, min_rating, min_user_events,
-            min_item_events, duplicates, event_columns, split, validation_cut, test_cut: As in `histories`.
+            min_item_events, duplicates, event_columns, split, validation, validation_cut, test_cut: As in `histories`.
         item_titles: Titles by raw item id, or a CSV or Parquet file with `item_column` and a column `title`.
         max_length: Of the model's input; None: `default_max_length`.
         filter_seen_items: Whether serving leaves out a user's past items; None: `default_filter_seen_items`.
@@ -233,6 +239,7 @@ def prepare(
         duplicates=duplicates,
         event_columns=event_columns,
         split=split,
+        validation=validation,
         validation_cut=validation_cut,
         test_cut=test_cut,
     )
@@ -247,9 +254,9 @@ def prepare(
         written = ibis.duckdb.connect().read_parquet(folder / HISTORIES_FILE)
         catalogue = _item_counts(written, split, min_item_events)
         statistics = _statistics(written, catalogue, split) | origin["statistics"]
-        if statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
+        if split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
             raise ValueError(
-                f"none of the {statistics['num_users']} users has a target: leave-one-out needs 3 "
+                f"none of the {statistics['num_users']} users has a target: leave-one-out needs {2 + validation} "
                 f"events of a user, the longest history has {statistics['history_length']['max']}; loosen "
                 "--min_rating, --min_item_events or --duplicates, or use --split temporal"
             )
@@ -310,13 +317,14 @@ def _histories(
     duplicates: str,
     event_columns: Sequence[str],
     split: str,
+    validation: bool,
     validation_cut: float | str | date,
     test_cut: float | str | date,
 ) -> tuple[ir.Table, dict[str, Any]]:
     """The histories, and what only the log can tell: statistics of the source, the split with its cuts."""
     for name, value, choices in (
         ("duplicates", duplicates, ("keep", "drop", "drop_consecutive")),
-        ("split", split, ("leave-one-out", "temporal")),
+        ("split", split, ("leave-one-out", "temporal", "none")),
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
@@ -358,20 +366,26 @@ def _histories(
         if events.count().execute() == 0:
             raise ValueError(nobody_left)
     events = _drop_duplicates(events, duplicates)
-    cuts = _resolve_cuts(events, validation_cut, test_cut) if split == "temporal" else None
+    cuts = None
+    if split == "temporal":
+        cuts = _resolve_cuts(events, *([validation_cut] if validation else []), test_cut)
     training = events if cuts is None else events.filter(events.timestamp < cuts[0])
     users, items = _core(training, min_user_events, min_item_events)
     if users is not None and users.count().execute() == 0:
         raise ValueError(nobody_left)
 
+    description: dict[str, Any] = {"name": split}
+    if split != "none":
+        description["validation"] = validation
     if cuts is not None:
-        table = _collect(events, event_columns, cuts, users)
-        description = {"name": split, "validation_cut": _plain(cuts[0]), "test_cut": _plain(cuts[1])}
+        table = _collect(events, event_columns, len(cuts), cuts, users)
+        names = ("validation_cut", "test_cut")[-len(cuts) :]
+        description |= {name: _plain(cut) for name, cut in zip(names, cuts, strict=True)}
     else:
         if users is not None:
             events = events.semi_join(users, "user_id").semi_join(items, "item_id")
-        table = _collect(events, event_columns)
-        description = {"name": split}
+        num_targets = 0 if split == "none" else 1 + validation
+        table = _collect(events, event_columns, num_targets)
     return table, {"statistics": statistics, "split": description, "time_column": time_column}
 
 
@@ -542,32 +556,32 @@ def _frequent(events: ir.Table, column: str, minimum: int) -> ir.Table:
     return _stored(counted.filter(counted.number >= minimum).select(column))
 
 
-def _resolve_cuts(events: ir.Table, *cuts: float | str | date) -> tuple[Any, Any]:
-    """Both cuts as values of the time column; raises if a part of the split would have no events."""
+def _resolve_cuts(events: ir.Table, *cuts: float | str | date) -> list[Any]:
+    """The cuts, of validation and test or of test alone, as values of the time column.
+
+    Raises if a part of the split would have no events.
+    """
     num_events = int(events.count().execute())
-    validation, test = (_cut_value(events, num_events, cut) for cut in cuts)
-    if not validation < test:
+    values = [_cut_value(events, num_events, cut) for cut in cuts]
+    if len(values) == 2 and not values[0] < values[1]:
         raise ValueError(
             f"validation_cut must lie before test_cut; {cuts[0]} and {cuts[1]} mean the times "
-            f"{_plain(validation)} and {_plain(test)}"
+            f"{_plain(values[0])} and {_plain(values[1])}"
         )
     time = events.timestamp
-    row = events.aggregate(
-        train=(time < validation).sum(),
-        validation=((time >= validation) & (time < test)).sum(),
-        test=(time >= test).sum(),
-        first=time.min(),
-        last=time.max(),
-    )
-    row = row.to_pyarrow().to_pylist()[0]
-    if not (row["train"] and row["validation"] and row["test"]):
+    before = {f"before_{number}": (time < value).sum() for number, value in enumerate(values)}
+    row = events.aggregate(**before, first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
+    edges = [0, *(row[name] for name in before), num_events]
+    parts = [after - before for before, after in pairwise(edges)]
+    if not all(parts):
+        between = f", {parts[1]} between" if len(values) == 2 else ""
         raise ValueError(
-            f"the cuts {_plain(validation)} and {_plain(test)} leave {row['train']} events before, "
-            f"{row['validation']} between and {row['test']} after them; expected some in each. The log goes "
-            f"from {_plain(row['first'])} to {_plain(row['last'])} (where times are numbers, a date is taken "
-            "as seconds since 1970); choose other --validation_cut and --test_cut"
+            f"cuts at {' and '.join(str(_plain(value)) for value in values)} leave {parts[0]} events before{between} "
+            f"and {parts[-1]} after them; expected some in each. The log goes from {_plain(row['first'])} to "
+            f"{_plain(row['last'])} (where times are numbers, a date is taken as seconds since 1970); choose other "
+            "--validation_cut and --test_cut"
         )
-    return validation, test
+    return values
 
 
 def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
@@ -602,41 +616,40 @@ def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
 def _collect(
     events: ir.Table,
     event_columns: Sequence[str],
-    cuts: tuple[Any, Any] | None = None,
+    num_targets: int,
+    cuts: Sequence[Any] | None = None,
     users: ir.Table | None = None,
 ) -> ir.Table:
-    """One row a user, with the positions of the split: leave-one-out, or temporal if cuts are given.
+    """One row a user, with the positions of the split: the last events, or temporal if cuts are given.
 
     Args:
         events: What is to be in the histories.
         event_columns: As in `histories`.
-        cuts: Of validation and test.
+        num_targets: Of a user: 2 for validation and test, 1 for test, or 0.
+        cuts: As many, in this order.
         users: With cuts: the users that train (None: all).
     """
     # A sorted array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
     fields = _order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
-    numbers = {"_number": events.count()}
-    if cuts is not None:
-        numbers["_validation"] = (events.timestamp < cuts[0]).sum()
-        numbers["_test"] = (events.timestamp < cuts[1]).sum()
-    table = events.group_by("user_id").aggregate(_events=ibis.struct(fields).collect(), **numbers)
+    before = {f"_before_{number}": (events.timestamp < cut).sum() for number, cut in enumerate(cuts or ())}
+    table = events.group_by("user_id").aggregate(
+        _events=ibis.struct(fields).collect(), _number=events.count(), **before
+    )
     table = table.mutate(_events=table._events.sort())
 
-    number, nothing = table._number, ibis.null("int32")
+    nothing = ibis.null("int32")
     if cuts is None:
-        has_targets = number >= 3
-        train_end = has_targets.ifelse(number - 2, number)
-        validation_position = has_targets.ifelse((number - 2).cast("int32"), nothing)
-        test_position = has_targets.ifelse((number - 1).cast("int32"), nothing)
+        has_targets = table._number > num_targets
+        ends = [table._number - number for number in range(num_targets, -1, -1)]  # of training part and targets
+        train_end = has_targets.ifelse(ends[0], table._number)
+        positions = [has_targets.ifelse(end.cast("int32"), nothing) for end in ends[:-1]]
     else:
-        if users is None:
-            train_end = table._validation
-        else:
+        if users is not None:
             table = table.left_join(users.select(_trains="user_id"), [("user_id", "_trains")])
-            train_end = table._trains.notnull().ifelse(table._validation, 0)
-        number, before_validation, before_test = table._number, table._validation, table._test
-        validation_position = (before_test > before_validation).ifelse(before_validation.cast("int32"), nothing)
-        test_position = (number > before_test).ifelse(before_test.cast("int32"), nothing)
+        ends = [*(table[name] for name in before), table._number]
+        train_end = ends[0] if users is None else table._trains.notnull().ifelse(ends[0], 0)
+        positions = [(after > end).ifelse(end.cast("int32"), nothing) for end, after in pairwise(ends)]
+    validation_position, test_position = ([nothing] * 2 + positions)[-2:]
     names = [name for name in ("item_id", "timestamp", *event_columns) if name in fields]
     arrays = {name: table._events.map(lambda event, name=name: event[name]) for name in names}
     return table.select(

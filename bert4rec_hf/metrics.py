@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 from .configuration_bert4rec import FIRST_ITEM_ID
 from .losses import IGNORE_INDEX
-from .splits import Histories
+from .splits import PARTS, Histories
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 COVERAGE_CUTOFF = 10
@@ -28,7 +28,7 @@ class Protocol:
     """How a number came about; none is stored or printed without it.
 
     Attributes:
-        split: "leave-one-out" or "temporal", with its cuts.
+        split: "leave-one-out" or "temporal", with its cuts, and whether there was no validation.
         part: "validation" or "test".
         candidates: What each target was ranked among.
         filter_seen_items: Whether a user's past items were left out, and a target among them a miss.
@@ -67,11 +67,11 @@ class Protocol:
         ]
         known = targets >= FIRST_ITEM_ID
         split = preparation["split"]
-        cuts = ""
-        if split["name"] == "temporal":
-            cuts = f" (validation from {split['validation_cut']}, test from {split['test_cut']})"
+        notes = [f"{name} from {split[f'{name}_cut']}" for name in PARTS if f"{name}_cut" in split]
+        if not split.get("validation", True):
+            notes.append("no validation targets, which train")
         return cls(
-            split=split["name"] + cuts,
+            split=split["name"] + (f" ({', '.join(notes)})" if notes else ""),
             part=part,
             candidates=f"all {num_items} items",
             filter_seen_items=filter_seen_items,

@@ -28,6 +28,7 @@ THIS_FOLDER = "path-or-hub-id-of-this-folder"
 PREPARE_DEFAULTS = {
     "user_column": "user_id", "item_column": "item_id", "time_column": "timestamp", "rating_column": "rating",
     "min_user_events": 1, "min_item_events": 1, "duplicates": "keep", "split": "leave-one-out",
+    "validation": True,
 }  # fmt: skip
 
 SHOWN_RECIPE = (
@@ -145,6 +146,8 @@ def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | No
             f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users "
             f"in `{source}`."
         )
+        if preparation["split"]["name"] == "none":
+            text += " Nothing was held out: these are all events that there were, and nothing is left to evaluate on."
         if source in NAMED_DATASETS:
             text += f" {NAMED_DATASETS[source].license} Cite {NAMED_DATASETS[source].citation}."
     return text
@@ -221,10 +224,9 @@ def _reproduction(
             if value not in (None, [], PREPARE_DEFAULTS.get(name)):
                 words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         commands.append(shlex.join(words))
-    commands += [
-        f"bert4rec train --data data --output_dir model --config {RECIPE_FILE}",
-        "bert4rec evaluate model --data data",
-    ]
+    commands.append(f"bert4rec train --data data --output_dir model --config {RECIPE_FILE}")
+    if not preparation or preparation["split"]["name"] != "none":
+        commands.append("bert4rec evaluate model --data data")
     names = SHOWN_RECIPE + (SAMPLED_LOSS_RECIPE if recipe.get("item_loss", "softmax") != "softmax" else ())
     shown = {name: recipe[name] for name in names if name in recipe}
     return (

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, PredictionOutput, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
@@ -193,7 +193,10 @@ class BriefProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         self.loss = logs.get("loss", self.loss)
-        if state.is_world_process_zero and self.training_bar is not None and "eval_NDCG@10" in logs:
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        self.training_bar.set_postfix_str(f"loss {self.loss:.3f}", refresh=False)
+        if "eval_NDCG@10" in logs:
             self.training_bar.write(
                 f"epoch {logs['epoch']:6.2f}   training loss {self.loss:.3f}   validation loss "
                 f"{logs['eval_loss']:.3f}   HR@10 {logs['eval_HR@10']:.4f}   NDCG@10 {logs['eval_NDCG@10']:.4f}"
@@ -568,7 +571,8 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
-    Warns at the end of a run that was still rising, or that has not learnt more than popularity.
+    Warns at the end of a run that was still rising, or that has not learnt more than popularity. Where nobody has a
+    validation target (`--split none`, `--validation false`), nothing is evaluated, and the last step is the model.
 
     Args:
         data: The prepared folder.
@@ -581,7 +585,8 @@ def train_prepared(
         The trainer, with the best model.
 
     Raises:
-        ValueError: If a folder is not what it should be, or if `output_dir` holds something else.
+        ValueError: If a folder is not what it should be, if `output_dir` holds something else, or if there is to be
+            early stopping without validation targets.
     """
     check_output(args.output_dir, args.resume_from_checkpoint)
     check_prepared(data)
@@ -627,6 +632,18 @@ def train_prepared(
         filter_seen_items=config.filter_seen_items,
         max_length=config.max_position_embeddings,
     )
+    protocol, of_floors = None, {}
+    if len(validation):
+        protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
+        of_floors = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
+    elif args.early_stopping_patience is not None:
+        raise ValueError(
+            f"{data} has no validation targets to stop early by: leave out --early_stopping_patience and say how long "
+            "with --num_train_epochs or --max_steps"
+        )
+    else:
+        logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     trainer = Bert4RecTrainer(
         model,
         args,
@@ -638,8 +655,8 @@ def train_prepared(
         ),
         eval_dataset=validation,
         processing_class=tokenizer,
-        protocol=Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items),
-        floors={"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))},
+        protocol=protocol,
+        floors=of_floors,
         preparation=preparation,
         publish_code=publish_code,
     )
@@ -649,7 +666,8 @@ def train_prepared(
         trainer.add_callback(BriefProgress)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    trainer.evaluate()
+    if len(validation):
+        trainer.evaluate()
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the folder is the main process's work, and may be read at once
     training = trainer.training_record()

@@ -291,6 +291,8 @@ def test_a_recipe_of_recboles_defaults_is_taken_as_it_is(tmp_path):
         ("val_interval: {category: [a, b]}", {}, "val_interval: prepare filters by one column at least N"),
         ("rm_dup_inter: last", {}, "rm_dup_inter: prepare keeps the first (drop) only"),
         ("eval_args: {split: {RS: [0.8, 0.1, 0.1]}}", {}, "eval_args: prepare splits leave-one-out or at a time"),
+        ("eval_args: {split: {LS: test_only}}", {}, "--split leave-one-out --validation false\n"),
+        ("eval_args: {split: {LS: valid_only}}", {}, "both validation and test targets are held out, not valid_only"),
         ("eval_args: {mode: {valid: full, test: uni100}}", {}, "all items are ranked, not"),
         ("mask_ratio: 0.01", {"mask_ratio": 0.01, "max_predictions": None}, ""),
     ],

@@ -302,11 +302,47 @@ def test_temporal_cuts_freeze_every_history_at_the_cut(tmp_path, saved_catalogue
     assert [row["train_end"] for row in rows] == [2, 3, 0, 0]  # c has one event before the cut
     assert rows[1]["item_id"] == ["y", "x", "rare"]  # whole, though the catalogue lacks one
     assert saved_catalogues[0][0] == {"x": 2, "y": 2}
-    assert preparation["split"] == {"name": "temporal", "validation_cut": 6, "test_cut": 8}
+    assert preparation["split"] == {"name": "temporal", "validation": True, "validation_cut": 6, "test_cut": 8}
     statistics = preparation["statistics"]
     assert (statistics["num_validation_targets"], statistics["num_test_targets"]) == (2, 2)
     assert statistics["share_cold_targets"] == 0.5  # a's x is known, c's new is not
     assert statistics["num_test_users_without_past"] == 0
+
+
+@pytest.mark.parametrize(
+    ("split", "expected", "catalogue"),
+    [
+        # Of a's five events, b's three, c's two and d's one.
+        (
+            {"name": "leave-one-out", "validation": False},
+            {"a": (4, None, 4), "b": (2, None, 2), "c": (1, None, 1), "d": (1, None, None)},
+            {"new": 0, "rare": 0, "w": 0, "x": 4, "y": 3, "z": 1},
+        ),
+        (
+            {"name": "temporal", "validation": False, "test_cut": 8},
+            {"a": (3, None, 3), "b": (3, None, None), "c": (1, None, 1), "d": (1, None, None)},
+            {"rare": 1, "x": 3, "y": 3, "z": 1},
+        ),
+        (
+            {"name": "none"},
+            {"a": (5, None, None), "b": (3, None, None), "c": (2, None, None), "d": (1, None, None)},
+            {"new": 1, "rare": 1, "w": 1, "x": 4, "y": 3, "z": 1},
+        ),
+    ],
+    ids=lambda value: value.get("name") if isinstance(value, dict) else None,
+)
+def test_what_is_not_held_out_trains(tmp_path, saved_catalogues, split, expected, catalogue):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    options = {"split" if name == "name" else name: value for name, value in split.items()}
+    preparation = prepare(log, tmp_path / "out", **options)
+    rows = pq.read_table(tmp_path / "out" / "histories.parquet").to_pylist()
+    positions = {row["user_id"]: (row["train_end"], row["validation_position"], row["test_position"]) for row in rows}
+    assert positions == expected
+    assert preparation["split"] == split
+    assert saved_catalogues[0][0] == catalogue
+    targets = sum(test is not None for _, _, test in expected.values())
+    statistics = preparation["statistics"]
+    assert (statistics["num_validation_targets"], statistics["num_test_targets"]) == (0, targets)
 
 
 def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
@@ -342,6 +378,7 @@ def test_dates_meet_timestamps_with_a_time_zone(tmp_path):
         ((8, 6), "validation_cut must lie before test_cut"),
         ((0, 6), "leave 0 events before, 6 between and 5 after"),
         ((6, 60), "leave 6 events before, 5 between and 0 after them"),
+        ((None, 60), "cuts at 60 leave 11 events before and 0 after them"),
         (
             ("soon", 6),
             "a share of the events between 0 and 1, a value of the time column or an ISO date; got 'soon'",
@@ -351,7 +388,7 @@ def test_dates_meet_timestamps_with_a_time_zone(tmp_path):
 def test_cuts_that_leave_a_part_empty_are_refused(tmp_path, cuts, message):
     log = write_csv(tmp_path / "log.csv", TEMPORAL)
     with pytest.raises(ValueError, match=message):
-        rows_of(log, split="temporal", validation_cut=cuts[0], test_cut=cuts[1])
+        rows_of(log, split="temporal", validation=cuts[0] is not None, validation_cut=cuts[0], test_cut=cuts[1])
 
 
 def test_statistics_and_defaults_have_known_answers(tmp_path, saved_catalogues):

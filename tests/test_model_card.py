@@ -102,6 +102,8 @@ def test_only_a_named_dataset_is_in_the_metadata(folder, source, datasets, kind)
     [
         {"split": "temporal", "validation_cut": 0.6, "test_cut": "2024-02-19", "min_rating": 2.0, "duplicates": "drop"},
         {"min_item_events": 2, "event_columns": ["shop", "rating"], "sequence_column": "place"},
+        {"split": "none", "min_user_events": 2},
+        {"validation": False},
     ],
 )
 def test_the_printed_command_prepares_the_same_data(folder, tmp_path, monkeypatch, options):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
 
@@ -30,6 +31,7 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
+from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from bert4rec_hf.cooccurrence import cooccurrence_vectors
 from bert4rec_hf.trainer import (
@@ -338,6 +340,38 @@ def test_a_new_model_starts_with_the_mean_of_a_history_where_the_log_is_small_an
     trainer = train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
     attention = trainer.model.model.layers[0].attention
     assert torch.equal(attention.output.weight, attention.value.weight.T) == (rare_below < wide_from == 10**6)
+
+
+def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was_evaluated(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "evaluated"), **SMALL)
+    prepare(data.parent / "log.csv", tmp_path / "all", split="none")
+    recipe = ["--config", str(tmp_path / "evaluated" / "recipe.yaml"), "--data", str(tmp_path / "all")]
+    assert main(["train", *recipe, "--output_dir", str(tmp_path / "served")]) == 0
+    assert "no validation targets: nothing is evaluated, the last step is the model" in caplog.text
+    names = {path.name for path in (tmp_path / "served").iterdir() if path.is_file()}
+    assert names == {path.name for path in (tmp_path / "evaluated").iterdir() if path.is_file()} - {
+        "evaluation.json", "training.json", "learning_curve.png",
+    }  # fmt: skip
+    assert_equal_weights(tmp_path / "served", next((tmp_path / "served").glob("checkpoint-*")))
+    assert yaml.safe_load((tmp_path / "served" / "recipe.yaml").read_text())["num_train_epochs"] == 2
+    card = (tmp_path / "served" / "README.md").read_text()
+    assert "Trained on 6,020 events of 301 users in `log.csv`. Nothing was held out" in card
+    assert "--split none" in card
+    assert "bert4rec evaluate" not in card
+    assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
+    with pytest.raises(ValueError, match="all has no validation targets to stop early by: leave out --early_stopping"):
+        train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
+
+
+def test_without_validation_targets_these_train_and_the_numbers_say_so(chain, tmp_path):
+    data, _ = chain
+    preparation = prepare(data.parent / "log.csv", tmp_path / "data", validation=False)
+    assert preparation["statistics"]["num_training_events"] == 301 * 19
+    train_prepared(tmp_path / "data", arguments(tmp_path / "model"), **SMALL)
+    protocol = evaluate_prepared(tmp_path / "model", tmp_path / "data", use_cpu=True)["protocol"]
+    assert protocol["split"] == "leave-one-out (no validation targets, which train)"
+    assert protocol["num_users"] == 301
 
 
 def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
