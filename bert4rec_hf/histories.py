@@ -24,6 +24,7 @@ from typing import Any
 import duckdb
 import ibis
 import ibis.expr.types as ir
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .named_datasets import NAMED_DATASETS, fetch
@@ -54,11 +55,12 @@ def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "ite
         source: A file or a glob pattern. The files of a glob follow one another in the order of their names.
             A CSV file is UTF-8, starts with a header, may be gzipped, and uses one of `DELIMITERS`.
         id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
-            survive. The types of the other columns are guessed.
+            survive. The types of the other columns are guessed. Parquet files must agree in their types.
 
     Raises:
         FileNotFoundError: If there is no such file, or none that matches the pattern.
-        ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind or header.
+        ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
+            types of the id columns.
     """
     paths = _log_files(source)
     connection = ibis.duckdb.connect()
@@ -74,6 +76,7 @@ def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "ite
         raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
     try:
         if kinds[paths[0]]:
+            _check_id_types(paths, id_columns)
             log = connection.read_parquet(paths)
         else:
             delimiter, header = _csv_header(paths[0])
@@ -86,10 +89,11 @@ def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "ite
                 delim=delimiter,
                 quote='"',
                 escape='"',
+                comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
                 sample_size=SNIFFED_ROWS,
                 types={column: "VARCHAR" for column in id_columns if column in header},
             )
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read {source} as CSV or Parquet: {_first_lines(error)}") from error
     return log.mutate(ibis.row_number().name(SOURCE_ROW))
 
@@ -122,11 +126,12 @@ def histories(
         log: One row an event.
         user_column: Text or integers; cast to text.
         item_column: Text or integers; cast to text.
-        time_column: Numbers or timestamps; None for a log that has only a sequence column.
+        time_column: Numbers or timestamps; None for a log that has only a sequence column. Decimals become int64 or,
+            if they have decimal places, float64.
         sequence_column: Numbers or timestamps that order the events of the same time (or all events, if there
             is no time). Then shuffling the rows of the log changes nothing.
         rating_column: Needed for `min_rating` only.
-        min_rating: Events rated lower, or not rated, are left out.
+        min_rating: Events rated lower, or not rated (null or NaN), are left out.
         min_user_events: Users with fewer events are left out,
         min_item_events: and items with fewer, in turns until nothing changes (the k-core).
         duplicates: "keep"; "drop": a user's later events of the same item are left out; "drop_consecutive":
@@ -362,7 +367,10 @@ def _histories(
         f"min_item_events={min_item_events}); loosen --min_user_events, --min_item_events or --min_rating"
     )
     if min_rating is not None:
-        events = events.filter(events._rating >= min_rating).drop("_rating")
+        rated = events._rating >= min_rating
+        if events._rating.type().is_floating():
+            rated &= ~events._rating.isnan()  # which is greater than any number, to DuckDB and Spark
+        events = events.filter(rated).drop("_rating")
         if events.count().execute() == 0:
             raise ValueError(nobody_left)
     events = _drop_duplicates(events, duplicates)
@@ -441,6 +449,8 @@ def _normalize(
                 "2024-01-31T12:00:00"
             )
         columns[name] = log[column].cast("timestamp") if kind.is_date() else log[column]
+        if kind.is_decimal() and name == "timestamp":  # which neither JSON nor numpy has
+            columns[name] = log[column].cast("int64" if kind.scale == 0 else "float64")
     columns |= {column: log[column] for column in event_columns}
     if sequence_column is None and SOURCE_ROW in log.columns:
         columns["_tie"] = log[SOURCE_ROW]
@@ -783,6 +793,32 @@ def _is_parquet(path: str) -> bool:
         return file.read(4) == b"PAR1"
 
 
+def _check_id_types(paths: Sequence[str], id_columns: Sequence[str]) -> None:
+    """Raise unless the files agree in the types of the ids: DuckDB casts to those of the first, and '007' becomes 7."""
+    seen: dict[str, tuple[str, pa.DataType]] = {}
+    for path in paths if len(paths) > 1 else ():
+        kinds = {field.name.lower(): field.type for field in pq.read_schema(path)}  # DuckDB knows no case of names
+        for column in id_columns:
+            kind = kinds.get(column.lower())
+            if kind is None:
+                continue
+            first_path, first_kind = seen.setdefault(column, (path, kind))
+            if _id_type(kind) != _id_type(first_kind):
+                raise ValueError(
+                    f"expected one type of column {column!r} in all files; got {first_kind} in {first_path} and {kind} "
+                    f"in {path}: write it as text in all of them"
+                )
+
+
+def _id_type(kind: pa.DataType) -> pa.DataType:
+    """One type for all whose ids have the same text."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.string() if is_text else kind
+
+
 def _csv_header(path: str) -> tuple[str, list[str]]:
     """The delimiter and the column names of a CSV file; raises if it is no text or has no header."""
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
@@ -795,7 +831,13 @@ def _csv_header(path: str) -> tuple[str, list[str]]:
         raise ValueError(f"{path} is neither UTF-8 CSV nor Parquet; convert it first")
     if not text.strip():
         raise ValueError(f"the first line of {path} is blank; expected a CSV header such as user_id,item_id,timestamp")
-    headers = {delimiter: next(csv.reader([text], delimiter=delimiter)) for delimiter in DELIMITERS}
+    try:
+        headers = {delimiter: next(csv.reader([text], delimiter=delimiter)) for delimiter in DELIMITERS}
+    except csv.Error as error:
+        raise ValueError(
+            f"the first line of {path} is no CSV header ({error}); expected lines that end with \\n or \\r\\n: "
+            "convert the file first, as tr '\\r' '\\n' does where lines end with \\r"
+        ) from error
     delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
     return delimiter, headers[delimiter]
 

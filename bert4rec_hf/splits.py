@@ -28,7 +28,7 @@ class Histories:
     """Histories in token ids, as one flat array: row i is `item_ids[offsets[i]:offsets[i + 1]]`.
 
     Attributes:
-        user_id: (users,) strings.
+        user_id: (users,) strings, in any number of chunks.
         item_ids: (events,) token ids; 2, [UNK], for items that the catalogue lacks.
         offsets: (users + 1,).
         train_end: (users,) so many leading events train.
@@ -36,7 +36,7 @@ class Histories:
         timestamps: (events,) or None.
     """
 
-    user_id: pa.Array
+    user_id: pa.Array | pa.ChunkedArray
     item_ids: np.ndarray
     offsets: np.ndarray
     train_end: np.ndarray
@@ -88,20 +88,19 @@ def check_prepared(folder: str | os.PathLike) -> None:
 
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
     """Histories as `histories` makes them, in token ids."""
-    table = table.combine_chunks()
-    items = table["item_id"].combine_chunks()
+    items = table["item_id"]  # in chunks: one array of strings holds 2 GiB of text at most
     vocabulary = pa.array(tokenizer.items, items.type.value_type)
-    indices = pc.index_in(items.flatten(), value_set=vocabulary)
-    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), UNK_TOKEN_ID).to_numpy(zero_copy_only=False)
-    lengths = pc.list_value_length(items).to_numpy(zero_copy_only=False)
+    indices = pc.index_in(pc.list_flatten(items), value_set=vocabulary)
+    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), UNK_TOKEN_ID).to_numpy()
+    lengths = pc.list_value_length(items).to_numpy()
     timestamps = None
     if "timestamp" in table.column_names:
-        times = table["timestamp"].combine_chunks().flatten()
+        times = pc.list_flatten(table["timestamp"])
         if pa.types.is_timestamp(times.type):
             times = times.cast(pa.int64())
-        timestamps = times.to_numpy(zero_copy_only=False)
+        timestamps = times.to_numpy()
     return Histories(
-        user_id=table["user_id"].combine_chunks(),
+        user_id=table["user_id"],
         item_ids=item_ids.astype(np.int32),
         offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         train_end=table["train_end"].to_numpy(),
@@ -196,20 +195,23 @@ def ranking_rows(
         raise ValueError(f"part must be one of {', '.join(PARTS)}; got {part!r}")
     users = np.flatnonzero(histories.target_positions[part] >= 0)
     positions = histories.target_positions[part][users]
-    input_ids, labels, exclude_ids = [], [], []
-    for start, position in zip(histories.offsets[users], positions, strict=True):
+    starts = histories.offsets[users]
+    targets = histories.item_ids[starts + positions]
+    rows, exclude_ids = [], []
+    for start, position in zip(starts, positions, strict=True):
         past = histories.item_ids[start : start + position]
         past = past[past != UNK_TOKEN_ID]
-        target = histories.item_ids[start + position]
-        row = tokenizer.append_mask(past, max_length)
-        input_ids.append(row)
-        unlabelled = [IGNORE_INDEX] * (len(row) - 1)
-        labels.append([*unlabelled, IGNORE_INDEX if target == UNK_TOKEN_ID else target])
-        exclude_ids.append(np.unique(past) if filter_seen_items else past[:0])
+        row = np.array(tokenizer.append_mask(past, max_length), np.int32)
+        rows.append(row)
+        exclude_ids.append(np.unique(past) if filter_seen_items else np.zeros(0, np.int32))
+    input_ids = _lists(rows)
+    labels = np.full(len(input_ids.values), IGNORE_INDEX, np.int32)
+    labels[input_ids.offsets.to_numpy()[1:] - 1] = np.where(targets == UNK_TOKEN_ID, IGNORE_INDEX, targets)
     table = {
-        "user_id": histories.user_id.take(pa.array(users)),
-        "input_ids": _lists(input_ids),
-        "labels": _lists(labels),
+        # Not take, which makes one array of the chunks.
+        "user_id": histories.user_id.filter(pa.array(histories.target_positions[part] >= 0)),
+        "input_ids": input_ids,
+        "labels": pa.ListArray.from_arrays(input_ids.offsets, pa.array(labels)),
         "exclude_ids": _lists(exclude_ids),
         "history_length": pa.array(positions, pa.int32()),
     }
@@ -248,5 +250,8 @@ def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: i
     return rows.add_column("candidate_ids", _lists(candidates))
 
 
-def _lists(rows: Sequence[Any]) -> pa.Array:
-    return pa.array(rows, pa.list_(pa.int32()))
+def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
+    """A column of int32 lists; pa.array would make a Python object of every number."""
+    offsets = np.cumsum([0, *map(len, rows)])
+    values = np.concatenate([np.zeros(0, np.int32), *rows])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))

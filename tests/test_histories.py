@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
@@ -21,6 +22,7 @@ from bert4rec_hf.histories import (
     histories,
     prepare,
     read_log,
+    read_titles,
 )
 
 HEADER = ("user_id", "item_id", "timestamp")
@@ -209,6 +211,33 @@ def test_int64_ids_in_parquet_become_exact_text(tmp_path):
     assert items_of(path) == {"1": [str(item)], str(2**63 - 1): ["-1"]}
 
 
+def test_no_line_of_a_csv_file_is_a_comment(tmp_path):
+    users = ["1", "2", "#3", "#4"]
+    log = write_csv(tmp_path / "log.csv", [(user, f"i{time}", time) for user in users for time in range(5)])
+    assert items_of(log) == {user: [f"i{time}" for time in range(5)] for user in users}
+    titles = write_csv(tmp_path / "titles.csv", [(item, "T" + item) for item in users], ("item_id", "title"))
+    assert read_titles(titles, "item_id", users) == {item: "T" + item for item in users}
+
+
+def test_parquet_files_whose_ids_differ_in_type_are_refused(tmp_path):
+    def write(name, items, column="item_id"):
+        pq.write_table(pa.table({"user_id": ["a", "b"], column: items, "timestamp": [1, 1]}), tmp_path / name)
+
+    write("1.parquet", pa.array([7, 8]))
+    for column in ("item_id", "Item_ID"):  # one column, to DuckDB
+        write("2.parquet", pa.array(["007", "08"]), column)
+        with pytest.raises(ValueError, match=r"'item_id' .*int64 in .*1.parquet and string in .*2.parquet: write"):
+            read_log(tmp_path / "*.parquet")
+    write("2.parquet", pa.array([9, 9], pa.uint16()).dictionary_encode())
+    assert items_of(read_log(tmp_path / "*.parquet")) == {"a": ["7", "9"], "b": ["8", "9"]}
+    write("1.parquet", pa.array(["07", "8"], pa.large_string()))
+    write("2.parquet", pa.array(["9", "9"]).dictionary_encode())
+    assert items_of(read_log(tmp_path / "*.parquet")) == {"a": ["07", "9"], "b": ["8", "9"]}
+    (tmp_path / "2.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="cannot read"):
+        read_log(tmp_path / "*.parquet")
+
+
 def test_other_separators_byte_order_mark_and_gzip_are_read(tmp_path):
     rows = "user_id\titem_id\ttimestamp\n01\tx, y\t1\n2\tz\t1\n"
     path = tmp_path / "log.tsv"
@@ -247,6 +276,9 @@ def test_min_rating_leaves_out_lower_and_missing_ratings(tmp_path):
     header = (*HEADER, "rating")
     rows = [("a", "x", 1, 3), ("a", "y", 2, 4), ("a", "z", 3, None), ("b", "x", 1, 5)]
     log = write_csv(tmp_path / "log.csv", rows, header)
+    assert items_of(log, min_rating=4) == {"a": ["y"], "b": ["x"]}
+    write_csv(log, [*rows[:2], ("a", "z", 3, "nan"), rows[3]], header)
+    assert read_log(log).rating.type().is_floating()
     assert items_of(log, min_rating=4) == {"a": ["y"], "b": ["x"]}
     with pytest.raises(ValueError, match=r"no column 'stars'.*rating.*--rating_column"):
         rows_of(log, min_rating=4, rating_column="stars")
@@ -343,6 +375,18 @@ def test_what_is_not_held_out_trains(tmp_path, saved_catalogues, split, expected
     targets = sum(test is not None for _, _, test in expected.values())
     statistics = preparation["statistics"]
     assert (statistics["num_validation_targets"], statistics["num_test_targets"]) == (0, targets)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0, (6, 8)), (1, (0.6, 0.8))])
+def test_decimal_times_become_numbers(tmp_path, saved_catalogues, scale, expected):
+    users, items, times = zip(*TEMPORAL, strict=True)
+    times = pa.array([Decimal(time).scaleb(-scale) for time in times], pa.decimal128(18, scale))
+    pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": times}), tmp_path / "log.parquet")
+    cuts = {"split": "temporal", "validation_cut": 0.6, "test_cut": 0.8}  # 6 and 8 of 11 events before
+    split = prepare(tmp_path / "log.parquet", tmp_path / "out", **cuts)["split"]
+    assert (split["validation_cut"], split["test_cut"]) == expected
+    kind = pq.read_schema(tmp_path / "out" / "histories.parquet").field("timestamp").type.value_type
+    assert kind == (pa.float64() if scale else pa.int64())
 
 
 def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
@@ -504,6 +548,7 @@ def test_files_that_are_no_log_are_refused(tmp_path):
         (b"", "is empty"),
         (b"\n\n", "first line of .* is blank"),
         (b"\x89PNG\r\n\x1a\n\0\0", "neither UTF-8 CSV nor Parquet"),
+        (b"user_id,item_id,timestamp\ra,x,1\rb,y,1\r", r"no CSV header .*expected lines that end with .*convert"),
         (b"PAR1 and no more", "cannot read"),
         (b"user_id,item_id,timestamp\n", "columns but no events"),
         (b"user_id,item_id,timestamp\na,x,1\na,x\nb,y,1,2\n", "cannot read"),

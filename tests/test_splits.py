@@ -1,11 +1,14 @@
 """From a prepared folder to training and ranking rows."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
+import bert4rec_hf.splits
 from bert4rec_hf import Bert4RecTokenizer, ranking_rows, read_prepared, training_rows
-from bert4rec_hf.splits import sampled_candidates, tokenize_histories
+from bert4rec_hf.splits import Histories, sampled_candidates, tokenize_histories
 
 
 @pytest.fixture
@@ -65,6 +68,60 @@ def test_a_user_without_a_past_is_ranked_from_a_lone_mask(histories, tokenizer):
     assert rows["input_ids"][1] == [1]
     assert rows["labels"][1] == [4]
     assert rows["exclude_ids"] == [[], []]
+
+
+def test_ranking_rows_make_no_list_of_python_objects(monkeypatch):
+    monkeypatch.setattr(bert4rec_hf.splits, "Dataset", lambda table: table)  # whose fingerprint takes four copies
+    num_users, length = 1000, 200
+    tokenizer = Bert4RecTokenizer.from_items(range(1000), model_max_length=length)
+    histories = Histories(
+        user_id=pa.array(map(str, range(num_users))),
+        item_ids=np.random.default_rng(0).integers(3, 1003, num_users * length, np.int32),
+        offsets=np.arange(num_users + 1) * length,
+        train_end=np.full(num_users, length - 2),
+        target_positions={"test": np.full(num_users, length - 1)},
+        timestamps=None,
+    )
+    tracemalloc.start()
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows["input_ids"][7].as_py() == [*histories.item_ids[7 * length : 8 * length - 1], 1]
+    assert peak < 20 * num_users * length  # bytes: a column has 4 an item, a list of numpy's numbers 40
+
+
+def test_ranking_rows_of_nobody_have_the_columns_of_others(histories, tokenizer):
+    some = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
+    histories.target_positions["test"] = np.full(3, -1)
+    none = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
+    assert len(none) == 0
+    assert none.features == some.features
+
+
+def test_more_text_than_one_array_of_strings_holds_is_read():
+    many, text = 33, "x" * 2**26  # 64 MiB; its chunk stands 33 times in the table, but once in memory
+    part = pa.table(
+        {
+            "user_id": [text],
+            "item_id": [["a", text]],
+            "train_end": pa.array([0], pa.int32()),
+            "validation_position": pa.array([None], pa.int32()),
+            "test_position": pa.array([None], pa.int32()),
+        }
+    )
+    last = part.set_column(0, "user_id", [["last"]]).set_column(4, "test_position", [pa.array([1], pa.int32())])
+    tokenizer = Bert4RecTokenizer.from_items("a", model_max_length=4)
+    histories = tokenize_histories(pa.concat_tables([part] * many + [last]), tokenizer)
+    assert histories.item_ids.tolist() == [3, 2] * (many + 1)
+    assert histories.offsets.tolist() == list(range(0, 2 * many + 3, 2))
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
+    assert rows[:] == {
+        "user_id": ["last"],
+        "input_ids": [[3, 1]],
+        "labels": [[-100, -100]],
+        "exclude_ids": [[3]],
+        "history_length": [1],
+    }
 
 
 def test_a_folder_that_is_not_prepared_is_named_with_the_remedy(tmp_path):
