@@ -108,7 +108,7 @@ class Bert4RecConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}")
-        for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.cooccurrence_size < 0:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def export_onnx(
         ImportError: Without the packages onnx and onnxscript: `pip install bert4rec_hf[export]`.
     """
     output = Path(output)
+    if model.dtype != torch.float32:
+        model = deepcopy(model).float()  # runtimes on a CPU have no half-precision multiplication
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
     num_excluded, num_candidates = torch.export.Dim("excluded"), torch.export.Dim("candidates")
     input_ids = torch.full((2, min(3, model.config.max_position_embeddings)), MASK_TOKEN_ID)

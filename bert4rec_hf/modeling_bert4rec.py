@@ -31,8 +31,10 @@ from .losses import IGNORE_INDEX, ITEM_LOSSES
 
 # Special tokens are no items: this logit takes them out of the softmax, and is finite in half precision.
 SPECIAL_TOKEN_LOGIT = -1e4
-# So many items are scored at once in `recommend` and `rank`.
+# So many items are scored at once in `recommend` and `rank`; of candidates of each history's own, so many numbers of
+# their vectors are there at once, a quarter of a GiB.
 ITEMS_PER_CHUNK = 2**16
+FLOATS_AT_ONCE = 2**26
 # What stands beside config and weights in a model folder: the catalogue, and what is true of these weights only.
 CATALOGUE_FILES = ("tokenizer.json", "tokenizer_config.json", "items.json")
 RECORD_FILES = (
@@ -102,24 +104,20 @@ class Bert4RecEmbeddings(nn.Module):
 
 
 class Bert4RecRotaryEmbedding(nn.Module):
-    """Cosines and sines of positions times frequencies (Su et al. 2021)."""
+    """Cosines and sines of positions times frequencies (Su et al. 2021).
 
-    inverse_frequencies: torch.Tensor
+    The frequencies, from 1 down to nearly 1 / rope_theta, are no buffer: a model in half precision would round them.
+    """
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
-        self.config = config
-        self.register_buffer("inverse_frequencies", self.compute_inverse_frequencies(), persistent=False)
-
-    def compute_inverse_frequencies(self) -> torch.Tensor:
-        """(head width / 2,), from 1 down to nearly 1 / rope_theta."""
-        width = self.config.hidden_size // self.config.num_attention_heads
-        return self.config.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float) / width)
+        self.width, self.rope_theta = config.hidden_size // config.num_attention_heads, config.rope_theta
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, length) -> twice (batch, 1, length, head width)."""
-        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies.float()
+        exponents = torch.arange(0, self.width, 2, dtype=torch.float, device=position_ids.device) / self.width
+        angles = position_ids[:, None, :, None].float() * self.rope_theta**-exponents
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -268,9 +266,6 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Bert4RecRotaryEmbedding):
-            # Not stored in the file, and empty when the model was made on the meta device.
-            initialization.copy_(module.inverse_frequencies, module.compute_inverse_frequencies())
         if isinstance(module, Bert4RecDecoder) and module.cooccurrence is not None:
             initialization.zeros_(module.cooccurrence)
         if isinstance(module, Bert4RecDecoder) and self.config.item_loss == "gbce":
@@ -700,9 +695,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 # From the same multiplication as the others' scores, so that it is equal to the bit.
                 for chunk_scores, chunk_ids in self._chunks(prediction_states, None, exclude_ids):
                     target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-        for chunk_scores, chunk_ids in self._chunks(prediction_states, candidate_ids, exclude_ids):
+        chunks = self._chunks(prediction_states, candidate_ids, exclude_ids)
+        for number, (chunk_scores, chunk_ids) in enumerate(chunks):
             if target_ids is not None:
-                target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+                if candidate_ids is None or number == 0:
+                    target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
                 # As floats: a sum of booleans makes a copy of them in 64 bits first.
                 reached = torch.ge(chunk_scores, target_scores, out=torch.empty_like(chunk_scores))
                 ranks += reached.sum(dim=1, keepdim=True).long()
@@ -848,14 +845,20 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Scores (batch, C) and their token ids (1 or batch, C), -inf where an item may not be shown."""
         if candidate_ids is not None:
-            item_ids = candidate_ids.expand(len(states), -1)
-            scores = self(prediction_states=states, item_ids=item_ids).logits.squeeze(1)
-            forbidden = item_ids < FIRST_ITEM_ID
-            if exclude_ids is not None and exclude_ids.shape[1]:
+            if exclude_ids is not None:
                 exclude_ids = exclude_ids.sort(dim=1).values
-                nearest = torch.searchsorted(exclude_ids, item_ids.contiguous()).clamp(max=exclude_ids.shape[1] - 1)
-                forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
-            yield _finite(scores).masked_fill(forbidden, -torch.inf), item_ids
+            # Those of each row its own are looked up, a vector each.
+            at_once = ITEMS_PER_CHUNK
+            if candidate_ids.dim() == 2:
+                at_once = max(1, FLOATS_AT_ONCE // (len(states) * states.shape[-1]))
+            for item_ids in candidate_ids.split(at_once, dim=-1):
+                scores = self(prediction_states=states, item_ids=item_ids).logits.squeeze(1)
+                item_ids = item_ids.expand(len(states), -1)
+                forbidden = item_ids < FIRST_ITEM_ID
+                if exclude_ids is not None and exclude_ids.shape[1]:
+                    nearest = torch.searchsorted(exclude_ids, item_ids.contiguous()).clamp(max=exclude_ids.shape[1] - 1)
+                    forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
+                yield _finite(scores).masked_fill(forbidden, -torch.inf), item_ids
             return
         for start in range(0, self.config.vocab_size, ITEMS_PER_CHUNK):
             end = min(start + ITEMS_PER_CHUNK, self.config.vocab_size)

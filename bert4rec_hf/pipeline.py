@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     Takes one history (a flat list of item ids, oldest first), or many: a list of lists gives a list, a generator or
     a dataset an iterator. In place of a list of ids a mapping may stand, with `history` (or `item_id`, as in
-    histories.parquet) and optionally `exclude` and `candidates`.
+    histories.parquet) and optionally `exclude` and `candidates`, in place of the call's.
 
     Args (of the call, or of `pipeline(...)`):
         top_k: Number of items.
@@ -79,8 +79,8 @@ class SequentialRecommendationPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess = {
             "filter_seen_items": filter_seen_items,
-            "exclude": None if exclude is None else _item_list("exclude", exclude),
-            "candidates": None if candidates is None else _item_list("candidates", candidates),
+            "exclude_ids": None if exclude is None else self._exclude_ids(exclude),
+            "candidate_ids": None if candidates is None else self._candidate_ids(candidates),
         }
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
@@ -95,8 +95,8 @@ class SequentialRecommendationPipeline(Pipeline):
         self,
         inputs: Any,
         filter_seen_items: bool | None = None,
-        exclude: Iterable[str | int] | None = None,
-        candidates: Iterable[str | int] | None = None,
+        exclude_ids: Iterable[int] = (),
+        candidate_ids: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
         if isinstance(inputs, _AsOne):
             inputs = inputs.history
@@ -104,31 +104,31 @@ class SequentialRecommendationPipeline(Pipeline):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
                 raise ValueError(f"a mapping needs the key history, a list of item ids; got {', '.join(inputs)}")
-            exclude = inputs.get("exclude", exclude)
-            candidates = inputs.get("candidates", candidates)
+            if inputs.get("exclude") is not None:
+                exclude_ids = self._exclude_ids(inputs["exclude"])
+            if inputs.get("candidates") is not None:
+                candidate_ids = self._candidate_ids(inputs["candidates"])
             inputs = inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
         token_ids = self.tokenizer.item_ids_to_token_ids(_item_list("a history", inputs))
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
-        excluded = set(history) if filter_seen_items else set()
-        if exclude is not None:
-            # An item that the catalogue lacks is never recommended anyway.
-            excluded.update(self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude)))
+        excluded = {*exclude_ids, *history} if filter_seen_items else set(exclude_ids)
         input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
         return {
             "input_ids": torch.tensor([input_ids]),
             "attention_mask": torch.ones(1, len(input_ids), dtype=torch.long),
             # At least one column, since Transformers cannot pad rows without any on the left.
             "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
-            "candidate_ids": torch.tensor([self._candidate_ids(candidates) or [0]]),
+            "candidate_ids": torch.tensor([candidate_ids or [0]]),
             "num_unknown": torch.tensor([len(token_ids) - len(history)]),
         }
 
-    def _candidate_ids(self, candidates: Iterable[str | int] | None) -> list[int]:
-        """Token ids; none for the whole catalogue."""
-        if candidates is None:
-            return []
+    def _exclude_ids(self, exclude: Iterable[str | int]) -> list[int]:
+        # An item that the catalogue lacks is never recommended anyway.
+        return self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude))
+
+    def _candidate_ids(self, candidates: Iterable[str | int]) -> list[int]:
         candidates = _item_list("candidates", candidates)
         token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
         unknown = [item for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
@@ -154,8 +154,9 @@ class SequentialRecommendationPipeline(Pipeline):
         for rows in (chooses, ~chooses):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
-                if rows is not chooses:
-                    del part["candidate_ids"]
+                candidates = part.pop("candidate_ids")
+                if rows is chooses:  # their vectors are looked up once where all choose from the same
+                    part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
                 if rows is chooses or index is None:
                     found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
                 else:

@@ -9,6 +9,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sized
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import yaml
 from datasets import Dataset
 from huggingface_hub import upload_folder
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -31,13 +32,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, PredictionOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, IntervalStrategy, PredictionOutput, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .learning_curve import training_record, write_training
+from .losses import IGNORE_INDEX
 from .metrics import (
     COVERAGE_CUTOFF,
     Protocol,
@@ -153,6 +155,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="NDCG@10", metadata={"help": "Metric of the best."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Send buffers to all processes at each step; they are equal from the start."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better one; never if left out."}
     )
@@ -165,6 +170,11 @@ class Bert4RecTrainingArguments(TrainingArguments):
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}"
+            )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "evaluation in half precision would round the weights that are saved, and tie scores: leave out "
+                "--bf16_full_eval and --fp16_full_eval; --bf16 true has half precision where it does no harm"
             )
         known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
@@ -260,6 +270,7 @@ class Bert4RecTrainer(Trainer):
         **kwargs: Any,
     ):
         if isinstance(args, Bert4RecTrainingArguments):
+            args = copy(args)  # another run with these may choose otherwise
             rows = kwargs.get("train_dataset")
             if args.mask_ratio is None:
                 has_lengths = isinstance(rows, Dataset) and len(rows)
@@ -288,6 +299,7 @@ class Bert4RecTrainer(Trainer):
         self.preparation = preparation
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
+        self.evaluated_step: int | None = None
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
@@ -303,7 +315,7 @@ class Bert4RecTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Loss, (ranks, recommended token ids), targets: no scores leave the step."""
+        """Loss a row, (ranks, recommended token ids), targets: no scores leave the step."""
         if prediction_loss_only or "exclude_ids" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -318,7 +330,23 @@ class Bert4RecTrainer(Trainer):
                 exclude_ids=inputs["exclude_ids"],
                 candidate_ids=inputs.get("candidate_ids"),
             )
-        return outputs.loss.detach(), (ranks, recommended), targets
+        # The Trainer takes the mean over rows, of which those whose target the catalogue lacks have no loss.
+        is_known = targets != IGNORE_INDEX
+        return outputs.loss.detach() * is_known.float().mean(), (ranks, recommended), targets
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # of `prediction_step` above
+            num_known = max(1, int((output.label_ids != IGNORE_INDEX).sum()))
+            output.metrics[f"{metric_key_prefix}_loss"] *= len(output.label_ids) / num_known
+        return output
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -329,7 +357,13 @@ class Bert4RecTrainer(Trainer):
                 "protocol": self.protocol.as_dict(),
                 "metrics": result_metrics(metrics, metric_key_prefix),
             }
+            self.evaluated_step = self.state.global_step
         return metrics
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_global_step != self.evaluated_step:
+            self.evaluation = None
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         # Nor the item table: an item that no batch has would shrink all the same.
@@ -383,7 +417,8 @@ class Bert4RecTrainer(Trainer):
             (folder / TRAINING_FILE).unlink(missing_ok=True)
             (folder / CURVE_FILE).unlink(missing_ok=True)
         protocols = [record["protocol"] for record in read_evaluations(folder)]
-        if self.evaluation is not None and self.evaluation["protocol"] not in protocols:
+        is_of_these_weights = self.evaluated_step == self.state.global_step
+        if self.evaluation is not None and is_of_these_weights and self.evaluation["protocol"] not in protocols:
             add_evaluation(folder, self.evaluation)
         training = self.training_record()
         if training is not None:
@@ -666,7 +701,7 @@ def train_prepared(
         trainer.add_callback(BriefProgress)
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
-    if len(validation):
+    if len(validation) and (trainer.evaluation is None or trainer.evaluated_step != trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the folder is the main process's work, and may be read at once

@@ -133,10 +133,10 @@ MUTATIONS = {
          "test_cooccurrence.py::test_fixed_vectors_are_those_of_co_occurrence_of_a_length_that_is_fixed_too"),
     ],
     "histories": [
-        ("the validation item trains", "train_end = has_targets.ifelse(number - 2,",
-         "train_end = has_targets.ifelse(number - 1,",
+        ("the validation item trains", "train_end = has_targets.ifelse(ends[0],",
+         "train_end = has_targets.ifelse(ends[1],",
          "test_histories.py::test_leave_one_out_orders_by_time_and_holds_out_the_last_two"),
-        ("events after the cut train", "train_end = table._validation\n", "train_end = table._test\n",
+        ("events after the cut train", "train_end = ends[0] if users is None", "train_end = ends[1] if users is None",
          "test_histories.py::test_temporal_cuts_freeze_every_history_at_the_cut"),
     ],
     "splits": [
@@ -184,6 +184,10 @@ MUTATIONS = {
          "test_hub.py::test_the_card_has_every_stored_metric_under_its_protocol"),
     ],
     "trainer": [
+        ("numbers of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
+         "test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
+        ("targets that the catalogue lacks lower the loss", "len(output.label_ids) / num_known", "1",
+         "test_trainer.py::test_the_loss_is_the_mean_over_targets_that_the_catalogue_has_whatever_the_batches"),
         ("ranks do not leave out seen items", 'exclude_ids=inputs["exclude_ids"]', "exclude_ids=None",
          "test_trainer.py::test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user"),
         ("every epoch has the same order", "self.epoch = epoch", "self.epoch = 0",
@@ -207,10 +211,11 @@ MUTATIONS = {
          "test_hub.py::test_nothing_of_this_machine_and_no_token_is_pushed"),
     ],
     "pipeline": [
-        ("seen items are recommended", "set(history) if filter_seen_items else set()", "set()",
+        ("seen items are recommended", "{*exclude_ids, *history} if filter_seen_items else set(exclude_ids)",
+         "set(exclude_ids)",
          "test_pipeline.py::test_the_folders_policy_filters_and_the_argument_overrides_it"),
-        ("only the window's items are left out", "set(history) if filter_seen_items",
-         "set(history[1 - self.model.config.max_position_embeddings :]) if filter_seen_items",
+        ("only the window's items are left out", "{*exclude_ids, *history}",
+         "{*exclude_ids, *history[1 - self.model.config.max_position_embeddings :]}",
          "test_pipeline.py::test_the_whole_history_is_filtered_also_before_the_models_window"),
     ],
     "export": [

@@ -449,6 +449,7 @@ def test_a_finished_model_is_not_trained_over(model, data):
         ({"num_attention_heads": 16}, r"rotary positions need heads of an even width"),
         ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1; got 0"),
         ({"hidden_size": 0}, r"hidden_size must be at least 1; got 0"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1; got 0"),
         ({"hidden_act": "step"}, r"hidden_act.*'step'"),
         ({"metric_for_best_model": "NDCG"}, r"metric_for_best_model.*NDCG@10.*'NDCG'"),
         ({"hidden_size": "16.5"}, r"--hidden_size.*invalid int value"),

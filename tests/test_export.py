@@ -82,6 +82,16 @@ def test_onnxruntime_answers_like_the_model_at_any_batch_size_and_length(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_model_in_half_precision_is_exported_in_single_and_stays_as_it_is(tmp_path):
+    model = make_model({}).bfloat16()
+    export_onnx(model, tmp_path / "model.onnx")
+    batch = inputs(4, 6, 3, 1)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    scores, _ = session.run(None, {name: values.numpy() for name, values in batch.items()})
+    assert model.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.from_numpy(scores), expected(model.float(), batch)[0], atol=1e-4, rtol=1e-4)
+
+
 def test_torch_export_answers_like_the_model(tmp_path):
     model = make_model({})
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=12)

@@ -213,6 +213,7 @@ def reference_lists(model, ids, mask, candidate_ids, exclude_ids) -> list[list[t
 @with_exclusion
 def test_recommend_and_rank_agree_with_sorting_the_full_matrix(model, candidate_ids, exclude_ids, chunk, monkeypatch):
     monkeypatch.setattr(modeling, "ITEMS_PER_CHUNK", chunk)
+    monkeypatch.setattr(modeling, "FLOATS_AT_ONCE", chunk * len(HISTORIES) * model.config.hidden_size)
     ids, mask = pad(HISTORIES)
     options = {"candidate_ids": candidate_ids, "exclude_ids": exclude_ids}
     expected = reference_lists(model, ids, mask, **options)
@@ -723,6 +724,17 @@ def test_an_unknown_architecture_switch_is_an_error_that_names_the_choices():
         Bert4RecConfig(normalization="mid")
     with pytest.raises(Exception, match=r"(?s)position_embedding_type.*'learned_from_end'.*got relative"):
         Bert4RecConfig(position_embedding_type="relative")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_a_model_in_half_precision_keeps_the_angles_of_its_positions(dtype):
+    rotary = make_model().to(dtype).model.rotary_embedding
+    positions = torch.arange(200).unsqueeze(0)
+    cosines, sines = rotary(positions, torch.float)
+    frequencies = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.double) / 8)  # two heads of 8
+    angles = torch.outer(positions[0].double(), frequencies).repeat(1, 2)
+    torch.testing.assert_close(cosines[0, 0].double(), angles.cos(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sines[0, 0].double(), angles.sin(), atol=1e-4, rtol=0)
 
 
 def test_a_bfloat16_model_scores_in_float32(model):

@@ -164,6 +164,18 @@ def test_a_mapping_brings_its_own_exclusions_and_candidates(pipe):
     assert [ids(answer) for answer in answers] == [best[:2], best[1:]]
 
 
+def test_candidates_of_the_call_are_looked_up_once_for_all_histories(pipe, monkeypatch):
+    best, given, recommend = ids(pipe(["100"], top_k=4)), [], pipe.model.recommend
+    monkeypatch.setattr(
+        pipe.model, "recommend", lambda **inputs: given.append(inputs["candidate_ids"]) or recommend(**inputs)
+    )
+    histories = [["100"], {"history": ["100"], "candidates": None}]
+    assert [ids(answer) for answer in pipe(histories, candidates=best, batch_size=2)] == [best] * 2
+    assert [candidates.shape for candidates in given] == [(4,)]
+    histories = [{"history": ["100"], "candidates": best[:2]}, {"history": ["100"], "candidates": best[2:]}]
+    assert [ids(answer) for answer in pipe(histories, batch_size=2)] == [best[:2], best[2:]]
+
+
 def test_a_mapping_without_a_history_is_an_error(pipe):
     with pytest.raises(ValueError, match=r"needs the key history.*got items"):
         pipe({"items": ["100"]})

@@ -205,6 +205,51 @@ def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(c
     assert 0 < (ranks == 0).sum() < 301  # some targets are repeats, which are never shown
 
 
+def test_numbers_of_other_weights_are_not_stored(chain, tmp_path):
+    data, _ = chain
+    options = {
+        "max_steps": 20,
+        "eval_steps": 10,
+        "save_steps": 5,
+        "load_best_model_at_end": False,
+        "save_total_limit": 9,
+    }
+    trainer = train_prepared(data, arguments(tmp_path / "model", num_train_epochs=1, **options), **SMALL)
+    stored = {path.parent.name for path in (tmp_path / "model").glob("*/evaluation.json")}
+    assert stored == {"checkpoint-10", "checkpoint-20"}  # of those at 5, 10, 15 and 20
+    (record,) = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    assert record == trainer.evaluation
+    assert trainer.evaluate()["eval_NDCG@10"] == pytest.approx(record["metrics"]["NDCG@10"])
+
+
+def test_the_loss_is_the_mean_over_targets_that_the_catalogue_has_whatever_the_batches(chain, tmp_path):
+    data, _ = chain
+    rows = [f"{user},item {item},{item}" for user in range(40) for item in range(5)]
+    rows += [f"{user},{'new' if user % 3 else 'item 7'},99" for user in range(40)]
+    rows += [f"{user},new,{time}" for user in range(40, 44) for time in (1, 99)]  # the shortest histories come first
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    prepare(tmp_path / "log.csv", tmp_path / "data", split="temporal", validation_cut=4, test_cut=50)
+    train_prepared(data, arguments(tmp_path / "model", max_steps=1), **SMALL)
+    losses = [
+        evaluate_prepared(tmp_path / "model", tmp_path / "data", use_cpu=True, per_device_eval_batch_size=size)
+        for size in (1, 2, 256)
+    ]
+    assert losses[0]["protocol"]["share_unknown_targets"] == pytest.approx(30 / 44)
+    assert losses[0]["metrics"]["loss"] > 1
+    for record in losses[1:]:
+        assert record["metrics"]["loss"] == pytest.approx(losses[0]["metrics"]["loss"], rel=1e-5)
+
+
+def test_arguments_are_left_as_they_were_and_half_precision_evaluation_is_refused(chain, tmp_path):
+    data, _ = chain
+    given = arguments(tmp_path / "model", max_steps=1)
+    assert train_prepared(data, given, **SMALL).args.mask_ratio == 0.4
+    assert (given.mask_ratio, given.learning_rate, given.per_device_train_batch_size) == (None, None, None)
+    assert given.ddp_broadcast_buffers is False  # 100 MB a step, where items keep vectors
+    with pytest.raises(ValueError, match="leave out --bf16_full_eval and --fp16_full_eval; --bf16 true has half"):
+        arguments(tmp_path / "model", bf16_full_eval=True)
+
+
 def test_a_checkpoint_is_a_full_model_folder(chain, tmp_path):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "model"), **SMALL)
