@@ -27,15 +27,24 @@ from transformers import (
     PreTrainedModel,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, IntervalStrategy, PredictionOutput, TrainOutput
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    HubStrategy,
+    IntervalStrategy,
+    PredictionOutput,
+    TrainOutput,
+    get_last_checkpoint,
+)
 from transformers.utils.hub import PushInProgress
 
-from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+from .configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
 from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .learning_curve import training_record, write_training
@@ -167,6 +176,14 @@ class Bert4RecTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin it for
             # TrainingArguments want to be told: without, there is no bf16, and torchrun's processes train each alone.
             self.use_cpu = True
+        if self.output_dir is None:
+            raise ValueError("expected an output_dir, the folder that the model goes to: say --output_dir FOLDER")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps must be at least 1; got {self.gradient_accumulation_steps}")
+        if not self.window_step > 0:
+            raise ValueError(f"window_step must be above 0, a share of the model's length; got {self.window_step}")
+        if self.label_smoothing_factor:
+            raise ValueError("the item losses know no label smoothing: leave out --label_smoothing_factor")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}"
@@ -211,6 +228,16 @@ class BriefProgress(ProgressCallback):
                 f"epoch {logs['epoch']:6.2f}   training loss {self.loss:.3f}   validation loss "
                 f"{logs['eval_loss']:.3f}   HR@10 {logs['eval_HR@10']:.4f}   NDCG@10 {logs['eval_NDCG@10']:.4f}"
             )
+
+
+class BestCheckpointHere(TrainerCallback):
+    """After a run's folder was copied or moved, its best checkpoint is the one inside it, and not to be deleted."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_model_checkpoint is not None:
+            here = Path(args.output_dir) / Path(state.best_model_checkpoint).name
+            if here.is_dir():
+                state.best_model_checkpoint = str(here)
 
 
 class SimilarLengthSampler(Sampler[int]):
@@ -654,11 +681,13 @@ def train_prepared(
                 f"{', '.join(other)}: leave that out"
             )
         tokenizer = Bert4RecTokenizer.from_pretrained(model_name_or_path)
-        catalogue = Bert4RecTokenizer.from_pretrained(data)
+        catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
         titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
         model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
         tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
         histories, tokenizer, preparation = read_prepared(data, tokenizer)
+        if not old_items.intersection(catalogue.items):
+            logger.warning("%s knows none of the items of %s: all of them are new", model_name_or_path, data)
     config = model.config
     validation = ranking_rows(
         histories,
@@ -699,8 +728,12 @@ def train_prepared(
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None:
+        checkpoint = get_last_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint
+        check_resumable(checkpoint, args, config, tokenizer)
+        trainer.add_callback(BestCheckpointHere)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation) and (trainer.evaluation is None or trainer.evaluated_step != trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model()
@@ -750,6 +783,13 @@ def evaluate_prepared(
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = read_prepared(data, tokenizer)
+    if not (histories.item_ids >= FIRST_ITEM_ID).any():
+        catalogues = (tokenizer.items, Bert4RecTokenizer.from_pretrained(data).items)
+        known, asked = (", ".join(map(repr, items[:3])) for items in catalogues)
+        raise ValueError(
+            f"{model} knows none of the items of {data}: its ids look like {known}, those of the data like {asked}"
+        )
+    _warn_of_other_preparation(model, preparation)
     policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
     rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
     if not len(rows):
@@ -805,6 +845,24 @@ def evaluate_prepared(
     return record
 
 
+def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
+    """What held out nothing, or other events, has trained on targets; that it is the same log is all we can see."""
+    own = Path(model) / PREPARATION_FILE
+    if not own.is_file():
+        return
+    trained = json.loads(own.read_text("utf-8"))
+    other = [
+        f"{name} {trained[name]}, here {preparation[name]}"
+        for name in ("split", "filters")
+        if trained[name] != preparation[name]
+    ]
+    if other and trained["source"] == os.path.basename(preparation["source"]):
+        logger.warning(
+            "%s was trained on another preparation of %s (%s): what it trained on may hold targets of this one",
+            model, trained["source"], "; ".join(other),
+        )  # fmt: skip
+
+
 def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
     """A model folder or Hub id; raises ValueError for a folder that is none."""
     if os.path.isdir(model):
@@ -817,6 +875,37 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
         return Bert4RecForMaskedItemPrediction.from_pretrained(model)
     except OSError as error:
         raise ValueError(f"{model} is neither a model folder nor a model that the Hub gives: {error}") from error
+
+
+def check_resumable(
+    checkpoint: str | None, args: TrainingArguments, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer
+) -> None:
+    """Raise if a checkpoint is none, is of another model, or is beyond the end of the run that would go on from it."""
+    if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+        where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
+        raise ValueError(
+            f"{where} is no checkpoint to resume from: name its folder, or leave --resume_from_checkpoint out"
+        )
+    if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
+        raise ValueError(
+            f"{checkpoint} was trained on another catalogue: resume with the --data (and --model_name_or_path) that it "
+            "began with, or go on to new data with --model_name_or_path in another --output_dir"
+        )
+    began = Bert4RecConfig.from_pretrained(checkpoint)
+    other = [
+        f"{name}={getattr(began, name)}, not {getattr(config, name)}"
+        for name in Bert4RecConfig.__annotations__
+        if getattr(began, name) != getattr(config, name)
+    ]
+    if other:
+        raise ValueError(f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its architecture")
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    is_beyond = state.global_step > args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
+    if is_beyond:
+        raise ValueError(
+            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, beyond the end that was asked for "
+            f"(num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
+        )
 
 
 def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:

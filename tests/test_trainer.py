@@ -287,6 +287,37 @@ class RowsSeen(TrainerCallback):
         return self.collator(features)
 
 
+def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "log.csv").write_text((data.parent / "log.csv").read_text().replace("item 7", "item seven"))
+    prepare(tmp_path / "log.csv", tmp_path / "other data")
+
+    def resume(data, message, **options):
+        given = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
+        fields = {name: options.pop(name) for name in ("hidden_size", "item_loss") if name in options}
+        with pytest.raises(ValueError, match=message):
+            train_prepared(data, arguments(tmp_path / "run", **(given | options)), **(SMALL | fields))
+
+    resume(data, "has hidden_size=32, not 16; num_attention_heads=1, not 2: a run that is resumed", hidden_size=16)
+    resume(data, "has item_loss=softmax, not bpr", item_loss="bpr")
+    resume(tmp_path / "other data", "was trained on another catalogue")
+    resume(data, r"is at epoch 1, step 10, beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5)
+    resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_copied_run_goes_on_from_its_own_best_checkpoint(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    options = {"num_train_epochs": 2, "resume_from_checkpoint": "last", "learning_rate": 1e-9}
+    trainer = train_prepared(data, arguments(tmp_path / "copy", **options), **SMALL)
+    assert Path(trainer.state.best_model_checkpoint).parent == tmp_path / "copy"
+    assert Path(trainer.state.best_model_checkpoint).is_dir()
+
+
 def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_epoch_has_another_order(
     chain, tmp_path
 ):
@@ -407,6 +438,38 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
     with pytest.raises(ValueError, match="all has no validation targets to stop early by: leave out --early_stopping"):
         train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
+
+
+def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model", max_steps=1), **SMALL)
+    prepare(data.parent / "log.csv", tmp_path / "temporal", split="temporal")
+    evaluate_prepared(tmp_path / "model", data, use_cpu=True)
+    assert "another preparation" not in caplog.text
+    evaluate_prepared(tmp_path / "model", tmp_path / "temporal", use_cpu=True)
+    assert "model was trained on another preparation of log.csv (split {'name': 'leave-one-out'" in caplog.text
+    (tmp_path / "log.csv").write_text((data.parent / "log.csv").read_text().replace("item ", ""))
+    prepare(tmp_path / "log.csv", tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"model knows none of the items of .*like 'item 0', .*those of the data like '0'"
+    ):
+        evaluate_prepared(tmp_path / "model", tmp_path / "other", use_cpu=True)
+    train_prepared(tmp_path / "other", arguments(tmp_path / "new", max_steps=1), tmp_path / "model")
+    assert "knows none of the items of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
+        ({"window_step": 0.0}, "window_step must be above 0"),
+        ({"label_smoothing_factor": 0.1}, "know no label smoothing"),
+        ({"output_dir": None}, "say --output_dir FOLDER"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        Bert4RecTrainingArguments(**({"output_dir": "model"} | option))
 
 
 def test_without_validation_targets_these_train_and_the_numbers_say_so(chain, tmp_path):
