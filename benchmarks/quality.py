@@ -1,12 +1,13 @@
 """A recipe on a log: leave-one-out, full ranking, beside the floors.
 
-    python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--output FOLDER]
+    python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
 
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
 `position` in place of times is ordered by that. Without a recipe, what is measured are the defaults. Validation chooses
-the checkpoint, test is read once. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was
-interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes:
-`torchrun --nproc_per_node 2 benchmarks/quality.py …`.
+the checkpoint, test is read once; without validation its targets train, and the last step is the model. Adds a row to
+benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken up again, each with its
+users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes: `torchrun --nproc_per_node 2
+benchmarks/quality.py …`.
 """
 
 import argparse
@@ -64,14 +65,14 @@ def log_name(log: str) -> str:
     return path.parent.name if path.name == "interactions.parquet" else path.stem
 
 
-def prepared(log: str, folder: Path, length: int | None) -> Path:
+def prepared(log: str, folder: Path, length: int | None, validation: bool = True) -> Path:
     if (Path(log) / HISTORIES_FILE).is_file():
         return Path(log)
-    data = folder / (f"data-{length}" if length else "data")
+    data = folder / "-".join(["data", *([str(length)] if length else []), *([] if validation else ["all-but-test"])])
     if not data.exists():
         has_position = log.endswith(".parquet") and "position" in pq.read_schema(log).names
         order = {"sequence_column": "position"} if has_position else {}
-        prepare(log, data, max_length=length, **order)
+        prepare(log, data, max_length=length, validation=validation, **order)
     return data
 
 
@@ -122,7 +123,7 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
         "resumed": trainer.args.resume_from_checkpoint is not None,
         "epochs": trainer.state.epoch,
         "parameters": trainer.model.num_parameters(),
-        "validation": trainer.evaluation["metrics"]["NDCG@10"],
+        "validation": trainer.evaluation and trainer.evaluation["metrics"]["NDCG@10"],
     }
     if PartialState().is_main_process:
         rank_users(output, data)
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("log")
     parser.add_argument("--recipe")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--without_validation", action="store_true")
     parser.add_argument("--output", default="quality")
     options = parser.parse_args()
     recipe = yaml.safe_load(Path(options.recipe).read_text("utf-8")) if options.recipe else {}
@@ -172,25 +174,30 @@ def main() -> None:
     folder = Path(options.output) / name
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():
-        data = prepared(options.log, folder, recipe.get("max_position_embeddings"))
+        data = prepared(options.log, folder, recipe.get("max_position_embeddings"), not options.without_validation)
     seeds = range(42, 42 + options.seeds)
     title, stem = (f"`{options.recipe}`", Path(options.recipe).stem) if options.recipe else ("defaults", "defaults")
+    given = f" --recipe {options.recipe}" if options.recipe else ""
+    if options.without_validation:
+        title, stem, given = f"{title}, all but test trains", f"{stem}-all-but-test", f"{given} --without_validation"
     runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
     if not state.is_main_process:
         return
-    given = f" --recipe {options.recipe}" if options.recipe else ""
     launcher = f"torchrun --nproc_per_node {state.num_processes} " if state.num_processes > 1 else ""
-    CURVES.mkdir(exist_ok=True)
-    curve = CURVES / f"{name}-{stem}.png"
-    shutil.copyfile(folder / f"{stem}-{seeds[0]}" / CURVE_FILE, curve)
+    epochs, validated = f"{statistics.mean(run['epochs'] for run in runs):.0f}", runs[0]["validation"] is not None
+    if validated:
+        CURVES.mkdir(exist_ok=True)
+        curve = CURVES / f"{name}-{stem}.png"
+        shutil.copyfile(folder / f"{stem}-{seeds[0]}" / CURVE_FILE, curve)
+        epochs = f"[{epochs}]({CURVES.name}/{curve.name})"
     cells = [
         f"{title}, {named_seeds(seeds)}",
         f"{runs[0]['parameters']:,}",
-        f"[{statistics.mean(run['epochs'] for run in runs):.0f}]({CURVES.name}/{curve.name})",
+        epochs,
         f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
         + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
-        spread([run["validation"] for run in runs]),
+        spread([run["validation"] for run in runs]) if validated else "",
         f"`{launcher}benchmarks/quality.py {name}{given} --seeds {options.seeds}`, torch {torch.__version__}, "
         f"{state.num_processes} x {torch.get_num_threads()} thread of {platform.machine()}",
     ]

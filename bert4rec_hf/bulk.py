@@ -13,6 +13,7 @@ from .pipeline import SequentialRecommendationPipeline
 
 # Histories read, and recommended rows written, at once.
 ROWS_AT_ONCE = 8192
+COLUMNS = ["user_id", "item_id", "rank", "score"]
 
 
 def recommend_file(
@@ -28,22 +29,24 @@ def recommend_file(
         pipe: With its `top_k` and other options set.
         histories: Parquet file with user_id and item_id (a list of item ids, oldest first), one history a row.
         output: Parquet file of user_id, item_id, rank (from 1) and score, in the order of the input. Written beside
-            and moved there when complete.
+            and moved there when complete. An earlier one is replaced, and nothing else.
         batch_size: Histories at once.
 
     Returns:
         Number of histories.
 
     Raises:
-        ValueError: If a column is missing or has another type, or if `output` is a folder.
+        ValueError: If a column is missing or has another type, or if `output` is a folder, `histories` itself or
+            another file that is no output of an earlier call.
     """
     output = Path(output)
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     try:
         source = pq.ParquetFile(histories)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{histories} is not a Parquet file: {error}") from error
+    _check_output(output, histories)
     schema = source.schema_arrow
     for name in ("user_id", "item_id"):
         if name not in schema.names:
@@ -53,14 +56,8 @@ def recommend_file(
             f"item_id of {histories} must be a list, one history a row; got {schema.field('item_id').type}: make "
             "histories from a log with bert4rec prepare"
         )
-    result = pa.schema(
-        [
-            ("user_id", schema.field("user_id").type),
-            ("item_id", pa.string()),
-            ("rank", pa.int32()),
-            ("score", pa.float32()),
-        ]
-    )
+    kinds = (schema.field("user_id").type, pa.string(), pa.int32(), pa.float32())
+    result = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
     num_histories = source.metadata.num_rows
 
     def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
@@ -94,3 +91,22 @@ def recommend_file(
     finally:
         beside.unlink(missing_ok=True)
     return num_histories
+
+
+def _check_output(output: Path, histories: str | os.PathLike) -> None:
+    """Raise unless the file is missing or an earlier output."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
+    if not output.exists():
+        return
+    if output.samefile(histories):
+        raise ValueError(f"{output} holds the histories themselves; choose another --output")
+    try:
+        names = pq.read_schema(output).names if output.is_file() else None
+    except pa.ArrowInvalid:
+        names = None
+    if names != COLUMNS:
+        raise ValueError(
+            f"{output} exists and is no Parquet file of {', '.join(COLUMNS)} that this command wrote; choose another "
+            "--output"
+        )

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+from .configuration_bert4rec import DERIVED_FIELDS, UNK_TOKEN_ID, Bert4RecConfig
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,18 @@ class _Parser(HfArgumentParser):
         options = unknown[: unknown.index("--")] if "--" in unknown else unknown
         for argument in options:
             if argument.startswith("-") and not self._negative_number_matcher.match(argument):
-                self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument)}")
+                self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument, '--')}")
         if isinstance(getattr(parsed, "items", None), list):
             # Python 3.11 takes no item ids where an option stands between them and the model.
             parsed.items += unknown[: len(options)] + unknown[len(options) + 1 :]
             unknown = []
+        surplus = [argument for argument in unknown if argument != "--"]
+        if surplus and hasattr(parsed, "log"):
+            self.error(
+                f"expected one log, got {surplus[0]} as well: quote a pattern of files, as in 'events-*.parquet'"
+            )
+        if surplus:
+            self.error(f"{surplus[0]} is an argument too much; see {self.prog} --help")
         return parsed, unknown
 
     def with_recipe(self, arguments: Sequence[str]) -> list[str]:
@@ -77,10 +84,10 @@ class _Parser(HfArgumentParser):
         # In between, so that a list at the end of the recipe does not take what follows.
         return [*words, "--config", found.config, *rest]
 
-    def _nearest(self, name: str) -> str:
+    def _nearest(self, name: str, prefix: str = "") -> str:
         known = [option.removeprefix("--") for option in self._option_string_actions]
         nearest = difflib.get_close_matches(name.split("=")[0].lstrip("-"), known, n=1)
-        return f"; did you mean {nearest[0]}?" if nearest else f"; see {self.prog} --help"
+        return f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; see {self.prog} --help"
 
 
 @dataclass
@@ -116,10 +123,10 @@ class PrepareArguments:
     validation: bool = field(
         default=True, metadata={"help": "Hold out validation targets too; false: only those of the test."}
     )
-    validation_cut: str = field(
-        default="0.8", metadata={"help": "Temporal split: a share of the events, a time or an ISO date."}
+    validation_cut: str | None = field(
+        default=None, metadata={"help": "Temporal split: a share of the events, a time or an ISO date; default 0.8."}
     )
-    test_cut: str = field(default="0.9", metadata={"help": "Likewise, of the test part."})
+    test_cut: str | None = field(default=None, metadata={"help": "Likewise, of the test part; default 0.9."})
     item_titles: str | None = field(
         default=None, metadata={"help": "CSV or Parquet file with the item column and a column title."}
     )
@@ -232,6 +239,9 @@ class ConvertConfigArguments:
 
 def _architecture_arguments() -> type:
     """A dataclass of the config's own fields; None where the command line says nothing."""
+    from .trainer import default_architecture
+
+    chosen = default_architecture(1, 1, {})  # a log for which no field is left as the config has it
     fields = []
     for name, annotation in Bert4RecConfig.__annotations__.items():
         if name in DERIVED_FIELDS:
@@ -242,8 +252,10 @@ def _architecture_arguments() -> type:
         metadata: dict[str, Any] = {"help": f"Architecture; default {default}."}
         if name in ("max_position_embeddings", "filter_seen_items"):
             metadata["help"] = "Default: as the prepared folder says."
+        elif name in chosen:
+            metadata["help"] = "Architecture; chosen from the log if left out."
         if choices:
-            metadata["choices"] = [*choices, None]
+            metadata["choices"] = choices
         fields.append((name, kind | None, field(default=None, metadata=metadata)))
     return dataclasses.make_dataclass("ArchitectureArguments", fields)
 
@@ -254,6 +266,11 @@ def prepare(arguments: Sequence[str]) -> None:
     parser.add_argument("log", help="CSV or Parquet file, a glob pattern, or a dataset's name: ml-100k.")
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
     (options, rest) = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    if options.rating_column is not None and options.min_rating is None:
+        parser.error(
+            f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add that"
+        )
 
     from . import histories
 
@@ -302,6 +319,7 @@ def train(arguments: Sequence[str]) -> None:
         description=train.__doc__,
     )
     parser.add_argument("--config", help="Recipe (YAML) of defaults, which the command line overrides.")
+    parser._option_string_actions["--resume_from_checkpoint"].help = 'A checkpoint\'s folder, or "last".'
     options, training_arguments, architecture, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     trainer = train_prepared(
         options.data,
@@ -347,6 +365,8 @@ def recommend(arguments: Sequence[str]) -> None:
         parser.error("--histories and --output belong together")
     if options.histories is not None and rest.items:
         parser.error("give item ids or --histories, not both")
+    if options.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1; got {options.batch_size}")
 
     from .bulk import recommend_file
     from .trainer import load_model
@@ -371,6 +391,11 @@ def recommend(arguments: Sequence[str]) -> None:
         num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
         print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
+    if rest.items and set(pipe.tokenizer.item_ids_to_token_ids(rest.items)) == {UNK_TOKEN_ID}:
+        raise ValueError(
+            f"the catalogue of {rest.model} has none of the items of the history ({_first(rest.items)}); expected ids "
+            f"such as {_first(pipe.tokenizer.items)}, or no item at all for an empty history"
+        )
     answer = pipe(rest.items)
     if pipe.tokenizer.titles is not None:
         for item in rest.items:
@@ -481,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     huggingface_hub.utils.enable_progress_bars()
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -511,6 +536,10 @@ def format_evaluation(record: dict[str, Any]) -> str:
 def _overview() -> str:
     lines = [f"  {name:<15} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "BERT4Rec: from a raw interaction log to recommendations.\n\n" + "\n".join(lines)
+
+
+def _first(items: Sequence[str]) -> str:
+    return ", ".join(map(repr, items[:3])) + (", …" if len(items) > 3 else "")
 
 
 def _one_line(error: BaseException) -> str:

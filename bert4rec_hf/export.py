@@ -62,13 +62,19 @@ def export_onnx(
 
     Args:
         model: A trained model.
-        output: The file; written beside and moved there. Weights of 2 GB and more go into a file next to it.
+        output: The file; written beside and moved there. Weights of 2 GB and more go into a file next to it. A file
+            that is there already is replaced if its name ends in .onnx.
         top_k: Number of items.
 
     Raises:
         ImportError: Without the packages onnx and onnxscript: `pip install bert4rec_hf[export]`.
+        ValueError: If `output` is a folder, or a file of another name.
     """
     output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name a file, for example {output / 'model.onnx'}")
+    if output.exists() and output.suffix != ".onnx":
+        raise ValueError(f"{output} exists and its name does not end in .onnx; choose another --output")
     if model.dtype != torch.float32:
         model = deepcopy(model).float()  # runtimes on a CPU have no half-precision multiplication
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)

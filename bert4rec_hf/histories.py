@@ -17,7 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ ROW_GROUP_SIZE = 16_384
 
 LENGTH_CHOICES = (50, 100, 200)
 FILTER_SEEN_BELOW = 0.05
+DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9  # shares of the events
 
 
 def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
@@ -113,8 +114,8 @@ def histories(
     event_columns: Sequence[str] = (),
     split: str = "leave-one-out",
     validation: bool = True,
-    validation_cut: float | str | date = 0.8,
-    test_cut: float | str | date = 0.9,
+    validation_cut: float | str | date | None = None,
+    test_cut: float | str | date | None = None,
 ) -> ir.Table:
     """One history a user, from an Ibis table of events on DuckDB or Spark.
 
@@ -143,9 +144,10 @@ def histories(
             that of the events before the validation cut; it decides who trains, all users and events stay.
             "none": no targets, all events train: for a model that serves, once a split has told how good it is.
         validation: False: no validation targets; what they are taken from trains, a temporal split has one cut.
-        validation_cut: A share of all events between 0 and 1, or a value of the time column, or an ISO date
-            (in UTC; for a column of numbers it is taken as seconds since 1970). Events before it train.
-        test_cut: Likewise.
+        validation_cut: Of a temporal split: a share of all events between 0 and 1, or a value of the time column, or
+            an ISO date (in UTC; for a column of numbers it is taken as seconds since 1970). Events before it train.
+            None: 0.8.
+        test_cut: Likewise; None: 0.9.
 
     Returns:
         Sorted by user_id: user_id (string), item_id (array<string>), timestamp (array, if there is a time),
@@ -153,8 +155,9 @@ def histories(
         validation_position and test_position (int32 or null: index of the target in item_id).
 
     Raises:
-        ValueError: If a column is missing or has the wrong type, nulls or empty ids; if there is only one
-            user, or none left after the filter; if a cut leaves no event on one of its sides.
+        ValueError: If a column is missing, serves twice or has the wrong type, nulls or empty ids; if there is only
+            one user, or none left after the filter; if a cut leaves no event on one of its sides, or is given where
+            nothing is cut.
     """
     table, _ = _histories(
         log,
@@ -192,8 +195,8 @@ def prepare(
     event_columns: Sequence[str] = (),
     split: str = "leave-one-out",
     validation: bool = True,
-    validation_cut: float | str | date = 0.8,
-    test_cut: float | str | date = 0.9,
+    validation_cut: float | str | date | None = None,
+    test_cut: float | str | date | None = None,
     item_titles: Mapping[str, str] | str | Path | None = None,
     max_length: int | None = None,
     filter_seen_items: bool | None = None,
@@ -323,8 +326,8 @@ def _histories(
     event_columns: Sequence[str],
     split: str,
     validation: bool,
-    validation_cut: float | str | date,
-    test_cut: float | str | date,
+    validation_cut: float | str | date | None,
+    test_cut: float | str | date | None,
 ) -> tuple[ir.Table, dict[str, Any]]:
     """The histories, and what only the log can tell: statistics of the source, the split with its cuts."""
     for name, value, choices in (
@@ -333,6 +336,19 @@ def _histories(
     ):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    for name, number in (("min_user_events", min_user_events), ("min_item_events", min_item_events)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, which leaves nothing out; got {number}")
+    for name, cut in (("validation_cut", validation_cut), ("test_cut", test_cut)):
+        if cut is not None and split != "temporal":
+            raise ValueError(
+                f"{name} is for --split temporal; got {cut} with the split {split}: leave it out, or choose that split"
+            )
+    if validation_cut is not None and not validation:
+        raise ValueError(
+            f"without validation targets there is no validation_cut; got {validation_cut}: leave it out, or "
+            "--validation false"
+        )
     if time_column == "timestamp" and time_column not in log.columns and sequence_column is not None:
         time_column = None  # the default, and a log that has no time
     if split == "temporal" and time_column is None:
@@ -376,7 +392,9 @@ def _histories(
     events = _drop_duplicates(events, duplicates)
     cuts = None
     if split == "temporal":
-        cuts = _resolve_cuts(events, *([validation_cut] if validation else []), test_cut)
+        given = [(validation_cut, DEFAULT_VALIDATION_CUT)] if validation else []
+        given.append((test_cut, DEFAULT_TEST_CUT))
+        cuts = _resolve_cuts(events, *(default if cut is None else cut for cut, default in given))
     training = events if cuts is None else events.filter(events.timestamp < cuts[0])
     users, items = _core(training, min_user_events, min_item_events)
     if users is not None and users.count().execute() == 0:
@@ -423,6 +441,10 @@ def _normalize(
                 f"the log has no column {column!r}; its columns (a CSV file's first line) are "
                 f"{', '.join(known)}; name the right one with {option}"
             )
+    for first, second in combinations(wanted[:4], 2):
+        # A time may be its own sequence, which changes nothing.
+        if first[1] == second[1] and first[0] in ("--user_column", "--item_column"):
+            raise ValueError(f"{first[0]} and {second[0]} must be different columns; got {first[1]!r} for both")
     reserved = RESERVED_COLUMNS | WORKING_COLUMNS
     if reserved.intersection(event_columns) or len(set(event_columns)) < len(event_columns):
         raise ValueError(
@@ -781,7 +803,9 @@ def _log_files(source: str | Path) -> list[str]:
         if not paths:
             raise FileNotFoundError(f"no file matches {source}")
     else:
-        raise FileNotFoundError(f"no such file: {source}; expected a CSV or Parquet file or a glob pattern")
+        is_a_name = os.path.basename(source) == source and not os.path.splitext(source)[1]
+        known = f", or the name of a data set that prepare fetches: {', '.join(NAMED_DATASETS)}" if is_a_name else ""
+        raise FileNotFoundError(f"no such file: {source}; expected a CSV or Parquet file or a glob pattern{known}")
     for path in paths:
         if os.path.getsize(path) == 0:
             raise ValueError(f"{path} is empty; expected a CSV file with a header, or Parquet")
@@ -867,6 +891,9 @@ def _check_output(output: Path) -> None:
     """Raise unless the folder is missing, empty, or an earlier one of ours."""
     if output.is_dir():
         names = sorted(path.name for path in output.iterdir())
+        # It has a copy of preparation.json, and the catalogue of its weights under the names of ours.
+        if any(name == "config.json" or name.endswith(".safetensors") for name in names):
+            raise ValueError(f"{output} is a model folder; choose another --output")
         if not names or _own_files(output) is not None:
             return
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -879,6 +906,8 @@ def _check_output(output: Path) -> None:
 
 def _own_files(folder: Path) -> set[str] | None:
     """The files that an earlier call wrote into a folder; None if the folder is not one of ours."""
+    if not (folder / HISTORIES_FILE).is_file():
+        return None
     try:
         return set(json.loads((folder / PREPARATION_FILE).read_text("utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):

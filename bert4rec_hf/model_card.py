@@ -146,11 +146,15 @@ def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | No
             f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users "
             f"in `{source}`."
         )
-        if preparation["split"]["name"] == "none":
+        if _holds_nothing_out(preparation):
             text += " Nothing was held out: these are all events that there were, and nothing is left to evaluate on."
         if source in NAMED_DATASETS:
             text += f" {NAMED_DATASETS[source].license} Cite {NAMED_DATASETS[source].citation}."
     return text
+
+
+def _holds_nothing_out(preparation: Mapping[str, Any]) -> bool:
+    return preparation.get("split", {}).get("name") == "none"
 
 
 def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
@@ -225,7 +229,7 @@ def _reproduction(
                 words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         commands.append(shlex.join(words))
     commands.append(f"bert4rec train --data data --output_dir model --config {RECIPE_FILE}")
-    if not preparation or preparation["split"]["name"] != "none":
+    if not preparation or not _holds_nothing_out(preparation):
         commands.append("bert4rec evaluate model --data data")
     names = SHOWN_RECIPE + (SAMPLED_LOSS_RECIPE if recipe.get("item_loss", "softmax") != "softmax" else ())
     shown = {name: recipe[name] for name in names if name in recipe}

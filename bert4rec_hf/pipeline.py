@@ -15,6 +15,8 @@ from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_SHOWN = 3  # items that the warning about unknown ones names
+
 
 class SequentialRecommendationPipeline(Pipeline):
     """Recommendations in the user's own item ids.
@@ -50,24 +52,28 @@ class SequentialRecommendationPipeline(Pipeline):
     tokenizer: Bert4RecTokenizer
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        unknown: list[str] = []  # the first few, which `preprocess` notes
         if isinstance(inputs, Mapping) or _is_one_history(inputs):
-            answer, num_unknown = super().__call__(_AsOne(inputs), **kwargs)
-            _warn(num_unknown)
+            answer, num_unknown = super().__call__(_AsOne(inputs, unknown), **kwargs)
+            _warn(num_unknown, unknown)
             return answer
         if not isinstance(inputs, list | tuple):
-            return self._answers(super().__call__((row for row in inputs), **kwargs))
+            return self._answers(super().__call__((_AsOne(row, unknown) for row in inputs), **kwargs), unknown)
         # So that histories of a batch are of like length, and little is padding.
         order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
-        answers = self._answers(super().__call__((inputs[place] for place in order), **kwargs))
+        rows = (_AsOne(inputs[place], unknown) for place in order)
+        answers = self._answers(super().__call__(rows, **kwargs), unknown)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     @staticmethod
-    def _answers(outputs: Iterable[tuple[list[dict[str, Any]], int]]) -> Iterator[list[dict[str, Any]]]:
+    def _answers(
+        outputs: Iterable[tuple[list[dict[str, Any]], int]], unknown: Sequence[str]
+    ) -> Iterator[list[dict[str, Any]]]:
         total = 0
         for answer, num_unknown in outputs:
             total += num_unknown
             yield answer
-        _warn(total)
+        _warn(total, unknown)
 
     def _sanitize_parameters(
         self,
@@ -98,8 +104,9 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude_ids: Iterable[int] = (),
         candidate_ids: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
+        unknown: list[str] = []
         if isinstance(inputs, _AsOne):
-            inputs = inputs.history
+            inputs, unknown = inputs.history, inputs.unknown
         if isinstance(inputs, Mapping):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
@@ -111,8 +118,12 @@ class SequentialRecommendationPipeline(Pipeline):
             inputs = inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
-        token_ids = self.tokenizer.item_ids_to_token_ids(_item_list("a history", inputs))
+        items = _item_list("a history", inputs)
+        token_ids = self.tokenizer.item_ids_to_token_ids(items)
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
+        if len(history) < len(items) and len(unknown) < UNKNOWN_SHOWN:
+            lacking = (str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID)
+            unknown[:] = list(dict.fromkeys([*unknown, *lacking]))[:UNKNOWN_SHOWN]
         excluded = {*exclude_ids, *history} if filter_seen_items else set(exclude_ids)
         input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
         return {
@@ -208,10 +219,15 @@ class SequentialRecommendationPipeline(Pipeline):
 
 
 class _AsOne:
-    """A history on its way through `Pipeline.__call__`, which would take a list for a batch."""
+    """A history on its way through `Pipeline.__call__`, which would take a list for a batch.
 
-    def __init__(self, history: Any):
-        self.history = history
+    Args:
+        history: As it was given.
+        unknown: Of the whole call: the first items that the catalogue lacks.
+    """
+
+    def __init__(self, history: Any, unknown: list[str]):
+        self.history, self.unknown = history, unknown
 
 
 def _is_one_history(inputs: Any) -> bool:
@@ -240,6 +256,7 @@ def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
     return list(items)
 
 
-def _warn(num_unknown: int) -> None:
+def _warn(num_unknown: int, unknown: Sequence[str]) -> None:
     if num_unknown:
-        logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)
+        examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""  # none where workers noted them
+        logger.warning("left out %d items of histories that the catalogue lacks%s", num_unknown, examples)

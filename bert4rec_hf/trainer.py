@@ -182,8 +182,6 @@ class Bert4RecTrainingArguments(TrainingArguments):
             raise ValueError(f"gradient_accumulation_steps must be at least 1; got {self.gradient_accumulation_steps}")
         if not self.window_step > 0:
             raise ValueError(f"window_step must be above 0, a share of the model's length; got {self.window_step}")
-        if self.label_smoothing_factor:
-            raise ValueError("the item losses know no label smoothing: leave out --label_smoothing_factor")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}"

@@ -143,27 +143,44 @@ def test_the_reader_runs_a_bounded_number_of_histories_ahead_of_the_answers(pipe
 def test_a_failure_leaves_an_earlier_output_as_it_was_and_nothing_beside_it(pipe, tmp_path):
     # A null item is found while the second batch is on its way, when rows have been written.
     source = write(tmp_path / "in.parquet", ["a", "b", "c"], [["10"], ["11"], [None]])
-    (tmp_path / "out.parquet").write_text("of yesterday")
+    recommend_file(pipe, write(tmp_path / "other.parquet", ["z"], [["13"]]), tmp_path / "out.parquet")
+    before = (tmp_path / "out.parquet").read_bytes()
     with pytest.raises(TypeError, match="got None"):
         recommend_file(pipe, source, tmp_path / "out.parquet", batch_size=1)
-    assert (tmp_path / "out.parquet").read_text() == "of yesterday"
+    assert (tmp_path / "out.parquet").read_bytes() == before
     with pytest.raises(TypeError, match="got None"):
         recommend_file(pipe, source, tmp_path / "new.parquet", batch_size=1)
-    assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "out.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "other.parquet", "out.parquet"}
 
 
 def test_an_earlier_output_is_replaced_and_the_folder_of_a_new_one_made(pipe, tmp_path):
     source = write(tmp_path / "in.parquet", ["a"], [["10"]])
-    (tmp_path / "out.parquet").write_text("of yesterday")
+    recommend_file(pipe, write(tmp_path / "other.parquet", ["z"], [["13"]]), tmp_path / "out.parquet")
     for output in (tmp_path / "out.parquet", tmp_path / "new" / "out.parquet"):
         recommend_file(pipe, source, output)
         assert list(answers_by_user(output)) == ["a"]
 
 
-def test_recommendations_may_replace_the_histories_themselves(pipe, tmp_path):
+def test_neither_the_histories_nor_a_file_of_others_is_replaced(pipe, tmp_path):
     source = write(tmp_path / "in.parquet", ["a"], [["10"]])
-    recommend_file(pipe, source, source)
-    assert_same(answers_by_user(source)["a"], pipe(["10"]))
+    other = write(tmp_path / "other.parquet", ["b"], [["11"]])
+    (tmp_path / "link.parquet").symlink_to(source)
+    (tmp_path / "notes.txt").write_text("of yesterday")
+    (tmp_path / "empty").touch()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for output in (source, tmp_path / "link.parquet"):
+        with pytest.raises(ValueError, match=r"parquet holds the histories themselves; choose another --output"):
+            recommend_file(pipe, source, output)
+    for output in (other, tmp_path / "notes.txt", tmp_path / "empty"):
+        with pytest.raises(ValueError, match=rf"{output.name} exists and is no Parquet file of user_id, item_id, rank"):
+            recommend_file(pipe, source, output)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_batch_size_below_1_is_an_error(pipe, tmp_path):
+    source = write(tmp_path / "in.parquet", ["a"], [["10"]])
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        recommend_file(pipe, source, tmp_path / "out.parquet", batch_size=0)
 
 
 @pytest.mark.parametrize("missing", ["user_id", "item_id"])

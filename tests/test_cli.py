@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pyarrow as pa
@@ -409,6 +410,10 @@ HEADER = "user_id,item_id,timestamp\n"
         (HEADER, [], r"columns but no events"),
         ("\0\1\2", [], r"neither UTF-8 CSV nor Parquet"),
         (HEADER + "1,2,3\n2,3,4\n", ["--split", "random"], r"--split.*'random'.*leave-one-out.*temporal"),
+        (HEADER + "1,2,3\n2,3,4\n", ["--validation_cut", 0.7], r"validation_cut is for --split temporal; got 0.7"),
+        (HEADER + "1,2,3\n2,3,4\n", ["--user_column", "item_id"], r"--user_column and --item_column must be different"),
+        (HEADER + "1,2,3\n2,3,4\n", ["--min_user_events", -3], r"min_user_events must be at least 1.*got -3"),
+        (HEADER + "1,2,3\n2,3,4\n", ["--rating_column", "foo"], r"--rating_column is for --min_rating; got foo alone"),
         (HEADER + "1,2,3\n2,3,4\n", ["--max_length", 1], r"max_length must be at least 2.*got 1"),
     ],
 )
@@ -419,7 +424,37 @@ def test_a_bad_log_is_one_line_that_helps_and_nothing_is_written(tmp_path, text,
 
 
 def test_a_log_that_does_not_exist_is_named(tmp_path):
-    assert "no such file: nowhere.csv" in fail("prepare", "nowhere.csv", "--output", tmp_path / "data")
+    line = fail("prepare", "nowhere.csv", "--output", tmp_path / "data")
+    assert "no such file: nowhere.csv" in line
+    assert "ml-100k" not in line
+    line = fail("prepare", "ml-1m", "--output", tmp_path / "data")
+    assert re.search(r"no such file: ml-1m;.* the name of a data set that prepare fetches: ml-100k$", line)
+
+
+def test_a_model_folder_is_not_prepared_over(model, log):
+    before = contents(model)
+    for folder in (model, next(model.glob("checkpoint-*"))):
+        assert fail("prepare", log, "--output", folder).endswith(f"{folder} is a model folder; choose another --output")
+    assert contents(model) == before
+
+
+def test_a_pattern_that_the_shell_has_expanded_is_to_be_quoted(tmp_path):
+    line = fail("prepare", "events-0.parquet", "events-1.parquet", "--output", tmp_path / "data")
+    assert line == (
+        "bert4rec prepare: expected one log, got events-1.parquet as well: quote a pattern of files, "
+        "as in 'events-*.parquet'"
+    )
+    line = fail("evaluate", "model", "another", "--data", "data")
+    assert line == "bert4rec evaluate: another is an argument too much; see bert4rec evaluate --help"
+
+
+def test_a_package_that_is_missing_is_one_line(monkeypatch):
+    def lacks(_):
+        """A command."""
+        raise PackageNotFoundError("onnx")
+
+    monkeypatch.setitem(COMMANDS, "export", lacks)
+    assert fail("export") == "bert4rec export: No package metadata was found for onnx"
 
 
 def test_an_output_folder_with_something_else_in_it_stays_untouched(log, data, tmp_path):
@@ -454,7 +489,7 @@ def test_a_finished_model_is_not_trained_over(model, data):
         ({"metric_for_best_model": "NDCG"}, r"metric_for_best_model.*NDCG@10.*'NDCG'"),
         ({"hidden_size": "16.5"}, r"--hidden_size.*invalid int value"),
         ({"max_position_embeddings": 1}, r"max_length must be at least 2.*got 1"),
-        ({"normalization": "batch"}, r"--normalization.*'batch'.*'pre', 'post'"),
+        ({"normalization": "batch"}, r"--normalization.*'batch'.*'pre', 'post'\)"),
         ({"train_windows": "all"}, r"--train_windows.*'all'.*'newest', 'random', 'proportional'"),
         ({"resume_from_checkpoint": "last"}, r"[Nn]o .*checkpoint"),
     ],
@@ -518,13 +553,25 @@ def test_a_data_folder_that_is_not_prepared_is_named_with_the_command_that_makes
         (["101", "--histories", "in.parquet", "--output", "out.parquet"], r"item ids or --histories, not both"),
         (["--histories", "nowhere.parquet", "--output", "out.parquet"], r"nowhere\.parquet"),
         (["101", "--device", "abacus"], r"cannot use the device 'abacus'"),
-        (["101", "--topk", 3], r"unknown option --topk; did you mean (--)?top_k\?"),
+        (["101", "--topk", 3], r"unknown option --topk; did you mean --top_k\?"),
+        (["101", "--batch_size", 0], r"--batch_size must be at least 1; got 0"),
+        (["zzz", "yyy"], r"has none of the items of the history \('zzz', 'yyy'\); expected ids such as '101', '102'"),
     ],
 )
 def test_a_bad_request_for_recommendations_is_one_line(model, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert re.search(message, fail("recommend", model, *arguments))
     assert contents(tmp_path) == {}
+
+
+def test_histories_are_not_replaced_by_their_recommendations(model, data):
+    histories = data / "histories.parquet"
+    before = contents(data)
+    line = fail("recommend", model, "--histories", histories, "--output", histories)
+    assert line.endswith(f"{histories} holds the histories themselves; choose another --output")
+    line = fail("recommend", model, "--histories", histories, "--output", data / "items.json")
+    assert "items.json exists and is no Parquet file of user_id, item_id, rank, score" in line
+    assert contents(data) == before
 
 
 def test_a_file_of_histories_that_is_no_parquet_leaves_nothing_behind(model, log, tmp_path):
@@ -569,7 +616,7 @@ def test_unknown_options_name_the_nearest_known_one_and_missing_ones_are_named(c
         "recommend": ["model"],
     }[command]
     line = fail(command, *required, f"--{option}x=1")
-    assert re.search(rf"unknown option --{option}x; did you mean (--)?{option}\?", line)
+    assert f"unknown option --{option}x; did you mean --{option}?" in line
     assert "are required" in fail(command)
 
 
@@ -599,6 +646,18 @@ def test_help_lists_the_commands_and_the_options_of_each():
         assert (status, err) == (0, "")
         assert option in out
         assert f"bert4rec {command}" in out
+
+
+def test_help_of_train_says_what_a_field_is_if_it_is_left_out():
+    text = " ".join(run("train", "--help")[1].split())
+    chosen = "Architecture; chosen from the log if left out."
+    fields = ("hidden_size", "hidden_dropout_prob", "num_attention_heads", "cooccurrence_size")
+    for name in (*fields, "gated_feed_forward", "hidden_act", "intermediate_size"):
+        assert re.search(rf"--{name} \w+, --\S+ \w+ {chosen}", text), name
+    assert text.count(chosen) == 7
+    assert re.search(r"--num_hidden_layers \w+, --\S+ \w+ Architecture; default 2\.", text)
+    assert "--position_embedding_type {rotary,learned_from_start,learned_from_end}, " in text
+    assert 'A checkpoint\'s folder, or "last".' in text
 
 
 def run_module(*arguments, folder):

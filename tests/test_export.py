@@ -108,9 +108,27 @@ def test_more_items_than_the_catalogue_has_are_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("log.csv", r"log\.csv exists and its name does not end in \.onnx; choose another --output"),
+        ("folder.onnx", r"folder\.onnx is a folder; name a file, for example .*folder\.onnx.model\.onnx"),
+    ],
+)
+def test_what_is_no_onnx_file_is_not_replaced_and_nothing_is_exported_for_it(tmp_path, monkeypatch, name, message):
+    (tmp_path / "log.csv").write_text("user_id,item_id\n")
+    (tmp_path / "folder.onnx").mkdir()
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("the long way to an error"))
+    with pytest.raises(ValueError, match=message):
+        export_onnx(make_model({}), tmp_path / name)
+    assert (tmp_path / "log.csv").read_text() == "user_id,item_id\n"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder.onnx", "log.csv"]
+
+
 def test_the_command_writes_the_file(tmp_path, capsys):
     make_model({}).save_pretrained(tmp_path / "model")
     output = tmp_path / "model.onnx"
+    output.write_text("of yesterday")
     assert main(["export", str(tmp_path / "model"), "--output", str(output), "--top_k", "3"]) == 0
     assert capsys.readouterr().out.startswith(f"wrote {output}")
     session = onnxruntime.InferenceSession(output)

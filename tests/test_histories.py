@@ -435,6 +435,37 @@ def test_cuts_that_leave_a_part_empty_are_refused(tmp_path, cuts, message):
         rows_of(log, split="temporal", validation=cuts[0] is not None, validation_cut=cuts[0], test_cut=cuts[1])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_cut": 0.7}, "validation_cut is for --split temporal; got 0.7 with the split leave-one-out"),
+        ({"split": "none", "test_cut": "0.7"}, "test_cut is for --split temporal; got 0.7 with the split none"),
+        (
+            {"split": "temporal", "validation": False, "validation_cut": 6},
+            "without validation targets there is no validation_cut; got 6",
+        ),
+        ({"min_user_events": -3}, "min_user_events must be at least 1.*got -3"),
+        ({"min_item_events": 0}, "min_item_events must be at least 1.*got 0"),
+        ({"user_column": "item_id"}, "--user_column and --item_column must be different columns; got 'item_id' for"),
+        ({"item_column": "timestamp"}, "--item_column and --time_column must be different columns; got 'timestamp'"),
+        ({"sequence_column": "user_id"}, "--user_column and --sequence_column must be different columns"),
+    ],
+)
+def test_options_that_mean_nothing_together_are_refused(tmp_path, options, message):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    with pytest.raises(ValueError, match=message):
+        prepare(log, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match=message):
+        rows_of(log, **options)
+
+
+def test_cuts_that_are_left_out_are_eight_and_nine_tenths_of_the_events(tmp_path, saved_catalogues):
+    log = write_csv(tmp_path / "log.csv", [("ab"[time % 2], "xyz"[time % 3], time) for time in range(100)])
+    for validation, cuts in ((True, {"validation_cut": 80, "test_cut": 90}), (False, {"test_cut": 90})):
+        split = prepare(log, tmp_path / "out", split="temporal", validation=validation)["split"]
+        assert split == {"name": "temporal", "validation": validation} | cuts
+
+
 def test_statistics_and_defaults_have_known_answers(tmp_path, saved_catalogues):
     rows = [("a", item, time) for item, time in (("x", 1), ("y", 1), ("x", 2), ("z", 2))]
     rows += [("b", "x", 1), ("b", "y", 2), ("b", "w", 3), ("c", "v", 1)]
@@ -537,7 +568,7 @@ def test_one_user_no_user_left_and_no_target_are_refused(tmp_path, saved_catalog
 
 
 def test_files_that_are_no_log_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*or a glob pattern$"):
         read_log(tmp_path / "none.csv")
     with pytest.raises(FileNotFoundError, match="no file matches"):
         read_log(f"{tmp_path}/*.csv")
@@ -594,6 +625,23 @@ def test_only_a_folder_of_ours_is_replaced_and_what_is_not_ours_stays(tmp_path, 
     ]
     assert json.loads((output / "preparation.json").read_text())["filters"]["duplicates"] == "drop"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "log.csv", "out"]
+
+
+def test_a_model_folder_is_not_replaced_though_it_has_a_preparation(tmp_path, saved_catalogues):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    model = tmp_path / "model"
+    prepare(log, model)
+    (model / "histories.parquet").unlink()
+    before = (model / "preparation.json").read_bytes()
+    with pytest.raises(ValueError, match=r"holds something else \(preparation\.json\)"):
+        prepare(log, model)
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (model / name).write_text("{}")
+        with pytest.raises(ValueError, match=r"model is a model folder; choose another --output"):
+            prepare(log, model)
+        (model / name).unlink()
+    assert [path.name for path in model.iterdir()] == ["preparation.json"]
+    assert (model / "preparation.json").read_bytes() == before
 
 
 def test_a_failed_preparation_leaves_the_earlier_one_alone(tmp_path, saved_catalogues, monkeypatch):

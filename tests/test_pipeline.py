@@ -273,7 +273,7 @@ def test_unknown_items_are_left_out_with_one_warning_that_names_how_many(pipe, c
     with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
         answers = pipe([["100", "x", "101"], ["y", "z"], ["102"]], batch_size=batch_size)
     assert [record.getMessage() for record in caplog.records] == [
-        "left out 3 items of histories that the catalogue lacks"
+        "left out 3 items of histories that the catalogue lacks, such as 'y', 'z', 'x'"  # the shortest history first
     ]
     assert_equal_answers(answers, pipe([["100", "101"], [], ["102"]]))
 
@@ -289,7 +289,17 @@ def test_one_history_with_unknown_items_warns_too(pipe, caplog):
     with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
         pipe(["100", "x"])
     assert len(caplog.records) == 1
-    assert "left out 1 " in caplog.text
+    assert "left out 1 items of histories that the catalogue lacks, such as 'x'" in caplog.text
+
+
+def test_the_warning_names_the_first_three_unknown_items_of_its_own_call(pipe, caplog):
+    with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
+        list(pipe(history for history in (["u", "u", "100"], ["v", "w", "x"])))
+        pipe({"history": ["y"]})
+    assert [record.getMessage().removeprefix("left out ") for record in caplog.records] == [
+        "5 items of histories that the catalogue lacks, such as 'u', 'v', 'w'",
+        "1 items of histories that the catalogue lacks, such as 'y'",
+    ]
 
 
 def test_top_k_above_the_catalogue_gives_the_catalogue(pipe):

@@ -463,7 +463,6 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
     [
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
         ({"window_step": 0.0}, "window_step must be above 0"),
-        ({"label_smoothing_factor": 0.1}, "know no label smoothing"),
         ({"output_dir": None}, "say --output_dir FOLDER"),
     ],
 )
