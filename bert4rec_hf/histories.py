@@ -56,7 +56,7 @@ def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "ite
         source: A file or a glob pattern. The files of a glob follow one another in the order of their names.
             A CSV file is UTF-8, starts with a header, may be gzipped, and uses one of `DELIMITERS`.
         id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
-            survive. The types of the other columns are guessed. Parquet files must agree in their types.
+            survive. The types of the other columns are guessed. Parquet files must agree in the types of these.
 
     Raises:
         FileNotFoundError: If there is no such file, or none that matches the pattern.

@@ -324,7 +324,7 @@ class Bert4RecTrainer(Trainer):
         self.preparation = preparation
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
-        self.evaluated_step: int | None = None
+        self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
@@ -388,7 +388,7 @@ class Bert4RecTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.state.best_global_step != self.evaluated_step:
-            self.evaluation = None
+            self.evaluated_step = None
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         # Nor the item table: an item that no batch has would shrink all the same.
@@ -705,6 +705,7 @@ def train_prepared(
         )
     else:
         logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
+        args = copy(args)  # another run with these may have some
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     trainer = Bert4RecTrainer(
         model,
@@ -732,7 +733,7 @@ def train_prepared(
         check_resumable(checkpoint, args, config, tokenizer)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if len(validation) and (trainer.evaluation is None or trainer.evaluated_step != trainer.state.global_step):
+    if len(validation) and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()  # the folder is the main process's work, and may be read at once

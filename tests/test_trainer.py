@@ -479,7 +479,9 @@ def test_without_validation_targets_these_train_and_the_numbers_say_so(chain, tm
     data, _ = chain
     preparation = prepare(data.parent / "log.csv", tmp_path / "data", validation=False)
     assert preparation["statistics"]["num_training_events"] == 301 * 19
-    train_prepared(tmp_path / "data", arguments(tmp_path / "model"), **SMALL)
+    given = arguments(tmp_path / "model")
+    train_prepared(tmp_path / "data", given, **SMALL)
+    assert given.load_best_model_at_end
     protocol = evaluate_prepared(tmp_path / "model", tmp_path / "data", use_cpu=True)["protocol"]
     assert protocol["split"] == "leave-one-out (no validation targets, which train)"
     assert protocol["num_users"] == 301
