@@ -26,7 +26,7 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.export import export_onnx
 from bert4rec_hf.metrics import Protocol
-from bert4rec_hf.trainer import load_model
+from bert4rec_hf.runs import load_model
 
 ROUNDS, BATCH = 5, 64
 

@@ -37,8 +37,8 @@ from bert4rec_hf import (
 from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.metrics import Protocol
 from bert4rec_hf.model_card import CURVE_FILE
+from bert4rec_hf.runs import evaluate_prepared, load_model, train_prepared
 from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
-from bert4rec_hf.trainer import evaluate_prepared, load_model, train_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "quality.md"

@@ -20,7 +20,7 @@ from onnx_int8 import exported
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, ItemIndex
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
-from bert4rec_hf.trainer import load_model
+from bert4rec_hf.runs import load_model
 
 TABLE = Path(__file__).parent / "serving.md"
 LENGTH, TOP_K, CLUSTERS = 50, 10, 1000

@@ -77,8 +77,8 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
     from transformers import pipeline
 
     from bert4rec_hf import Bert4RecTrainingArguments
+    from bert4rec_hf.runs import train_prepared
     from bert4rec_hf.splits import read_prepared, training_rows
-    from bert4rec_hf.trainer import train_prepared
 
     rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows="proportional"))
     clock.steps = max(clock.steps, -(-rows // shape["batch"]))  # its batches differ in length: a whole epoch

@@ -92,7 +92,7 @@ class _Parser(HfArgumentParser):
 
 @dataclass
 class PrepareArguments:
-    """The options of `histories.prepare`."""
+    """The options of `preparation.prepare`."""
 
     output: str = field(metadata={"help": "The folder to write."})
     user_column: str | None = field(default=None, metadata={"help": "Default user_id."})
@@ -239,7 +239,7 @@ class ConvertConfigArguments:
 
 def _architecture_arguments() -> type:
     """A dataclass of the config's own fields; None where the command line says nothing."""
-    from .trainer import default_architecture
+    from .defaults import default_architecture
 
     chosen = default_architecture(1, 1, {})  # a log for which no field is left as the config has it
     fields = []
@@ -272,11 +272,11 @@ def prepare(arguments: Sequence[str]) -> None:
             f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add that"
         )
 
-    from . import histories
+    from . import preparation
 
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
-    preparation = histories.prepare(rest.log, **given)
-    statistics = preparation["statistics"]
+    prepared = preparation.prepare(rest.log, **given)
+    statistics = prepared["statistics"]
     lengths = statistics["history_length"]
     print(
         f"{statistics['num_users']:,} users, {statistics['num_items']:,} items, "
@@ -289,29 +289,30 @@ def prepare(arguments: Sequence[str]) -> None:
         f"{'no times' if tied is None else f'tied times {tied:.1%}'}, "
         f"cold targets {statistics['share_cold_targets']:.1%}"
     )
-    if preparation["split"]["name"] == "none":
+    if prepared["split"]["name"] == "none":
         print("no targets held out: all events train")
     else:
         print(
-            f"{preparation['split']['name']}: {statistics['num_validation_targets']:,} validation and "
+            f"{prepared['split']['name']}: {statistics['num_validation_targets']:,} validation and "
             f"{statistics['num_test_targets']:,} test targets"
         )
     chosen = "as told" if options.max_length else "the shortest of 50, 100, 200 that holds three quarters"
-    print(f"history length {preparation['max_length']} ({chosen})")
+    print(f"history length {prepared['max_length']} ({chosen})")
     if options.filter_seen_items is not None:
         reason = "as told"
-    elif preparation["filter_seen_items"]:
+    elif prepared["filter_seen_items"]:
         reason = "fewer than 5 % of events are repeats"
     else:
         reason = "5 % of events or more are repeats"
-    policy = "are not recommended again" if preparation["filter_seen_items"] else "may be recommended again"
+    policy = "are not recommended again" if prepared["filter_seen_items"] else "may be recommended again"
     print(f"seen items {policy} ({reason})")
     print(f"wrote {options.output}; next: bert4rec train --data {options.output} --output_dir MODEL")
 
 
 def train(arguments: Sequence[str]) -> None:
     """A prepared folder -> a model folder, which every checkpoint is too."""
-    from .trainer import Bert4RecTrainingArguments, train_prepared
+    from .runs import train_prepared
+    from .trainer import Bert4RecTrainingArguments
 
     parser = _Parser(
         (TrainArguments, Bert4RecTrainingArguments, _architecture_arguments()),
@@ -342,7 +343,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .trainer import evaluate_prepared
+    from .runs import evaluate_prepared
 
     record = evaluate_prepared(rest.model, **vars(options))
     if PartialState().is_main_process:
@@ -369,7 +370,7 @@ def recommend(arguments: Sequence[str]) -> None:
         parser.error(f"--batch_size must be at least 1; got {options.batch_size}")
 
     from .bulk import recommend_file
-    from .trainer import load_model
+    from .runs import load_model
 
     model = load_model(rest.model)
     if options.device is not None:
@@ -412,7 +413,7 @@ def export(arguments: Sequence[str]) -> None:
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
     from .export import export_onnx
-    from .trainer import load_model
+    from .runs import load_model
 
     try:
         export_onnx(load_model(rest.model), options.output, top_k=options.top_k)
@@ -438,7 +439,7 @@ def convert(arguments: Sequence[str]) -> None:
         parser.error("the following arguments are required: --items, since a checkpoint has no raw item ids")
     titles = None
     if options.item_titles is not None:
-        from .histories import read_titles
+        from .logs import read_titles
 
         titles = read_titles(options.item_titles, "item_id", read_items(options.items))
     model = convert_from_recbole(

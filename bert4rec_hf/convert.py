@@ -23,8 +23,8 @@ from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, 
 from .metrics import ranking_metrics
 from .model_card import write_model_card
 from .modeling_bert4rec import SPECIAL_TOKEN_LOGIT, Bert4RecForMaskedItemPrediction
+from .runs import load_model
 from .tokenization_bert4rec import Bert4RecTokenizer
-from .trainer import load_model
 
 # Their names of layers, and ours.
 LAYER_NAMES = {

@@ -7,10 +7,9 @@ import logging
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping, Sized
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +21,32 @@ from datasets import Dataset
 from huggingface_hub import upload_folder
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
-    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
-    set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     EvalLoopOutput,
     HubStrategy,
-    IntervalStrategy,
     PredictionOutput,
     TrainOutput,
-    get_last_checkpoint,
 )
 from transformers.utils.hub import PushInProgress
 
-from .configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
-from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
+from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
+from .defaults import default_batch_size, default_learning_rate, default_mask_ratio
 from .learning_curve import training_record, write_training
 from .losses import IGNORE_INDEX
 from .metrics import (
     COVERAGE_CUTOFF,
     Protocol,
-    floors,
-    popularity_ranks,
     ranking_metrics,
     result_metrics,
-    sampled_metrics,
 )
 from .model_card import (
     CURVE_FILE,
@@ -67,18 +57,10 @@ from .model_card import (
     read_evaluations,
     write_model_card,
 )
-from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .publish import publish_code as publish_code_into
-from .report import check_report_folder, evaluation_report, write_report
 from .splits import (
     PREPARATION_FILE,
-    check_prepared,
-    ranking_rows,
-    read_prepared,
-    sampled_candidates,
-    training_rows,
 )
-from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +69,6 @@ NO_RECIPE = {
     "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
-
-# Training events from which a model is 128 wide; events an item below which items are rare: then it is 256 wide, unless
-# they are too many for that, and has much dropout; width of its heads.
-WIDE_FROM = 500_000
-RARE_BELOW = 30
-TOO_MANY_ITEMS = 100_000
-HEAD_WIDTH = 32
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -562,362 +537,3 @@ def row_lengths(rows: Dataset) -> np.ndarray:
 def by_length(rows: Dataset) -> np.ndarray:
     """Numbers of the rows, the shortest first."""
     return row_lengths(rows).argsort(kind="stable")
-
-
-def default_mask_ratio(mean_length: float) -> float:
-    """.2, or .4 where rows have fewer than 20 items on average, of which a fifth is hardly more than one."""
-    return 0.4 if mean_length < 20 else 0.2
-
-
-def default_learning_rate(hidden_size: int) -> float:
-    """.002, or .001 for a model 256 wide or wider."""
-    return 2e-3 if hidden_size < 256 else 1e-3
-
-
-def default_batch_size(num_rows: int) -> int:
-    """Histories a step of all processes together: 32, doubled while an epoch has more than 500 steps, 1,024 at most.
-
-    Small batches learn fastest a history; a large log has enough histories for larger ones.
-    """
-    batch_size = 32
-    while batch_size < 1024 and num_rows > 500 * batch_size:
-        batch_size *= 2
-    return batch_size
-
-
-def default_architecture(num_events: int, num_items: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `Bert4RecConfig`, what a new model has unless it is told; benchmarks/ablations.md has what it rests on.
-
-    64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
-    at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
-    weights as plain ones four times as wide have; fixed vectors of 512 where items are rare, of at most 100,000.
-
-    Args:
-        num_events, num_items: Of the training part and the catalogue.
-        given: Fields that are told, from which the others follow.
-    """
-    are_rare = _are_rare(num_events, num_items)
-    hidden_size = 64 if num_events < WIDE_FROM else 128
-    cooccurrence_size = 0
-    if are_rare and num_items <= TOO_MANY_ITEMS:
-        hidden_size, cooccurrence_size = 256, 512
-    hidden_size = given.get("hidden_size", hidden_size)
-    chosen: dict[str, Any] = {
-        "hidden_size": hidden_size,
-        "hidden_dropout_prob": 0.5 if are_rare else 0.1,
-        "cooccurrence_size": cooccurrence_size,
-    }
-    if hidden_size % HEAD_WIDTH == 0:
-        chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
-    if given.get("gated_feed_forward", True):
-        width = max(1, 8 * hidden_size // 3 // HEAD_WIDTH) * HEAD_WIDTH
-        chosen |= {"gated_feed_forward": True, "hidden_act": "silu", "intermediate_size": width}
-    else:
-        chosen["intermediate_size"] = 4 * hidden_size
-    return chosen | dict(given)
-
-
-def _are_rare(num_events: int, num_items: int) -> bool:
-    return num_events < RARE_BELOW * num_items
-
-
-def train_prepared(
-    data: str | os.PathLike,
-    args: Bert4RecTrainingArguments,
-    model_name_or_path: str | os.PathLike | None = None,
-    *,
-    publish_code: bool = False,
-    **architecture: Any,
-) -> Bert4RecTrainer:
-    """From a prepared folder to a model folder, `args.output_dir`.
-
-    Warns at the end of a run that was still rising, or that has not learnt more than popularity. Where nobody has a
-    validation target (`--split none`, `--validation false`), nothing is evaluated, and the last step is the model.
-
-    Args:
-        data: The prepared folder.
-        args: `resume_from_checkpoint` is a checkpoint's folder, or "last".
-        model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
-        publish_code: Whether the folder gets our code, see `publish.publish_code`.
-        architecture: Fields of `Bert4RecConfig`, for a new model; the others as `default_architecture` has them.
-
-    Returns:
-        The trainer, with the best model.
-
-    Raises:
-        ValueError: If a folder is not what it should be, if `output_dir` holds something else, or if there is to be
-            early stopping without validation targets.
-    """
-    check_output(args.output_dir, args.resume_from_checkpoint)
-    check_prepared(data)
-    set_seed(args.seed)
-    if model_name_or_path is None:
-        histories, tokenizer, preparation = read_prepared(data)
-        derived = {
-            "max_position_embeddings": preparation["max_length"],
-            "filter_seen_items": preparation["filter_seen_items"],
-        }
-        num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
-        if args.item_initialization == "random":
-            architecture = {"cooccurrence_size": 0} | architecture
-        chosen = default_architecture(num_events, num_items, architecture)
-        config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
-        model = Bert4RecForMaskedItemPrediction(config)
-        if args.item_initialization == "cooccurrence":
-            # The mean saves small logs two thirds of their epochs; large ones end no better, and rare items worse.
-            with_mean = num_events < WIDE_FROM and not _are_rare(num_events, num_items)
-            start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
-        if config.cooccurrence_size:
-            keep_cooccurrence(model, histories, num_items, seed=args.seed)
-        tokenizer.model_max_length = config.max_position_embeddings
-    else:
-        model = load_model(model_name_or_path)
-        other = [f"{name}={value}" for name, value in architecture.items() if getattr(model.config, name) != value]
-        if other:
-            raise ValueError(
-                f"a model that goes on training keeps its architecture; {model_name_or_path} has not "
-                f"{', '.join(other)}: leave that out"
-            )
-        tokenizer = Bert4RecTokenizer.from_pretrained(model_name_or_path)
-        catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
-        titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
-        model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
-        tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
-        histories, tokenizer, preparation = read_prepared(data, tokenizer)
-        if not old_items.intersection(catalogue.items):
-            logger.warning("%s knows none of the items of %s: all of them are new", model_name_or_path, data)
-    config = model.config
-    validation = ranking_rows(
-        histories,
-        tokenizer,
-        "validation",
-        filter_seen_items=config.filter_seen_items,
-        max_length=config.max_position_embeddings,
-    )
-    protocol, of_floors = None, {}
-    if len(validation):
-        protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
-        of_floors = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
-    elif args.early_stopping_patience is not None:
-        raise ValueError(
-            f"{data} has no validation targets to stop early by: leave out --early_stopping_patience and say how long "
-            "with --num_train_epochs or --max_steps"
-        )
-    else:
-        logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
-        args = copy(args)  # another run with these may have some
-        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
-    trainer = Bert4RecTrainer(
-        model,
-        args,
-        train_dataset=training_rows(
-            histories,
-            max_length=config.max_position_embeddings,
-            windows=args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",
-            window_step=args.window_step,
-        ),
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        protocol=protocol,
-        floors=of_floors,
-        preparation=preparation,
-        publish_code=publish_code,
-    )
-    if args.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(BriefProgress)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is not None:
-        checkpoint = get_last_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint
-        check_resumable(checkpoint, args, config, tokenizer)
-        trainer.add_callback(BestCheckpointHere)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if len(validation) and trainer.evaluated_step != trainer.state.global_step:
-        trainer.evaluate()
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # the folder is the main process's work, and may be read at once
-    training = trainer.training_record()
-    if training is not None and trainer.is_world_process_zero():
-        for warning in training["warnings"]:
-            logger.warning(warning)
-    return trainer
-
-
-def evaluate_prepared(
-    model: str | os.PathLike,
-    data: str | os.PathLike,
-    part: str = "test",
-    *,
-    protocol: str = "full",
-    per_device_eval_batch_size: int = 256,
-    use_cpu: bool = False,
-    disable_tqdm: bool = False,
-    report: str | os.PathLike | None = None,
-) -> dict[str, Any]:
-    """Rank the targets of a prepared folder with a model and with the floors.
-
-    Args:
-        model: A model folder or Hub id.
-        data: The prepared folder.
-        part: "validation" or "test".
-        protocol: "full", or "paper": among 100 items drawn by popularity, see `splits.sampled_candidates`, with
-            metrics whose names say so.
-        per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
-        report: A folder for report.json, report.md and report.png, see `report.evaluation_report`; the full protocol
-            only.
-
-    Raises:
-        ValueError: If a folder is not what it should be, if nobody has a target, or for a report of sampled ranks.
-
-    Returns:
-        The record {protocol, metrics, floors}, and groups if users without a past are among them. It is written
-        into the model's folder as well if that is a local one.
-    """
-    check_prepared(data)
-    if report is not None:
-        if protocol == "paper":
-            raise ValueError("a report is of the full ranking: leave out --protocol paper or --report")
-        check_report_folder(report)
-    loaded = load_model(model)
-    tokenizer = Bert4RecTokenizer.from_pretrained(model)
-    histories, tokenizer, preparation = read_prepared(data, tokenizer)
-    if not (histories.item_ids >= FIRST_ITEM_ID).any():
-        catalogues = (tokenizer.items, Bert4RecTokenizer.from_pretrained(data).items)
-        known, asked = (", ".join(map(repr, items[:3])) for items in catalogues)
-        raise ValueError(
-            f"{model} knows none of the items of {data}: its ids look like {known}, those of the data like {asked}"
-        )
-    _warn_of_other_preparation(model, preparation)
-    policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
-    rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
-    if not len(rows):
-        raise ValueError(f"no user of {data} has a {part} target")
-    if protocol == "paper":
-        rows = sampled_candidates(rows, histories)
-    with tempfile.TemporaryDirectory() as nowhere:
-        trainer = Bert4RecTrainer(
-            loaded,
-            Bert4RecTrainingArguments(
-                nowhere,
-                per_device_eval_batch_size=per_device_eval_batch_size,
-                use_cpu=use_cpu,
-                disable_tqdm=disable_tqdm,
-                eval_strategy="no",
-                save_strategy="no",
-                load_best_model_at_end=False,
-            ),
-            processing_class=tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)  # the record says it all
-        prediction = trainer.predict(rows)
-    described = Protocol.of(histories, preparation, part, tokenizer.num_items, policy)
-    rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
-    if protocol == "paper":
-        described, measure = (
-            replace(described, candidates="the target and 100 items drawn by popularity"),
-            sampled_metrics,
-        )
-        metrics = measure(rankings["model"])
-    else:
-        rankings |= floors(rows, histories, tokenizer.num_items)
-        metrics = result_metrics(prediction.metrics, "test")
-    record: dict[str, Any] = {
-        "protocol": described.as_dict(),
-        "metrics": metrics,
-        "floors": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
-    }
-    has_past = np.asarray(rows["history_length"]) > 0
-    if not has_past.all():
-        record["groups"] = {
-            f"{int(users.sum())} users {title} a past": {
-                name: measure(ranks[users]) for name, ranks in rankings.items()
-            }
-            for title, users in (("with", has_past), ("without", ~has_past))
-        }
-    if trainer.is_world_process_zero() and report is not None:
-        recommended = prediction.predictions[1]
-        write_report(report, evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items))
-    if trainer.is_world_process_zero() and os.path.isdir(model):
-        add_evaluation(model, record)
-        write_model_card(model)
-    return record
-
-
-def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
-    """What held out nothing, or other events, has trained on targets; that it is the same log is all we can see."""
-    own = Path(model) / PREPARATION_FILE
-    if not own.is_file():
-        return
-    trained = json.loads(own.read_text("utf-8"))
-    other = [
-        f"{name} {trained[name]}, here {preparation[name]}"
-        for name in ("split", "filters")
-        if trained[name] != preparation[name]
-    ]
-    if other and trained["source"] == os.path.basename(preparation["source"]):
-        logger.warning(
-            "%s was trained on another preparation of %s (%s): what it trained on may hold targets of this one",
-            model, trained["source"], "; ".join(other),
-        )  # fmt: skip
-
-
-def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
-    """A model folder or Hub id; raises ValueError for a folder that is none."""
-    if os.path.isdir(model):
-        config = Path(model) / "config.json"
-        kind = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
-        if kind != Bert4RecConfig.model_type:
-            found = f"its config.json says model_type {kind!r}" if kind else "it has no config.json with a model_type"
-            raise ValueError(f"{model} is not a BERT4Rec model folder ({found}): make one with bert4rec train")
-    try:
-        return Bert4RecForMaskedItemPrediction.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"{model} is neither a model folder nor a model that the Hub gives: {error}") from error
-
-
-def check_resumable(
-    checkpoint: str | None, args: TrainingArguments, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer
-) -> None:
-    """Raise if a checkpoint is none, is of another model, or is beyond the end of the run that would go on from it."""
-    if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
-        where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
-        raise ValueError(
-            f"{where} is no checkpoint to resume from: name its folder, or leave --resume_from_checkpoint out"
-        )
-    if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
-        raise ValueError(
-            f"{checkpoint} was trained on another catalogue: resume with the --data (and --model_name_or_path) that it "
-            "began with, or go on to new data with --model_name_or_path in another --output_dir"
-        )
-    began = Bert4RecConfig.from_pretrained(checkpoint)
-    other = [
-        f"{name}={getattr(began, name)}, not {getattr(config, name)}"
-        for name in Bert4RecConfig.__annotations__
-        if getattr(began, name) != getattr(config, name)
-    ]
-    if other:
-        raise ValueError(f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its architecture")
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    is_beyond = state.global_step > args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
-    if is_beyond:
-        raise ValueError(
-            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, beyond the end that was asked for "
-            f"(num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
-        )
-
-
-def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:
-    """Raise if a new training run would write over something."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another --output_dir")
-    names = sorted(path.name for path in folder.iterdir())
-    checkpoints = [name for name in names if name.startswith("checkpoint-")]
-    if not names or (resume_from_checkpoint and checkpoints):
-        return
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    hint = ", or go on with --resume_from_checkpoint last" if checkpoints else ""
-    raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")

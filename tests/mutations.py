@@ -132,12 +132,12 @@ MUTATIONS = {
         ("the length of the fixed vectors follows from the log", "(FIXED_SCORE**0.5 / length)", "1",
          "test_cooccurrence.py::test_fixed_vectors_are_those_of_co_occurrence_of_a_length_that_is_fixed_too"),
     ],
-    "histories": [
+    "preparation": [
         ("the validation item trains", "train_end = has_targets.ifelse(ends[0],",
          "train_end = has_targets.ifelse(ends[1],",
-         "test_histories.py::test_leave_one_out_orders_by_time_and_holds_out_the_last_two"),
+         "test_preparation.py::test_leave_one_out_orders_by_time_and_holds_out_the_last_two"),
         ("events after the cut train", "train_end = ends[0] if users is None", "train_end = ends[1] if users is None",
-         "test_histories.py::test_temporal_cuts_freeze_every_history_at_the_cut"),
+         "test_preparation.py::test_temporal_cuts_freeze_every_history_at_the_cut"),
     ],
     "splits": [
         ("the target is in the history it is ranked from",

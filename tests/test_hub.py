@@ -105,7 +105,7 @@ def pushed(hub, folder, data):
     """Trained, evaluated, pushed; changed and pushed again: of both pushes the commit and what the folder answered."""
     code = f"""
 from bert4rec_hf import Bert4RecTrainingArguments
-from bert4rec_hf.trainer import evaluate_prepared, train_prepared
+from bert4rec_hf.runs import evaluate_prepared, train_prepared
 options = {TRAIN!r}
 sizes = {{name: options.pop(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}}
 model, data = sys.argv[1:]

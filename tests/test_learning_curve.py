@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from bert4rec_hf import Protocol, prepare, ranking_metrics
 from bert4rec_hf.learning_curve import plot_training, standard_error_from_metrics, training_record
-from bert4rec_hf.trainer import train_prepared
+from bert4rec_hf.runs import train_prepared
 
 PROTOCOL = Protocol("leave-one-out", "validation", "all 9 items", True, 1000, 0, 0.0, 0.0)
 PNG = b"\x89PNG\r\n"
@@ -170,7 +170,7 @@ def test_a_log_without_any_order_is_reported_at_the_floor_in_log_and_card(tmp_pa
         train_prepared(tmp_path / "data", arguments(tmp_path / "model"), **SMALL)
     (warning,) = read(tmp_path / "model")["warnings"]
     assert warning.startswith("at the popularity floor")
-    assert [entry.getMessage() for entry in caplog.records if entry.name == "bert4rec_hf.trainer"] == [warning]
+    assert [entry.getMessage() for entry in caplog.records if entry.name == "bert4rec_hf.runs"] == [warning]
     assert f"> **Warning**: {warning}." in (tmp_path / "model" / "README.md").read_text("utf-8")
 
 
@@ -187,6 +187,6 @@ def test_a_curve_of_other_weights_does_not_stay_in_the_folder(chain, tmp_path):
 
 
 def test_matplotlib_is_loaded_by_a_picture_only():
-    code = "import sys, bert4rec_hf, bert4rec_hf.trainer, bert4rec_hf.cli; print('matplotlib' in sys.modules)"
+    code = "import sys, bert4rec_hf, bert4rec_hf.runs, bert4rec_hf.cli; print('matplotlib' in sys.modules)"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert outcome.stdout.split() == ["False"]

@@ -21,7 +21,7 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.cli import main
 from bert4rec_hf.losses import ITEM_LOSSES, bpr_loss, gbce_loss, sampled_softmax_loss, softmax_loss
-from bert4rec_hf.trainer import evaluate_prepared, train_prepared
+from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 NUM_ITEMS, IGNORED = 11, -100
 LABELS = torch.tensor([3, 0, IGNORED, 10, 5, 3, IGNORED])

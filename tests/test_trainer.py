@@ -34,13 +34,9 @@ from bert4rec_hf import (
 from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from bert4rec_hf.cooccurrence import cooccurrence_vectors
-from bert4rec_hf.trainer import (
-    SimilarLengthSampler,
-    default_architecture,
-    default_batch_size,
-    evaluate_prepared,
-    train_prepared,
-)
+from bert4rec_hf.defaults import default_architecture, default_batch_size
+from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf.trainer import SimilarLengthSampler
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64}
 
@@ -396,7 +392,7 @@ def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_pat
 
 
 def test_a_model_of_rare_items_keeps_their_co_occurrences_unless_it_starts_at_random(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr("bert4rec_hf.trainer.RARE_BELOW", 10**6)
+    monkeypatch.setattr("bert4rec_hf.defaults.RARE_BELOW", 10**6)
     sizes = {}
     for name, given in {"cooccurrence": {}, "random": {}, "told": {"cooccurrence_size": 3}}.items():
         start = "random" if name == "told" else name
@@ -414,8 +410,8 @@ def test_a_model_of_rare_items_keeps_their_co_occurrences_unless_it_starts_at_ra
 def test_a_new_model_starts_with_the_mean_of_a_history_where_the_log_is_small_and_no_item_rare(
     chain, tmp_path, monkeypatch, rare_below, wide_from
 ):
-    monkeypatch.setattr("bert4rec_hf.trainer.RARE_BELOW", rare_below)
-    monkeypatch.setattr("bert4rec_hf.trainer.WIDE_FROM", wide_from)
+    monkeypatch.setattr("bert4rec_hf.defaults.RARE_BELOW", rare_below)
+    monkeypatch.setattr("bert4rec_hf.defaults.WIDE_FROM", wide_from)
     options = {"max_steps": 1, "learning_rate": 0.0}
     trainer = train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
     attention = trainer.model.model.layers[0].attention

@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, ranking_metrics
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, histories, ranking_metrics, read_log
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
-from bert4rec_hf.histories import histories, read_log
 from bert4rec_hf.losses import IGNORE_INDEX
 
 HERE = Path(__file__).resolve().parent

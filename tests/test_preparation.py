@@ -14,16 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import bert4rec_hf.histories
-from bert4rec_hf.histories import (
-    SOURCE_ROW,
-    default_filter_seen_items,
-    default_max_length,
-    histories,
-    prepare,
-    read_log,
-    read_titles,
-)
+import bert4rec_hf.logs
+import bert4rec_hf.preparation
+from bert4rec_hf.defaults import default_filter_seen_items, default_max_length
+from bert4rec_hf.logs import SOURCE_ROW, read_log, read_titles
+from bert4rec_hf.preparation import histories, prepare
 
 HEADER = ("user_id", "item_id", "timestamp")
 
@@ -33,7 +28,7 @@ def saved_catalogues(monkeypatch):
     """What would go to the tokenizer, so that these tests are about the log alone."""
     saved = []
     monkeypatch.setattr(
-        bert4rec_hf.histories,
+        bert4rec_hf.preparation,
         "_save_catalogue",
         lambda folder, catalogue, titles, max_length: saved.append((catalogue, titles, max_length)),
     )
@@ -114,7 +109,7 @@ def test_row_numbers_follow_the_source_where_several_threads_read_it(tmp_path, k
                f"TO '{tmp_path}/log.{kind}'")  # fmt: skip
     log = read_log(f"{tmp_path}/log.{kind}")
     log.get_backend().raw_sql("SET threads = 4")
-    log = bert4rec_hf.histories._stored(log)
+    log = bert4rec_hf.preparation._stored(log)
     assert log.filter(log.item_id.cast("int64") == log[SOURCE_ROW]).count().execute() == number
 
 
@@ -587,7 +582,7 @@ def test_files_that_are_no_log_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             rows_of(path)
-    number = bert4rec_hf.histories.SNIFFED_ROWS
+    number = bert4rec_hf.logs.SNIFFED_ROWS
     path.write_text("user_id,item_id,timestamp\n" + "a,x,1\n" * number * 2 + "b,y,noon\n")
     with pytest.raises(ValueError, match=r"cannot read the log: .*noon"):
         rows_of(path)
@@ -652,7 +647,7 @@ def test_a_failed_preparation_leaves_the_earlier_one_alone(tmp_path, saved_catal
     def fail(*_):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(bert4rec_hf.histories, "_save_catalogue", fail)
+    monkeypatch.setattr(bert4rec_hf.preparation, "_save_catalogue", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         prepare(log, tmp_path / "out", duplicates="drop")
     assert (tmp_path / "out" / "preparation.json").read_bytes() == before
@@ -705,7 +700,7 @@ def test_the_tokenizer_is_written_with_titles_counts_and_length(tmp_path):
 def test_nothing_is_printed_when_the_interpreter_ends(tmp_path):
     log = write_csv(tmp_path / "log.csv", TEMPORAL)
     code = (
-        "from bert4rec_hf.histories import histories, read_log\n"
+        "from bert4rec_hf import histories, read_log\n"
         f"table = histories(read_log({str(log)!r}), min_user_events=2)\n"
         "table.to_pyarrow()\n"
     )

@@ -1,0 +1,192 @@
+"""The files of a raw log as an Ibis table: which they are, how they are written, which columns are ids."""
+
+import csv
+import glob
+import gzip
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .named_datasets import NAMED_DATASETS
+
+logger = logging.getLogger(__name__)
+
+SOURCE_ROW = "__source_row__"  # added by `read_log`: the row's place in the source
+DELIMITERS = (",", "\t", ";", "|")
+# Rows of a CSV file from which its column types are guessed; a second's work, 20 times DuckDB's default.
+SNIFFED_ROWS = 400_000
+
+
+def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
+    """A CSV, TSV or Parquet log as an Ibis table on a DuckDB connection of its own.
+
+    Nothing is read before the table is used. `SOURCE_ROW` is added, so that events of the same time can
+    keep the order that they have in the source.
+
+    Args:
+        source: A file or a glob pattern. The files of a glob follow one another in the order of their names.
+            A CSV file is UTF-8, starts with a header, may be gzipped, and uses one of `DELIMITERS`.
+        id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
+            survive. The types of the other columns are guessed. Parquet files must agree in the types of these.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or none that matches the pattern.
+        ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
+            types of the id columns.
+    """
+    paths = _log_files(source)
+    connection = ibis.duckdb.connect()
+    # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
+    folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
+    connection.raw_sql(f"SET temp_directory = {_quoted(folder)}")
+    connection.raw_sql("SET TimeZone = 'UTC'")
+    if sys.stdout.isatty():
+        connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
+
+    kinds = {path: _is_parquet(path) for path in paths}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
+    try:
+        if kinds[paths[0]]:
+            _check_id_types(paths, id_columns)
+            log = connection.read_parquet(paths)
+        else:
+            delimiter, header = _csv_header(paths[0])
+            for path in paths[1:]:
+                if _csv_header(path) != (delimiter, header):
+                    raise ValueError(f"{path} has another header than {paths[0]}; expected the same columns in each")
+            log = connection.read_csv(
+                paths,
+                header=True,
+                delim=delimiter,
+                quote='"',
+                escape='"',
+                comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
+                sample_size=SNIFFED_ROWS,
+                types={column: "VARCHAR" for column in id_columns if column in header},
+            )
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        raise ValueError(f"cannot read {source} as CSV or Parquet: {first_lines(error)}") from error
+    return log.mutate(ibis.row_number().name(SOURCE_ROW))
+
+
+def read_titles(
+    item_titles: Mapping[str, str] | str | Path | None, item_column: str, catalogue: Iterable[str]
+) -> dict[str, str] | None:
+    """The titles of the catalogue's items, from a mapping or a file."""
+    if item_titles is None:
+        return None
+    catalogue = list(catalogue)
+    if isinstance(item_titles, Mapping):
+        titles = {str(item): title for item, title in item_titles.items()}
+    else:
+        table = read_log(item_titles, id_columns=(item_column,))
+        for column in (item_column, "title"):
+            if column not in table.columns:
+                raise ValueError(
+                    f"{item_titles} has no column {column!r}; expected {item_column} and title, "
+                    f"got {', '.join(name for name in table.columns if name != SOURCE_ROW)}"
+                )
+        table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string")).to_pyarrow()
+        titles = dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
+    found = {item: titles[item] for item in catalogue if titles.get(item)}
+    if not found:
+        raise ValueError(
+            f"none of the {len(titles)} titles belongs to an item of the catalogue, whose ids look like "
+            f"{', '.join(map(repr, catalogue[:3]))}; those of the titles like "
+            f"{', '.join(map(repr, list(titles)[:3]))}"
+        )
+    if len(found) < len(catalogue):
+        logger.warning("%d of %d items have no title", len(catalogue) - len(found), len(catalogue))
+    return found
+
+
+def _log_files(source: str | Path) -> list[str]:
+    source = str(Path(source).expanduser()) if isinstance(source, Path) else os.path.expanduser(source)
+    if os.path.isfile(source):
+        paths = [source]
+    elif os.path.isdir(source):
+        raise ValueError(f"{source} is a folder; name its files, as in {os.path.join(source, '*.parquet')}")
+    elif glob.has_magic(source):
+        paths = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise FileNotFoundError(f"no file matches {source}")
+    else:
+        is_a_name = os.path.basename(source) == source and not os.path.splitext(source)[1]
+        known = f", or the name of a data set that prepare fetches: {', '.join(NAMED_DATASETS)}" if is_a_name else ""
+        raise FileNotFoundError(f"no such file: {source}; expected a CSV or Parquet file or a glob pattern{known}")
+    for path in paths:
+        if os.path.getsize(path) == 0:
+            raise ValueError(f"{path} is empty; expected a CSV file with a header, or Parquet")
+    return paths
+
+
+def _is_parquet(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def _check_id_types(paths: Sequence[str], id_columns: Sequence[str]) -> None:
+    """Raise unless the files agree in the types of the ids: DuckDB casts to those of the first, and '007' becomes 7."""
+    seen: dict[str, tuple[str, pa.DataType]] = {}
+    for path in paths if len(paths) > 1 else ():
+        kinds = {field.name.lower(): field.type for field in pq.read_schema(path)}  # DuckDB knows no case of names
+        for column in id_columns:
+            kind = kinds.get(column.lower())
+            if kind is None:
+                continue
+            first_path, first_kind = seen.setdefault(column, (path, kind))
+            if _id_type(kind) != _id_type(first_kind):
+                raise ValueError(
+                    f"expected one type of column {column!r} in all files; got {first_kind} in {first_path} and {kind} "
+                    f"in {path}: write it as text in all of them"
+                )
+
+
+def _id_type(kind: pa.DataType) -> pa.DataType:
+    """One type for all whose ids have the same text."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.string() if is_text else kind
+
+
+def _csv_header(path: str) -> tuple[str, list[str]]:
+    """The delimiter and the column names of a CSV file; raises if it is no text or has no header."""
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+        line = file.readline(1 << 20)
+    try:
+        text = line.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is neither UTF-8 CSV nor Parquet; convert it first")
+    if not text.strip():
+        raise ValueError(f"the first line of {path} is blank; expected a CSV header such as user_id,item_id,timestamp")
+    try:
+        headers = {delimiter: next(csv.reader([text], delimiter=delimiter)) for delimiter in DELIMITERS}
+    except csv.Error as error:
+        raise ValueError(
+            f"the first line of {path} is no CSV header ({error}); expected lines that end with \\n or \\r\\n: "
+            "convert the file first, as tr '\\r' '\\n' does where lines end with \\r"
+        ) from error
+    delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
+    return delimiter, headers[delimiter]
+
+
+def first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,14 @@
+"""What `import bert4rec_hf` gives."""
+
+import subprocess
+import sys
+
+import bert4rec_hf
+
+
+def test_every_public_name_is_what_it_names_and_no_module_of_that_name():
+    # In an interpreter of its own: what is imported first decides what a name is that a module has as well.
+    code = "from inspect import ismodule\n" + "".join(
+        f"from bert4rec_hf import {name}\nassert not ismodule({name}), {name!r}\n" for name in bert4rec_hf.__all__
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
