@@ -9,6 +9,7 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,11 +27,23 @@ from .version import __version__
 logger = logging.getLogger(__name__)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each option, and a default only where there is one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy(action)
+        shown.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     """Errors in one line, and recipes: a YAML file that stands before the command line."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -317,9 +330,19 @@ def train(arguments: Sequence[str]) -> None:
     parser = _Parser(
         (TrainArguments, Bert4RecTrainingArguments, _architecture_arguments()),
         prog="bert4rec train",
+        usage="bert4rec train --data FOLDER --output_dir FOLDER [--config RECIPE] [OPTION …]",
         description=train.__doc__,
     )
     parser.add_argument("--config", help="Recipe (YAML) of defaults, which the command line overrides.")
+    # Transformers' own, a hundred of them, stand behind ours.
+    actions = parser._optionals._group_actions
+    others = parser.add_argument_group("other training arguments, those of Transformers")
+    own = {"output_dir", *Bert4RecTrainingArguments.__annotations__}
+    inherited = Bert4RecTrainingArguments.__dataclass_fields__.keys() - own
+    for action in [action for action in actions if action.dest in inherited]:
+        actions.remove(action)
+        others._group_actions.append(action)
+    parser._option_string_actions["--output_dir"].help = "The folder that the model goes to, and its checkpoints."
     parser._option_string_actions["--resume_from_checkpoint"].help = 'A checkpoint\'s folder, or "last".'
     options, training_arguments, architecture, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     trainer = train_prepared(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
@@ -26,7 +27,7 @@ from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
 from .defaults import default_architecture, default_start_with_mean
 from .metrics import Protocol, floors, popularity_ranks, ranking_metrics, result_metrics, sampled_metrics
-from .model_card import add_evaluation, write_model_card
+from .model_card import RECIPE_FILE, add_evaluation, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .report import check_report_folder, evaluation_report, write_report
 from .splits import (
@@ -41,6 +42,9 @@ from .tokenization_bert4rec import Bert4RecTokenizer
 from .trainer import Bert4RecTrainer, Bert4RecTrainingArguments, BestCheckpointHere, BriefProgress
 
 logger = logging.getLogger(__name__)
+
+# What a checkpoint's optimizer and scheduler have in them.
+OF_THE_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def train_prepared(
@@ -151,7 +155,7 @@ def train_prepared(
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None:
         checkpoint = get_last_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint
-        check_resumable(checkpoint, args, config, tokenizer)
+        check_resumable(checkpoint, trainer.args, config, tokenizer)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
@@ -300,7 +304,11 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
 def check_resumable(
     checkpoint: str | None, args: TrainingArguments, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer
 ) -> None:
-    """Raise if a checkpoint is none, is of another model, or is beyond the end of the run that would go on from it."""
+    """Raise if a run cannot go on from a checkpoint as it is asked to.
+
+    That is, if it is none, is of another model, is beyond the end of the run, or would go on with its own optimizer in
+    spite of what is asked for.
+    """
     if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
         where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
         raise ValueError(
@@ -319,6 +327,19 @@ def check_resumable(
     ]
     if other:
         raise ValueError(f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its architecture")
+    recipe = Path(checkpoint) / RECIPE_FILE
+    recorded = yaml.safe_load(recipe.read_text("utf-8")) if recipe.is_file() else {}
+    asked = args.to_dict()
+    other = [
+        f"{name}={recorded[name]}, not {asked[name]}"
+        for name in OF_THE_OPTIMIZER
+        if name in recorded and recorded[name] != asked[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its optimizer; to go on with another, "
+            "give the checkpoint as --model_name_or_path, and another --output_dir"
+        )
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     is_beyond = state.global_step > args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
     if is_beyond:

@@ -28,6 +28,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
     EvalLoopOutput,
@@ -171,6 +172,13 @@ class Bert4RecTrainingArguments(TrainingArguments):
         if best not in known:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
         super().__post_init__()
+        # Those two are not always among the available where they are.
+        available = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
+        lacking = set(self.report_to) & INTEGRATION_TO_CALLBACK.keys() - available
+        if lacking:
+            raise ValueError(
+                f"report_to names {', '.join(sorted(lacking))}, which is not installed: install it, or leave it out"
+            )
         if self.accelerator_config.dispatch_batches is None:
             # One process would send slices of its batches to the others, which rows of other lengths do not allow.
             self.accelerator_config.dispatch_batches = False

@@ -302,6 +302,8 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
 
     resume(data, "has hidden_size=32, not 16; num_attention_heads=1, not 2: a run that is resumed", hidden_size=16)
     resume(data, "has item_loss=softmax, not bpr", item_loss="bpr")
+    resume(data, r"has learning_rate=0\.\d+, not 1e-05: a run that is resumed keeps its optimizer", learning_rate=1e-5)
+    resume(data, r"has weight_decay=0\.0, not 0\.1: .*give the checkpoint as --model_name_or_path", weight_decay=0.1)
     resume(tmp_path / "other data", "was trained on another catalogue")
     resume(data, r"is at epoch 1, step 10, beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5)
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
@@ -312,7 +314,9 @@ def test_a_copied_run_goes_on_from_its_own_best_checkpoint(chain, tmp_path):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    options = {"num_train_epochs": 2, "resume_from_checkpoint": "last", "learning_rate": 1e-9}
+    for state in (tmp_path / "copy").glob("checkpoint-*/trainer_state.json"):  # none that comes is better
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"best_metric": 1.0}))
+    options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
     trainer = train_prepared(data, arguments(tmp_path / "copy", **options), **SMALL)
     assert Path(trainer.state.best_model_checkpoint).parent == tmp_path / "copy"
     assert Path(trainer.state.best_model_checkpoint).is_dir()
@@ -461,6 +465,7 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"report_to": ["tensorboard", "clearml"]}, "report_to names clearml, which is not installed"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
         ({"window_step": 0.0}, "window_step must be above 0"),
         ({"output_dir": None}, "say --output_dir FOLDER"),
