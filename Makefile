@@ -42,7 +42,7 @@ test-lineage: $(VENV)/installed-dev
 test-agreement: $(VENV)/installed-dev
 	$(BIN)/python tests/agreement/run.py $(VENV)/agreement
 
-# Some fifty mistakes, made one after another in a copy of the package: a test must notice each.
+# Mistakes, made one after another in a copy of the package: a test must notice each.
 test-mutations: $(VENV)/installed-dev
 	$(BIN)/python tests/mutations.py
 

@@ -48,11 +48,11 @@ HEADER = """# Quality
 
 One row a run of `benchmarks/quality.py`, or for a peer of `benchmarks/peers.py`, which its command names. Test
 targets, read once; the checkpoint is the best on validation (NDCG@10; a peer's, as the peer chooses). Leave-one-out,
-all items ranked, seen items filtered, ties against the model; of a peer the lists of 100 items that it serves are
-judged. ± is the standard deviation over seeds; the sampling error over users comes on top: about .0036 NDCG@10 on
-6,040 users, .0075 on 943. Parameters are those that are learnt, without fixed vectors. Epochs lead to the learning
-curve of the first seed. `benchmarks/compare.py` tells two rows apart user by user. "All but test trains": the
-validation targets train too, and the last step is the model.
+all items ranked, seen items filtered unless the log's row says otherwise, ties against the model; of a peer the lists
+of 100 items that it serves are judged. ± is the standard deviation over seeds; the sampling error over users comes on
+top: about .0036 NDCG@10 on 6,040 users, .0075 on 943. Parameters are those that are learnt, without fixed vectors.
+Epochs lead to the learning curve of the first seed. `benchmarks/compare.py` tells two rows apart user by user. "All but
+test trains": the validation targets train too, and the last step is the model.
 
 | log (sha256) | ranking | parameters | epochs | minutes a seed | HR@10 | NDCG@10 | validation NDCG@10 | command |
 |---|---|---|---|---|---|---|---|---|

@@ -309,7 +309,12 @@ def prepare(arguments: Sequence[str]) -> None:
             f"{prepared['split']['name']}: {statistics['num_validation_targets']:,} validation and "
             f"{statistics['num_test_targets']:,} test targets"
         )
-    chosen = "as told" if options.max_length else "the shortest of 50, 100, 200 that holds three quarters"
+    if options.max_length:
+        chosen = "as told"
+    elif lengths["p75"] <= prepared["max_length"]:
+        chosen = "the shortest of 50, 100, 200 that holds three quarters"
+    else:
+        chosen = "the longest of 50, 100, 200; more than a quarter are longer"
     print(f"history length {prepared['max_length']} ({chosen})")
     if options.filter_seen_items is not None:
         reason = "as told"

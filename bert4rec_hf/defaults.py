@@ -78,7 +78,7 @@ def default_batch_size(num_rows: int) -> int:
 
 
 def default_mask_ratio(mean_length: float) -> float:
-    """.2, or .4 where rows have fewer than 20 items on average, of which a fifth is hardly more than one."""
+    """.2, or .4 where rows have fewer than 20 items on average, of which a fifth is few."""
     return 0.4 if mean_length < 20 else 0.2
 
 

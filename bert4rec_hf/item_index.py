@@ -74,7 +74,7 @@ class ItemIndex:
         """The items with nearly the highest scores.
 
         Args:
-            vectors: (batch, hidden size + 1), of `model.user_vectors`.
+            vectors: (batch, width + 1), of `model.user_vectors`.
             count: Number of items.
 
         Returns:

@@ -187,7 +187,7 @@ def evaluate_prepared(
         data: The prepared folder.
         part: "validation" or "test".
         protocol: "full", or "paper": among 100 items drawn by popularity, see `splits.sampled_candidates`, with
-            metrics whose names say so.
+            metrics whose names say so, and no floors.
         per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
         report: A folder for report.json, report.md and report.png, see `report.evaluation_report`; the full protocol
             only.

@@ -176,7 +176,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         return None if self._titles is None or token_id is None else self._titles[token_id - FIRST_ITEM_ID]
 
     def append_mask(self, token_ids: Sequence[int], max_length: int | None = None) -> list[int]:
-        """The newest items with one [MASK] behind them: what serving, evaluation and training predict from.
+        """The newest items with one [MASK] behind them: what serving and evaluation predict from.
 
         Args:
             token_ids: One history of any length, possibly empty.

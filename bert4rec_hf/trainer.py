@@ -259,7 +259,7 @@ class Bert4RecTrainer(Trainer):
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`; the collator is
-            made from the arguments if it is None.
+            made from `Bert4RecTrainingArguments` if it is None.
         protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
         floors: Metrics of rankings without a model on the evaluation rows, by name, to stand in the learning curve.
         preparation: The content of preparation.json, kept in the model folder.

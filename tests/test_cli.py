@@ -438,6 +438,18 @@ def test_a_model_folder_is_not_prepared_over(model, log):
     assert contents(model) == before
 
 
+@pytest.mark.parametrize(
+    ("length", "line"),
+    [
+        (60, "history length 100 (the shortest of 50, 100, 200 that holds three quarters)"),
+        (250, "history length 200 (the longest of 50, 100, 200; more than a quarter are longer)"),
+    ],
+)
+def test_prepare_says_why_it_chose_a_length(tmp_path, length, line):
+    log = write_log(tmp_path / "log.csv", [(user, time % 7, time) for user in "ab" for time in range(length)])
+    assert line in succeed("prepare", log, "--output", tmp_path / "data")
+
+
 def test_a_pattern_that_the_shell_has_expanded_is_to_be_quoted(tmp_path):
     line = fail("prepare", "events-0.parquet", "events-1.parquet", "--output", tmp_path / "data")
     assert line == (
