@@ -1,7 +1,7 @@
 """BERT4Rec on the Hugging Face stack: raw interaction log in, `from_pretrained` model folder out."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -37,6 +37,7 @@ _LATER = {
     "convert_config": "convert",
     "convert_from_recbole": "convert",
     "convert_to_recbole": "convert",
+    "evaluate_prepared": "runs",
     "floors": "metrics",
     "histories": "preparation",
     "export_onnx": "export",
@@ -49,6 +50,7 @@ _LATER = {
     "read_prepared": "splits",
     "stream_training_rows": "splits",
     "tokenize_histories": "splits",
+    "train_prepared": "runs",
     "training_rows": "splits",
 }
 
@@ -57,14 +59,56 @@ __all__ = [
     "Bert4RecForMaskedItemPrediction",
     "Bert4RecModel",
     "Bert4RecTokenizer",
+    "Bert4RecTrainer",
+    "Bert4RecTrainingArguments",
     "DataCollatorForMaskedItemPrediction",
+    "ItemIndex",
+    "Protocol",
     "SequentialRecommendationPipeline",
     "__version__",
-    *_LATER,
+    "compute_metrics",
+    "convert_config",
+    "convert_from_recbole",
+    "convert_to_recbole",
+    "cooccurrence_vectors",
+    "evaluate_prepared",
+    "export_onnx",
+    "floors",
+    "histories",
+    "keep_cooccurrence",
+    "prepare",
+    "preprocess_logits_for_metrics",
+    "publish_code",
+    "ranking_metrics",
+    "ranking_rows",
+    "read_log",
+    "read_prepared",
+    "start_from_cooccurrence",
+    "stream_training_rows",
+    "tokenize_histories",
+    "train_prepared",
+    "training_rows",
 ]
 
+if TYPE_CHECKING:
+    from .convert import convert_config, convert_from_recbole, convert_to_recbole
+    from .cooccurrence import cooccurrence_vectors, keep_cooccurrence, start_from_cooccurrence
+    from .export import export_onnx
+    from .item_index import ItemIndex
+    from .logs import read_log
+    from .metrics import Protocol, compute_metrics, floors, preprocess_logits_for_metrics, ranking_metrics
+    from .preparation import histories, prepare
+    from .publish import publish_code
+    from .runs import evaluate_prepared, train_prepared
+    from .splits import ranking_rows, read_prepared, stream_training_rows, tokenize_histories, training_rows
+    from .trainer import Bert4RecTrainer, Bert4RecTrainingArguments
+else:
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

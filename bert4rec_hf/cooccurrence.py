@@ -109,7 +109,12 @@ def keep_cooccurrence(
     Args:
         model: What changes; its `cooccurrence_size` is above 0.
         histories, num_items, seed: As in `cooccurrence_vectors`.
+
+    Raises:
+        ValueError: If the model has no room for them.
     """
+    if not model.config.cooccurrence_size:
+        raise ValueError("the model has no fixed vectors: make it with Bert4RecConfig(cooccurrence_size=512)")
     vectors = cooccurrence_vectors(histories, num_items, model.config.cooccurrence_size, seed=seed)
     length = vectors.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
     table: Any = model.decoder.cooccurrence

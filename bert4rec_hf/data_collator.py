@@ -45,6 +45,7 @@ class DataCollatorForMaskedItemPrediction:
         there is none; a label that the counts lack is taken as counted once.
 
     Raises:
+        TypeError: If a row has raw item ids, or numbers that are no integers.
         ValueError: If a ratio is out of range, a token id is not of the tokenizer's, or the counts are missing.
     """
 
@@ -81,7 +82,7 @@ class DataCollatorForMaskedItemPrediction:
             self._log_among_draws = np.log(1 - (1 - probabilities) ** self.num_negatives).astype(np.float32)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
+        rows = [_token_ids(feature["input_ids"]) for feature in features]
         if "labels" in features[0]:
             return self._evaluation_batch(features, rows)
         random = np.random.default_rng(int(torch.randint(2**62, (1,))))
@@ -164,6 +165,16 @@ class DataCollatorForMaskedItemPrediction:
     @staticmethod
     def _batch(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
+
+
+def _token_ids(row: Any) -> np.ndarray:
+    row = np.asarray(row)
+    if len(row) and row.dtype.kind not in "iu":
+        raise TypeError(
+            f"input_ids must be token ids, integers; got {row[0]!r}: tokenizer.item_ids_to_token_ids makes them of raw "
+            "item ids"
+        )
+    return row.astype(np.int64, copy=False)
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:

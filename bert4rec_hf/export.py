@@ -81,8 +81,9 @@ def export_onnx(
     num_excluded, num_candidates = torch.export.Dim("excluded"), torch.export.Dim("candidates")
     input_ids = torch.full((2, min(3, model.config.max_position_embeddings)), MASK_TOKEN_ID)
     nothing = torch.zeros(2, 2, dtype=torch.long)
+    was_training = model.training
     program = torch.onnx.export(
-        Recommender(model, top_k),
+        Recommender(model, top_k).eval(),
         (input_ids, torch.ones_like(input_ids), nothing, nothing.clone()),
         dynamo=True,
         verbose=False,
@@ -92,6 +93,7 @@ def export_onnx(
             {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: num_excluded}, {0: batch, 1: num_candidates},
         ),
     )  # fmt: skip
+    model.train(was_training)
     assert program is not None  # it is one where dynamo=True
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -62,10 +62,17 @@ class ItemIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ItemIndex":
-        """What `save` wrote."""
+        """What `save` wrote.
+
+        Raises:
+            ValueError: If there is no such file, or it is none of these.
+        """
         from usearch.index import Index
 
-        return cls(Index.restore(os.fspath(path)))
+        index = Index.restore(os.fspath(path))
+        if index is None:
+            raise ValueError(f"{path} is no index: expected a file that ItemIndex.save has written")
+        return cls(index)
 
     def __len__(self) -> int:
         return len(self.index)

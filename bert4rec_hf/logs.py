@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import ibis
@@ -26,23 +27,33 @@ DELIMITERS = (",", "\t", ";", "|")
 SNIFFED_ROWS = 400_000
 
 
-def read_log(source: str | Path, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
-    """A CSV, TSV or Parquet log as an Ibis table on a DuckDB connection of its own.
+def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
+    """A CSV, TSV or Parquet log, or one in memory, as an Ibis table on a DuckDB connection of its own.
 
     Nothing is read before the table is used. `SOURCE_ROW` is added, so that events of the same time can
     keep the order that they have in the source.
 
     Args:
-        source: A file or a glob pattern. The files of a glob follow one another in the order of their names.
-            A CSV file is UTF-8, starts with a header, may be gzipped, and uses one of `DELIMITERS`.
+        source: A file or a glob pattern, or a data frame of pandas or Polars or an Arrow table. The files of a glob
+            follow one another in the order of their names. A CSV file is UTF-8, starts with a header, may be gzipped,
+            and uses one of `DELIMITERS`.
         id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
             survive. The types of the other columns are guessed. Parquet files must agree in the types of these.
 
     Raises:
+        TypeError: If the source is something else.
         FileNotFoundError: If there is no such file, or none that matches the pattern.
         ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
             types of the id columns.
     """
+    if hasattr(source, "__arrow_c_stream__"):
+        rows = pa.table(source)
+        return ibis.memtable(rows.append_column(SOURCE_ROW, pa.array(range(len(rows)), pa.int64())))
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"expected the path of a log, a pattern, or a data frame; got {type(source).__name__}: for several files "
+            "give a pattern, or a table that ibis.read_parquet makes of them"
+        )
     paths = _log_files(source)
     connection = ibis.duckdb.connect()
     # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
@@ -98,7 +109,8 @@ def read_titles(
                 )
         table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string")).to_pyarrow()
         titles = dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
-    found = {item: titles[item] for item in catalogue if titles.get(item)}
+    # A missing title of a data frame is NaN.
+    found = {item: titles[item] for item in catalogue if isinstance(titles.get(item), str) and titles[item]}
     if not found:
         raise ValueError(
             f"none of the {len(titles)} titles belongs to an item of the catalogue, whose ids look like "

@@ -170,7 +170,16 @@ def preprocess_logits_for_metrics(
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """For a plain `transformers.Trainer`, after `preprocess_logits_for_metrics`."""
+    """For a plain `transformers.Trainer`, after `preprocess_logits_for_metrics`.
+
+    Raises:
+        ValueError: If the predictions are no ranks.
+    """
+    if np.ndim(prediction.predictions) != 1:
+        raise ValueError(
+            "expected ranks, one for each row: hand preprocess_logits_for_metrics to the plain Trainer as well; "
+            "Bert4RecTrainer has metrics of its own"
+        )
     return ranking_metrics(prediction.predictions)
 
 

@@ -414,7 +414,7 @@ class Bert4RecDecoder(nn.Linear):
                 states.flatten(0, -2),
                 weight,
                 bias,
-                torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten(),
+                torch.where(labels < FIRST_ITEM_ID, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten(),
                 num_items_in_batch,
                 **(loss_options or {}),
             )
@@ -525,8 +525,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: As in `Bert4RecModel`.
-            labels: (batch, length) token ids to predict, -100 elsewhere. Where `config.filter_seen_items` is true, the
-                item loss leaves out the items that the label's own row shows.
+            labels: (batch, length) token ids to predict, -100 elsewhere; no special token is predicted. Where
+                `config.filter_seen_items` is true, the item loss leaves out the items that the label's own row shows.
             label_positions: (batch, P) where `labels` has something to predict, padded with -1. With labels, head
                 and loss are computed there only, and nothing waits for the device to count them.
             prediction_positions: (batch, P) where to compute the head. None: everywhere.
@@ -612,7 +612,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             attention_mask: (batch, length).
             top_k: Number of items; at most as many as there are token ids (or candidates).
             candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
-            exclude_ids: (batch, E) token ids never to recommend, padded with 0.
+            exclude_ids: (batch, E) or, for all alike, (1, E) token ids never to recommend, padded with 0.
 
         Returns:
             scores: (batch, k), logits in descending order; -inf where no item is left.
@@ -647,7 +647,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             (batch,) ranks; 0 where the target would never be shown, excluded or not in the catalogue.
 
         Raises:
-            ValueError: As `recommend`.
+            ValueError: As `recommend`; if `target_ids` has another shape.
         """
         states = self._mask_states(input_ids, attention_mask)
         ranks, _, _ = self.search(states, target_ids=target_ids, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
@@ -679,11 +679,17 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         self._check_ids(exclude_ids)
         self._check_ids(candidate_ids)
         device, batch_size = prediction_states.device, len(prediction_states)
+        if exclude_ids is not None:
+            exclude_ids = exclude_ids.expand(batch_size, -1)
         ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
         scores = torch.empty(batch_size, 0, device=device)
         item_ids = torch.empty(batch_size, 0, dtype=torch.long, device=device)
         if target_ids is not None:
+            if target_ids.shape != (batch_size,):
+                raise ValueError(
+                    f"target_ids must have shape ({batch_size},), one for each history; got {tuple(target_ids.shape)}"
+                )
             self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
             target_ids = target_ids.unsqueeze(1)
             if candidate_ids is not None:

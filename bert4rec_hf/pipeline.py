@@ -4,6 +4,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class SequentialRecommendationPipeline(Pipeline):
 
     Takes one history (a flat list of item ids, oldest first), or many: a list of lists gives a list, a generator or
     a dataset an iterator. In place of a list of ids a mapping may stand, with `history` (or `item_id`, as in
-    histories.parquet) and optionally `exclude` and `candidates`, in place of the call's.
+    histories.parquet) and optionally `exclude` and `candidates`, in place of the call's. An empty list is a history
+    of which nothing is known.
 
     Args (of the call, or of `pipeline(...)`):
         top_k: Number of items.
@@ -50,6 +52,10 @@ class SequentialRecommendationPipeline(Pipeline):
     _load_tokenizer = True
 
     tokenizer: Bert4RecTokenizer
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model.eval()  # one that has just been trained is not
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         unknown: list[str] = []  # the first few, which `preprocess` notes
@@ -88,9 +94,9 @@ class SequentialRecommendationPipeline(Pipeline):
             "exclude_ids": None if exclude is None else self._exclude_ids(exclude),
             "candidate_ids": None if candidates is None else self._candidate_ids(candidates),
         }
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
-        forward = {"top_k": top_k, "index": index}
+        forward = {"top_k": None if top_k is None else int(top_k), "index": index}
         return (
             {name: value for name, value in preprocess.items() if value is not None},
             {name: value for name, value in forward.items() if value is not None},
@@ -111,6 +117,9 @@ class SequentialRecommendationPipeline(Pipeline):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
                 raise ValueError(f"a mapping needs the key history, a list of item ids; got {', '.join(inputs)}")
+            of_the_call = [name for name in ("top_k", "filter_seen_items") if name in inputs]
+            if of_the_call:
+                raise ValueError(f"{of_the_call[0]} is for all histories of a call: give it beside them")
             if inputs.get("exclude") is not None:
                 exclude_ids = self._exclude_ids(inputs["exclude"])
             if inputs.get("candidates") is not None:
@@ -238,7 +247,7 @@ def _is_one_history(inputs: Any) -> bool:
     if len(inputs) == 0:
         # An empty list or array is a history; an empty dataset has none.
         return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
-    first = inputs[0]
+    first = next(iter(inputs))  # a pandas Series has labels, not places
     return isinstance(first, str) or not isinstance(first, Iterable) or getattr(first, "ndim", 1) == 0
 
 

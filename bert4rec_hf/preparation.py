@@ -118,7 +118,7 @@ def histories(
 
 
 def prepare(
-    source: str | Path | ir.Table,
+    source: Any,
     output: str | Path,
     *,
     user_column: str = "user_id",
@@ -145,7 +145,8 @@ def prepare(
     written is replaced; files in it that are not ours stay.
 
     Args:
-        source: A log as `read_log` takes it, an Ibis table of events, or the name of one of `NAMED_DATASETS`.
+        source: A log as `read_log` takes it (a path, a pattern, a data frame), an Ibis table of events, or the name of
+            one of `NAMED_DATASETS`.
         output: The folder to write.
         user_column, item_column, time_column, sequence_column, rating_column, min_rating, min_user_events,
             min_item_events, duplicates, event_columns, split, validation, validation_cut, test_cut: As in `histories`.
@@ -166,12 +167,14 @@ def prepare(
         raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
     if isinstance(source, ir.Table):
         log, source = source, "ibis.Table"
-    elif source in NAMED_DATASETS and not os.path.exists(source):
+    elif isinstance(source, str) and source in NAMED_DATASETS and not os.path.exists(source):
         dataset = fetch(source)
         item_titles = dataset.items if item_titles is None else item_titles
         log = read_log(dataset.log)
     else:
         log = read_log(source, id_columns=(user_column, item_column))
+    if not isinstance(source, str | Path):
+        source = f"{type(source).__module__.split('.')[0]}.{type(source).__name__}"
     table, origin = _histories(
         log,
         user_column=user_column,
@@ -258,6 +261,14 @@ def _histories(
     test_cut: float | str | date | None,
 ) -> tuple[ir.Table, dict[str, Any]]:
     """The histories, and what only the log can tell: statistics of the source, the split with its cuts."""
+    if not isinstance(log, ir.Table):
+        raise TypeError(
+            f"expected an Ibis table of events, got {type(log).__name__}: read_log makes one of files and data frames"
+        )
+    if isinstance(event_columns, str):
+        raise TypeError(
+            f"event_columns must be a list of columns; got {event_columns!r}: did you mean [{event_columns!r}]?"
+        )
     for name, value, choices in (
         ("duplicates", duplicates, ("keep", "drop", "drop_consecutive")),
         ("split", split, ("leave-one-out", "temporal", "none")),

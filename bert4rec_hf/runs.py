@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import yaml
 from transformers import (
-    EarlyStoppingCallback,
     ProgressCallback,
     TrainerState,
     TrainingArguments,
@@ -148,8 +147,6 @@ def train_prepared(
         preparation=preparation,
         publish_code=publish_code,
     )
-    if args.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
     checkpoint = args.resume_from_checkpoint

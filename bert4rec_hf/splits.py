@@ -125,6 +125,10 @@ def training_rows(
     Returns:
         user_id (string), input_ids (list<int32>).
     """
+    if windows not in ("whole", "proportional", "sliding"):
+        raise ValueError(f"windows must be whole, proportional or sliding; got {windows!r}")
+    if windows != "whole" and max_length is None:
+        raise ValueError(f"{windows} windows need a max_length, the model's max_position_embeddings")
     kept = histories.is_training() & (histories.item_ids != UNK_TOKEN_ID)
     offsets = np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
@@ -150,7 +154,7 @@ def training_rows(
     return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], "input_ids": cut}))
 
 
-def stream_training_rows(files: str | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
+def stream_training_rows(files: str | Path | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
     """The rows of `training_rows`, read as they are needed: for histories that do not fit into memory.
 
     Args:
@@ -166,6 +170,7 @@ def stream_training_rows(files: str | Sequence[str], tokenizer: Bert4RecTokenize
         token_ids = tokenizer.item_ids_to_token_ids(row["item_id"][: row["train_end"]])
         return {"input_ids": [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]}
 
+    files = str(files) if isinstance(files, Path) else files
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     return rows.map(tokenize, remove_columns=rows.column_names).filter(lambda row: len(row["input_ids"]) > 0)
 

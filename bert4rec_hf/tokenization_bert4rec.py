@@ -90,7 +90,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: If there are no items, or one occurs twice.
         """
-        raw_ids = list(map(_raw_id, items))
+        raw_ids = _raw_ids(items)
         if sort:
             raw_ids.sort()
         if not raw_ids:
@@ -135,7 +135,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         Returns:
             How many were new. The model then needs `resize_token_embeddings(len(tokenizer))`.
         """
-        new = sorted({raw_id for raw_id in map(_raw_id, items) if raw_id not in self._token_ids})
+        new = sorted(set(_raw_ids(items)).difference(self._token_ids))
         vocabulary = self._tokenizer.get_vocab()
         for raw_id in new:
             vocabulary[_to_token(raw_id)] = len(vocabulary)
@@ -149,8 +149,20 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         self._set(titles or None, None)
         return len(new)
 
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Not for items, see `add_items`: Transformers' own calls alone."""
+        tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
+        items = [token for token in tokens if isinstance(token, str) and token not in SPECIAL_TOKENS.values()]
+        if items and not special_tokens:
+            raise ValueError(
+                f"expected no items, got {items[0]!r}: model.add_items(tokenizer, items) adds them to catalogue and "
+                "model"
+            )
+        return super().add_tokens(new_tokens, special_tokens)
+
     def item_ids_to_token_ids(self, items: Iterable[ItemId]) -> list[int]:
         """Token ids of raw ids; 2, that of [UNK], for an item that the catalogue lacks."""
+        _check_list(items)
         known, unknown = self._token_ids, UNK_TOKEN_ID
         return [known.get(item if type(item) is str else _raw_id(item), unknown) for item in items]
 
@@ -207,6 +219,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
                 "expected a history, a list of item ids, or a list of histories; got "
                 f"{text if text_pair is None else text_pair!r}"
             )
+        text = list(text)
         is_batch = len(text) > 0 and _is_history(text[0])
         for history in text if is_batch else ():
             if not _is_history(history):
@@ -270,7 +283,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             known = {_raw_id(item): int(count) for item, count in counts.items()}
             self._counts = [known.get(raw_id, 0) for raw_id in self._raw_ids]
         if titles is not None:
-            named = {_raw_id(item): title for item, title in titles.items()}
+            # A missing title of a data frame is NaN.
+            named = {_raw_id(item): title for item, title in titles.items() if isinstance(title, str)}
             old = self._titles or [None] * self.num_items
             self._titles = [named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)]
 
@@ -287,6 +301,16 @@ def _raw_id(item: Any) -> str:
     if hasattr(item, "__index__") and not is_bool:
         return str(item.__index__())
     raise TypeError(f"an item id is a string or an integer; got {item!r} of type {type(item).__name__}")
+
+
+def _raw_ids(items: Iterable[ItemId]) -> list[str]:
+    _check_list(items)
+    return list(map(_raw_id, items))
+
+
+def _check_list(items: Any) -> None:
+    if isinstance(items, str | bytes):
+        raise TypeError(f"expected a list of item ids; got {items!r}: did you mean [{items!r}]?")
 
 
 def _is_history(value: Any) -> bool:

@@ -21,6 +21,7 @@ from datasets import Dataset
 from huggingface_hub import upload_folder
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
+    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     ProgressCallback,
@@ -71,6 +72,9 @@ NO_RECIPE = {
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
 }  # fmt: skip
 
+# What only `train_prepared` reads.
+OF_PREPARED = {"item_initialization", "train_windows", "window_step"}
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -80,7 +84,11 @@ RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_
 
 @dataclass
 class Bert4RecTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what masked item prediction needs; the other defaults are measured ones."""
+    """`TrainingArguments` with what masked item prediction needs; the other defaults are measured ones.
+
+    Where a model starts and what its rows are is for `train_prepared`, which makes them: `item_initialization`,
+    `window_step`, and of `train_windows` all but "newest".
+    """
 
     mask_ratio: float | None = field(
         default=None, metadata={"help": "Probability of each item to be masked; chosen from the lengths if left out."}
@@ -167,9 +175,13 @@ class Bert4RecTrainingArguments(TrainingArguments):
                 "evaluation in half precision would round the weights that are saved, and tie scores: leave out "
                 "--bf16_full_eval and --fp16_full_eval; --bf16 true has half precision where it does no harm"
             )
+        for name in Bert4RecTrainingArguments.__annotations__:
+            choices, value = self.__dataclass_fields__[name].metadata.get("choices"), getattr(self, name)
+            if choices is not None and value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if best not in known:
+        if best.rsplit("_", 1)[-1] not in known:  # before it may stand the name of one of several evaluation sets
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
         super().__post_init__()
         # Those two are not always among the available where they are.
@@ -261,9 +273,13 @@ class Bert4RecTrainer(Trainer):
         model, args, data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`; the collator is
             made from `Bert4RecTrainingArguments` if it is None.
         protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
-        floors: Metrics of rankings without a model on the evaluation rows, by name, to stand in the learning curve.
+        floors: Metrics of rankings without a model on the evaluation rows, or their ranks, by name, to stand in the
+            learning curve.
         preparation: The content of preparation.json, kept in the model folder.
         publish_code: Whether every folder that is saved gets our code, see `publish.publish_code`.
+
+    Raises:
+        ValueError: Without a `processing_class`, or with neither a collator nor the arguments to make it from.
     """
 
     def __init__(
@@ -272,11 +288,15 @@ class Bert4RecTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         protocol: Protocol | None = None,
-        floors: Mapping[str, Mapping[str, float]] | None = None,
+        floors: Mapping[str, Mapping[str, float] | np.ndarray] | None = None,
         preparation: Mapping[str, Any] | None = None,
         publish_code: bool = False,
         **kwargs: Any,
     ):
+        if kwargs.get("processing_class") is None:
+            raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
+        if not isinstance(args, Bert4RecTrainingArguments) and kwargs.get("data_collator") is None:
+            raise ValueError("expected Bert4RecTrainingArguments, or a data_collator: masking has arguments of its own")
         if isinstance(args, Bert4RecTrainingArguments):
             args = copy(args)  # another run with these may choose otherwise
             rows = kwargs.get("train_dataset")
@@ -300,10 +320,15 @@ class Bert4RecTrainer(Trainer):
                     negative_sampling=args.negative_sampling,
                 )
         super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
+        if isinstance(args, Bert4RecTrainingArguments) and args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self.protocol = protocol
-        self.floors = floors or {}
+        self.floors = {
+            name: found if isinstance(found, Mapping) else ranking_metrics(found)
+            for name, found in (floors or {}).items()
+        }
         self.preparation = preparation
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
@@ -443,12 +468,16 @@ class Bert4RecTrainer(Trainer):
         return training_record(self.state, self.args, self.protocol, self.floors, best or self.state.global_step)
 
     def recipe(self) -> dict[str, Any]:
-        """All arguments and the architecture, as `bert4rec train --config` takes them."""
+        """All arguments and the architecture, as `bert4rec train --config` takes them.
+
+        Without a preparation, model and rows are somebody's own, and what `train_prepared` makes them of is left out.
+        """
+        left_out = NO_RECIPE if self.preparation is not None else NO_RECIPE | OF_PREPARED
         arguments = {
             name: value
             for name, value in self.args.to_dict().items()
             if value is not None
-            and name not in NO_RECIPE
+            and name not in left_out
             and not name.startswith(("hub_", "_"))
             and self.args.__dataclass_fields__.get(name) is not None
             and self.args.__dataclass_fields__[name].init

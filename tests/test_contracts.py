@@ -43,7 +43,10 @@ def test_embeddings_without_a_mask_are_attended_to_on_both_sides(options, attent
 
 
 def test_a_new_item_starts_with_the_mean_bias():
-    model, tokenizer = make_popularity_model([2.0, 5.0, 5.0]), Bert4RecTokenizer.from_items("abc", model_max_length=12)
+    model, tokenizer = (
+        make_popularity_model([2.0, 5.0, 5.0]),
+        Bert4RecTokenizer.from_items(list("abc"), model_max_length=12),
+    )
     assert model.add_items(tokenizer, ["d"]) == 1
     found, items = model.recommend(torch.tensor([[MASK]]), top_k=4)
     assert found.tolist() == [[5.0, 5.0, 4.0, 2.0]]

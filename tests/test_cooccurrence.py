@@ -165,3 +165,10 @@ def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
     assert vectors.any()
     assert not torch.equal(vectors, cooccurrence_vectors(histories, num_items, 8, seed=1))
     assert math.isfinite(vectors.sum())
+
+
+def test_a_model_without_room_for_fixed_vectors_is_told_so():
+    histories, num_items = made(["abc", "abd"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID))
+    with pytest.raises(ValueError, match=r"Bert4RecConfig\(cooccurrence_size=512\)"):
+        keep_cooccurrence(model, histories, num_items)

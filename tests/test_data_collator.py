@@ -337,3 +337,9 @@ def test_of_more_masks_than_wanted_a_random_part_stays():
     assert (np.abs(masked.mean(axis=0) - 0.1) < 0.06).all()  # wherever they stand
     with pytest.raises(ValueError, match="max_predictions must be at least 1; got 0"):
         DataCollatorForMaskedItemPrediction(tokenizer, max_predictions=0)
+
+
+@pytest.mark.parametrize("row", [["10", "12"], [3.5, 4.0]])
+def test_raw_item_ids_are_no_token_ids(row):
+    with pytest.raises(TypeError, match=r"input_ids must be token ids, integers; got .*item_ids_to_token_ids"):
+        make_collator()([{"input_ids": row}])

@@ -83,8 +83,10 @@ def test_onnxruntime_answers_like_the_model_at_any_batch_size_and_length(tmp_pat
 
 
 def test_a_model_in_half_precision_is_exported_in_single_and_stays_as_it_is(tmp_path):
-    model = make_model({}).bfloat16()
+    model = make_model({}).bfloat16().train()
     export_onnx(model, tmp_path / "model.onnx")
+    assert model.training
+    model.eval()
     batch = inputs(4, 6, 3, 1)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     scores, _ = session.run(None, {name: values.numpy() for name, values in batch.items()})

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import EvalPrediction
 
 from bert4rec_hf import Bert4RecTokenizer, compute_metrics, floors, preprocess_logits_for_metrics, ranking_metrics
 from bert4rec_hf.metrics import Protocol
@@ -73,7 +74,7 @@ def table(rows: dict[str, tuple[list[str], int, int | None, int | None]], timest
 
 
 def test_floors_by_hand():
-    tokenizer = Bert4RecTokenizer.from_items("abcd", model_max_length=5)
+    tokenizer = Bert4RecTokenizer.from_items(list("abcd"), model_max_length=5)
     histories = tokenize_histories(
         table(
             {
@@ -98,7 +99,7 @@ def test_floors_by_hand():
 
 
 def test_co_occurrence_knows_what_follows_what():
-    tokenizer = Bert4RecTokenizer.from_items("abcd", model_max_length=5)
+    tokenizer = Bert4RecTokenizer.from_items(list("abcd"), model_max_length=5)
     histories = tokenize_histories(
         table({"u": (["a", "d", "a", "d", "b", "a", "d"], 5, 5, 6), "v": (["b", "b", "b"], 3, None, None)}), tokenizer
     )
@@ -109,7 +110,7 @@ def test_co_occurrence_knows_what_follows_what():
 
 
 def test_the_protocol_counts_users_without_a_past_and_targets_seen_or_unknown():
-    tokenizer = Bert4RecTokenizer.from_items("abc", model_max_length=5)
+    tokenizer = Bert4RecTokenizer.from_items(list("abc"), model_max_length=5)
     histories = tokenize_histories(
         table(
             {
@@ -130,3 +131,8 @@ def test_the_protocol_counts_users_without_a_past_and_targets_seen_or_unknown():
     assert str(protocol) == (
         "temporal (validation from 5, test from 7), test; all 3 items ranked, seen items filtered; 3 users"
     )
+
+
+def test_scores_in_the_place_of_ranks_are_an_error():
+    with pytest.raises(ValueError, match="hand preprocess_logits_for_metrics to the plain Trainer as well"):
+        compute_metrics(EvalPrediction(np.zeros((2, 5, 30)), np.zeros((2, 5))))

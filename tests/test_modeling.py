@@ -821,7 +821,7 @@ def test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit(tm
 
 
 def test_growing_with_the_tokenizer_of_another_model_is_an_error():
-    tokenizer = Bert4RecTokenizer.from_items("abc", model_max_length=12)
+    tokenizer = Bert4RecTokenizer.from_items(list("abc"), model_max_length=12)
     with pytest.raises(ValueError, match="the tokenizer has 6 token ids"):
         make_model().add_items(tokenizer, ["new"])
     assert tokenizer.num_items == 3
@@ -864,3 +864,29 @@ def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkey
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
     assert found[0][0] > 0
+
+
+def test_what_is_excluded_for_one_row_of_all_is_excluded_for_all(model):
+    batch = torch.tensor([[5, 9, MASK], [17, 30, MASK]])
+    excluded = model.recommend(batch, top_k=3)[1][1:2]
+    for candidate_ids in (None, torch.arange(FIRST, VOCAB)):
+        options = {"top_k": 3, "candidate_ids": candidate_ids}
+        found = model.recommend(batch, exclude_ids=excluded, **options)
+        expected = model.recommend(batch, exclude_ids=excluded.repeat(2, 1), **options)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert not torch.isin(found[1], excluded).any()
+
+
+def test_targets_are_one_for_each_history(model):
+    with pytest.raises(ValueError, match=r"target_ids must have shape \(2,\), one for each history; got \(1,\)"):
+        model.rank(torch.tensor([[5, MASK], [17, MASK]]), torch.tensor([9]))
+
+
+def test_special_tokens_are_no_labels(model):
+    input_ids = torch.tensor([[MASK, MASK, MASK, MASK]])
+    with torch.no_grad():
+        of_padded, of_ignored = (
+            model(input_ids=input_ids, labels=torch.tensor([[*labels, 9]])).loss
+            for labels in ((0, 1, 2), (-100, -100, -100))
+        )
+    assert torch.equal(of_padded, of_ignored)

@@ -12,3 +12,9 @@ def test_every_public_name_is_what_it_names_and_no_module_of_that_name():
         f"from bert4rec_hf import {name}\nassert not ismodule({name}), {name!r}\n" for name in bert4rec_hf.__all__
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_are_listed_where_people_and_editors_look():
+    assert set(bert4rec_hf.__all__) <= set(dir(bert4rec_hf))
+    later = {name for name in bert4rec_hf.__all__ if name in bert4rec_hf._LATER}
+    assert later == set(bert4rec_hf._LATER)

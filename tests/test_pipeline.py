@@ -4,6 +4,7 @@ import logging
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from transformers import pipeline
@@ -395,3 +396,34 @@ def test_an_index_of_another_model_is_an_error(pipe, tmp_path):
     smaller = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=13, hidden_size=16))
     with pytest.raises(ValueError, match="the index has 10 items, the catalogue 30: build it from this model"):
         pipe(["007"], index=ItemIndex.build(smaller))
+
+
+def test_a_data_frames_columns_are_histories(pipe, histories):
+    frame = pandas.DataFrame({"user": [7, 7, 9], "item": ["100", "101", "102"]}, index=[3, 4, 8])
+    assert pipe(frame.item) == pipe(["100", "101", "102"])
+    grouped = frame.groupby("user").item.apply(list)
+    assert list(pipe(grouped)) == pipe([["100", "101"], ["102"]])
+
+
+def test_what_is_for_the_call_is_not_lost_in_a_history(pipe):
+    with pytest.raises(ValueError, match="top_k is for all histories of a call"):
+        pipe({"history": ["100"], "top_k": 1})
+    with pytest.raises(ValueError, match="filter_seen_items is for all histories"):
+        pipe([{"history": ["100"], "filter_seen_items": False}])
+
+
+def test_top_k_is_any_whole_number(pipe):
+    assert pipe(["100"], top_k=np.int64(3)) == pipe(["100"], top_k=3)
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1; got True"):
+        pipe(["100"], top_k=True)
+
+
+def test_a_model_that_has_just_been_trained_answers_without_dropout(folder, pipe):
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(folder).train()
+    fresh = pipeline("sequential-recommendation", model=model, tokenizer=pipe.tokenizer, device="cpu")
+    assert fresh(["100", "007"]) == pipe(["100", "007"])
+
+
+def test_an_index_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="missing is no index"):
+        ItemIndex.load(tmp_path / "missing")

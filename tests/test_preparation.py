@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 import ibis
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -712,3 +713,38 @@ def test_nothing_is_printed_when_the_interpreter_ends(tmp_path):
         check=True,
     )
     assert outcome.stdout + outcome.stderr == ""
+
+
+def test_a_data_frame_or_an_arrow_table_is_prepared_as_its_file_is(tmp_path):
+    rows = [("b", "007", 3), ("a", "z", 1), ("a", "x", 1), ("a", "y", 1), ("b", "é", 1), ("c", "x", 2)]  # ties
+    frame = pandas.DataFrame(rows, columns=HEADER).sample(frac=1, random_state=0)
+    write_csv(tmp_path / "log.csv", frame.itertuples(index=False))
+    expected = rows_of(tmp_path / "log.csv")
+    for source in (frame, pa.Table.from_pandas(frame)):
+        assert rows_of(read_log(source)) == expected
+    preparation = prepare(frame, tmp_path / "frame")
+    assert preparation["source"] == "pandas.DataFrame"
+    assert pq.read_table(tmp_path / "frame" / "histories.parquet").to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: prepare(["a.csv", "b.csv"], "out"), "got list: for several files give a pattern"),
+        (lambda: histories(pandas.DataFrame()), "expected an Ibis table of events, got DataFrame: read_log makes one"),
+        (
+            lambda: histories(read_log(pandas.DataFrame({"a": [1]})), event_columns="rating"),
+            r"got 'rating': did you mean \['rating'\]",
+        ),
+    ],
+)
+def test_what_is_no_log_is_a_type_error_that_says_what_is(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_titles_that_a_data_frame_lacks_are_no_titles(tmp_path, saved_catalogues, caplog):
+    log = write_csv(tmp_path / "log.csv", [(user, item, time) for user in "ab" for time, item in enumerate("xyz")])
+    prepare(log, tmp_path / "out", item_titles={"x": "An x", "y": float("nan"), "z": None})
+    assert saved_catalogues[0][1] == {"x": "An x"}
+    assert "2 of 3 items have no title" in caplog.text

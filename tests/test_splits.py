@@ -13,7 +13,7 @@ from bert4rec_hf.splits import Histories, sampled_candidates, tokenize_histories
 
 @pytest.fixture
 def tokenizer():
-    return Bert4RecTokenizer.from_items("abcdef", model_max_length=4)
+    return Bert4RecTokenizer.from_items(list("abcdef"), model_max_length=4)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_more_text_than_one_array_of_strings_holds_is_read():
         }
     )
     last = part.set_column(0, "user_id", [["last"]]).set_column(4, "test_position", [pa.array([1], pa.int32())])
-    tokenizer = Bert4RecTokenizer.from_items("a", model_max_length=4)
+    tokenizer = Bert4RecTokenizer.from_items(list("a"), model_max_length=4)
     histories = tokenize_histories(pa.concat_tables([part] * many + [last]), tokenizer)
     assert histories.item_ids.tolist() == [3, 2] * (many + 1)
     assert histories.offsets.tolist() == list(range(0, 2 * many + 3, 2))
@@ -187,3 +187,10 @@ def test_sampled_candidates_are_the_same_for_one_seed_and_all_that_are_left_if_f
     assert list(first) == list(again) != list(other)
     everything = sampled_candidates(rows, histories, num_candidates=100)["candidate_ids"]
     assert [sorted(row) for row in everything] == [list(range(5, 32))] * 20
+
+
+def test_windows_are_those_there_are_and_have_a_length(histories):
+    with pytest.raises(ValueError, match="windows must be whole, proportional or sliding; got 'newest'"):
+        training_rows(histories, windows="newest", max_length=5)
+    with pytest.raises(ValueError, match="proportional windows need a max_length"):
+        training_rows(histories, windows="proportional")

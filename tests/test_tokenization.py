@@ -6,6 +6,7 @@ import pickle
 import unicodedata
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -84,7 +85,7 @@ def test_items_are_numbered_from_3_sorted_by_raw_id(tokenizer):
 
 
 def test_the_order_of_the_items_given_does_not_matter():
-    forward, backward = Bert4RecTokenizer.from_items("abc"), Bert4RecTokenizer.from_items("cba")
+    forward, backward = Bert4RecTokenizer.from_items(list("abc")), Bert4RecTokenizer.from_items(list("cba"))
     assert forward.get_vocab() == backward.get_vocab()
 
 
@@ -276,3 +277,31 @@ def test_padding_gives_tensors(tokenizer):
     assert longest["input_ids"].tolist() == [[3, MASK, PAD, PAD]]
     assert tokenizer(["10", "2"], return_tensors="pt")["input_ids"].tolist() == [[3, 4, MASK]]
     assert "attention_mask" not in tokenizer(["10"], return_attention_mask=False)
+
+
+def test_a_string_is_no_list_of_items():
+    tokenizer = Bert4RecTokenizer.from_items(["50", "172"])
+    for call in (Bert4RecTokenizer.from_items, tokenizer.add_items, tokenizer.item_ids_to_token_ids):
+        with pytest.raises(TypeError, match=r"got '50': did you mean \['50'\]"):
+            call("50")
+    assert len(tokenizer) == 5
+
+
+def test_items_are_not_added_as_tokens_that_nobody_would_know():
+    tokenizer = Bert4RecTokenizer.from_items(["a"])
+    for tokens in ("new", ["new"]):
+        with pytest.raises(ValueError, match=r"got 'new': model.add_items\(tokenizer, items\)"):
+            tokenizer.add_tokens(tokens)
+    assert len(tokenizer) == 4
+
+
+def test_titles_that_are_none_are_left_out():
+    tokenizer = Bert4RecTokenizer.from_items(["a", "b"], titles={"a": float("nan"), "b": "Bee"})
+    assert tokenizer.titles == [None, "Bee"]
+
+
+@pytest.mark.parametrize("convert", [tuple, lambda rows: pandas.Series(rows, index=[7, 9])])
+def test_a_history_may_be_anything_with_items_in_order(convert):
+    tokenizer = Bert4RecTokenizer.from_items(["a", "b", "c"])
+    assert tokenizer(convert(["c", "a"]))["input_ids"] == [5, 3, MASK]
+    assert tokenizer(convert([["c", "a"], ["b"]]))["input_ids"] == [[5, 3, MASK], [4, MASK]]

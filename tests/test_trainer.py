@@ -27,6 +27,7 @@ from bert4rec_hf import (
     compute_metrics,
     prepare,
     preprocess_logits_for_metrics,
+    ranking_metrics,
     ranking_rows,
     read_prepared,
     training_rows,
@@ -35,6 +36,7 @@ from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from bert4rec_hf.cooccurrence import cooccurrence_vectors
 from bert4rec_hf.defaults import default_architecture, default_batch_size
+from bert4rec_hf.metrics import popularity_ranks
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
 from bert4rec_hf.trainer import SimilarLengthSampler
 
@@ -158,6 +160,30 @@ def test_training_stops_after_so_many_evaluations_without_a_better_one(chain, tm
     options = {"num_train_epochs": 10, "learning_rate": 0.0, "eval_strategy": "epoch", "save_strategy": "epoch"}
     trainer = train_prepared(data, arguments(tmp_path / "model", early_stopping_patience=2, **options), **SMALL)
     assert trainer.state.epoch == 3
+
+
+def test_the_trainer_alone_does_what_its_arguments_say_and_no_recipe_says_more(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    rows = ranking_rows(histories, tokenizer, "validation", filter_seen_items=False)
+    given = arguments(
+        tmp_path / "model", early_stopping_patience=1, num_train_epochs=6, learning_rate=0.0, eval_strategy="epoch",
+        save_strategy="epoch", eval_steps=None, metric_for_best_model="eval_old_NDCG@10",
+    )  # fmt: skip
+    ranks = popularity_ranks(rows, histories, tokenizer.num_items)
+    pieces = {"train_dataset": training_rows(histories), "processing_class": tokenizer}
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
+    trainer = Bert4RecTrainer(model, given, eval_dataset={"old": rows}, floors={"popularity": ranks}, **pieces)
+    trainer.train()
+    assert trainer.state.epoch == 2
+    assert trainer.floors == {"popularity": ranking_metrics(ranks)}
+    recipe = yaml.safe_load((tmp_path / "model" / "checkpoint-10" / "recipe.yaml").read_text())
+    assert recipe["learning_rate"] == 0.0
+    assert not {"item_initialization", "train_windows", "window_step"} & recipe.keys()
+    with pytest.raises(ValueError, match="expected a processing_class, the Bert4RecTokenizer"):
+        Bert4RecTrainer(model, given, train_dataset=training_rows(histories))
+    with pytest.raises(ValueError, match="expected Bert4RecTrainingArguments, or a data_collator"):
+        Bert4RecTrainer(model, TrainingArguments(str(tmp_path / "plain"), use_cpu=True), **pieces)
 
 
 def test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own():
@@ -468,6 +494,7 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
         ({"report_to": ["tensorboard", "clearml"]}, "report_to names clearml, which is not installed"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
         ({"window_step": 0.0}, "window_step must be above 0"),
+        ({"train_windows": "newst"}, "train_windows must be one of newest, random, proportional, sliding; got 'newst'"),
         ({"output_dir": None}, "say --output_dir FOLDER"),
     ],
 )
