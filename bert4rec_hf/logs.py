@@ -46,15 +46,13 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
         ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
             types of the id columns.
     """
-    if hasattr(source, "__arrow_c_stream__"):
-        rows = pa.table(source)
-        return ibis.memtable(rows.append_column(SOURCE_ROW, pa.array(range(len(rows)), pa.int64())))
-    if not isinstance(source, str | Path):
+    is_in_memory = hasattr(source, "__arrow_c_stream__")
+    if not is_in_memory and not isinstance(source, str | Path):
         raise TypeError(
             f"expected the path of a log, a pattern, or a data frame; got {type(source).__name__}: for several files "
             "give a pattern, or a table that ibis.read_parquet makes of them"
         )
-    paths = _log_files(source)
+    paths = [] if is_in_memory else _log_files(source)
     connection = ibis.duckdb.connect()
     # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
     folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
@@ -63,6 +61,11 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
     if sys.stdout.isatty():
         connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
 
+    if is_in_memory:
+        rows = pa.table(source)
+        rows = rows.append_column(SOURCE_ROW, pa.array(range(len(rows)), pa.int64()))
+        connection.con.register("log", rows)  # Ibis' own way meets issue 12101 of ibis-project/ibis
+        return connection.table("log")
     kinds = {path: _is_parquet(path) for path in paths}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
