@@ -279,7 +279,7 @@ class Bert4RecTrainer(Trainer):
         publish_code: Whether every folder that is saved gets our code, see `publish.publish_code`.
 
     Raises:
-        ValueError: Without a `processing_class`, or with neither a collator nor the arguments to make it from.
+        ValueError: Without a collator and what it is made from, `Bert4RecTrainingArguments` and a `processing_class`.
     """
 
     def __init__(
@@ -293,10 +293,11 @@ class Bert4RecTrainer(Trainer):
         publish_code: bool = False,
         **kwargs: Any,
     ):
-        if kwargs.get("processing_class") is None:
-            raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
-        if not isinstance(args, Bert4RecTrainingArguments) and kwargs.get("data_collator") is None:
-            raise ValueError("expected Bert4RecTrainingArguments, or a data_collator: masking has arguments of its own")
+        if kwargs.get("data_collator") is None:
+            if not isinstance(args, Bert4RecTrainingArguments):
+                raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
+            if kwargs.get("processing_class") is None:
+                raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
         if isinstance(args, Bert4RecTrainingArguments):
             args = copy(args)  # another run with these may choose otherwise
             rows = kwargs.get("train_dataset")
