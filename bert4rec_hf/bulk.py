@@ -4,12 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from .configuration_bert4rec import UNK_TOKEN_ID
 from .pipeline import SequentialRecommendationPipeline
+from .tokenization_bert4rec import Bert4RecTokenizer
 
 # Histories read, and recommended rows written, at once.
 ROWS_AT_ONCE = 8192
@@ -37,9 +40,9 @@ def recommend_file(
 
     Raises:
         ValueError: If a column is missing or has another type, or if `output` is a folder, `histories` itself or
-            another file that is no output of an earlier call.
+            another file that is no output of an earlier call, or if none of the items of the first histories is known.
     """
-    output = Path(output)
+    output = Path(output).resolve()  # of a link, what it leads to
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     try:
@@ -51,6 +54,8 @@ def recommend_file(
     for name in ("user_id", "item_id"):
         if name not in schema.names:
             raise ValueError(f"{histories} has no column {name}; expected user_id and item_id, got {schema.names}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{histories} has the column {name!r} twice; rename one of them")
     if not (pa.types.is_list(schema.field("item_id").type) or pa.types.is_large_list(schema.field("item_id").type)):
         raise ValueError(
             f"item_id of {histories} must be a list, one history a row; got {schema.field('item_id').type}: make "
@@ -62,8 +67,10 @@ def recommend_file(
 
     def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         with tqdm(total=num_histories, desc="recommending") as progress:
-            for batch in source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"]):
+            for number, batch in enumerate(source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"])):
                 rows = [items or [] for items in batch["item_id"].to_pylist()]
+                if number == 0:
+                    _check_items(pipe.tokenizer, rows, histories)
                 by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # little is padding then
                 found = {}
                 for number, answer in zip(
@@ -75,7 +82,7 @@ def recommend_file(
                     yield user, found[number]
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.new")
+    beside = output.with_name(f".{output.name}.{uuid4().hex}.new")
     try:
         with pq.ParquetWriter(beside, result, compression="zstd") as writer:
             columns: list[list[Any]] = [[], [], [], []]
@@ -91,6 +98,16 @@ def recommend_file(
     finally:
         beside.unlink(missing_ok=True)
     return num_histories
+
+
+def _check_items(tokenizer: Bert4RecTokenizer, rows: list[list[Any]], histories: str | os.PathLike) -> None:
+    """Raise if the catalogue has none of the items of the first histories."""
+    shown = list(dict.fromkeys(item for items in rows for item in items if item is not None))
+    if shown and set(tokenizer.item_ids_to_token_ids(shown)) == {UNK_TOKEN_ID}:
+        raise ValueError(
+            f"the catalogue has none of the items of the first {len(rows):,} histories of {histories}, such as "
+            f"{shown[0]!r}; its own look like {tokenizer.items[0]!r}"
+        )
 
 
 def _check_output(output: Path, histories: str | os.PathLike) -> None:

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
@@ -77,7 +78,9 @@ class _Parser(HfArgumentParser):
         if found.config is None:
             return rest
         try:
-            recipe = yaml.safe_load(Path(found.config).read_text("utf-8")) or {}
+            text = Path(found.config).read_text("utf-8")
+            recipe = yaml.safe_load(text) or {}
+            as_written = yaml.load(text, Loader=yaml.BaseLoader) or {}  # to YAML the item 010 is 8
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"cannot read the recipe {found.config}: {_one_line(error)}")
         if not isinstance(recipe, dict):
@@ -92,7 +95,8 @@ class _Parser(HfArgumentParser):
                 continue
             if isinstance(value, dict):
                 value = json.dumps(value)
-            # As text, since YAML reads 1e-3 as text and argparse converts either.
+            elif not isinstance(value, bool):
+                value = as_written[key]
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         # In between, so that a list at the end of the recipe does not take what follows.
         return [*words, "--config", found.config, *rest]
@@ -285,10 +289,19 @@ def prepare(arguments: Sequence[str]) -> None:
             f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add that"
         )
 
+    import duckdb
+
     from . import preparation
 
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
-    prepared = preparation.prepare(rest.log, **given)
+    try:
+        prepared = preparation.prepare(rest.log, **given)
+    except duckdb.Error as error:
+        raise OSError(f"DuckDB could not prepare {rest.log}: {error}") from error
+    except RuntimeError as error:
+        if "interrupted" in str(error).lower():  # by Ctrl-C in the middle of a query
+            raise KeyboardInterrupt from error
+        raise
     statistics = prepared["statistics"]
     lengths = statistics["history_length"]
     print(
@@ -324,7 +337,7 @@ def prepare(arguments: Sequence[str]) -> None:
         reason = "5 % of events or more are repeats"
     policy = "are not recommended again" if prepared["filter_seen_items"] else "may be recommended again"
     print(f"seen items {policy} ({reason})")
-    print(f"wrote {options.output}; next: bert4rec train --data {options.output} --output_dir MODEL")
+    print(f"wrote {options.output}; next: bert4rec train --data {shlex.quote(options.output)} --output_dir MODEL")
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -358,10 +371,11 @@ def train(arguments: Sequence[str]) -> None:
         **{name: value for name, value in vars(architecture).items() if value is not None},
     )
     if trainer.is_world_process_zero():
-        folder = training_arguments.output_dir
+        output_dir = training_arguments.output_dir
+        folder, data = shlex.quote(output_dir), shlex.quote(options.data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
-        following = f"evaluate {folder} --data {options.data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
-        print(f"wrote {folder}; next: bert4rec {following}")
+        following = f"evaluate {folder} --data {data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
+        print(f"wrote {output_dir}; next: bert4rec {following}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -371,16 +385,18 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
+    from .model_card import read_evaluations
     from .runs import evaluate_prepared
 
     record = evaluate_prepared(rest.model, **vars(options))
     if PartialState().is_main_process:
         print(format_evaluation(record))
         folder = Path(rest.model)
-        stored = f"wrote {folder / 'evaluation.json'} and the model card; " if folder.is_dir() else ""
+        is_stored = folder.is_dir() and record in read_evaluations(folder)
+        stored = f"wrote {folder / 'evaluation.json'} and the model card; " if is_stored else ""
         if options.report is not None:
             print(f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json and report.png")
-        print(f"{stored}next: bert4rec recommend {rest.model} ITEM_ID ITEM_ID …")
+        print(f"{stored}next: bert4rec recommend {shlex.quote(rest.model)} ITEM_ID ITEM_ID …")
 
 
 def recommend(arguments: Sequence[str]) -> None:
@@ -416,6 +432,9 @@ def recommend(arguments: Sequence[str]) -> None:
         exclude=options.exclude,
         candidates=options.candidates,
     )
+    unknown = [item for item in options.exclude or () if pipe.tokenizer.item_ids_to_token_ids([item]) == [UNK_TOKEN_ID]]
+    if unknown:
+        logger.warning("the catalogue has none of the excluded items %s", _first(unknown))
     if options.histories is not None:
         num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
         print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
@@ -428,9 +447,11 @@ def recommend(arguments: Sequence[str]) -> None:
     answer = pipe(rest.items)
     if pipe.tokenizer.titles is not None:
         for item in rest.items:
-            print(f"{'had':>5}  {item:>8}  {'':8}  {pipe.tokenizer.title(item) or ''}".rstrip())
+            print(f"{'had':>5}  {item:>8}  {'':8}  {_one_line(pipe.tokenizer.title(item) or '')}".rstrip())
     for rank, entry in enumerate(answer, start=1):
-        print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {entry.get('title') or ''}".rstrip())
+        print(
+            f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {_one_line(entry.get('title') or '')}".rstrip()
+        )
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -535,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     huggingface_hub.utils.enable_progress_bars()
     try:
         COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
+    except (ValueError, TypeError, OverflowError, OSError, ImportError, SafetensorError, yaml.YAMLError) as error:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -571,5 +592,5 @@ def _first(items: Sequence[str]) -> str:
     return ", ".join(map(repr, items[:3])) + (", …" if len(items) > 3 else "")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _one_line(text: BaseException | str) -> str:
+    return " ".join(str(text).split())

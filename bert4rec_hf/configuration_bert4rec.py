@@ -111,6 +111,10 @@ class Bert4RecConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, fixed in (("pad", PAD_TOKEN_ID), ("mask", MASK_TOKEN_ID), ("unk", UNK_TOKEN_ID)):
+            given = getattr(self, f"{name}_token_id")
+            if given not in (fixed, None):
+                raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}")
         if self.cooccurrence_size < 0:
             raise ValueError(f"cooccurrence_size must be at least 0; got {self.cooccurrence_size}")
         if not 0 <= self.gbce_calibration <= 1:

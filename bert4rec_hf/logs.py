@@ -5,6 +5,7 @@ import glob
 import gzip
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,9 @@ SOURCE_ROW = "__source_row__"  # added by `read_log`: the row's place in the sou
 DELIMITERS = (",", "\t", ";", "|")
 # Rows of a CSV file from which its column types are guessed; a second's work, 20 times DuckDB's default.
 SNIFFED_ROWS = 400_000
+# How dates and times must be written, and the rows of which that is seen.
+YEAR_FIRST = re.compile(r"\s*\d{4}[-/]")
+ROWS_LOOKED_AT = 1_000
 
 
 def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
@@ -71,6 +75,7 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
         raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
     try:
         if kinds[paths[0]]:
+            _check_names(paths[0], pq.read_schema(paths[0]).names)
             _check_id_types(paths, id_columns)
             log = connection.read_parquet(paths)
         else:
@@ -78,19 +83,34 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
             for path in paths[1:]:
                 if _csv_header(path) != (delimiter, header):
                     raise ValueError(f"{path} has another header than {paths[0]}; expected the same columns in each")
-            log = connection.read_csv(
-                paths,
-                header=True,
-                delim=delimiter,
-                quote='"',
-                escape='"',
-                comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
-                sample_size=SNIFFED_ROWS,
-                types={column: "VARCHAR" for column in id_columns if column in header},
-            )
+            as_text = {column: "VARCHAR" for column in id_columns if column in header}
+            log = _read_csv(connection, paths, delimiter, as_text)
+            times = [name for name, kind in log.schema().items() if kind.is_date() or kind.is_timestamp()]
+            if times:
+                written = _read_csv(connection, paths, delimiter, as_text | dict.fromkeys(times, "VARCHAR"))
+                first = written.select(times).limit(ROWS_LOOKED_AT).to_pyarrow()
+                # DuckDB guesses which of 01/02/03 is the year. Text is refused where a time is needed.
+                unclear = [
+                    name for name in times if not all(map(YEAR_FIRST.match, first[name].drop_null().to_pylist()))
+                ]
+                if unclear:
+                    log = _read_csv(connection, paths, delimiter, as_text | dict.fromkeys(unclear, "VARCHAR"))
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read {source} as CSV or Parquet: {first_lines(error)}") from error
     return log.mutate(ibis.row_number().name(SOURCE_ROW))
+
+
+def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, types: Mapping[str, str]) -> ir.Table:
+    return connection.read_csv(
+        paths,
+        header=True,
+        delim=delimiter,
+        quote='"',
+        escape='"',
+        comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
+        sample_size=SNIFFED_ROWS,
+        types=types,
+    )
 
 
 def read_titles(
@@ -196,7 +216,14 @@ def _csv_header(path: str) -> tuple[str, list[str]]:
             "convert the file first, as tr '\\r' '\\n' does where lines end with \\r"
         ) from error
     delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
+    _check_names(path, headers[delimiter])
     return delimiter, headers[delimiter]
+
+
+def _check_names(path: str, names: Sequence[str]) -> None:
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} has the column {twice[0]!r} twice; rename one of them")
 
 
 def first_lines(error: Exception) -> str:

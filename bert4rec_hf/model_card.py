@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -45,14 +46,25 @@ SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
 
 
 def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of evaluation.json: protocol, metrics, floors; none if there is no file."""
+    """The records of evaluation.json: source, protocol, metrics, floors; none if there is no file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     path = Path(folder) / EVALUATION_FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else []
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and evaluate again") from error
 
 
 def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Write a record into evaluation.json, in the place of one under the same protocol."""
-    records = [old for old in read_evaluations(folder) if old["protocol"] != record["protocol"]]
+    """Write a record into evaluation.json, in the place of one of the same log under the same protocol."""
+
+    def key(record: Mapping[str, Any]) -> tuple[Any, Any]:
+        return record.get("source"), record["protocol"]
+
+    records = [old for old in read_evaluations(folder) if key(old) != key(record)]
     write_file(Path(folder) / EVALUATION_FILE, json.dumps([*records, dict(record)], indent=2) + "\n")
 
 
@@ -96,7 +108,7 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **me
     parts += [_usage(repo_id, tokenizer)]
     if records:
         parts.append("## Metrics")
-        parts += [_metrics_table(record) for record in records]
+        parts += [_metrics_table(record, preparation) for record in records]
     if (folder / TRAINING_FILE).is_file():
         parts.append(_training(json.loads((folder / TRAINING_FILE).read_text("utf-8"))))
     parts.append(_limits(config, tokenizer, records))
@@ -110,9 +122,10 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **me
 
 def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | None) -> list[EvalResult]:
     """Every stored metric of the model, for the Hub's model-index."""
-    data_name = Path(preparation["source"]).stem if preparation else "interactions"
+    trained_on = preparation["source"] if preparation else "interactions"
     results = []
     for record in records:
+        data_name = Path(record.get("source") or trained_on).stem
         protocol = Protocol(**record["protocol"])
         groups = record.get("groups", {})
         parts = {"": record["metrics"]} | {f"; {group}": ranked["model"] for group, ranked in groups.items()}
@@ -241,8 +254,9 @@ def _reproduction(
     )
 
 
-def _metrics_table(record: Mapping[str, Any]) -> str:
-    protocol = Protocol(**record["protocol"])
+def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
+    protocol, source = Protocol(**record["protocol"]), record.get("source")
+    other = f"Of `{source}`: " if source and preparation and source != os.path.basename(preparation["source"]) else ""
     rows = {"**this model**": record["metrics"]} | record.get("floors", {})
     for group, ranked in record.get("groups", {}).items():
         rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
@@ -251,7 +265,7 @@ def _metrics_table(record: Mapping[str, Any]) -> str:
     for title, metrics in rows.items():
         cells = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    return f"{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
+    return f"{other}{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
 
 
 def _training(record: Mapping[str, Any]) -> str:
@@ -281,6 +295,9 @@ def _training(record: Mapping[str, Any]) -> str:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Beside, then moved, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(beside, path)
+    beside = path.with_name(f".{path.name}.{uuid4().hex}.new")
+    try:
+        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -263,6 +263,12 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Bert4RecLayer, "attentions": Bert4RecAttention}
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config = Path(save_directory) / "config.json"
+        for path in Path(save_directory).glob("*.safetensors") if config.is_file() else ():
+            shutil.copymode(config, path)  # safetensors 0.8 lets nobody but the owner read what it writes
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -483,6 +489,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config)
+        self.loss_type = "ForMaskedLM"  # of `loss_function`, for who calls it on logits; `forward` has the item losses
         self.model = Bert4RecModel(config)
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
         self.decoder = Bert4RecDecoder(config)
@@ -557,6 +564,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 prediction_positions=prediction_positions,
+                return_dict=True,
                 **kwargs,
             )
             hidden_states, attentions = outputs.hidden_states, outputs.attentions
@@ -779,6 +787,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             attention_mask=attention_mask,
             prediction_positions=positions,
             item_ids=no_items,
+            return_dict=True,
         ).prediction_states
 
     def _upload_modified_files(
@@ -858,7 +867,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             if candidate_ids.dim() == 2:
                 at_once = max(1, FLOATS_AT_ONCE // (len(states) * states.shape[-1]))
             for item_ids in candidate_ids.split(at_once, dim=-1):
-                scores = self(prediction_states=states, item_ids=item_ids).logits.squeeze(1)
+                scores = self(prediction_states=states, item_ids=item_ids, return_dict=True).logits.squeeze(1)
                 item_ids = item_ids.expand(len(states), -1)
                 forbidden = item_ids < FIRST_ITEM_ID
                 if exclude_ids is not None and exclude_ids.shape[1]:
@@ -869,7 +878,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         for start in range(0, self.config.vocab_size, ITEMS_PER_CHUNK):
             end = min(start + ITEMS_PER_CHUNK, self.config.vocab_size)
             chunk_ids = torch.arange(start, end, device=states.device)
-            scores = _finite(self(prediction_states=states, item_ids=range(start, end)).logits.squeeze(1))
+            output = self(prediction_states=states, item_ids=range(start, end), return_dict=True)
+            scores = _finite(output.logits.squeeze(1))
             if start < FIRST_ITEM_ID:
                 scores[:, : FIRST_ITEM_ID - start] = -torch.inf
             if exclude_ids is not None:

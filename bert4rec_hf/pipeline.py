@@ -56,6 +56,11 @@ class SequentialRecommendationPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model.eval()  # one that has just been trained is not
+        if len(self.tokenizer) != self.model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} token ids, the model {self.model.config.vocab_size}: give "
+                "the tokenizer of the model's folder; model.add_items(tokenizer, items) lets both grow together"
+            )
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         unknown: list[str] = []  # the first few, which `preprocess` notes

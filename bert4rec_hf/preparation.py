@@ -402,6 +402,8 @@ def _normalize(
     for name, column in (("timestamp", time_column), ("_sequence", sequence_column)):
         if column is None:
             continue
+        if "TIMESTAMPTZ_NS" in str(log[column].type()):  # pandas' own, which Ibis does not know
+            log = log.mutate(log[column].cast("timestamp('UTC')").name(column))
         kind = log[column].type()
         if not (kind.is_numeric() or kind.is_timestamp() or kind.is_date()) or kind.is_boolean():
             raise ValueError(

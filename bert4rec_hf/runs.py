@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from datasets import Dataset
 from transformers import (
     ProgressCallback,
     TrainerState,
@@ -20,13 +21,13 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
 from .defaults import default_architecture, default_start_with_mean
 from .metrics import Protocol, floors, popularity_ranks, ranking_metrics, result_metrics, sampled_metrics
-from .model_card import RECIPE_FILE, add_evaluation, write_model_card
+from .model_card import RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .report import check_report_folder, evaluation_report, write_report
 from .splits import (
@@ -75,6 +76,7 @@ def train_prepared(
     """
     check_output(args.output_dir, args.resume_from_checkpoint)
     check_prepared(data)
+    args.check_metric()
     set_seed(args.seed)
     if model_name_or_path is None:
         histories, tokenizer, preparation = read_prepared(data)
@@ -151,7 +153,9 @@ def train_prepared(
         trainer.add_callback(BriefProgress)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None:
-        checkpoint = get_last_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint
+        if checkpoint == "last":
+            checkpoint = _last_checkpoint(Path(args.output_dir))
+            logger.warning("going on from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -193,7 +197,7 @@ def evaluate_prepared(
         ValueError: If a folder is not what it should be, if nobody has a target, or for a report of sampled ranks.
 
     Returns:
-        The record {protocol, metrics, floors}, and groups if users without a past are among them. It is written
+        The record {source, protocol, metrics, floors}, and groups if users without a past are among them. It is written
         into the model's folder as well if that is a local one.
     """
     check_prepared(data)
@@ -211,6 +215,8 @@ def evaluate_prepared(
             f"{model} knows none of the items of {data}: its ids look like {known}, those of the data like {asked}"
         )
     _warn_of_other_preparation(model, preparation)
+    if os.path.isdir(model):
+        read_evaluations(model)  # raises before the work if the numbers could not be added
     policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
     rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
     if not len(rows):
@@ -237,7 +243,7 @@ def evaluate_prepared(
     rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
     if protocol == "paper":
         described, measure = (
-            replace(described, candidates="the target and 100 items drawn by popularity"),
+            replace(described, candidates=f"the target and {_numbers_of(rows)} items drawn by popularity"),
             sampled_metrics,
         )
         metrics = measure(rankings["model"])
@@ -245,6 +251,7 @@ def evaluate_prepared(
         rankings |= floors(rows, histories, tokenizer.num_items)
         metrics = result_metrics(prediction.metrics, "test")
     record: dict[str, Any] = {
+        "source": os.path.basename(preparation["source"]),
         "protocol": described.as_dict(),
         "metrics": metrics,
         "floors": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
@@ -261,9 +268,17 @@ def evaluate_prepared(
         recommended = prediction.predictions[1]
         write_report(report, evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items))
     if trainer.is_world_process_zero() and os.path.isdir(model):
-        add_evaluation(model, record)
-        write_model_card(model)
+        try:
+            add_evaluation(model, record)
+            write_model_card(model)
+        except OSError as error:
+            logger.warning("the numbers are not kept in %s: %s", model, error)
     return record
+
+
+def _numbers_of(rows: Dataset) -> str:
+    numbers = [len(items) for items in rows["candidate_ids"]]
+    return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
 
 
 def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
@@ -296,6 +311,13 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
         return Bert4RecForMaskedItemPrediction.from_pretrained(model)
     except OSError as error:
         raise ValueError(f"{model} is neither a model folder nor a model that the Hub gives: {error}") from error
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest that is whole: its state is written last."""
+    steps = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    newest = max((int(step) for step in steps if step.isdecimal()), default=None)
+    return None if newest is None else str(folder / f"checkpoint-{newest}")
 
 
 def check_resumable(

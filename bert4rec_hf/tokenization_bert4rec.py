@@ -48,11 +48,16 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
 
     def __init__(
         self,
-        vocab: Mapping[str, int],
+        vocab: Mapping[str, int] | None = None,
         items_file: str | None = None,
         drop_oldest_item: bool = False,
         **kwargs: Any,
     ):
+        if vocab is None:
+            raise ValueError(
+                "expected a catalogue: Bert4RecTokenizer.from_items(items) makes one, and "
+                "tokenizer.save_pretrained(folder) puts it beside its model"
+            )
         # transformers hands over `vocab` when it reads tokenizer.json.
         self._tokenizer = _backend(vocab)
         # It names code in the folder that was read, and would be wrong in a copy without it; where the code comes
@@ -150,13 +155,13 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         return len(new)
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Not for items, see `add_items`: Transformers' own calls alone."""
+        """Of the special tokens alone, for Transformers' own calls; a catalogue grows by `add_items`."""
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
-        items = [token for token in tokens if isinstance(token, str) and token not in SPECIAL_TOKENS.values()]
-        if items and not special_tokens:
+        others = [token for token in map(str, tokens) if token not in SPECIAL_TOKENS.values()]
+        if others:
             raise ValueError(
-                f"expected no items, got {items[0]!r}: model.add_items(tokenizer, items) adds them to catalogue and "
-                "model"
+                f"expected no tokens but {', '.join(SPECIAL_TOKENS.values())}; got {others[0]!r}: "
+                "model.add_items(tokenizer, items) adds items to catalogue and model"
             )
         return super().add_tokens(new_tokens, special_tokens)
 
@@ -228,6 +233,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         rows = self.without_unknown(histories)
         if add_special_tokens:
             rows = [self.append_mask(row, max_length) for row in rows]
+        elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE and self.truncation_side != "left":
+            raise ValueError(f"histories lose their oldest items; got truncation_side {self.truncation_side!r}")
         elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
             limit = max_length or self.model_max_length
             rows = [row[max(len(row) - limit, 0) :] for row in rows]

@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from copy import copy
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import (
 )
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
     EvalLoopOutput,
     HubStrategy,
@@ -39,7 +41,7 @@ from transformers.trainer_utils import (
 )
 from transformers.utils.hub import PushInProgress
 
-from .configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+from .configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
 from .data_collator import DataCollatorForMaskedItemPrediction
 from .defaults import default_batch_size, default_learning_rate, default_mask_ratio
 from .learning_curve import training_record, write_training
@@ -63,6 +65,7 @@ from .publish import publish_code as publish_code_into
 from .splits import (
     PREPARATION_FILE,
 )
+from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +182,10 @@ class Bert4RecTrainingArguments(TrainingArguments):
             choices, value = self.__dataclass_fields__[name].metadata.get("choices"), getattr(self, name)
             if choices is not None and value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
-        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if best.rsplit("_", 1)[-1] not in known:  # before it may stand the name of one of several evaluation sets
-            raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
+        if self.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last would leave users out of every evaluation: leave it out")
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False  # nothing says which is the best
         super().__post_init__()
         # Those two are not always among the available where they are.
         available = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
@@ -194,6 +197,13 @@ class Bert4RecTrainingArguments(TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:
             # One process would send slices of its batches to the others, which rows of other lengths do not allow.
             self.accelerator_config.dispatch_batches = False
+
+    def check_metric(self) -> None:
+        """Raise unless `metric_for_best_model` is one that the trainer computes by itself."""
+        known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if best.rsplit("_", 1)[-1] not in known:  # before it may stand the name of one of several evaluation sets
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
 
 
 class BriefProgress(ProgressCallback):
@@ -263,6 +273,15 @@ class SimilarLengthSampler(Sampler[int]):
         return iter([*batches.ravel().tolist(), *order[whole:].tolist()])
 
 
+class ItemLabelSmoother(LabelSmoother):
+    """Transformers' own, over items: the logits of special tokens are so low that their mean would be all of it."""
+
+    def __call__(self, model_output: Any, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        items = {"logits": model_output["logits"][..., FIRST_ITEM_ID:]}
+        labels = torch.where(labels < FIRST_ITEM_ID, IGNORE_INDEX, labels - FIRST_ITEM_ID)
+        return super().__call__(items, labels, *args, **kwargs)
+
+
 class Bert4RecTrainer(Trainer):
     """The Transformers Trainer, evaluating with `search`, the function that serves.
 
@@ -270,8 +289,8 @@ class Bert4RecTrainer(Trainer):
     the catalogue that stands in anybody's ten recommendations. `predict` returns ranks and those recommendations.
 
     Args:
-        model, args, data_collator, train_dataset, eval_dataset, processing_class: As in `Trainer`; the collator is
-            made from `Bert4RecTrainingArguments` if it is None.
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init: As in `Trainer`; the
+            collator is made from `Bert4RecTrainingArguments` if it is None.
         protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
         floors: Metrics of rankings without a model on the evaluation rows, or their ranks, by name, to stand in the
             learning curve.
@@ -284,8 +303,13 @@ class Bert4RecTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Bert4RecTokenizer | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         *,
         protocol: Protocol | None = None,
         floors: Mapping[str, Mapping[str, float] | np.ndarray] | None = None,
@@ -293,36 +317,57 @@ class Bert4RecTrainer(Trainer):
         publish_code: bool = False,
         **kwargs: Any,
     ):
-        if kwargs.get("data_collator") is None:
+        if data_collator is None:
             if not isinstance(args, Bert4RecTrainingArguments):
                 raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
-            if kwargs.get("processing_class") is None:
+            if processing_class is None:
                 raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
+        config = _config(model, model_init)
+        if processing_class is not None and len(processing_class) != config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: make it with "
+                "Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) lets both grow together"
+            )
         if isinstance(args, Bert4RecTrainingArguments):
             args = copy(args)  # another run with these may choose otherwise
-            rows = kwargs.get("train_dataset")
+            rows = train_dataset
+            if "compute_metrics" not in kwargs:
+                args.check_metric()
             if args.mask_ratio is None:
                 has_lengths = isinstance(rows, Dataset) and len(rows)
                 args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
             if args.learning_rate is None:
-                args.learning_rate = default_learning_rate(model.config.hidden_size)
+                args.learning_rate = default_learning_rate(config.hidden_size)
             if args.per_device_train_batch_size is None:
                 batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
                 args.per_device_train_batch_size = max(1, batch_size // args.world_size)
-            if kwargs.get("data_collator") is None:
-                kwargs["data_collator"] = DataCollatorForMaskedItemPrediction(
-                    kwargs["processing_class"],
+            if data_collator is None and processing_class is not None:
+                data_collator = DataCollatorForMaskedItemPrediction(
+                    processing_class,
                     mask_ratio=args.mask_ratio,
                     last_item_ratio=args.last_item_ratio,
                     max_predictions=args.max_predictions,
-                    max_length=model.config.max_position_embeddings,
+                    max_length=config.max_position_embeddings,
                     random_windows=args.train_windows != "newest",
-                    num_negatives=0 if model.config.item_loss == "softmax" else args.num_negatives,
+                    num_negatives=0 if config.item_loss == "softmax" else args.num_negatives,
                     negative_sampling=args.negative_sampling,
                 )
-        super().__init__(model, args, **{"compute_metrics": self.compute_ranking_metrics} | kwargs)
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            **{"compute_metrics": self.compute_ranking_metrics} | kwargs,
+        )
         if isinstance(args, Bert4RecTrainingArguments) and args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if self.args.label_smoothing_factor:
+            if config.item_loss != "softmax":
+                raise ValueError(f"label_smoothing_factor is for item_loss softmax alone; got {config.item_loss}")
+            self.label_smoother: LabelSmoother | None = ItemLabelSmoother(self.args.label_smoothing_factor)
         if self.args.device.type == "cpu":
             keep_freed_memory()
         self.protocol = protocol
@@ -337,7 +382,10 @@ class Bert4RecTrainer(Trainer):
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
-        ranks, recommended = prediction.predictions
+        found = prediction.predictions
+        if not isinstance(found, tuple) or np.ndim(found[0]) != 1:
+            raise ValueError("expected evaluation rows of ranking_rows, which have exclude_ids")
+        ranks, recommended = found
         num_shown = np.unique(recommended[recommended > 0]).size
         num_items = self.processing_class.num_items
         return ranking_metrics(ranks) | {f"coverage@{COVERAGE_CUTOFF}": num_shown / num_items}
@@ -386,8 +434,10 @@ class Bert4RecTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.protocol is not None and eval_dataset is None:  # the protocol is that of the trainer's own rows
-            self.evaluation = {
+        # The protocol is that of the trainer's own rows, all of them: of several sets, each is evaluated by itself.
+        if self.protocol is not None and eval_dataset is None and not isinstance(self.eval_dataset, dict):
+            source = {"source": os.path.basename(self.preparation["source"])} if self.preparation else {}
+            self.evaluation = source | {
                 "protocol": self.protocol.as_dict(),
                 "metrics": result_metrics(metrics, metric_key_prefix),
             }
@@ -545,6 +595,16 @@ class Bert4RecTrainer(Trainer):
         # As above: with save_total_limit=1, the last checkpoint is deleted here.
         self._finish_current_push()
         return super()._finalize_training(*args)
+
+
+def _config(model: PreTrainedModel | None, model_init: Callable[..., PreTrainedModel] | None) -> Any:
+    """The config of the model that is or will be trained."""
+    if model is None and model_init is None:
+        raise ValueError("expected a model or a model_init that makes one")
+    if model is None:
+        assert model_init is not None  # for the type checker
+        model = model_init(*[None] * len(signature(model_init).parameters))  # it may take a trial
+    return model.config
 
 
 def keep_freed_memory() -> None:

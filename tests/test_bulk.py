@@ -132,6 +132,7 @@ def test_the_reader_runs_a_bounded_number_of_histories_ahead_of_the_answers(pipe
             answered += 1
             yield answer
 
+    watched.tokenizer = pipe.tokenizer
     source = write(tmp_path / "in.parquet", list(range(200)), [["10"]] * 200)
     monkeypatch.setattr(bert4rec_hf.bulk, "ROWS_AT_ONCE", 16)
     monkeypatch.setattr(bert4rec_hf.bulk.pq, "ParquetFile", CountedFile)
@@ -210,3 +211,37 @@ def test_a_folder_as_output_is_an_error_that_suggests_a_file(pipe, tmp_path):
     with pytest.raises(ValueError, match=r"is a folder; name a file, for example .*recommendations\.parquet"):
         recommend_file(pipe, source, tmp_path / "folder")
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_histories_of_another_catalogue_are_an_error_and_two_runs_do_not_meet(pipe, tmp_path):
+    strange = write(tmp_path / "strange.parquet", ["a", "b"], [[], ["nobody", "knows"]])
+    with pytest.raises(
+        ValueError, match=r"none of the items of the first 2 histories of .*such as 'nobody'; its own look"
+    ):
+        recommend_file(pipe, strange, tmp_path / "out.parquet")
+    source = write(tmp_path / "in.parquet", ["a"], [["10"]])
+    link = tmp_path / "link.parquet"
+    link.symlink_to(tmp_path / "out.parquet")
+
+    class Meeting:
+        """Another run to the same output comes in the middle of this one."""
+
+        tokenizer = pipe.tokenizer
+
+        def __call__(self, rows, batch_size):
+            recommend_file(pipe, source, tmp_path / "out.parquet")
+            return pipe(rows, batch_size=batch_size)
+
+    recommend_file(Meeting(), source, link)
+    assert link.is_symlink()
+    assert pq.read_table(tmp_path / "out.parquet")["user_id"].to_pylist() == ["a"] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in.parquet", "link.parquet", "out.parquet", "strange.parquet",
+    ]  # fmt: skip
+
+
+def test_a_column_that_is_there_twice_is_an_error(pipe, tmp_path):
+    table = pa.table([["a"], [["10"]], [["11"]]], names=["user_id", "item_id", "item_id"])
+    pq.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match="has the column 'item_id' twice"):
+        recommend_file(pipe, tmp_path / "in.parquet", tmp_path / "out.parquet")

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -400,6 +401,10 @@ HEADER = "user_id,item_id,timestamp\n"
         ("user,item_id,timestamp\n1,2,3\n", [], r"no column 'user_id'.*user, item_id, timestamp.*--user_column"),
         (HEADER + "1,2,3\n2,3,4\n", ["--min_rating", 3], r"no column 'rating'.*--rating_column"),
         (HEADER + "1,2,soon\n2,3,later\n", [], r"'timestamp'.*must hold numbers or timestamps; it is string"),
+        (HEADER + "1,2,24/04/22\n2,3,25/04/22\n", [], r"'timestamp'.*it is string.*ISO timestamps such as 2024-01-31"),
+        (HEADER + "1,2,15/03/22 08:00\n2,3,16/03/22 09:00\n", [], r"'timestamp'.*it is string: convert it"),
+        (HEADER + "1,2,01/02/2024\n2,3,02/02/2024\n", [], r"'timestamp'.*it is string: convert it"),
+        ("user_id,item_id,item_id,timestamp\n1,2,2,3\n", [], r"has the column 'item_id' twice; rename one of them"),
         (HEADER + "1,2,3\n,3,4\n2,3,5\n", [], r"'user_id' is null or empty in 1 of 3 rows"),
         (HEADER + "1,2,3\n2,,4\n2,3,5\n", [], r"'item_id' is null or empty in 1 of 3 rows"),
         (HEADER + "1,2,3\n2,3,\n2,3,5\n", [], r"'timestamp' is null or empty in 1 of 3 rows"),
@@ -707,3 +712,31 @@ def test_the_module_ends_with_status_2_and_one_line_on_standard_error(data, tmp_
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"bert4rec evaluate: {tmp_path} is not a BERT4Rec model folder")
+
+
+def test_a_recipe_names_items_as_they_are_written(model, tmp_path, caplog):
+    # To YAML 010 is 8, and 101 a number.
+    (tmp_path / "recipe.yaml").write_text("top_k: 2\nexclude: [010, 101]\n")
+    lines = succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml")
+    assert "the catalogue has none of the excluded items '010'" in caplog.text
+    assert "101" not in [line.split()[1] for line in lines]
+
+
+def test_hints_are_commands_that_can_be_pasted(log, tmp_path):
+    assert f"--data '{tmp_path / 'my data'}'" in succeed("prepare", log, "--output", tmp_path / "my data")[-1]
+
+
+def test_an_evaluation_that_cannot_be_kept_is_printed_all_the_same(model, data, tmp_path, monkeypatch, caplog):
+    copy = shutil.copytree(model, tmp_path / "model")
+    (copy / "evaluation.json").write_text("[{")
+    assert "evaluation.json is damaged" in fail("evaluate", copy, "--data", data, "--use_cpu", "true")
+    (copy / "evaluation.json").unlink()
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("bert4rec_hf.model_card.write_file", full)
+    out = "\n".join(succeed("evaluate", copy, "--data", data, "--use_cpu", "true"))
+    assert "NDCG@10" in out
+    assert "wrote" not in out
+    assert f"the numbers are not kept in {copy}: No space left on device" in caplog.text

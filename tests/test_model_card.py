@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, prepare
 from bert4rec_hf.cli import main
-from bert4rec_hf.model_card import MARK, add_evaluation, write_model_card
+from bert4rec_hf.model_card import MARK, add_evaluation, read_evaluations, write_model_card
 
 PROTOCOL = {
     "split": "temporal (validation from 1, test from 2)", "part": "test", "candidates": "all 3 items",
@@ -125,3 +125,19 @@ def test_the_printed_command_prepares_the_same_data(folder, tmp_path, monkeypatc
     assert (tmp_path / "data" / "histories.parquet").read_bytes() == (
         tmp_path / "first" / "histories.parquet"
     ).read_bytes()
+
+
+def test_numbers_of_another_log_stand_under_its_name(folder):
+    record = {"source": "old.csv", "protocol": PROTOCOL, "metrics": {"HR@10": 0.5}}
+    statistics = {"num_training_events": 5, "num_training_users": 2}
+    (folder / "preparation.json").write_text(json.dumps({"source": "old.csv", "statistics": statistics}))
+    add_evaluation(folder, record)
+    add_evaluation(folder, record | {"source": "newer.parquet"})
+    add_evaluation(folder, record | {"source": "newer.parquet", "metrics": record["metrics"] | {"HR@10": 0.125}})
+    assert len(read_evaluations(folder)) == 2
+    write_model_card(folder)
+    card = read(folder)
+    found = {(result.dataset_name, result.metric_value) for result in card.data.eval_results}
+    assert found == {("old", 0.5), ("newer", 0.125)}
+    assert "Of `newer.parquet`: " in card.text
+    assert card.text.count("| **this model** |") == 2

@@ -890,3 +890,24 @@ def test_special_tokens_are_no_labels(model):
             for labels in ((0, 1, 2), (-100, -100, -100))
         )
     assert torch.equal(of_padded, of_ignored)
+
+
+def test_other_ids_of_special_tokens_are_an_error():
+    with pytest.raises(ValueError, match="mask_token_id is 1 in every catalogue; got 7"):
+        Bert4RecConfig(mask_token_id=7)
+
+
+def test_a_config_without_return_dict_changes_no_answer(model, tmp_path):
+    batch = torch.tensor([[5, 9, MASK]])
+    expected = model.recommend(batch, top_k=3)
+    model.save_pretrained(tmp_path)
+    other = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path, return_dict=False).eval()
+    torch.testing.assert_close(other.recommend(batch, top_k=3), expected)
+    torch.testing.assert_close(other(batch, labels=batch)[0], model(batch, labels=batch).loss)
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").chmod(0o644)
+    make_model().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == (tmp_path / "config.json").stat().st_mode & 0o777

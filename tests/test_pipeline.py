@@ -427,3 +427,10 @@ def test_a_model_that_has_just_been_trained_answers_without_dropout(folder, pipe
 def test_an_index_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="missing is no index"):
         ItemIndex.load(tmp_path / "missing")
+
+
+def test_a_model_that_is_larger_than_its_catalogue_is_an_error(folder, pipe):
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(folder)
+    model.resize_token_embeddings(64)
+    with pytest.raises(ValueError, match=r"the tokenizer has 33 token ids, the model 64: give the tokenizer of"):
+        pipeline("sequential-recommendation", model=model, tokenizer=pipe.tokenizer, device="cpu")

@@ -748,3 +748,19 @@ def test_titles_that_a_data_frame_lacks_are_no_titles(tmp_path, saved_catalogues
     prepare(log, tmp_path / "out", item_titles={"x": "An x", "y": float("nan"), "z": None})
     assert saved_catalogues[0][1] == {"x": "An x"}
     assert "2 of 3 items have no title" in caplog.text
+
+
+def test_pandas_own_times_with_a_zone_are_times(tmp_path):
+    times = pandas.to_datetime(["2024-01-02", "2024-01-01", "2024-01-03"], utc=True).as_unit("ns")
+    frame = pandas.DataFrame({"user_id": list("aab"), "item_id": list("xyz"), "timestamp": times})
+    frame.to_parquet(tmp_path / "log.parquet")
+    for log in (read_log(frame), read_log(tmp_path / "log.parquet")):
+        assert items_of(log) == {"a": ["y", "x"], "b": ["z"]}
+
+
+def test_a_date_whose_year_comes_first_is_a_date_in_any_column_and_others_stay_text(tmp_path):
+    rows = [("a", "x", "2024/04/22", "24/04/22"), ("b", "y", "2024/04/21", "21/04/22")]
+    log = read_log(write_csv(tmp_path / "log.csv", rows, header=(*HEADER, "born")))
+    assert log.timestamp.type().is_date()
+    assert log.born.type().is_string()
+    assert items_of(log) == {"a": ["x"], "b": ["y"]}

@@ -292,6 +292,8 @@ def test_items_are_not_added_as_tokens_that_nobody_would_know():
     for tokens in ("new", ["new"]):
         with pytest.raises(ValueError, match=r"got 'new': model.add_items\(tokenizer, items\)"):
             tokenizer.add_tokens(tokens)
+    with pytest.raises(ValueError, match=r"but \[PAD\], \[MASK\], \[UNK\]; got '\[CLS\]'"):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[CLS]"]})
     assert len(tokenizer) == 4
 
 
@@ -305,3 +307,16 @@ def test_a_history_may_be_anything_with_items_in_order(convert):
     tokenizer = Bert4RecTokenizer.from_items(["a", "b", "c"])
     assert tokenizer(convert(["c", "a"]))["input_ids"] == [5, 3, MASK]
     assert tokenizer(convert([["c", "a"], ["b"]]))["input_ids"] == [[5, 3, MASK], [4, MASK]]
+
+
+def test_a_folder_without_a_catalogue_says_so(tmp_path):
+    Bert4RecConfig(vocab_size=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a catalogue: .*tokenizer.save_pretrained\(folder\) puts it beside"):
+        AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_histories_are_not_cut_on_the_right():
+    tokenizer = Bert4RecTokenizer.from_items(["a", "b"])
+    tokenizer.truncation_side = "right"
+    with pytest.raises(ValueError, match="histories lose their oldest items; got truncation_side 'right'"):
+        tokenizer(["a", "b"], truncation=True, max_length=1, add_special_tokens=False)

@@ -36,7 +36,7 @@ from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from bert4rec_hf.cooccurrence import cooccurrence_vectors
 from bert4rec_hf.defaults import default_architecture, default_batch_size
-from bert4rec_hf.metrics import popularity_ranks
+from bert4rec_hf.metrics import Protocol, popularity_ranks
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
 from bert4rec_hf.trainer import SimilarLengthSampler
 
@@ -173,16 +173,28 @@ def test_the_trainer_alone_does_what_its_arguments_say_and_no_recipe_says_more(c
     ranks = popularity_ranks(rows, histories, tokenizer.num_items)
     pieces = {"train_dataset": training_rows(histories), "processing_class": tokenizer}
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
-    trainer = Bert4RecTrainer(model, given, eval_dataset={"old": rows}, floors={"popularity": ranks}, **pieces)
+    protocol = Protocol.of(histories, {"split": {"name": "leave-one-out"}}, "validation", tokenizer.num_items, False)
+    trainer = Bert4RecTrainer(
+        None, given, None, pieces["train_dataset"], {"old": rows}, tokenizer, lambda: model,
+        floors={"popularity": ranks}, protocol=protocol,
+    )  # fmt: skip
     trainer.train()
     assert trainer.state.epoch == 2
+    assert trainer.evaluation is None  # of several sets there is no one protocol
     assert trainer.floors == {"popularity": ranking_metrics(ranks)}
     recipe = yaml.safe_load((tmp_path / "model" / "checkpoint-10" / "recipe.yaml").read_text())
     assert recipe["learning_rate"] == 0.0
     assert not {"item_initialization", "train_windows", "window_step"} & recipe.keys()
     with pytest.raises(ValueError, match="expected a processing_class, the Bert4RecTokenizer"):
         Bert4RecTrainer(model, given, train_dataset=training_rows(histories))
-    with pytest.raises(ValueError, match="expected Bert4RecTrainingArguments, or a data_collator"):
+    with pytest.raises(ValueError, match="expected a model or a model_init"):
+        Bert4RecTrainer(args=given, **pieces)
+    with pytest.raises(ValueError, match=r"the tokenizer has 28 token ids, the model 29: make it with"):
+        Bert4RecTrainer(Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=29)), given, **pieces)
+    with pytest.raises(ValueError, match="expected evaluation rows of ranking_rows, which have exclude_ids"):
+        trainer.evaluate(rows.remove_columns("exclude_ids").select(range(2)))
+    assert not Bert4RecTrainingArguments(str(tmp_path / "none"), eval_strategy="no").load_best_model_at_end
+    with pytest.raises(ValueError, match="expected Bert4RecTrainingArguments or a data_collator"):
         Bert4RecTrainer(model, TrainingArguments(str(tmp_path / "plain"), use_cpu=True), **pieces)
 
 
@@ -494,6 +506,7 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
         ({"report_to": ["tensorboard", "clearml"]}, "report_to names clearml, which is not installed"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
         ({"window_step": 0.0}, "window_step must be above 0"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last would leave users out of every evaluation"),
         ({"train_windows": "newst"}, "train_windows must be one of newest, random, proportional, sliding; got 'newst'"),
         ({"output_dir": None}, "say --output_dir FOLDER"),
     ],

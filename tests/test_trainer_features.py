@@ -134,3 +134,17 @@ def test_tensorboard_gets_every_loss_and_metric_of_the_log(data, tmp_path, monke
         assert [(event.step, event.value) for event in arrived.Scalars(tag)] == [
             (step, pytest.approx(value, rel=1e-6)) for step, value in logged
         ]
+
+
+def test_label_smoothing_is_over_items_alone(data, tmp_path):
+    trainer = make_trainer("ours", data, tmp_path, label_smoothing_factor=0.1)
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(8)])
+    logits = trainer.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    is_label = batch["labels"] != -100
+    expected = torch.nn.functional.cross_entropy(
+        logits[is_label][:, 3:], batch["labels"][is_label] - 3, label_smoothing=0.1
+    )
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+    trainer.model.config.item_loss = "gbce"
+    with pytest.raises(ValueError, match="label_smoothing_factor is for item_loss softmax alone; got gbce"):
+        Bert4RecTrainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=trainer.eval_dataset)
