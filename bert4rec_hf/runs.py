@@ -155,7 +155,8 @@ def train_prepared(
     if checkpoint is not None:
         if checkpoint == "last":
             checkpoint = _last_checkpoint(Path(args.output_dir))
-            logger.warning("going on from %s", checkpoint)
+            if trainer.is_world_process_zero():
+                logger.warning("going on from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
