@@ -2,6 +2,7 @@
 
 import copyreg
 import json
+import logging
 import math
 import os
 import pickle
@@ -25,6 +26,8 @@ from .model_card import write_model_card
 from .modeling_bert4rec import SPECIAL_TOKEN_LOGIT, Bert4RecForMaskedItemPrediction
 from .runs import load_model
 from .tokenization_bert4rec import Bert4RecTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Their names of layers, and ours.
 LAYER_NAMES = {
@@ -54,7 +57,7 @@ SETTINGS = {
 # Settings that leave rows of the log out, and what they are if they do not.
 FILTERS = {
     "user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)", "val_interval": None,
-    "rm_dup_inter": None,
+    "rm_dup_inter": None, "benchmark_filename": None,
 }  # fmt: skip
 ITEM_LOSSES = {"CE": "softmax", "BPR": "bpr"}
 # What their architecture is in our configuration.
@@ -100,10 +103,10 @@ def convert_from_recbole(
     filters = [name for name, none in FILTERS.items() if settings.get(name, none) not in (None, none)]
     if filters and str(items).endswith(".inter"):
         raise ValueError(
-            f"{checkpoint} was trained after the filters {', '.join(filters)}, which change the order of the internal "
-            f"ids: {items} does not tell it; give RecBole's saved dataset (save_dataset: True)"
+            f"{checkpoint} was trained with {', '.join(filters)}, by which internal ids come in another order than in "
+            f"one file: {items} does not tell it; give RecBole's saved dataset (save_dataset: True)"
         )
-    raw_ids = read_items(items)
+    raw_ids = read_items(items, str(settings.get("ITEM_ID_FIELD") or "item_id"))
     num_items = state[ITEMS].shape[0] - 2  # without [PAD] and [MASK]
     if len(raw_ids) != num_items:
         raise ValueError(
@@ -160,13 +163,20 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
         raise ValueError(f"{output} is there already; choose another --output")
     ours = load_model(model)
     config, tokenizer = ours.config, Bert4RecTokenizer.from_pretrained(model)
+    architecture = ARCHITECTURE | {"tie_word_embeddings": True}
     wrong = [
-        f"{name}={getattr(config, name)!r}" for name, value in ARCHITECTURE.items() if getattr(config, name) != value
+        f"{name}={getattr(config, name)!r}" for name, value in architecture.items() if getattr(config, name) != value
     ]
     if wrong:
         raise ValueError(
-            f"RecBole's BERT4Rec has {', '.join(f'{name}={value!r}' for name, value in ARCHITECTURE.items())}; {model} "
+            f"RecBole's BERT4Rec has {', '.join(f'{name}={value!r}' for name, value in architecture.items())}; {model} "
             f"has {', '.join(wrong)}, which cannot be converted"
+        )
+    if not tokenizer.drop_oldest_item:
+        logger.warning(
+            "RecBole leaves out the oldest item of every history: its scores of histories that are shorter than the "
+            "window will differ from those of %s",
+            model,
         )
     state = ours.state_dict()
     table, bias = state["model.embeddings.item_embeddings.weight"], state["decoder.bias"].clone()
@@ -229,11 +239,17 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
         raise ValueError(f"{path} is no BERT4Rec that is known here: its weights differ in {', '.join(odd[:5])}")
     if state[ITEMS].dim() != 2 or state[POSITIONS].dim() != 2:
         raise ValueError(f"the tables in {path} must have two dimensions")
+    if state[ITEMS].shape[1] != settings["hidden_size"]:
+        raise ValueError(f"hidden_size in {path} is {settings['hidden_size']}, its items have {state[ITEMS].shape[1]}")
     return state, settings
 
 
-def read_items(items: str | os.PathLike | Sequence[str]) -> list[str]:
+def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "item_id") -> list[str]:
     """Raw item ids in the order of the internal ids, from 1; see `convert_from_recbole`.
+
+    Args:
+        items: As there; or the file that `convert_to_recbole` wrote.
+        item_column: Of an atomic file.
 
     Raises:
         ValueError: If the file has none.
@@ -241,7 +257,10 @@ def read_items(items: str | os.PathLike | Sequence[str]) -> list[str]:
     if not isinstance(items, (str, os.PathLike)):
         raw_ids = list(items)
     elif Path(items).suffix == ".pth":
-        tables = getattr(read_pickle(items), "state", None)
+        content = read_pickle(items)
+        if isinstance(content, dict) and isinstance(content.get("item_id"), list):
+            return content["item_id"][1:]
+        tables = getattr(content, "state", None)
         tables = tables if isinstance(tables, dict) else {}
         tokens = tables.get("field2id_token")
         if not isinstance(tokens, dict):
@@ -254,7 +273,7 @@ def read_items(items: str | os.PathLike | Sequence[str]) -> list[str]:
     else:
         try:
             if Path(items).suffix == ".inter":
-                raw_ids = _items_of_atomic_file(Path(items))
+                raw_ids = _items_of_atomic_file(Path(items), item_column)
             elif Path(items).suffix == ".json":
                 raw_ids = json.loads(Path(items).read_text("utf-8-sig"))
             else:
@@ -266,18 +285,18 @@ def read_items(items: str | os.PathLike | Sequence[str]) -> list[str]:
     return raw_ids[1:] if raw_ids[:1] == ["[PAD]"] else raw_ids
 
 
-def _items_of_atomic_file(path: Path) -> list[str]:
+def _items_of_atomic_file(path: Path, item_column: str) -> list[str]:
     """In the order of their first appearance, which is that of their internal ids."""
     with path.open(encoding="utf-8-sig") as file:
         header = file.readline().rstrip("\r\n").split("\t")
         names = [name.partition(":")[0] for name in header]
-        if "item_id" not in names:
-            raise ValueError(f"{path} has no column item_id:token; its header is {' '.join(header)!r}")
+        if item_column not in names:
+            raise ValueError(f"{path} has no column {item_column}:token; its header is {' '.join(header)!r}")
         rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
         short = next((number for number, row in enumerate(rows, start=2) if len(row) < len(header)), None)
         if short is not None:
             raise ValueError(f"line {short} of {path} has fewer columns than its header")
-        return list(dict.fromkeys(row[names.index("item_id")] for row in rows))
+        return list(dict.fromkeys(row[names.index(item_column)] for row in rows))
 
 
 def convert_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -656,6 +675,9 @@ def read_pickle(path: str | os.PathLike) -> Any:
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
+                if file.read(4) == b"PK\3\4":
+                    raise pickle.UnpicklingError("it is not whole; fetch it again")
+                file.seek(0)
                 return InertUnpickler(file).load()
         with zipfile.ZipFile(path) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]

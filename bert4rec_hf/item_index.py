@@ -41,10 +41,13 @@ class ItemIndex:
 
         Raises:
             ImportError: Without usearch, `pip install bert4rec_hf[search]`.
+            ValueError: If a weight is NaN.
         """
         from usearch.index import Index
 
         vectors = model.item_vectors().cpu().numpy()
+        if np.isnan(vectors).any():
+            raise ValueError("an item vector is NaN: the weights are not finite, training has diverged")
         index = Index(
             ndim=vectors.shape[1],
             metric="ip",
@@ -61,17 +64,25 @@ class ItemIndex:
         self.index.save(os.fspath(path))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "ItemIndex":
+    def load(cls, path: str | os.PathLike, *, expansion_search: int = 256) -> "ItemIndex":
         """What `save` wrote.
+
+        Args:
+            path: The file.
+            expansion_search: As in `build`; the file does not have it.
 
         Raises:
             ValueError: If there is no such file, or it is none of these.
         """
         from usearch.index import Index
 
-        index = Index.restore(os.fspath(path))
+        try:
+            index = Index.restore(os.fspath(path))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is no index, or a damaged one ({error}): build and save it again") from error
         if index is None:
             raise ValueError(f"{path} is no index: expected a file that ItemIndex.save has written")
+        index.expansion_search = expansion_search  # type: ignore[misc]  # its setter has no type
         return cls(index)
 
     def __len__(self) -> int:
@@ -89,8 +100,10 @@ class ItemIndex:
             item_ids: Likewise, token ids; 0 where none was found.
 
         Raises:
-            ValueError: If the vectors are of a model of another width.
+            ValueError: If the vectors are of a model of another width, or NaN.
         """
+        if vectors.isnan().any():
+            raise ValueError("a user vector is NaN: the weights are not finite, training has diverged")
         if vectors.shape[1] != self.index.ndim:
             raise ValueError(
                 f"the index has vectors of width {self.index.ndim}, the model of width {vectors.shape[1]}: build it "

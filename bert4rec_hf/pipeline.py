@@ -247,6 +247,8 @@ class _AsOne:
 def _is_one_history(inputs: Any) -> bool:
     if isinstance(inputs, str):
         raise ValueError(f"expected a list of item ids; got the string {inputs!r}: did you mean [{inputs!r}]?")
+    if hasattr(inputs, "columns"):
+        raise ValueError("expected histories, got a table: give its column of item ids, as in frame['item_id']")
     if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
         return False
     if len(inputs) == 0:

@@ -26,7 +26,7 @@ from transformers import pipeline, set_seed
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
-from bert4rec_hf.convert import convert_from_recbole, convert_to_recbole, read_items, read_pickle
+from bert4rec_hf.convert import convert_from_recbole, convert_to_recbole, read_checkpoint, read_items, read_pickle
 
 FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures"
 CHECKPOINTS = sorted(FIXTURES.glob("*/*.pth"))
@@ -248,7 +248,7 @@ def test_a_real_checkpoint_comes_back_to_the_bit(checkpoint, tmp_path):
     assert {name: back["config"][name] for name in names} == {name: told["config"][name] for name in names}
 
 
-def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path):
+def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path, caplog):
     set_seed(0)
     config = settings()
     model = Bert4RecForMaskedItemPrediction(
@@ -262,6 +262,8 @@ def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path):
     model.save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
     assert main(["convert", str(tmp_path / "ours"), "--to", "recbole", "--output", str(tmp_path / "theirs.pth")]) == 0
+    assert "RecBole leaves out the oldest item of every history" in caplog.text
+    assert read_items(tmp_path / "theirs.pth") == tokenizer.items
     state = torch.load(tmp_path / "theirs.pth", weights_only=True)["state_dict"]
     # They drop the oldest of five, and so do we of five, with the [MASK].
     theirs = their_scores(state, config, [3, 1, 2, 7, 5])
@@ -301,6 +303,10 @@ def test_items_come_from_a_list_a_file_or_an_atomic_file(tmp_path):
     for name in ("ids.txt", "ids.json", "log.inter"):
         assert read_items(tmp_path / name) == ["b", "a"], name
     assert read_items(["[PAD]", "b", "a"]) == ["b", "a"]
+    (tmp_path / "log.inter").write_text("user_id:token\tmovie_id:token\n1\tb\n1\ta\n")
+    assert read_items(tmp_path / "log.inter", "movie_id") == ["b", "a"]
+    with pytest.raises(ValueError, match="has no column item_id:token"):
+        read_items(tmp_path / "log.inter")
 
 
 def test_items_come_from_a_saved_dataset(tmp_path):
@@ -329,12 +335,22 @@ def test_items_that_cannot_be_the_checkpoints_are_refused_and_nothing_is_written
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.pth"]
 
 
-def test_an_atomic_file_does_not_tell_the_order_of_a_log_that_was_filtered(tmp_path):
-    config = settings(user_inter_num_interval="[5,inf)", item_inter_num_interval="[0,inf)", val_interval=None)
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (
+            {"user_inter_num_interval": "[5,inf)", "item_inter_num_interval": "[0,inf)", "val_interval": None},
+            "user_inter",
+        ),
+        ({"benchmark_filename": ["train", "valid", "test"]}, "benchmark_filename"),
+    ],
+)
+def test_an_atomic_file_does_not_tell_the_order_of_a_log_that_was_filtered_or_in_parts(tmp_path, changes, name):
+    config = settings(**changes)
     checkpoint = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config)
     log = tmp_path / "log.inter"
     log.write_text("\n".join(["user_id:token\titem_id:token", *(f"1\t{item}" for item in ITEMS)]) + "\n")
-    with pytest.raises(ValueError, match=r"after the filters user_inter_num_interval, .* give RecBole's saved dataset"):
+    with pytest.raises(ValueError, match=rf"was trained with {name}.* give RecBole's saved dataset"):
         convert_from_recbole(checkpoint, log, tmp_path / "ours")
     words = ["convert", checkpoint, "--items", log, "--output", tmp_path / "ours"]
     assert main([str(word) for word in words]) == 2
@@ -566,3 +582,28 @@ def test_a_class_of_theirs_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "odd.pth").write_bytes(b"crecbole.config\nConfig\n)R.")
     assert type(read_pickle(tmp_path / "odd.pth")).__name__ == "Config"
     assert "recbole" not in sys.modules
+
+
+def test_a_model_with_two_tables_does_not_go_over(tmp_path):
+    config = Bert4RecConfig(
+        vocab_size=10, position_embedding_type="learned_from_start", normalization="post", prediction_head=True,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Bert4RecForMaskedItemPrediction(config).save_pretrained(tmp_path / "ours")
+    Bert4RecTokenizer.from_items(ITEMS).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="has tie_word_embeddings=False, which cannot be converted"):
+        convert_to_recbole(tmp_path / "ours", tmp_path / "theirs.pth")
+
+
+def test_half_of_a_checkpoint_is_not_whole(checkpoint):
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="it is not whole; fetch it again"):
+        read_checkpoint(checkpoint)
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused_before_a_model_is_made(tmp_path):
+    config = settings()
+    large = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config | {"hidden_size": 2048})
+    with pytest.raises(ValueError, match=r"hidden_size in .* is 2048, its items have 8"):
+        read_checkpoint(large)

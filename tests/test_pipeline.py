@@ -434,3 +434,36 @@ def test_a_model_that_is_larger_than_its_catalogue_is_an_error(folder, pipe):
     model.resize_token_embeddings(64)
     with pytest.raises(ValueError, match=r"the tokenizer has 33 token ids, the model 64: give the tokenizer of"):
         pipeline("sequential-recommendation", model=model, tokenizer=pipe.tokenizer, device="cpu")
+
+
+def test_a_loaded_index_looks_as_far_as_the_one_that_was_saved(tmp_path):
+    torch.manual_seed(0)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=4003, hidden_size=64, initializer_range=1.0))
+    built = ItemIndex.build(model, connectivity=8, expansion_add=32)
+    built.save(tmp_path / "items.usearch")
+    loaded = ItemIndex.load(tmp_path / "items.usearch")
+    vectors = torch.randn(20, 65)
+    assert torch.equal(loaded.search(vectors, 10)[1], built.search(vectors, 10)[1])
+    narrow = ItemIndex.load(tmp_path / "items.usearch", expansion_search=10)
+    assert not torch.equal(narrow.search(vectors, 10)[1], built.search(vectors, 10)[1])
+    (tmp_path / "items.usearch").write_bytes((tmp_path / "items.usearch").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="is no index, or a damaged one"):
+        ItemIndex.load(tmp_path / "items.usearch")
+
+
+def test_weights_that_are_not_finite_are_an_error_for_an_index_too(folder, pipe):
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(folder)
+    index = ItemIndex.build(model)
+    torch.nn.init.constant_(model.model.norm.bias, torch.nan)
+    diverged = pipeline("sequential-recommendation", model=model, tokenizer=pipe.tokenizer, device="cpu", index=index)
+    with pytest.raises(ValueError, match="a user vector is NaN"):
+        diverged(["100"])
+    torch.nn.init.constant_(model.decoder.bias, torch.nan)
+    with pytest.raises(ValueError, match="an item vector is NaN"):
+        ItemIndex.build(model)
+
+
+def test_a_table_is_no_history(pipe):
+    frame = pandas.DataFrame({"user_id": [1, 2], "item_id": [["100"], ["101"]]})
+    with pytest.raises(ValueError, match=r"got a table: give its column of item ids, as in frame\['item_id'\]"):
+        pipe(frame)
