@@ -317,11 +317,6 @@ class Bert4RecTrainer(Trainer):
         publish_code: bool = False,
         **kwargs: Any,
     ):
-        if data_collator is None:
-            if not isinstance(args, Bert4RecTrainingArguments):
-                raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
-            if processing_class is None:
-                raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
         config = _config(model, model_init)
         if processing_class is not None and len(processing_class) != config.vocab_size:
             raise ValueError(
@@ -329,29 +324,11 @@ class Bert4RecTrainer(Trainer):
                 "Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) lets both grow together"
             )
         if isinstance(args, Bert4RecTrainingArguments):
-            args = copy(args)  # another run with these may choose otherwise
-            rows = train_dataset
+            args = _chosen(args, config, train_dataset)
             if "compute_metrics" not in kwargs:
                 args.check_metric()
-            if args.mask_ratio is None:
-                has_lengths = isinstance(rows, Dataset) and len(rows)
-                args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
-            if args.learning_rate is None:
-                args.learning_rate = default_learning_rate(config.hidden_size)
-            if args.per_device_train_batch_size is None:
-                batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
-                args.per_device_train_batch_size = max(1, batch_size // args.world_size)
-            if data_collator is None and processing_class is not None:
-                data_collator = DataCollatorForMaskedItemPrediction(
-                    processing_class,
-                    mask_ratio=args.mask_ratio,
-                    last_item_ratio=args.last_item_ratio,
-                    max_predictions=args.max_predictions,
-                    max_length=config.max_position_embeddings,
-                    random_windows=args.train_windows != "newest",
-                    num_negatives=0 if config.item_loss == "softmax" else args.num_negatives,
-                    negative_sampling=args.negative_sampling,
-                )
+        if data_collator is None:
+            data_collator = _collator(args, config, processing_class)
         super().__init__(
             model,
             args,
@@ -597,7 +574,7 @@ class Bert4RecTrainer(Trainer):
         return super()._finalize_training(*args)
 
 
-def _config(model: PreTrainedModel | None, model_init: Callable[..., PreTrainedModel] | None) -> Any:
+def _config(model: PreTrainedModel | None, model_init: Callable[..., PreTrainedModel] | None) -> Bert4RecConfig:
     """The config of the model that is or will be trained."""
     if model is None and model_init is None:
         raise ValueError("expected a model or a model_init that makes one")
@@ -605,6 +582,40 @@ def _config(model: PreTrainedModel | None, model_init: Callable[..., PreTrainedM
         assert model_init is not None  # for the type checker
         model = model_init(*[None] * len(signature(model_init).parameters))  # it may take a trial
     return model.config
+
+
+def _chosen(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> Bert4RecTrainingArguments:
+    """A copy with what was left out chosen, since another run with these arguments may choose otherwise."""
+    args = copy(args)
+    if args.mask_ratio is None:
+        has_lengths = isinstance(rows, Dataset) and len(rows)
+        args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
+    if args.learning_rate is None:
+        args.learning_rate = default_learning_rate(config.hidden_size)
+    if args.per_device_train_batch_size is None:
+        batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
+        args.per_device_train_batch_size = max(1, batch_size // args.world_size)
+    return args
+
+
+def _collator(
+    args: TrainingArguments | None, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer | None
+) -> DataCollatorForMaskedItemPrediction:
+    if not isinstance(args, Bert4RecTrainingArguments):
+        raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
+    if tokenizer is None:
+        raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
+    assert args.mask_ratio is not None  # for the type checker: it is chosen by now
+    return DataCollatorForMaskedItemPrediction(
+        tokenizer,
+        mask_ratio=args.mask_ratio,
+        last_item_ratio=args.last_item_ratio,
+        max_predictions=args.max_predictions,
+        max_length=config.max_position_embeddings,
+        random_windows=args.train_windows != "newest",
+        num_negatives=0 if config.item_loss == "softmax" else args.num_negatives,
+        negative_sampling=args.negative_sampling,
+    )
 
 
 def keep_freed_memory() -> None:
