@@ -53,6 +53,10 @@ MUTATIONS = {
          "query_states = _gather(hidden_states, query_positions)",
          "query_states = _gather(hidden_states, (query_positions - 1).clamp(min=0))",
          "test_modeling.py::test_label_positions_change_neither_loss_nor_gradients"),
+        ("special tokens are labels", "torch.where(labels < FIRST_ITEM_ID,", "torch.where(labels == IGNORE_INDEX,",
+         "test_modeling.py::test_special_tokens_are_no_labels"),
+        ("what is excluded for all is for the first", "exclude_ids = exclude_ids.expand(batch_size, -1)", "pass",
+         "test_modeling.py::test_what_is_excluded_for_one_row_of_all_is_excluded_for_all"),
         ("[PAD] is in the softmax unasked", 'if self.pad_in_softmax and item_loss == "softmax":', "if True:",
          "test_modeling.py::test_the_loss_is_the_cross_entropy_over_items_alone"),
         ("seen items stay in the softmax", "{} if seen is None else {", "{} if True else {",
@@ -132,6 +136,14 @@ MUTATIONS = {
         ("the length of the fixed vectors follows from the log", "(FIXED_SCORE**0.5 / length)", "1",
          "test_cooccurrence.py::test_fixed_vectors_are_those_of_co_occurrence_of_a_length_that_is_fixed_too"),
     ],
+    "logs": [
+        ("which number is the year is guessed", "                if unclear:\n", "                if False:\n",
+         "test_preparation.py::test_a_date_whose_year_comes_first_is_a_date_in_any_column_and_others_stay_text"),
+    ],
+    "item_index": [
+        ("a loaded index looks less far", "index.expansion_search = expansion_search", "pass",
+         "test_pipeline.py::test_a_loaded_index_looks_as_far_as_the_one_that_was_saved"),
+    ],
     "preparation": [
         ("the validation item trains", "train_end = has_targets.ifelse(ends[0],",
          "train_end = has_targets.ifelse(ends[1],",
@@ -184,6 +196,8 @@ MUTATIONS = {
          "test_hub.py::test_the_card_has_every_stored_metric_under_its_protocol"),
     ],
     "trainer": [
+        ("label smoothing counts special tokens", '["logits"][..., FIRST_ITEM_ID:]', '["logits"]',
+         "test_trainer_features.py::test_label_smoothing_is_over_items_alone"),
         ("numbers of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
          "test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
         ("targets that the catalogue lacks lower the loss", "len(output.label_ids) / num_known", "1",
