@@ -455,7 +455,7 @@ def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, 
         if column.type().is_string():
             gap = gap | (column == "")
         elif column.type().is_floating():
-            gap = gap | column.isnan()
+            gap = gap | column.isnan() | column.isinf()
         missing[name] = gap.sum()
     row = events.aggregate(
         num_events=events.count(),
@@ -466,8 +466,9 @@ def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, 
     row = row.to_pyarrow().to_pylist()[0]
     for name, column in named.items():
         if row[name]:
+            what = "not finite" if events[name].type().is_floating() else "empty"
             raise ValueError(
-                f"column {column!r} is null or empty in {row[name]} of {row['num_events']} rows; "
+                f"column {column!r} is null or {what} in {row[name]} of {row['num_events']} rows; "
                 "fill or remove these rows first"
             )
     if row["num_users"] == 1:

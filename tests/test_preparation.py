@@ -536,7 +536,8 @@ def test_empty_ids_float_ids_and_not_a_number_times_are_refused(tmp_path):
 
     refused(["a", "b"], ["x", ""], [1, 2], "column 'item_id' is null or empty in 1 of 2 rows")
     refused(["a", "b"], [1.0, 2.0], [1, 2], "ids must be text or integers; column 'item_id' is float64")
-    refused(["a", "b"], ["x", "y"], [1.0, float("nan")], "column 'timestamp' is null or empty in 1 of 2 rows")
+    refused(["a", "b"], ["x", "y"], [1.0, float("nan")], "column 'timestamp' is null or not finite in 1 of 2 rows")
+    refused(["a", "b"], ["x", "y"], [float("inf"), 1.0], "column 'timestamp' is null or not finite in 1 of 2 rows")
 
 
 def test_a_time_column_of_text_is_refused(tmp_path):
