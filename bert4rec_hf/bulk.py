@@ -67,9 +67,9 @@ def recommend_file(
 
     def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         with tqdm(total=num_histories, desc="recommending") as progress:
-            for number, batch in enumerate(source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"])):
+            for part, batch in enumerate(source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"])):
                 rows = [items or [] for items in batch["item_id"].to_pylist()]
-                if number == 0:
+                if part == 0:
                     _check_items(pipe.tokenizer, rows, histories)
                 by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # little is padding then
                 found = {}

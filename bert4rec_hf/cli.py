@@ -96,7 +96,7 @@ class _Parser(HfArgumentParser):
             if isinstance(value, dict):
                 value = json.dumps(value)
             elif not isinstance(value, bool):
-                value = as_written[key]
+                value = as_written.get(key, value)  # it has no merged keys
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         # In between, so that a list at the end of the recipe does not take what follows.
         return [*words, "--config", found.config, *rest]

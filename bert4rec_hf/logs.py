@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import ibis
 import ibis.expr.types as ir
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,8 +35,8 @@ ROWS_LOOKED_AT = 1_000
 def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
     """A CSV, TSV or Parquet log, or one in memory, as an Ibis table on a DuckDB connection of its own.
 
-    Nothing is read before the table is used. `SOURCE_ROW` is added, so that events of the same time can
-    keep the order that they have in the source.
+    No more than first rows are read before the table is used. `SOURCE_ROW` is added, so that events of the same
+    time can keep the order that they have in the source.
 
     Args:
         source: A file or a glob pattern, or a data frame of pandas or Polars or an Arrow table. The files of a glob
@@ -50,26 +51,19 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
         ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
             types of the id columns.
     """
-    is_in_memory = hasattr(source, "__arrow_c_stream__")
-    if not is_in_memory and not isinstance(source, str | Path):
+    if hasattr(source, "__arrow_c_stream__"):
+        rows = pa.table(source)
+        connection = _connect()
+        # Ibis' own way meets issue 12101 of ibis-project/ibis.
+        connection.con.register("log", rows.append_column(SOURCE_ROW, pa.array(np.arange(len(rows)))))
+        return connection.table("log")
+    if not isinstance(source, str | Path):
         raise TypeError(
             f"expected the path of a log, a pattern, or a data frame; got {type(source).__name__}: for several files "
             "give a pattern, or a table that ibis.read_parquet makes of them"
         )
-    paths = [] if is_in_memory else _log_files(source)
-    connection = ibis.duckdb.connect()
-    # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
-    folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
-    connection.raw_sql(f"SET temp_directory = {_quoted(folder)}")
-    connection.raw_sql("SET TimeZone = 'UTC'")
-    if sys.stdout.isatty():
-        connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
-
-    if is_in_memory:
-        rows = pa.table(source)
-        rows = rows.append_column(SOURCE_ROW, pa.array(range(len(rows)), pa.int64()))
-        connection.con.register("log", rows)  # Ibis' own way meets issue 12101 of ibis-project/ibis
-        return connection.table("log")
+    paths = _log_files(source)
+    connection = _connect()
     kinds = {path: _is_parquet(path) for path in paths}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
@@ -98,6 +92,17 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read {source} as CSV or Parquet: {first_lines(error)}") from error
     return log.mutate(ibis.row_number().name(SOURCE_ROW))
+
+
+def _connect() -> Any:
+    connection = ibis.duckdb.connect()
+    # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
+    folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
+    connection.raw_sql(f"SET temp_directory = {_quoted(folder)}")
+    connection.raw_sql("SET TimeZone = 'UTC'")
+    if sys.stdout.isatty():
+        connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
+    return connection
 
 
 def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, types: Mapping[str, str]) -> ir.Table:

@@ -234,7 +234,6 @@ def evaluate_prepared(
                 disable_tqdm=disable_tqdm,
                 eval_strategy="no",
                 save_strategy="no",
-                load_best_model_at_end=False,
             ),
             processing_class=tokenizer,
         )

@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sized
 from copy import copy
 from dataclasses import dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +316,10 @@ class Bert4RecTrainer(Trainer):
         publish_code: bool = False,
         **kwargs: Any,
     ):
-        config = _config(model, model_init)
+        if model is None and model_init is None:
+            raise ValueError("expected a model or a model_init that makes one")
+        self.model_init = model_init
+        config: Bert4RecConfig = (self.call_model_init() if model is None else model).config
         if processing_class is not None and len(processing_class) != config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: make it with "
@@ -572,16 +574,6 @@ class Bert4RecTrainer(Trainer):
         # As above: with save_total_limit=1, the last checkpoint is deleted here.
         self._finish_current_push()
         return super()._finalize_training(*args)
-
-
-def _config(model: PreTrainedModel | None, model_init: Callable[..., PreTrainedModel] | None) -> Bert4RecConfig:
-    """The config of the model that is or will be trained."""
-    if model is None and model_init is None:
-        raise ValueError("expected a model or a model_init that makes one")
-    if model is None:
-        assert model_init is not None  # for the type checker
-        model = model_init(*[None] * len(signature(model_init).parameters))  # it may take a trial
-    return model.config
 
 
 def _chosen(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> Bert4RecTrainingArguments:
