@@ -9,6 +9,7 @@ the mean of A minus B with its 95 % interval over users; what other seeds would 
 
 import argparse
 import glob
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
     folders = [folder for folder in found if (Path(folder) / RANKS_FILE).is_file()]
     if not folders:
         raise ValueError(f"no folder {pattern} has a {RANKS_FILE}")
+    recipes = {re.sub(r"-\d+$", "", Path(folder).name) for folder in folders}
+    if len(recipes) > 1:
+        raise ValueError(f"{pattern} matches runs of different recipes, {', '.join(sorted(recipes))}: one at a time")
     users: list[str] = []
     values = []
     for folder in folders:
@@ -72,6 +76,7 @@ def main() -> None:
             )
     except ValueError as error:
         parser.error(str(error))
+    print(f"A: {options.a}\nB: {options.b}")
     print(f"{len(users):,} users; A: {folders_a} seed(s), B: {folders_b} seed(s); {options.resamples:,} resamples\n")
     print("| | A | B | A - B | 95 % interval | share of resamples ≤ 0 |\n|---|---|---|---|---|---|")
     for metric, a, b, row in zip(METRICS, of_a, of_b, compare(of_a, of_b, options.resamples), strict=True):

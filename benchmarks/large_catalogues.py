@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from quality import log_name, named_seeds, prepared, spread
 from quality import train as train_model
-from speed import write_section
+from tables import write_section
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID

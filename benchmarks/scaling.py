@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py
 
-Each point is a process of its own on one core. Writes benchmarks/scaling.md, of which what follows "What it says" is
-kept, and scaling.png. On a machine that does nothing else; most of the time goes into the index of a million items.
+Each point is a process of its own on one core. Writes benchmarks/scaling.md and scaling.png. On a machine that does
+nothing else; most of the time goes into the index of a million items.
 """
 
 import functools
@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,9 +28,10 @@ import pyarrow.parquet as pq
 import torch
 from large_catalogues import BATCH, LENGTH, NUM_NEGATIVES, peak_gib, train
 from matplotlib.figure import Figure
-from serving import TOP_K, generated
+from serving import TOP_K, generated, generated_histories
 from sizing import BATCH as COUNTED
 from sizing import GIB, MASK_RATIO, kept_bytes, on_meta
+from tables import machine
 from torch.utils.data import DataLoader
 
 from bert4rec_hf import (
@@ -46,15 +46,13 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.splits import HISTORIES_FILE, stream_training_rows
 
 TABLE = Path(__file__).with_suffix(".md")
-BY_HAND = "\n## What it says\n"
 LENGTHS, ITEMS = (50, 100, 200, 500, 1000), 3416
 CATALOGUES = (10**3, 10**4, 10**5, 10**6)
 USERS, EVENTS_A_USER, ITEMS_OF_LOG = (10**3, 10**4, 10**5, 10**6), 20, 10**4
-RANKED_AT_ONCE = 256
+RANKED_AT_ONCE, MANY_RANKED_AT_ONCE = 256, 2048
 MEASURED_WIDTH, WIDTH = 64, 128  # hidden sizes of what is measured and of what is planned
 
 
@@ -62,28 +60,29 @@ def train_step(item_loss: str, num_items: int, length: int = LENGTH) -> dict[str
     return {"seconds": train(item_loss, num_items, length), "GiB": peak_gib()}
 
 
-def rank_users(num_items: int, length: int = LENGTH, with_index: bool = False) -> dict[str, float]:
+def rank_users(
+    num_items: int, length: int = LENGTH, num_users: int = RANKED_AT_ONCE, with_index: bool = False
+) -> dict[str, float]:
     """Seconds a user until the ten best are there, seen items filtered, of a batch; and by an index."""
     torch.set_num_threads(1)
     model = generated(num_items, length).eval()
-    input_ids = torch.randint(FIRST_ITEM_ID, model.config.vocab_size, (RANKED_AT_ONCE, length + 1))
-    input_ids[:, -1] = MASK_TOKEN_ID
+    histories = generated_histories(num_items, num_users, length, torch.Generator().manual_seed(0))
 
     def seconds(rank: Callable[[], Any]) -> float:
         times = []
         for _ in range(3):
             start = time.perf_counter()
             rank()
-            times.append((time.perf_counter() - start) / RANKED_AT_ONCE)
+            times.append((time.perf_counter() - start) / num_users)
         return statistics.median(times)
 
-    found = {"exact": seconds(lambda: model.recommend(input_ids, top_k=TOP_K, exclude_ids=input_ids[:, :-1]))}
+    found = {"exact": seconds(lambda: model.recommend(**histories, top_k=TOP_K)), "GiB": peak_gib()}
     if with_index:
         start = time.perf_counter()
         index = ItemIndex.build(model)
         found["build"] = time.perf_counter() - start
         found["bytes"] = index.index.serialized_length
-        found["index"] = seconds(lambda: index.search(model.user_vectors(input_ids), TOP_K + length))
+        found["index"] = seconds(lambda: index.search(model.user_vectors(histories["input_ids"]), TOP_K + length))
     return found
 
 
@@ -191,9 +190,12 @@ def measured(
             step = run("train_step", item_loss=item_loss, num_items=num_items)
             point |= {f"seconds a step, {item_loss}": step["seconds"], f"GiB at most, {item_loss}": step["GiB"]}
         ranked = run("rank_users", num_items=num_items, with_index=True)
+        many = run("rank_users", num_items=num_items, num_users=MANY_RANKED_AT_ONCE)
         tokenizer = run("make_tokenizer", num_items=num_items)
         point |= {
             "seconds to rank a user": ranked["exact"],
+            f"GiB at most to rank {RANKED_AT_ONCE}": ranked["GiB"],
+            f"GiB at most to rank {MANY_RANKED_AT_ONCE:,}": many["GiB"],
             "seconds a user by index": ranked["index"],
             "milliseconds an item to build the index": 1000 * ranked["build"] / num_items,
             "bytes an item of the index": ranked["bytes"] / num_items,
@@ -228,9 +230,9 @@ def proportional(points: Sequence[Point], name: str, at: float) -> float:
 
 
 def by_power(points: Sequence[Point], name: str, at: float) -> float:
-    """What a series comes to far on, if it grows with the same power as between its last two points."""
+    """What a series comes to far on, if it grows with the same power as between its last two points, or not at all."""
     (x, y), (next_x, next_y) = ((next(iter(point.values())), point[name]) for point in points[-2:])
-    return next_y * (at / next_x) ** (math.log(next_y / y) / math.log(next_x / x))
+    return next_y * (at / next_x) ** max(0.0, math.log(next_y / y) / math.log(next_x / x))
 
 
 @dataclass(frozen=True)
@@ -476,7 +478,7 @@ def text(series: Mapping[str, list[Point]], picture: str) -> str:
     lines = [
         "# Scaling",
         "",
-        f"Written by `benchmarks/scaling.py`; one core of {platform.machine()}, torch {torch.__version__}. Hidden size "
+        f"Written by `benchmarks/scaling.py`; {machine(1)}. Hidden size "
         f"64, 2 layers, {BATCH} histories a training step, {RANKED_AT_ONCE} users ranked at once, seen items "
         "filtered; medians. Memory is that of the whole process, with PyTorch in it.",
         "",
@@ -495,8 +497,7 @@ def main() -> None:
         return
     series = measured()
     draw(series, TABLE.with_suffix(".png"))
-    _, heading, by_hand = (TABLE.read_text("utf-8") if TABLE.is_file() else "").partition(BY_HAND)
-    TABLE.write_text(text(series, TABLE.with_suffix(".png").name) + heading + by_hand, "utf-8")
+    TABLE.write_text(text(series, TABLE.with_suffix(".png").name), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """One request, warm: milliseconds until a user's ten items are there, exactly and by an index.
 
-    python benchmarks/serving.py [--model FOLDER] [--items 3416 1000000] [--batches 1 64] [--repeats 200]
+    python benchmarks/serving.py [--items 3416 1000000] [--batches 1 64] [--repeats 200]
+    python benchmarks/serving.py --model FOLDER --data FOLDER [--batches 1 64] [--repeats 200]
 
-From token ids on, seen items filtered, 50 items a history. Without --model the weights are generated, and what item
-vectors look like decides how much of the exact answer an index finds: those generated here are clustered, as trained
-ones are; recall@10 of a real model is what `--model` gives. Writes benchmarks/serving.md.
+From token ids on, seen items filtered. What item and user vectors look like decides how much of the exact answer an
+index finds and how long it looks for it. Without --model they are generated: items in clusters, histories of 50 items
+out of three of these, and an encoder that hands the mean of a history on. With --model they are a trained model's, and
+the histories those of test users, as long as they are. Writes its section of benchmarks/serving.md.
 """
 
 import argparse
@@ -17,14 +19,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from onnx_int8 import exported
+from quality import log_name
+from tables import machine, write_section
+from torch.utils.data import DataLoader
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, ItemIndex
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    DataCollatorForMaskedItemPrediction,
+    ItemIndex,
+    ranking_rows,
+    read_prepared,
+)
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.runs import load_model
 
 TABLE = Path(__file__).parent / "serving.md"
-LENGTH, TOP_K, CLUSTERS = 50, 10, 1000
+HEADER = "# Serving\n\nWritten by `benchmarks/serving.py`, which says what is measured.\n"
+LENGTH, TOP_K = 50, 10
+CLUSTERS, CLUSTERS_OF_A_USER = 1000, 3
 WARM, FEWEST, MOST_SECONDS = 3, 20, 40
+Batch = dict[str, torch.Tensor]
 
 
 def generated(num_items: int, length: int = LENGTH) -> Bert4RecForMaskedItemPrediction:
@@ -33,10 +49,44 @@ def generated(num_items: int, length: int = LENGTH) -> Bert4RecForMaskedItemPred
         Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, hidden_size=64, max_position_embeddings=length + 1)
     )
     with torch.no_grad():
-        table = model.get_input_embeddings().weight
-        centres = torch.randn(CLUSTERS, table.shape[1])
-        table.copy_(centres[torch.randint(CLUSTERS, (len(table),))] + 0.5 * torch.randn_like(table))
+        items = model.get_input_embeddings().weight[FIRST_ITEM_ID:]
+        centres = torch.randn(clusters(num_items), items.shape[1])
+        items.copy_(centres[torch.arange(num_items) % len(centres)] + 0.5 * torch.randn_like(items))
+        # As `start_from_cooccurrence` has it: [MASK] gets the mean of the history's vectors.
+        attention = model.model.layers[0].attention
+        torch.nn.init.orthogonal_(attention.value.weight)
+        attention.output.weight.copy_(attention.value.weight.T)
     return model
+
+
+def clusters(num_items: int) -> int:
+    """Of about twenty items at least; an item's is its number's remainder."""
+    return min(CLUSTERS, num_items // 20)
+
+
+def generated_histories(num_items: int, batch: int, length: int, random: torch.Generator) -> Batch:
+    """As `recommend` takes them, each of items out of three clusters."""
+    number = clusters(num_items)
+    of_user = torch.randint(number, (batch, CLUSTERS_OF_A_USER), generator=random)
+    cluster = of_user.gather(1, torch.randint(CLUSTERS_OF_A_USER, (batch, length), generator=random))
+    items = cluster + number * torch.randint(num_items // number, (batch, length), generator=random)
+    input_ids = torch.full((batch, length + 1), MASK_TOKEN_ID)
+    input_ids[:, :-1] = items + FIRST_ITEM_ID
+    attention_mask = torch.ones_like(input_ids)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "exclude_ids": input_ids[:, :-1].contiguous()}
+
+
+def histories_of(data: str, model: str, batch: int) -> Iterator[Batch]:
+    """Of test users in an order drawn at random, again and again."""
+    histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model))
+    length = tokenizer.model_max_length
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True, max_length=length)
+    rows = rows.select_columns(["input_ids", "labels", "exclude_ids"])
+    collator = DataCollatorForMaskedItemPrediction(tokenizer, max_length=length)
+    random = torch.Generator().manual_seed(batch)
+    while True:
+        for found in DataLoader(rows, batch, shuffle=True, drop_last=True, collate_fn=collator, generator=random):
+            yield {name: found[name] for name in ("input_ids", "attention_mask", "exclude_ids")}
 
 
 def percentiles(seconds: list[float]) -> str:
@@ -45,35 +95,34 @@ def percentiles(seconds: list[float]) -> str:
 
 
 def measure(
-    model: Bert4RecForMaskedItemPrediction, batch: int, repeats: int, index: ItemIndex, others: dict[str, Callable]
+    model: Bert4RecForMaskedItemPrediction,
+    histories: Callable[[], Iterator[Batch]],
+    repeats: int,
+    index: ItemIndex,
+    others: dict[str, Callable],
 ) -> dict[str, str]:
-    """Milliseconds by way; recall@10 of the index."""
-    random = torch.Generator().manual_seed(batch)
-    vocabulary = model.config.vocab_size
+    """Milliseconds by way; recall@10 of the index, each on the same batches."""
 
-    def requests() -> Iterator[dict[str, torch.Tensor]]:
+    def requests() -> Iterator[Batch]:
         start = time.perf_counter()
-        for repeat in range(repeats + WARM):
+        for repeat, batch in enumerate(itertools.islice(histories(), repeats + WARM)):
             if repeat > WARM + FEWEST and time.perf_counter() - start > MOST_SECONDS:
                 return
-            input_ids = torch.randint(FIRST_ITEM_ID, vocabulary, (batch, LENGTH + 1), generator=random)
-            input_ids[:, -1] = MASK_TOKEN_ID
-            yield {
-                "input_ids": input_ids,
-                "attention_mask": torch.ones_like(input_ids),
-                "exclude_ids": input_ids[:, :-1].contiguous(),
-            }
+            yield batch
 
-    def by_index(request: dict[str, torch.Tensor]) -> torch.Tensor:
-        scores, item_ids = index.search(model.user_vectors(request["input_ids"]), TOP_K + LENGTH)
+    def encoded(request: Batch) -> torch.Tensor:
+        return model.user_vectors(request["input_ids"], request["attention_mask"])
+
+    def by_index(request: Batch) -> torch.Tensor:
+        scores, item_ids = index.search(encoded(request), TOP_K + request["exclude_ids"].shape[1])
         excluded = (item_ids.unsqueeze(2) == request["exclude_ids"].unsqueeze(1)).any(dim=2)
         return item_ids.gather(1, scores.masked_fill(excluded, -torch.inf).topk(TOP_K).indices)
 
-    def exactly(request: dict[str, torch.Tensor]) -> torch.Tensor:
+    def exactly(request: Batch) -> torch.Tensor:
         return model.recommend(**request, top_k=TOP_K)[1]
 
     ways: dict[str, Callable] = {
-        "encoder": lambda request: model.user_vectors(request["input_ids"]),
+        "encoder": encoded,
         "exact": exactly,
         **others,
         "index": by_index,
@@ -91,16 +140,19 @@ def measure(
         exact = exactly(request)
         found += int((by_index(request).unsqueeze(2) == exact.unsqueeze(1)).sum())
         total += exact.numel()
-    return cells | {"recall": f"{found / total:.4f}"}
+    return cells | {"recall": f"{found / total:.4f} of {total:,}"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="a trained one in place of generated ones")
+    parser.add_argument("--data", help="the prepared folder whose test users ask, with --model")
     parser.add_argument("--items", type=int, nargs="*", default=[3416, 1_000_000])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
     parser.add_argument("--repeats", type=int, default=200)
     options = parser.parse_args()
+    if bool(options.model) != bool(options.data):
+        parser.error("--model and --data go together")
     models = [load_model(options.model)] if options.model else (generated(number) for number in options.items)
     lines = [
         "| items | batch | encoder | exact | by ONNX | by ONNX, int8 | by an index | its recall@10 | building it |",
@@ -114,17 +166,27 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             others = {name: answer for name, (answer, _) in exported(model, Path(folder)).items()}
             for batch in options.batches:
-                cells = measure(model, batch, options.repeats, index, others)
+
+                def histories(batch: int = batch, num_items: int = len(index)) -> Iterator[Batch]:
+                    if options.model:
+                        return histories_of(options.data, options.model, batch)
+                    random = torch.Generator().manual_seed(batch)
+                    return (generated_histories(num_items, batch, LENGTH, random) for _ in itertools.count())
+
+                cells = measure(model, histories, options.repeats, index, others)
                 lines.append(f"| {len(index):,} | {batch} | {' | '.join(cells.values())} | {building:.0f} s |")
                 print(lines[-1], flush=True)
-    title = f"the weights of {Path(options.model).name}" if options.model else "generated weights, 64 wide"
-    text = (
-        "# Serving\n\nWritten by `benchmarks/serving.py`: milliseconds a request, p50 / p99 of "
-        f"{options.repeats}, or of as many as {MOST_SECONDS} seconds allow, histories of {LENGTH} items; {title}; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads. What int8 costs in quality: "
-        "[onnx_int8.md](onnx_int8.md).\n\n" + "\n".join(lines) + "\n"
+    title, given = "Generated weights, 64 wide", f"--items {' '.join(map(str, options.items))}"
+    if options.model:
+        width = models[0].item_vectors().shape[1] - 1
+        name = log_name(options.data)
+        title, given = f"A model of {name}, item vectors {width:,} wide", f"--model MODEL --data {name}"
+    command = f"`benchmarks/serving.py {given} --repeats {options.repeats}`"
+    intro = (
+        f"Milliseconds a request, p50 / p99 of {options.repeats}, or of as many as {MOST_SECONDS} seconds allow, of "
+        f"which p99 is about the slowest. {machine(torch.get_num_threads())}. {command}"
     )
-    TABLE.write_text(text, "utf-8")
+    write_section(TABLE, HEADER, title, [intro, "", *lines])
 
 
 if __name__ == "__main__":

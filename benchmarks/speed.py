@@ -10,8 +10,6 @@ benchmarks/speed.md, anew after every round. On a machine that does nothing else
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -21,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import peers
-import torch
 from quality import HERE, log_name, prepared
+from tables import CPU, machine, write_section
 
 from bert4rec_hf.splits import read_prepared
 
@@ -30,8 +28,6 @@ TABLE = HERE / "speed.md"
 HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )
-CPU_FILE = Path("/proc/cpuinfo")
-CPU = CPU_FILE.read_text() if CPU_FILE.is_file() else f"model name: {platform.processor()}"
 # What the package is told on a CPU comes first: bfloat16 where the processor has it.
 OURS = ["ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-fp32"]
 SYSTEMS = {
@@ -65,26 +61,6 @@ def run(system: str, data: Path, environments: Path, threads: int, options: dict
         if finished.returncode:
             raise RuntimeError(f"{system} failed:\n{finished.stdout[-3000:]}")
         return json.loads((Path(folder) / "speed.json").read_text())
-
-
-def machine(threads: int) -> str:
-    model = re.search(r"model name\s*:\s*(.+)", CPU)
-    plural = "s" if threads > 1 else ""
-    return f"{model[1] if model else platform.machine()}, {threads} thread{plural}, torch {torch.__version__}"
-
-
-def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:
-    """In place of the section of the same title, or at the end; a new table begins with the header."""
-    text = path.read_text("utf-8") if path.is_file() else header
-    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    new = "\n".join([f"## {title}", "", *lines]) + "\n"
-    same = [number for number, section in enumerate(sections) if section.startswith(f"## {title}\n")]
-    if same:
-        sections[same[0]] = new
-    else:
-        sections.append(new)
-    path.write_text("\n".join(part.rstrip("\n") + "\n" for part in (head, *sections)), "utf-8")
-    print(new, flush=True)
 
 
 def spread(values: Sequence[float]) -> str:

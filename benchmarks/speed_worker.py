@@ -331,23 +331,22 @@ def quality_of_ours(data: Path, histories: pd.DataFrame, options: dict) -> list[
     watch = Stopwatch()
 
     class Watching(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            watch.start()
-
         def on_step_end(self, args, state, control, **kwargs):
             watch.stop()  # evaluation and saving come between this and the next start
             watch.start()
 
         def on_evaluate(self, args, state, control, metrics, **kwargs):
-            watch.note(state.epoch, metrics["eval_NDCG@10"])
+            if not watch.curve or state.epoch > watch.curve[-1]["epoch"]:  # not the best model's, after training
+                watch.note(state.epoch, metrics["eval_NDCG@10"])
             watch.start()
 
         def on_save(self, args, state, control, **kwargs):
             watch.start()
 
     DEFAULT_CALLBACKS.append(Watching)
+    watch.start()  # with reading the folder, and the item vectors that the model starts from
     train(data, Path("model"), options["recipe"] | {"filter_seen_items": False}, 42)
-    return watch.curve[:-1]  # the last is of the best model, after training
+    return watch.curve
 
 
 def quality_of_hopwise(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:

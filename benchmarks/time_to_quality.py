@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 from quality import log_name, prepared
-from speed import HEADER, TABLE, machine, run, write_section
+from speed import HEADER, TABLE, run
+from tables import machine, write_section
 
 METRIC = "NDCG@10"
 BERT_EPOCHS = 100

@@ -1,0 +1,31 @@
+"""What the benchmarks' tables have in common: the machine's name, and sections that are written anew."""
+
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+CPU_FILE = Path("/proc/cpuinfo")
+CPU = CPU_FILE.read_text() if CPU_FILE.is_file() else f"model name: {platform.processor()}"
+
+
+def machine(threads: int) -> str:
+    model = re.search(r"model name\s*:\s*(.+)", CPU)
+    plural = "s" if threads > 1 else ""
+    return f"{model[1] if model else platform.machine()}, {threads} thread{plural}, torch {torch.__version__}"
+
+
+def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:
+    """In place of the section of the same title, or at the end; a new table begins with the header."""
+    text = path.read_text("utf-8") if path.is_file() else header
+    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    new = "\n".join([f"## {title}", "", *lines]) + "\n"
+    same = [number for number, section in enumerate(sections) if section.startswith(f"## {title}\n")]
+    if same:
+        sections[same[0]] = new
+    else:
+        sections.append(new)
+    path.write_text("\n".join(part.rstrip("\n") + "\n" for part in (head, *sections)), "utf-8")
+    print(new, flush=True)
