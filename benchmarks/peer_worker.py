@@ -33,7 +33,10 @@ RECTOOLS = {
 # epochs, stopping after 10 evaluations without a better one.
 RECBOLE_EPOCHS = 300
 
-IMPLICIT = {"models": ["CosineRecommender", "TFIDFRecommender", "BM25Recommender"], "K": [20, 50, 100, 200, 500]}
+IMPLICIT = {
+    "models": ["CosineRecommender", "TFIDFRecommender", "BM25Recommender"],
+    "K": [20, 50, 100, 200, 500, 1000, 2000],
+}
 
 
 def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:

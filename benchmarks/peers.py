@@ -11,7 +11,6 @@ the peer's own (benchmarks/peer_worker.py says which and where from) unless they
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from quality import add_row, log_name, named_seeds, prepared, spread, write_ranks
+from quality import add_row, log_name, minutes, named_seeds, prepared, spread, write_ranks
+from tables import processor
 
 from bert4rec_hf.metrics import Protocol, floors, ranking_metrics
 from bert4rec_hf.splits import HISTORIES_FILE, Histories, ranking_rows, read_prepared
@@ -131,20 +131,19 @@ def main() -> None:
         epochs += " (limited)" if any(run["limited"] for run in runs) else ""
     else:
         ranking += f", {first['chosen']}"
-    minutes, of_cpu = (statistics.mean(run[key] for run in runs) / 60 for key in ("seconds", "cpu_seconds"))
     given = f" --epochs {options.epochs}" if options.epochs else ""
     given += f" --set {' '.join(options.set)}" if options.set else ""
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
-    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     cells = [
         ranking,
         parameters,
         epochs,
-        f"{minutes:.1f} (CPU {of_cpu:.1f})",
+        minutes(runs),
         *(spread([found[metric] for found in metrics]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]) if "validation" in first else "",
         f"`benchmarks/peers.py {name} --peer {options.peer} --seeds {options.seeds}{given}`, {versions}, "
-        f"{threads} thread of {platform.machine()}",
+        f"{processor(threads)}",
     ]
     add_row(name, data, protocol, {floor: ranking_metrics(found) for floor, found in of_floors.items()}, cells)
 

@@ -3,17 +3,17 @@
     python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
 
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
-`position` in place of times is ordered by that. Without a recipe, what is measured are the defaults. Validation chooses
-the checkpoint, test is read once; without validation its targets train, and the last step is the model. Adds a row to
-benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken up again, each with its
-users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes: `torchrun --nproc_per_node 2
-benchmarks/quality.py …`.
+`position` in place of times is ordered by that. The table names a file by itself, NAME.parquet, or by the folder of
+NAME/interactions.parquet; where the files come from stands below it. Without a recipe, what is measured are the
+defaults. Validation chooses the checkpoint, test is read once; without validation its targets train, and the last step
+is the model. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken
+up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes: `torchrun
+--nproc_per_node 2 benchmarks/quality.py …`.
 """
 
 import argparse
 import hashlib
 import json
-import platform
 import shutil
 import statistics
 import time
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from accelerate import PartialState
+from tables import machine
 from torch.utils.data import DataLoader
 
 from bert4rec_hf import (
@@ -50,11 +51,12 @@ One row a run of `benchmarks/quality.py`, or for a peer of `benchmarks/peers.py`
 targets, read once; the checkpoint is the best on validation (NDCG@10; a peer's, as the peer chooses). Leave-one-out,
 all items ranked, seen items filtered unless the log's row says otherwise, ties against the model; of a peer the lists
 of 100 items that it serves are judged. ± is the standard deviation over seeds; the sampling error over users comes on
-top: about .0036 NDCG@10 on 6,040 users, .0075 on 943. Parameters are those that are learnt, without fixed vectors.
+top: about .0036 NDCG@10 on 6,040 users, .0075 on 943. A log's checksum is that of its prepared histories, in
+whatever file they are. Parameters are those that are learnt, without fixed vectors.
 Epochs lead to the learning curve of the first seed. `benchmarks/compare.py` tells two rows apart user by user. "All but
 test trains": the validation targets train too, and the last step is the model.
 
-| log (sha256) | ranking | parameters | epochs | minutes a seed | HR@10 | NDCG@10 | validation NDCG@10 | command |
+| log (checksum) | ranking | parameters | epochs | minutes a seed | HR@10 | NDCG@10 | validation NDCG@10 | command |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -68,6 +70,9 @@ def log_name(log: str) -> str:
 
 def prepared(log: str, folder: Path, length: int | None, validation: bool = True) -> Path:
     if (Path(log) / HISTORIES_FILE).is_file():
+        preparation = json.loads((Path(log) / PREPARATION_FILE).read_text("utf-8"))
+        if preparation["split"].get("validation", True) != validation:
+            raise SystemExit(f"{log} was prepared {'without' if validation else 'with'} validation targets")
         return Path(log)
     data = folder / "-".join(["data", *([str(length)] if length else []), *([] if validation else ["all-but-test"])])
     if not data.exists():
@@ -75,6 +80,13 @@ def prepared(log: str, folder: Path, length: int | None, validation: bool = True
         order = {"sequence_column": "position"} if has_position else {}
         prepare(log, data, max_length=length, validation=validation, **order)
     return data
+
+
+def checksum(data: Path) -> str:
+    """Of who had what in which order, and what is held out; the file itself names what wrote it, and when that was."""
+    columns = ["user_id", "item_id", "train_end", "validation_position", "test_position"]
+    histories = pq.read_table(data / HISTORIES_FILE, columns=columns).to_pydict()
+    return hashlib.sha256(json.dumps(histories).encode()).hexdigest()[:8]
 
 
 def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> None:
@@ -110,22 +122,30 @@ def train(data: Path, output: Path, recipe: dict, seed: int) -> Bert4RecTrainer:
 
 
 def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
-    """Train and evaluate once; what is there already is read."""
-    done = output / "quality.json"
+    """Train and evaluate once; what is there already is read, if it is of this recipe and log."""
+    done, given = output / "quality.json", {"recipe": recipe, "log": checksum(data)}
     if done.is_file():
+        record = json.loads(done.read_text())
+        if {name: record.get(name) for name in given} != given:
+            raise SystemExit(f"{output} is of another recipe or log: move it away, or choose another --output")
         if not (output / RANKS_FILE).is_file():
             rank_users(output, data)
-        return json.loads(done.read_text())
-    start = time.perf_counter()
+        return record
+    start, cpu_start = time.perf_counter(), time.process_time()
     trainer = train(data, output, recipe, seed)
-    seconds = time.perf_counter() - start
-    record = evaluate_prepared(output, data) | {
-        "seconds": seconds,
-        "resumed": trainer.args.resume_from_checkpoint is not None,
-        "epochs": trainer.state.epoch,
-        "parameters": trainer.model.num_parameters(),
-        "validation": trainer.evaluation and trainer.evaluation["metrics"]["NDCG@10"],
-    }
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    record = (
+        given
+        | evaluate_prepared(output, data)
+        | {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "resumed": trainer.args.resume_from_checkpoint is not None,
+            "epochs": trainer.state.epoch,
+            "parameters": trainer.model.num_parameters(),
+            "validation": trainer.evaluation and trainer.evaluation["metrics"]["NDCG@10"],
+        }
+    )
     if PartialState().is_main_process:
         rank_users(output, data)
         done.write_text(json.dumps(record, indent=2))
@@ -141,9 +161,8 @@ def spread(values: list[float]) -> str:
 def add_row(
     name: str, data: Path, protocol: Protocol, floors: Mapping[str, Mapping[str, float]], cells: Sequence[str]
 ) -> None:
-    """Below the table's rows of the same log, or with the log's protocol and floors at its end."""
-    digest = hashlib.sha256((data / HISTORIES_FILE).read_bytes()).hexdigest()[:8]
-    log = f"{name} ({digest})"
+    """In place of a row of the same run, below the rows of the same log, or with its protocol and floors at the end."""
+    log = f"{name} ({checksum(data)})"
     lines = (TABLE.read_text("utf-8") if TABLE.is_file() else HEADER).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("|---")) + 1
     end = next((number for number, line in enumerate(lines) if number >= first and line[:1] != "|"), len(lines))
@@ -152,10 +171,17 @@ def add_row(
     for floor, metrics in {} if of_log else floors.items():
         rows.append(f"| {log} | {floor} | | | | {metrics['HR@10']:.4f} | {metrics['NDCG@10']:.4f} | | |")
     rows.append(f"| {' | '.join([log, *cells])} |")
+    same = [number for number in of_log if lines[number].startswith(f"| {log} | {cells[0]} |")]
     end = of_log[-1] + 1 if of_log else end
-    lines[end:end] = rows
+    lines[slice(same[0], same[0] + 1) if same else slice(end, end)] = rows
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")
     print(*rows, sep="\n")
+
+
+def minutes(runs: Sequence[Mapping]) -> str:
+    """The mean, and that of CPU time, of all processes' first."""
+    seconds, of_cpu = (statistics.mean(run[name] for run in runs) for name in ("seconds", "cpu_seconds"))
+    return f"{seconds / 60:.1f} (CPU {of_cpu / 60:.1f})"
 
 
 def named_seeds(seeds: Sequence[int]) -> str:
@@ -195,12 +221,11 @@ def main() -> None:
         f"{title}, {named_seeds(seeds)}",
         f"{runs[0]['parameters']:,}",
         epochs,
-        f"{statistics.mean(run['seconds'] for run in runs) / 60:.1f}"
-        + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
+        minutes(runs) + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]) if validated else "",
-        f"`{launcher}benchmarks/quality.py {name}{given} --seeds {options.seeds}`, torch {torch.__version__}, "
-        f"{state.num_processes} x {torch.get_num_threads()} thread of {platform.machine()}",
+        f"`{launcher}benchmarks/quality.py {name}{given} --seeds {options.seeds}`, "
+        f"{machine(torch.get_num_threads(), state.num_processes)}",
     ]
     add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)
 

@@ -1,15 +1,17 @@
 """One request, warm: milliseconds until a user's ten items are there, exactly and by an index.
 
-    python benchmarks/serving.py [--items 3416 1000000] [--batches 1 64] [--repeats 200]
+    python benchmarks/serving.py [--items 3416 1000000] [--cluster_size 100] [--batches 1 64] [--repeats 200]
     python benchmarks/serving.py --model FOLDER --data FOLDER [--batches 1 64] [--repeats 200]
 
 From token ids on, seen items filtered. What item and user vectors look like decides how much of the exact answer an
-index finds and how long it looks for it. Without --model they are generated: items in clusters, histories of 50 items
-out of three of these, and an encoder that hands the mean of a history on. With --model they are a trained model's, and
-the histories those of test users, as long as they are. Writes its section of benchmarks/serving.md.
+index finds and how long it looks for it; `expansion_search` trades one for the other. Without --model they are
+generated: items in clusters, histories of 50 items out of three of these, and an encoder that hands the mean of a
+history on. With --model they are a trained model's, and the histories those of test users, as long as they are. Writes
+its section of benchmarks/serving.md.
 """
 
 import argparse
+import functools
 import itertools
 import tempfile
 import time
@@ -38,19 +40,23 @@ from bert4rec_hf.runs import load_model
 TABLE = Path(__file__).parent / "serving.md"
 HEADER = "# Serving\n\nWritten by `benchmarks/serving.py`, which says what is measured.\n"
 LENGTH, TOP_K = 50, 10
-CLUSTERS, CLUSTERS_OF_A_USER = 1000, 3
+CLUSTER_SIZE, CLUSTERS_OF_A_USER = 100, 3
+EXPANSIONS = (256, 1024)  # the first is ItemIndex's default
 WARM, FEWEST, MOST_SECONDS = 3, 20, 40
 Batch = dict[str, torch.Tensor]
 
 
-def generated(num_items: int, length: int = LENGTH) -> Bert4RecForMaskedItemPrediction:
+def generated(
+    num_items: int, length: int = LENGTH, cluster_size: int = CLUSTER_SIZE
+) -> Bert4RecForMaskedItemPrediction:
+    """An item's cluster is the remainder of its number."""
     torch.manual_seed(0)
     model = Bert4RecForMaskedItemPrediction(
         Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, hidden_size=64, max_position_embeddings=length + 1)
     )
     with torch.no_grad():
         items = model.get_input_embeddings().weight[FIRST_ITEM_ID:]
-        centres = torch.randn(clusters(num_items), items.shape[1])
+        centres = torch.randn(num_items // cluster_size, items.shape[1])
         items.copy_(centres[torch.arange(num_items) % len(centres)] + 0.5 * torch.randn_like(items))
         # As `start_from_cooccurrence` has it: [MASK] gets the mean of the history's vectors.
         attention = model.model.layers[0].attention
@@ -59,14 +65,11 @@ def generated(num_items: int, length: int = LENGTH) -> Bert4RecForMaskedItemPred
     return model
 
 
-def clusters(num_items: int) -> int:
-    """Of about twenty items at least; an item's is its number's remainder."""
-    return min(CLUSTERS, num_items // 20)
-
-
-def generated_histories(num_items: int, batch: int, length: int, random: torch.Generator) -> Batch:
+def generated_histories(
+    num_items: int, batch: int, length: int, random: torch.Generator, cluster_size: int = CLUSTER_SIZE
+) -> Batch:
     """As `recommend` takes them, each of items out of three clusters."""
-    number = clusters(num_items)
+    number = num_items // cluster_size
     of_user = torch.randint(number, (batch, CLUSTERS_OF_A_USER), generator=random)
     cluster = of_user.gather(1, torch.randint(CLUSTERS_OF_A_USER, (batch, length), generator=random))
     items = cluster + number * torch.randint(num_items // number, (batch, length), generator=random)
@@ -113,7 +116,8 @@ def measure(
     def encoded(request: Batch) -> torch.Tensor:
         return model.user_vectors(request["input_ids"], request["attention_mask"])
 
-    def by_index(request: Batch) -> torch.Tensor:
+    def by_index(expansion: int, request: Batch) -> torch.Tensor:
+        index.index.expansion_search = expansion
         scores, item_ids = index.search(encoded(request), TOP_K + request["exclude_ids"].shape[1])
         excluded = (item_ids.unsqueeze(2) == request["exclude_ids"].unsqueeze(1)).any(dim=2)
         return item_ids.gather(1, scores.masked_fill(excluded, -torch.inf).topk(TOP_K).indices)
@@ -125,7 +129,7 @@ def measure(
         "encoder": encoded,
         "exact": exactly,
         **others,
-        "index": by_index,
+        **{f"index {expansion}": functools.partial(by_index, expansion) for expansion in EXPANSIONS},
     }
     cells = {}
     for name, answer in ways.items():
@@ -135,12 +139,14 @@ def measure(
             answer(request)
             seconds.append(time.perf_counter() - start)
         cells[name] = percentiles(seconds[WARM:])
-    found = total = 0
-    for request in itertools.islice(requests(), FEWEST):
-        exact = exactly(request)
-        found += int((by_index(request).unsqueeze(2) == exact.unsqueeze(1)).sum())
-        total += exact.numel()
-    return cells | {"recall": f"{found / total:.4f} of {total:,}"}
+    for expansion in EXPANSIONS:
+        found = total = 0
+        for request in itertools.islice(requests(), FEWEST):
+            exact = exactly(request)
+            found += int((by_index(expansion, request).unsqueeze(2) == exact.unsqueeze(1)).sum())
+            total += exact.numel()
+        cells[f"index {expansion}"] += f", {found / total:.3f}"
+    return cells
 
 
 def main() -> None:
@@ -148,15 +154,22 @@ def main() -> None:
     parser.add_argument("--model", help="a trained one in place of generated ones")
     parser.add_argument("--data", help="the prepared folder whose test users ask, with --model")
     parser.add_argument("--items", type=int, nargs="*", default=[3416, 1_000_000])
+    parser.add_argument("--cluster_size", type=int, default=CLUSTER_SIZE)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
     parser.add_argument("--repeats", type=int, default=200)
     options = parser.parse_args()
     if bool(options.model) != bool(options.data):
         parser.error("--model and --data go together")
-    models = [load_model(options.model)] if options.model else (generated(number) for number in options.items)
+    models = (
+        [load_model(options.model)]
+        if options.model
+        else (generated(number, cluster_size=options.cluster_size) for number in options.items)
+    )
     lines = [
-        "| items | batch | encoder | exact | by ONNX | by ONNX, int8 | by an index | its recall@10 | building it |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| items | batch | encoder | exact | by ONNX | by ONNX, int8 | "
+        + " | ".join(f"by an index, {expansion}" for expansion in EXPANSIONS)
+        + " | building it |",
+        "|---" * (7 + len(EXPANSIONS)) + "|",
     ]
     for model in models:
         model.eval()
@@ -171,12 +184,16 @@ def main() -> None:
                     if options.model:
                         return histories_of(options.data, options.model, batch)
                     random = torch.Generator().manual_seed(batch)
-                    return (generated_histories(num_items, batch, LENGTH, random) for _ in itertools.count())
+                    return (
+                        generated_histories(num_items, batch, LENGTH, random, options.cluster_size)
+                        for _ in itertools.count()
+                    )
 
                 cells = measure(model, histories, options.repeats, index, others)
                 lines.append(f"| {len(index):,} | {batch} | {' | '.join(cells.values())} | {building:.0f} s |")
                 print(lines[-1], flush=True)
-    title, given = "Generated weights, 64 wide", f"--items {' '.join(map(str, options.items))}"
+    title = f"Generated weights, 64 wide, clusters of {options.cluster_size:,} items"
+    given = f"--items {' '.join(map(str, options.items))} --cluster_size {options.cluster_size}"
     if options.model:
         width = models[0].item_vectors().shape[1] - 1
         name = log_name(options.data)
@@ -184,7 +201,8 @@ def main() -> None:
     command = f"`benchmarks/serving.py {given} --repeats {options.repeats}`"
     intro = (
         f"Milliseconds a request, p50 / p99 of {options.repeats}, or of as many as {MOST_SECONDS} seconds allow, of "
-        f"which p99 is about the slowest. {machine(torch.get_num_threads())}. {command}"
+        "which p99 is about the slowest. By an index also recall@10, the share of the exact answer that it finds, by "
+        f"`expansion_search`. {machine(torch.get_num_threads())}. {command}"
     )
     write_section(TABLE, HEADER, title, [intro, "", *lines])
 

@@ -11,10 +11,14 @@ CPU_FILE = Path("/proc/cpuinfo")
 CPU = CPU_FILE.read_text() if CPU_FILE.is_file() else f"model name: {platform.processor()}"
 
 
-def machine(threads: int) -> str:
+def processor(threads: int, processes: int = 1) -> str:
     model = re.search(r"model name\s*:\s*(.+)", CPU)
-    plural = "s" if threads > 1 else ""
-    return f"{model[1] if model else platform.machine()}, {threads} thread{plural}, torch {torch.__version__}"
+    of_each = f"{processes} x " if processes > 1 else ""
+    return f"{model[1] if model else platform.machine()}, {of_each}{threads} thread{'s' if threads > 1 else ''}"
+
+
+def machine(threads: int, processes: int = 1) -> str:
+    return f"{processor(threads, processes)}, torch {torch.__version__}"
 
 
 def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:

@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import logging
-import os
 import shlex
 import sys
 import typing
@@ -507,18 +507,13 @@ def convert_config(arguments: Sequence[str]) -> None:
         parser.error(f"{options.output} is there already; choose another --output")
 
     from .convert import config_recipe
+    from .model_card import write_file
 
     text = config_recipe(rest.settings)
     if options.output is None:
         print(text, end="")
         return
-    content, output = text.encode("utf-8"), Path(options.output)
-    beside = output.with_name(f".{output.name}.new")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, output)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_file(Path(options.output), text)
     print(f"wrote {options.output}, whose first lines say how to prepare the log; next:")
     print(f"bert4rec train --config {options.output} --data DATA --output_dir MODEL")
 
@@ -537,6 +532,9 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; user errors are one line on standard error and exit status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of titles that the terminal's code page lacks
     parser = argparse.ArgumentParser(
         prog="bert4rec", formatter_class=argparse.RawDescriptionHelpFormatter, description=_overview()
     )

@@ -95,7 +95,7 @@ def convert_from_recbole(
     Raises:
         ValueError: If a file is not what it should be, holds code, or the number of items is another.
     """
-    output = Path(output)
+    output = Path(output).resolve()  # a link to an empty folder is that folder
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not an empty folder; choose another --output")
     state, settings = read_checkpoint(checkpoint)
@@ -140,6 +140,8 @@ def convert_from_recbole(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_model_card(folder)
+        if output.exists():
+            output.rmdir()  # Windows moves nothing over a folder
         os.replace(folder, output)
     return model.eval()
 

@@ -15,7 +15,7 @@ WINDOW = 5
 NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 SCALE = 0.05
-# Mean squared length of the fixed vectors: what is added to the score of a history's double.
+# Mean squared length of the fixed vectors: what is added to the score of an item whose vector equals the history's.
 FIXED_SCORE = 10.0
 # Of a larger log, whole histories drawn at random with about so many events are counted.
 MOST_EVENTS = 2_500_000
@@ -38,7 +38,7 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
         (num_items, hidden_size); 0 for an item that has no neighbours.
     """
     rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
-    counted = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
+    counted = histories.is_trained()
     share = MOST_EVENTS / max(1, counted.sum())
     if share < 1:
         counted &= (np.random.default_rng(seed).random(len(histories)) < share)[rows]
@@ -61,7 +61,7 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
     information = (number / (of_item[first] * of_neighbour[second])).log().clamp(min=0)
     matrix = _sparse(counts.indices(), information, size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not those of the caller's devices
         rank = min(hidden_size, num_items)
         left, singular, _ = torch.svd_lowrank(matrix, q=min(rank + 10, num_items), niter=4)
         turn = torch.linalg.qr(torch.randn(hidden_size, hidden_size)).Q
@@ -82,14 +82,16 @@ def start_from_cooccurrence(
 
     Args:
         model: What changes. An item without neighbours keeps its vector.
-        histories, num_items, seed: As in `cooccurrence_vectors`.
+        histories, num_items, seed: As in `cooccurrence_vectors`. What `with_mean` draws, PyTorch's own generator gives.
         with_mean: Whether values and output of the first layer's attention undo one another. Queries and keys are near
             0, as they are in every new model: a history's [MASK] has the mean of its items' vectors then, and what
             stands near them has the highest scores before anything is learnt.
     """
     vectors = cooccurrence_vectors(histories, num_items, model.config.hidden_size, seed=seed)
     has_neighbours = vectors.any(dim=1)
-    model.get_input_embeddings().weight[FIRST_ITEM_ID:][has_neighbours] = vectors[has_neighbours]
+    table = model.get_input_embeddings().weight
+    places = FIRST_ITEM_ID + has_neighbours.nonzero().squeeze(1).to(table.device)
+    table[places] = vectors[has_neighbours].to(table)
     if with_mean:
         attention: Any = model.model.layers[0].attention
         torch.nn.init.orthogonal_(attention.value.weight)

@@ -39,7 +39,8 @@ class DataCollatorForMaskedItemPrediction:
 
     Returns:
         When called: `input_ids`, `attention_mask`, `labels` (batch, length), `label_positions` (batch, most
-        labels of a row) padded with -1; for evaluation rows `exclude_ids` as well. For training rows with
+        labels of a row) padded with -1; for evaluation rows `exclude_ids` and `candidate_ids` as well, where they
+        have them. For training rows with
         `num_negatives`, `negative_ids` (K,); by popularity, `negative_log_probabilities` (K,), of each to be drawn,
         and `positive_log_probabilities` (batch, most labels of a row), of each label to be among the K, 0 where
         there is none; a label that the counts lack is taken as counted once.
@@ -61,6 +62,8 @@ class DataCollatorForMaskedItemPrediction:
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded; got {self.mask_ratio}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {self.max_length}")
         if self.max_predictions is not None and self.max_predictions < 1:
             raise ValueError(f"max_predictions must be at least 1; got {self.max_predictions}")
         if not 0 <= self.last_item_ratio <= 1:
@@ -128,7 +131,7 @@ class DataCollatorForMaskedItemPrediction:
         }
 
     def _window(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        max_length = self.max_length or self.tokenizer.model_max_length
+        max_length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
         spare = len(row) - max_length
         if spare <= 0:
             return row
@@ -139,7 +142,7 @@ class DataCollatorForMaskedItemPrediction:
         self, features: Sequence[Mapping[str, Any]], rows: list[np.ndarray]
     ) -> dict[str, torch.Tensor]:
         labels = [np.asarray(feature["labels"], dtype=np.int64) for feature in features]
-        # Also where the label is -100, for a target that the catalogue lacks: what would be recommended counts.
+        # Not found by the label, which is -100 for a target that the catalogue lacks: such rows are ranked as well.
         is_mask = [row == MASK_TOKEN_ID for row in rows]
         input_ids = _pad(rows, PAD_TOKEN_ID)
         batch = {

@@ -82,18 +82,21 @@ def export_onnx(
     input_ids = torch.full((2, min(3, model.config.max_position_embeddings)), MASK_TOKEN_ID)
     nothing = torch.zeros(2, 2, dtype=torch.long)
     was_training = model.training
-    program = torch.onnx.export(
-        Recommender(model, top_k).eval(),
-        (input_ids, torch.ones_like(input_ids), nothing, nothing.clone()),
-        dynamo=True,
-        verbose=False,
-        input_names=["input_ids", "attention_mask", "exclude_ids", "candidate_ids"],
-        output_names=["scores", "item_ids"],
-        dynamic_shapes=(
-            {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: num_excluded}, {0: batch, 1: num_candidates},
-        ),
-    )  # fmt: skip
-    model.train(was_training)
+    try:
+        program = torch.onnx.export(
+            Recommender(model, top_k).eval(),
+            (input_ids, torch.ones_like(input_ids), nothing, nothing.clone()),
+            dynamo=True,
+            verbose=False,
+            input_names=["input_ids", "attention_mask", "exclude_ids", "candidate_ids"],
+            output_names=["scores", "item_ids"],
+            dynamic_shapes=(
+                {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: num_excluded},
+                {0: batch, 1: num_candidates},
+            ),
+        )  # fmt: skip
+    finally:
+        model.train(was_training)
     assert program is not None  # it is one where dynamo=True
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -53,7 +53,7 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
     """
     if hasattr(source, "__arrow_c_stream__"):
         rows = pa.table(source)
-        connection = _connect()
+        connection = connect()
         # Ibis' own way meets issue 12101 of ibis-project/ibis.
         connection.con.register("log", rows.append_column(SOURCE_ROW, pa.array(np.arange(len(rows)))))
         return connection.table("log")
@@ -63,7 +63,7 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
             "give a pattern, or a table that ibis.read_parquet makes of them"
         )
     paths = _log_files(source)
-    connection = _connect()
+    connection = connect()
     kinds = {path: _is_parquet(path) for path in paths}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
@@ -71,7 +71,8 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
         if kinds[paths[0]]:
             _check_names(paths[0], pq.read_schema(paths[0]).names)
             _check_id_types(paths, id_columns)
-            log = connection.read_parquet(paths)
+            # Names of files are no patterns, and folders such as day=2026-01-01 no columns.
+            log = connection.read_parquet([glob.escape(path) for path in paths], hive_partitioning=False)
         else:
             delimiter, header = _csv_header(paths[0])
             for path in paths[1:]:
@@ -94,12 +95,10 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
     return log.mutate(ibis.row_number().name(SOURCE_ROW))
 
 
-def _connect() -> Any:
-    connection = ibis.duckdb.connect()
-    # DuckDB's own defaults are a folder in the working directory and the machine's time zone.
+def connect() -> Any:
+    """DuckDB in memory. Its temporary files, by default in the working directory, go where those of the machine do."""
     folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
-    connection.raw_sql(f"SET temp_directory = {_quoted(folder)}")
-    connection.raw_sql("SET TimeZone = 'UTC'")
+    connection = ibis.duckdb.connect(temp_directory=folder)
     if sys.stdout.isatty():
         connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
     return connection
@@ -107,7 +106,8 @@ def _connect() -> Any:
 
 def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, types: Mapping[str, str]) -> ir.Table:
     return connection.read_csv(
-        paths,
+        [glob.escape(path) for path in paths],
+        hive_partitioning=False,
         header=True,
         delim=delimiter,
         quote='"',
@@ -233,7 +233,3 @@ def _check_names(path: str, names: Sequence[str]) -> None:
 
 def first_lines(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

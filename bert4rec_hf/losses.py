@@ -79,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_labels = max(1, LOGITS_AT_ONCE // len(item_weight))
         with torch.autocast(kind, enabled=False):
             states, weight, bias = (tensor.to(dtype) for tensor in inputs)
-            # A range alone would be compiled anew for each number of labels.
+            # With a range alone torch.compile would compile anew for each number of labels.
             for start in range(0, len(labels), num_labels) if len(labels) > num_labels else (0,):
                 part = slice(start, start + num_labels)
                 logits = torch.addmm(bias, states[part], weight.T).to(precise)

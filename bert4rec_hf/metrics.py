@@ -59,13 +59,15 @@ class Protocol:
         """The protocol of `ranking_rows` over the whole catalogue."""
         users = np.flatnonzero(histories.target_positions[part] >= 0)
         positions = histories.target_positions[part][users]
-        starts = histories.offsets[users]
-        targets = histories.item_ids[starts + positions]
-        seen = [
-            target in histories.item_ids[start : start + position]
-            for start, position, target in zip(starts, positions, targets, strict=True)
-        ]
-        known = targets >= FIRST_ITEM_ID
+        targets = histories.item_ids[histories.offsets[users] + positions]
+        target_of = np.zeros(len(histories), np.int32)
+        target_of[users] = targets
+        lengths = np.diff(histories.offsets)
+        before = histories.places() < np.repeat(histories.target_positions[part], lengths)
+        is_target = (
+            before & (histories.item_ids == np.repeat(target_of, lengths)) & (histories.item_ids >= FIRST_ITEM_ID)
+        )
+        num_seen = np.unique(np.repeat(np.arange(len(histories)), lengths)[is_target]).size
         split = preparation["split"]
         notes = [f"{name} from {split[f'{name}_cut']}" for name in PARTS if f"{name}_cut" in split]
         if not split.get("validation", True):
@@ -77,8 +79,8 @@ class Protocol:
             filter_seen_items=filter_seen_items,
             num_users=len(users),
             num_users_without_past=int((positions == 0).sum()),
-            share_seen_targets=float(np.mean(seen & known)) if len(users) else 0.0,
-            share_unknown_targets=float(np.mean(~known)) if len(users) else 0.0,
+            share_seen_targets=num_seen / max(1, len(users)),
+            share_unknown_targets=float(np.mean(targets < FIRST_ITEM_ID)) if len(users) else 0.0,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def preprocess_logits_for_metrics(
     scores = logits[0] if isinstance(logits, tuple) else logits
     targets, exclude_ids = labels
     places = targets.argmax(dim=1, keepdim=True)
-    if exclude_ids.shape == places.shape and exclude_ids.any() and (exclude_ids == places).all():
+    if len(places) > 1 and exclude_ids.shape == places.shape and exclude_ids.any() and (exclude_ids == places).all():
         raise ValueError('set TrainingArguments(label_names=["labels", "exclude_ids"]): got label_positions')
     scores = scores[:, -1] if scores.shape[1] == 1 else scores[torch.arange(len(scores)), places[:, 0]]
     targets = targets.amax(dim=1, keepdim=True)
@@ -197,7 +199,7 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
         part, ties broken by popularity.
     """
     size = num_items + FIRST_ITEM_ID
-    training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
+    training = histories.is_trained()
     popularity = _Scores.of(histories.item_ids[training], size)
     recent = histories.item_ids[training & _is_recent(histories, training)]
     follows = training[1:] & training[:-1]
@@ -207,17 +209,19 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     )
     starts = np.searchsorted(pairs, np.arange(size + 1) * size)
     next_items = pairs % size
+    input_ids, lengths = list_values(rows, "input_ids")
+    newest = np.where(lengths > 1, input_ids[lengths.cumsum() - 2], 0)  # before the [MASK]
+    exclude_ids, lengths = list_values(rows, "exclude_ids")
+    excluded = np.split(exclude_ids, lengths.cumsum()[:-1]) if len(rows) else []
     ranks = []
-    for input_ids, labels, exclude_ids in zip(rows["input_ids"], rows["labels"], rows["exclude_ids"], strict=True):
-        target = labels[-1]
-        if target == IGNORE_INDEX or target in exclude_ids:
+    for last, target, exclude_ids in zip(newest, last_labels(rows), excluded, strict=True):
+        if target == IGNORE_INDEX or (exclude_ids == target).any():
             ranks.append(0)
         else:
-            last = input_ids[-2] if len(input_ids) > 1 else 0
             after = slice(starts[last], starts[last + 1])
-            ranks.append(popularity.rank(target, np.asarray(exclude_ids, np.int64), next_items[after], counts[after]))
+            ranks.append(popularity.rank(target, exclude_ids, next_items[after], counts[after]))
     return {
-        "popularity": popularity_ranks(rows, histories, num_items),
+        "popularity": _frequency_ranks(rows, histories.item_ids[training], num_items),
         "recent popularity": _frequency_ranks(rows, recent, num_items),
         "last-item co-occurrence": np.asarray(ranks, np.int64),
     }
@@ -225,8 +229,7 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
     """(users,) ranks of the floor "popularity" alone, see `floors`; some seconds for a million users."""
-    training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
-    return _frequency_ranks(rows, histories.item_ids[training], num_items)
+    return _frequency_ranks(rows, histories.item_ids[histories.is_trained()], num_items)
 
 
 def last_labels(rows: Dataset) -> np.ndarray:
@@ -292,10 +295,8 @@ class _Scores:
 
 def _is_recent(histories: Histories, training: np.ndarray) -> np.ndarray:
     """(events,) the newest tenth of the training events: by time, or without times of each history."""
-    if histories.timestamps is not None:
+    if histories.timestamps is not None and training.any():
         return histories.timestamps >= np.quantile(
             histories.timestamps[training], 1 - RECENT_SHARE, method="inverted_cdf"
         )
-    lengths = np.diff(histories.offsets)
-    places = np.arange(len(training)) - np.repeat(histories.offsets[:-1], lengths)
-    return places >= np.repeat(histories.train_end * (1 - RECENT_SHARE), lengths)
+    return histories.places() >= np.repeat(histories.train_end * (1 - RECENT_SHARE), np.diff(histories.offsets))

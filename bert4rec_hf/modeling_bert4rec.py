@@ -48,7 +48,7 @@ SNIPPET_MODEL = re.compile(r'model="(.+?)"')
 class MaskedItemPredictionOutput(ModelOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, returned with `labels`):
+        loss (`torch.FloatTensor` of shape `()`, returned with `labels`):
             The item loss in training, the full softmax in evaluation.
         logits (`torch.FloatTensor` of shape `(batch_size, positions, vocab_size)`):
             Scores of the items, or of `item_ids` only; None while training with labels.
@@ -731,7 +731,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """Grow the catalogue: tokenizer, item table and bias together.
 
         A new item starts as the mean of the old ones, so that it is recommended no more than an average item before
-        it is trained; its fixed vector, if the model has those, is 0. What is known of the old items stays as it is.
+        it is trained; its fixed vector, if the model has those, is 0. Token ids, weights and counts of the old items
+        stay as they are; titles given for them replace theirs.
 
         Args:
             tokenizer: The model's `Bert4RecTokenizer`.

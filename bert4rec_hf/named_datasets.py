@@ -35,17 +35,10 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A public log on this machine, in the words of `prepare`."""
+    """A public log on this machine, with the columns that `prepare` takes by default."""
 
-    name: str
     log: Path
-    items: Path  # item_column and title
-    user_column: str
-    item_column: str
-    time_column: str
-    rating_column: str
-    license: str
-    citation: str
+    items: Path  # item_id and title
 
 
 @dataclass(frozen=True)
@@ -80,17 +73,7 @@ def fetch(name: str) -> NamedDataset:
     if not _is_intact(folder, recipe):
         print(f"{name}: {recipe.license} Cite {recipe.citation}", file=sys.stderr)
         _store(folder, _download(name, recipe))
-    return NamedDataset(
-        name=name,
-        log=folder / LOG_FILE,
-        items=folder / ITEMS_FILE,
-        user_column="user_id",
-        item_column="item_id",
-        time_column="timestamp",
-        rating_column="rating",
-        license=recipe.license,
-        citation=recipe.citation,
-    )
+    return NamedDataset(log=folder / LOG_FILE, items=folder / ITEMS_FILE)
 
 
 def _download(name: str, recipe: _Recipe) -> Files:

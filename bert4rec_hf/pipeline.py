@@ -12,7 +12,7 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_bert4rec import UNK_TOKEN_ID
-from .tokenization_bert4rec import Bert4RecTokenizer
+from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +254,7 @@ def _is_one_history(inputs: Any) -> bool:
     if len(inputs) == 0:
         # An empty list or array is a history; an empty dataset has none.
         return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
-    first = next(iter(inputs))  # a pandas Series has labels, not places
-    return isinstance(first, str) or not isinstance(first, Iterable) or getattr(first, "ndim", 1) == 0
+    return not is_history(next(iter(inputs)))  # a pandas Series has labels, not places
 
 
 def _length(history: Any) -> int:

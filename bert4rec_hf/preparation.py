@@ -6,6 +6,7 @@ them trains and which positions are the targets of validation and test. Whatever
 of a target is all that lies before its position.
 """
 
+import glob
 import json
 import logging
 import os
@@ -23,9 +24,10 @@ import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
 from .defaults import default_filter_seen_items, default_max_length
-from .logs import SOURCE_ROW, first_lines, read_log, read_titles
+from .logs import SOURCE_ROW, connect, first_lines, read_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .splits import HISTORIES_FILE, PREPARATION_FILE
+from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +202,7 @@ def prepare(
         _write_parquet(table, folder / HISTORIES_FILE)
         del table, log  # gives back the memory of the events before the statistics are counted
 
-        written = ibis.duckdb.connect().read_parquet(folder / HISTORIES_FILE)
+        written = connect().read_parquet(glob.escape(str(folder / HISTORIES_FILE)), hive_partitioning=False)
         catalogue = _item_counts(written, split, min_item_events)
         statistics = _statistics(written, catalogue, split) | origin["statistics"]
         if split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
@@ -716,8 +718,6 @@ def _write_parquet(table: ir.Table, path: Path) -> None:
 def _save_catalogue(
     folder: Path, catalogue: Mapping[str, int], titles: Mapping[str, str] | None, max_length: int
 ) -> None:
-    from .tokenization_bert4rec import Bert4RecTokenizer
-
     tokenizer = Bert4RecTokenizer.from_items(
         list(catalogue), titles=titles, counts=dict(catalogue), model_max_length=max_length
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .configuration_bert4rec import Bert4RecConfig
+from .model_card import write_file
 
 CODE_FILES = (
     "configuration_bert4rec.py",
@@ -31,7 +32,7 @@ CONFIG_ENTRIES: dict[str, Any] = {
         }
     },
 }
-# A slow tokenizer, which there is none of, and a fast one.
+# The slow tokenizer, of which there is none, and the fast one.
 TOKENIZER_ENTRIES = {"auto_map": {"AutoTokenizer": [None, "tokenization_bert4rec.Bert4RecTokenizer"]}}
 
 
@@ -51,24 +52,16 @@ def publish_code(folder: str | os.PathLike) -> None:
     if config.get("model_type") != Bert4RecConfig.model_type:
         raise ValueError(f"{folder} holds no BERT4Rec model: its model_type is {config.get('model_type')!r}")
     for name in CODE_FILES:
-        _write(folder / name, Path(__file__).with_name(name).read_bytes())
+        write_file(folder / name, Path(__file__).with_name(name).read_bytes())
     # Behind the code that they name.
     for name, content in (
         ("config.json", config | CONFIG_ENTRIES),
         ("tokenizer_config.json", tokenizer_config | TOKENIZER_ENTRIES),
     ):
-        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        _write(folder / name, text.encode("utf-8"))
+        write_file(folder / name, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path, written_by: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}, which {written_by} writes; nothing was published")
     return json.loads(path.read_text("utf-8"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Beside, then moved, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content)
-    os.replace(beside, path)

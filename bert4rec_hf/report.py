@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,9 +38,10 @@ def check_report_folder(folder: str | os.PathLike) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; --report takes a folder of its own")
-    ours = {*REPORT_FILES, *(f".{name}.new" for name in REPORT_FILES)}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
-    if others or (any(folder.iterdir()) and not _is_report(folder / "report.json")):
+    half_written = re.compile(rf"\.({'|'.join(map(re.escape, REPORT_FILES))})\.[0-9a-f]+\.new")  # by `write_file`
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name not in REPORT_FILES and not half_written.fullmatch(name)]
+    if others or (names and not _is_report(folder / "report.json")):
         raise ValueError(
             f"{folder} holds something else than a report ({(others or ['no report.json of bert4rec'])[0]}); give "
             "--report a folder of its own"
@@ -94,8 +96,9 @@ def evaluation_report(
         shares of `ITEM_GROUPS`, and, but for the targets, coverage@10 and gini, the inequality of how often each item
         of the catalogue is shown (0: equally often, 1: one item alone).
     """
-    training = histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)
-    counts = np.bincount(histories.item_ids[training], minlength=num_items + FIRST_ITEM_ID)[FIRST_ITEM_ID:]
+    counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=num_items + FIRST_ITEM_ID)[
+        FIRST_ITEM_ID:
+    ]
     groups = item_groups(counts)
     targets = last_labels(rows)
     known = targets != IGNORE_INDEX

@@ -282,7 +282,7 @@ def _numbers_of(rows: Dataset) -> str:
 
 
 def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
-    """What held out nothing, or other events, has trained on targets; that it is the same log is all we can see."""
+    """Warn of a model that was trained on another split or filter of this log: it may have trained on its targets."""
     own = Path(model) / PREPARATION_FILE
     if not own.is_file():
         return

@@ -48,9 +48,15 @@ class Histories:
 
     def is_training(self) -> np.ndarray:
         """(events,) whether an event belongs to the training part."""
-        lengths = np.diff(self.offsets)
-        places = np.arange(len(self.item_ids)) - np.repeat(self.offsets[:-1], lengths)
-        return places < np.repeat(self.train_end, lengths)
+        return self.places() < np.repeat(self.train_end, np.diff(self.offsets))
+
+    def is_trained(self) -> np.ndarray:
+        """(events,) whether an event trains: it belongs to the training part, and its item to the catalogue."""
+        return self.is_training() & (self.item_ids >= FIRST_ITEM_ID)
+
+    def places(self) -> np.ndarray:
+        """(events,) the place of each in its history, from 0 on."""
+        return np.arange(len(self.item_ids)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
 
 def read_prepared(
@@ -124,12 +130,15 @@ def training_rows(
 
     Returns:
         user_id (string), input_ids (list<int32>).
+
+    Raises:
+        ValueError: If `windows` is unknown or lacks a `max_length`, or if nobody has a training part.
     """
     if windows not in ("whole", "proportional", "sliding"):
         raise ValueError(f"windows must be whole, proportional or sliding; got {windows!r}")
     if windows != "whole" and max_length is None:
         raise ValueError(f"{windows} windows need a max_length, the model's max_position_embeddings")
-    kept = histories.is_training() & (histories.item_ids != UNK_TOKEN_ID)
+    kept = histories.is_trained()
     offsets = np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
     lengths = np.diff(offsets)
@@ -165,14 +174,20 @@ def stream_training_rows(files: str | Path | Sequence[str], tokenizer: Bert4RecT
     Returns:
         input_ids (list<int32>); histories without a training part are left out.
     """
-
-    def tokenize(row: Mapping[str, Any]) -> dict[str, list[int]]:
-        token_ids = tokenizer.item_ids_to_token_ids(row["item_id"][: row["train_end"]])
-        return {"input_ids": [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]}
-
     files = str(files) if isinstance(files, Path) else files
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    return rows.map(tokenize, remove_columns=rows.column_names).filter(lambda row: len(row["input_ids"]) > 0)
+    # Functions of the module, which data-loader workers can be sent.
+    rows = rows.map(_tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows.column_names)
+    return rows.filter(_has_items)
+
+
+def _tokenize(row: Mapping[str, Any], tokenizer: Bert4RecTokenizer) -> dict[str, list[int]]:
+    token_ids = tokenizer.item_ids_to_token_ids(row["item_id"][: row["train_end"]])
+    return {"input_ids": [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]}
+
+
+def _has_items(row: Mapping[str, Any]) -> bool:
+    return len(row["input_ids"]) > 0
 
 
 def ranking_rows(
@@ -195,6 +210,9 @@ def ranking_rows(
     Returns:
         user_id; input_ids ending with [MASK]; labels, -100 but for the target in the [MASK]'s place, and there
         too if the catalogue lacks the target; exclude_ids; history_length, the number of events before the target.
+
+    Raises:
+        ValueError: If `part` is neither.
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}; got {part!r}")
@@ -206,7 +224,7 @@ def ranking_rows(
     for start, position in zip(starts, positions, strict=True):
         past = histories.item_ids[start : start + position]
         past = past[past != UNK_TOKEN_ID]
-        row = np.array(tokenizer.append_mask(past, max_length), np.int32)
+        row = np.array(tokenizer.append_mask(past.tolist(), max_length), np.int32)
         rows.append(row)
         exclude_ids.append(np.unique(past) if filter_seen_items else np.zeros(0, np.int32))
     input_ids = _lists(rows)
@@ -235,7 +253,7 @@ def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: i
         num_candidates: Fewer, where a user has had all but so many of the items that occur.
         seed: Equal seeds give equal candidates.
     """
-    counts = np.bincount(histories.item_ids[histories.is_training() & (histories.item_ids >= FIRST_ITEM_ID)])
+    counts = np.bincount(histories.item_ids[histories.is_trained()])
     cumulative, occurring = counts.cumsum(), np.flatnonzero(counts)
     users = {user_id: number for number, user_id in enumerate(histories.user_id.to_pylist())}
     candidates = []

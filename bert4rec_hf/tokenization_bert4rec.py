@@ -198,8 +198,11 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         Args:
             token_ids: One history of any length, possibly empty.
             max_length: Of the result; None: `model_max_length`.
+
+        Raises:
+            ValueError: If `max_length` is below 2.
         """
-        max_length = max_length or self.model_max_length
+        max_length = self.model_max_length if max_length is None else max_length
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
         newest = token_ids[max(len(token_ids) - max_length + 1, int(self.drop_oldest_item)) :]
@@ -225,9 +228,9 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
                 f"{text if text_pair is None else text_pair!r}"
             )
         text = list(text)
-        is_batch = len(text) > 0 and _is_history(text[0])
+        is_batch = len(text) > 0 and is_history(text[0])
         for history in text if is_batch else ():
-            if not _is_history(history):
+            if not is_history(history):
                 raise TypeError(f"expected a list of histories, lists of item ids; got {history!r} among them")
         histories = [self.item_ids_to_token_ids(history) for history in (text if is_batch else [text])]
         rows = self.without_unknown(histories)
@@ -236,7 +239,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE and self.truncation_side != "left":
             raise ValueError(f"histories lose their oldest items; got truncation_side {self.truncation_side!r}")
         elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
-            limit = max_length or self.model_max_length
+            limit = self.model_max_length if max_length is None else max_length
             rows = [row[max(len(row) - limit, 0) :] for row in rows]
         encoding: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         if return_attention_mask is False:
@@ -320,9 +323,10 @@ def _check_list(items: Any) -> None:
         raise TypeError(f"expected a list of item ids; got {items!r}: did you mean [{items!r}]?")
 
 
-def _is_history(value: Any) -> bool:
-    # A string can be iterated over as well, but is one id.
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+def is_history(value: Any) -> bool:
+    """Whether a value is a history, not an id."""
+    # A string can be iterated over as well, and a tensor of one number says so; either is one id.
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
 
 
 def _to_token(raw_id: str) -> str:

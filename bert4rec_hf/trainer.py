@@ -58,6 +58,7 @@ from .model_card import (
     TRAINING_FILE,
     add_evaluation,
     read_evaluations,
+    write_file,
     write_model_card,
 )
 from .publish import publish_code as publish_code_into
@@ -183,7 +184,14 @@ class Bert4RecTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last would leave users out of every evaluation: leave it out")
+        if self.prediction_loss_only or self.batch_eval_metrics or not self.eval_do_concat_batches:
+            raise ValueError(
+                "the metrics are those of all ranks together: leave out --prediction_loss_only, --batch_eval_metrics "
+                "and --eval_do_concat_batches"
+            )
         if self.eval_strategy == "no":
+            if self.early_stopping_patience is not None:
+                raise ValueError("early_stopping_patience needs evaluations: leave out one of it and eval_strategy no")
             self.load_best_model_at_end = False  # nothing says which is the best
         super().__post_init__()
         # Those two are not always among the available where they are.
@@ -329,6 +337,10 @@ class Bert4RecTrainer(Trainer):
             args = _chosen(args, config, train_dataset)
             if "compute_metrics" not in kwargs:
                 args.check_metric()
+        if args is not None and args.n_gpu > 1:
+            # DataParallel, which the Trainer would take, gives each GPU a part of the negatives of a batch.
+            logger.warning("one of %d GPUs is used; accelerate launch -m bert4rec_hf train uses all", args.n_gpu)
+            args._n_gpu = 1
         if data_collator is None:
             data_collator = _collator(args, config, processing_class)
         super().__init__(
@@ -366,7 +378,7 @@ class Bert4RecTrainer(Trainer):
             raise ValueError("expected evaluation rows of ranking_rows, which have exclude_ids")
         ranks, recommended = found
         num_shown = np.unique(recommended[recommended > 0]).size
-        num_items = self.processing_class.num_items
+        num_items = self.model.config.vocab_size - FIRST_ITEM_ID
         return ranking_metrics(ranks) | {f"coverage@{COVERAGE_CUTOFF}": num_shown / num_items}
 
     def prediction_step(
@@ -462,19 +474,18 @@ class Bert4RecTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
         folder = Path(output_dir or self.args.output_dir)
         old_weights = _weights_digest(folder)
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
         # A pickle with this machine's paths, and the Hub token if it was an argument; the recipe says the same.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        text = yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True)
-        (folder / RECIPE_FILE).write_text(text, "utf-8")
+        write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
         if self.preparation is not None:
             preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
-            text = json.dumps(preparation, indent=2, ensure_ascii=False) + "\n"
-            (folder / PREPARATION_FILE).write_text(text, "utf-8")
+            write_file(folder / PREPARATION_FILE, json.dumps(preparation, indent=2, ensure_ascii=False) + "\n")
         if _weights_digest(folder) != old_weights:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)  # numbers of other weights
             (folder / TRAINING_FILE).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 import torch
@@ -20,11 +21,13 @@ from bert4rec_hf import (
     Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
+    Protocol,
 )
 from bert4rec_hf.splits import tokenize_histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import quality  # noqa: E402
 import scaling  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
@@ -78,8 +81,34 @@ def test_other_users_are_refused_in_one_line(tmp_path):
     assert "A and B have not the same test users (50 and 49, of which 49 are in both)" in run.stderr
     run = subprocess.run([sys.executable, BENCHMARKS / "compare.py", a, a], capture_output=True, text=True, check=True)
     assert "| HR@10 | 1.0000 | 1.0000 | +0.0000 | +0.0000 to +0.0000 | 1.0000 |" in run.stdout
+    ranks(tmp_path / "c-1", [1] * 50), ranks(tmp_path / "c-2", [1] * 49, USERS[1:])
     with pytest.raises(ValueError, match="have not the same test users"):
-        gains(str(tmp_path / "*"))
+        gains(str(tmp_path / "c-*"))
+
+
+def test_seeds_of_two_recipes_are_not_averaged(tmp_path):
+    for name in ("ml-1m-42", "ml-1m-long-42"):
+        ranks(tmp_path / name, [1] * 50)
+    with pytest.raises(ValueError, match="runs of different recipes, ml-1m, ml-1m-long"):
+        gains(str(tmp_path / "ml-1m-*"))
+
+
+def test_a_run_that_is_there_is_not_another_recipes_and_a_row_stands_once(tmp_path, monkeypatch):
+    rows = [(user, item, time) for user in "abcd" for time, item in enumerate("wxyz")]
+    pandas.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).to_parquet(tmp_path / "log.parquet")
+    data = prepared(str(tmp_path / "log.parquet"), tmp_path / "runs", None)
+    recipe = {"num_train_epochs": 1, "hidden_size": 32, "disable_tqdm": True, "use_cpu": True}
+    record = quality.run(data, tmp_path / "runs" / "x-42", recipe, 42)
+    assert quality.run(data, tmp_path / "runs" / "x-42", recipe, 42) == record
+    with pytest.raises(SystemExit, match="is of another recipe or log"):
+        quality.run(data, tmp_path / "runs" / "x-42", recipe | {"hidden_size": 64}, 42)
+    with pytest.raises(SystemExit, match="was prepared with validation targets"):
+        prepared(str(data), tmp_path / "runs", None, validation=False)
+    monkeypatch.setattr(quality, "TABLE", tmp_path / "quality.md")
+    for minutes in ("1", "2"):
+        quality.add_row("log", data, Protocol(**record["protocol"]), record["floors"], ["x, seed 42", minutes])
+    lines = (tmp_path / "quality.md").read_text().splitlines()
+    assert [line for line in lines if "| x, seed 42 |" in line] == [f"| log ({record['log']}) | x, seed 42 | 2 |"]
 
 
 def lists(**served: list[str]) -> pa.Table:

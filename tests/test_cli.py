@@ -689,15 +689,20 @@ def test_help_of_train_has_our_own_options_before_those_of_transformers():
     assert "(default: None)" not in text
 
 
-def run_module(*arguments, folder):
+def run_module(*arguments, folder, **environment):
     return subprocess.run(
         [sys.executable, "-m", "bert4rec_hf", *map(str, arguments)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_what_a_terminal_cannot_show_is_written_otherwise(tmp_path):
+    done = run_module("xyz\N{SNOWMAN}", folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr[:38]) == (2, r"bert4rec: unknown command 'xyz\u2603'.")
 
 
 def test_the_module_is_the_command(model, tmp_path):

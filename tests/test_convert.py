@@ -414,6 +414,16 @@ def test_an_output_that_holds_something_is_left_alone(checkpoint, tmp_path):
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["note"]
 
 
+def test_an_empty_folder_and_a_link_to_one_are_filled(checkpoint, tmp_path):
+    for name in ("empty", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    for name in ("empty", "link"):
+        convert_from_recbole(checkpoint, ITEMS, tmp_path / name)
+        assert (tmp_path / name / "model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
 def write(path: Path, kind: str, checkpoint: Path) -> None:
     content = checkpoint.read_bytes()
     state, config = their_state(settings(), len(ITEMS), 5), settings()

@@ -97,6 +97,14 @@ def test_a_new_model_recommends_what_stands_near_the_items_of_a_history():
     assert [set(row) for row in (best - FIRST_ITEM_ID).tolist()] == [{3, 4}, {8, 9}]
 
 
+def test_a_model_in_half_precision_gets_the_vectors_too():
+    histories, num_items = made(["abcabd", "badcba"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).bfloat16()
+    start_from_cooccurrence(model, histories, num_items, with_mean=False)
+    expected = cooccurrence_vectors(histories, num_items, 64).bfloat16()
+    assert torch.equal(model.get_input_embeddings().weight[FIRST_ITEM_ID:], expected)
+
+
 def test_the_first_layer_hands_on_the_mean_of_a_history():
     histories, num_items = made(["abcabd", "badcba", "efefgh"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
@@ -144,13 +152,16 @@ def test_an_item_beside_nothing_but_itself_has_no_vector():
     assert not cooccurrence_vectors(histories, num_items, 8).any()
 
 
-def test_equal_seeds_give_equal_vectors_and_leave_other_random_numbers_alone():
+def test_equal_seeds_give_equal_vectors_and_leave_other_random_numbers_alone(monkeypatch):
+    of_devices = []
     histories, num_items = made(["abcabd", "badcba", "efefgh"])
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", of_devices.append)
     vectors = [cooccurrence_vectors(histories, num_items, 8, seed=seed) for seed in (1, 1, 2)]
     assert torch.rand(1) == expected
+    assert not of_devices
     assert torch.equal(vectors[0], vectors[1])
     assert not torch.allclose(vectors[0], vectors[2])
     products = [found @ found.T for found in vectors]

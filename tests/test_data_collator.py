@@ -335,6 +335,8 @@ def test_of_more_masks_than_wanted_a_random_part_stays():
     masked = (collator(rows)["labels"] != -100).numpy()
     assert (masked.sum(axis=1) == 4).all()
     assert (np.abs(masked.mean(axis=0) - 0.1) < 0.06).all()  # wherever they stand
+    with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
+        make_collator(max_length=0)
     with pytest.raises(ValueError, match="max_predictions must be at least 1; got 0"):
         DataCollatorForMaskedItemPrediction(tokenizer, max_predictions=0)
 

@@ -94,6 +94,17 @@ def test_a_model_in_half_precision_is_exported_in_single_and_stays_as_it_is(tmp_
     torch.testing.assert_close(torch.from_numpy(scores), expected(model.float(), batch)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_that_is_not_exported_goes_on_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ImportError("onnxscript")
+
+    model = make_model({}).train()
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ImportError):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert model.training
+
+
 def test_torch_export_answers_like_the_model(tmp_path):
     model = make_model({})
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=12)

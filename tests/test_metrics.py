@@ -51,6 +51,9 @@ def test_label_positions_in_the_place_of_seen_items_are_an_error():
     labels = torch.tensor([[-100, 4], [-100, 3]])
     with pytest.raises(ValueError, match="label_names"):
         preprocess_logits_for_metrics(torch.zeros(2, 1, 6), (labels, torch.ones(2, 1, dtype=torch.long)))
+    # A single row may have, by chance, one item whose id is the number of its events.
+    one = (torch.tensor([[-100, -100, -100, 4]]), torch.tensor([[3]]))
+    assert preprocess_logits_for_metrics(torch.zeros(1, 1, 6), one).tolist() == [2]
 
 
 def test_compute_metrics_reads_ranks():
@@ -96,6 +99,13 @@ def test_floors_by_hand():
     filtered = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
     # u has had a, b, c: d is all that is left. v has had its target before: never shown.
     assert floors(filtered, histories, 4)["popularity"].tolist() == [1, 0]
+
+
+def test_where_nothing_trains_all_floors_are_ties():
+    tokenizer = Bert4RecTokenizer.from_items(list("ab"), model_max_length=5)
+    histories = tokenize_histories(table({"u": (["x", "a"], 1, None, 1)}, timestamps=[[1, 2]]), tokenizer)
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
+    assert [ranks.tolist() for ranks in floors(rows, histories, 2).values()] == [[2], [2], [2]]
 
 
 def test_co_occurrence_knows_what_follows_what():

@@ -765,3 +765,21 @@ def test_a_date_whose_year_comes_first_is_a_date_in_any_column_and_others_stay_t
     assert log.timestamp.type().is_date()
     assert log.born.type().is_string()
     assert items_of(log) == {"a": ["x"], "b": ["y"]}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_files_name_is_no_pattern_and_its_folders_are_no_columns(tmp_path, kind):
+    folder = tmp_path / "user_id=acme" / "timestamp=2026-01-31"
+    folder.mkdir(parents=True)
+    for name, user in (("log[1]", "right"), ("log1", "wrong")):
+        path = write_csv(folder / f"{name}.csv", [(user, "a", 2), (user, "b", 1)])
+        if kind == "parquet":
+            pandas.read_csv(path).to_parquet(path.with_suffix(".parquet"))
+    one, both = (read_log(source).to_pyarrow() for source in (folder / f"log[1].{kind}", f"{folder}/log*.{kind}"))
+    assert (one["user_id"].to_pylist(), one["timestamp"].to_pylist()) == (["right"] * 2, [2, 1])
+    assert both["user_id"].to_pylist() == ["wrong"] * 2 + ["right"] * 2
+
+
+def test_the_output_folder_may_be_named_like_a_partition_of_a_table(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [(user, item, time) for user in "ab" for time, item in enumerate("xyz")])
+    assert prepare(log, tmp_path / "item_id=[x]" / "data")["statistics"]["num_users"] == 2

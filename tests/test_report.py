@@ -186,6 +186,12 @@ def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is(traine
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
+def test_what_a_killed_run_left_half_written_is_no_obstacle(trained, tmp_path, capsys):
+    assert evaluate(capsys, trained, "--report", str(tmp_path))[0] == 0
+    (tmp_path / f".report.md.{'0f' * 16}.new").write_text("hal")
+    assert evaluate(capsys, trained, "--report", str(tmp_path))[0] == 0
+
+
 def test_a_file_and_the_papers_protocol_are_refused_before_anything_is_ranked(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert evaluate(capsys, trained, "--report", str(tmp_path / "file")) == (

@@ -72,6 +72,12 @@ def test_processes_and_workers_share_the_rows_without_repeats_or_gaps(shards, nu
     assert sorted(seen) == list(range(NUM_SHARDS * ROWS))
 
 
+def test_workers_that_are_started_anew_are_sent_the_rows(shards):
+    rows = stream_training_rows(shards, TOKENIZER)
+    loader = DataLoader(rows, batch_size=5, num_workers=1, collate_fn=list, multiprocessing_context="spawn")
+    assert [first for batch in loader for first in firsts(batch)] == list(range(NUM_SHARDS * ROWS))
+
+
 def train(shards: str, folder: Path) -> None:
     """Trains one pass over the rows and notes those that this process collated."""
     collator, seen = DataCollatorForMaskedItemPrediction(TOKENIZER), []

@@ -251,6 +251,9 @@ def test_a_flat_list_is_one_history_and_a_list_of_lists_a_batch(tokenizer):
     assert tokenizer(("10", "2"))["input_ids"] == [3, 4, MASK]
     assert tokenizer(np.array([10, 2]))["input_ids"] == [3, 4, MASK]
     assert tokenizer(np.array([[10, 2], [30, 2]]))["input_ids"] == [[3, 4, MASK], [5, 4, MASK]]
+    assert tokenizer(torch.tensor([10, 2]))["input_ids"] == [3, 4, MASK]
+    assert tokenizer([torch.tensor(10), torch.tensor(2)])["input_ids"] == [3, 4, MASK]
+    assert tokenizer(torch.tensor([[10, 2], [30, 2]]))["input_ids"] == [[3, 4, MASK], [5, 4, MASK]]
 
 
 @pytest.mark.parametrize("history", ["10", [["10"], "30"], [["10"], 30]], ids=["text", "mixed-str", "mixed-int"])

@@ -521,11 +521,40 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
         ({"dataloader_drop_last": True}, "dataloader_drop_last would leave users out of every evaluation"),
         ({"train_windows": "newst"}, "train_windows must be one of newest, random, proportional, sliding; got 'newst'"),
         ({"output_dir": None}, "say --output_dir FOLDER"),
+        ({"prediction_loss_only": True}, "leave out --prediction_loss_only"),
+        ({"batch_eval_metrics": True}, "leave out --prediction_loss_only, --batch_eval_metrics"),
+        ({"eval_do_concat_batches": False}, "the metrics are those of all ranks together"),
+        ({"eval_strategy": "no", "early_stopping_patience": 2}, "early_stopping_patience needs evaluations"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         Bert4RecTrainingArguments(**({"output_dir": "model"} | option))
+
+
+def test_of_several_gpus_without_a_launcher_one_is_used(chain, tmp_path, caplog):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    given = arguments(tmp_path, per_device_train_batch_size=8, eval_strategy="no", save_strategy="no")
+    given._n_gpu = 4
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
+    trainer = Bert4RecTrainer(model, given, train_dataset=training_rows(histories), processing_class=tokenizer)
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, 8)
+    assert "one of 4 GPUs is used; accelerate launch" in caplog.text
+
+
+def test_a_trainer_with_a_collator_of_its_own_evaluates_without_a_tokenizer(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    rows = ranking_rows(histories, tokenizer, "validation", filter_seen_items=True)
+    torch.manual_seed(0)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
+    collator = DataCollatorForMaskedItemPrediction(tokenizer)
+    found = [
+        Bert4RecTrainer(model, arguments(tmp_path), collator, eval_dataset=rows, **given).evaluate()
+        for given in ({}, {"processing_class": tokenizer})
+    ]
+    assert found[0]["eval_coverage@10"] == found[1]["eval_coverage@10"] > 0
 
 
 def test_without_validation_targets_these_train_and_the_numbers_say_so(chain, tmp_path):
