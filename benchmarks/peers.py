@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from quality import add_row, log_name, minutes, named_seeds, prepared, spread, write_ranks
+from quality import add_row, log_name, minutes, named_seeds, named_values, prepared, spread, write_ranks
 from tables import processor
 
 from bert4rec_hf.metrics import Protocol, floors, ranking_metrics
@@ -100,7 +99,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="most epochs, where the peer's own number takes too long")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the peer")
     options = parser.parse_args()
-    settings = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in options.set)}
+    settings = named_values(options.set)
     if options.epochs:
         settings["epochs"] = options.epochs
     name = log_name(options.log)

@@ -1,6 +1,7 @@
 """A recipe on a log: leave-one-out, full ranking, beside the floors.
 
     python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
+                                 [--set NAME=VALUE …]
 
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
 `position` in place of times is ordered by that. The table names a file by itself, NAME.parquet, or by the folder of
@@ -184,6 +185,11 @@ def minutes(runs: Sequence[Mapping]) -> str:
     return f"{seconds / 60:.1f} (CPU {of_cpu / 60:.1f})"
 
 
+def named_values(pairs: Sequence[str]) -> dict:
+    """Of NAME=VALUE, values as YAML has them."""
+    return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
 def named_seeds(seeds: Sequence[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
@@ -195,8 +201,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--without_validation", action="store_true")
     parser.add_argument("--output", default="quality")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="in place of the recipe's")
     options = parser.parse_args()
     recipe = yaml.safe_load(Path(options.recipe).read_text("utf-8")) if options.recipe else {}
+    recipe |= named_values(options.set)
     name = log_name(options.log)
     folder = Path(options.output) / name
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -207,6 +215,10 @@ def main() -> None:
     given = f" --recipe {options.recipe}" if options.recipe else ""
     if options.without_validation:
         title, stem, given = f"{title}, all but test trains", f"{stem}-all-but-test", f"{given} --without_validation"
+    if options.set:
+        named = " ".join(options.set)
+        title, stem = f"{title}, `{named}`", "-".join([stem, *options.set]).replace("/", "_")
+        given += f" --set {named}"
     runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
     if not state.is_main_process:
         return
