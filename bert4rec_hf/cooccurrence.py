@@ -1,5 +1,6 @@
 """Item vectors from which items stand near one another in histories: where a new model starts, and what it keeps."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from .configuration_bert4rec import FIRST_ITEM_ID
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .splits import Histories
+
+logger = logging.getLogger(__name__)
 
 # Items at most so far apart are counted together.
 WINDOW = 5
@@ -19,6 +22,8 @@ SCALE = 0.05
 FIXED_SCORE = 10.0
 # Of a larger log, whole histories drawn at random with about so many events are counted.
 MOST_EVENTS = 2_500_000
+# Of more items it is said that factorising takes minutes.
+SLOW_FROM = 300_000
 
 
 def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int, *, seed: int = 0) -> torch.Tensor:
@@ -44,22 +49,29 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
         counted &= (np.random.default_rng(seed).random(len(histories)) < share)[rows]
     row_of = torch.from_numpy(rows[counted])
     items = torch.from_numpy(histories.item_ids[counted]).long() - FIRST_ITEM_ID
-    size = (num_items, num_items)
-    counts = _sparse(torch.empty(2, 0, dtype=torch.long), torch.empty(0), size)
+    pairs = []  # one number each; either way round
     for distance in range(1, WINDOW + 1):
         first, second = items[:-distance], items[distance:]
         near = (row_of[:-distance] == row_of[distance:]) & (first != second)
-        pairs = torch.stack((first[near], second[near]))
-        counts = (counts + _sparse(pairs, torch.ones(pairs.shape[1]), size)).coalesce()
-    counts = (counts + counts.t()).coalesce()
+        first, second = first[near], second[near]
+        pairs += [first * num_items + second, second * num_items + first]
     vectors = torch.zeros(num_items, hidden_size)
-    if not counts.values().numel():
+    unique, counts = torch.unique(torch.cat(pairs), return_counts=True)
+    if not len(unique):
         return vectors
-    (first, second), number = counts.indices(), counts.values()
-    of_item = counts.sum(dim=1).to_dense()
+    del pairs  # of a million items a gigabyte
+    indices, number = torch.stack((unique // num_items, unique % num_items)), counts.float()
+    first, second = indices
+    of_item = torch.zeros(num_items).index_add_(0, first, number)
     of_neighbour = of_item**NEIGHBOUR_POWER / (of_item**NEIGHBOUR_POWER).sum()
     information = (number / (of_item[first] * of_neighbour[second])).log().clamp(min=0)
-    matrix = _sparse(counts.indices(), information, size)
+    size = (num_items, num_items)
+    matrix = torch.sparse_coo_tensor(indices, information, size, check_invariants=False, is_coalesced=True)
+    if num_items > SLOW_FROM:
+        logger.warning(
+            "starting from which of %d items stand near one another takes minutes; --item_initialization random "
+            "does without", num_items,
+        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not those of the caller's devices
         rank = min(hidden_size, num_items)
@@ -121,7 +133,3 @@ def keep_cooccurrence(
     length = vectors.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
     table: Any = model.decoder.cooccurrence
     table[FIRST_ITEM_ID:] = vectors * (FIXED_SCORE**0.5 / length)
-
-
-def _sparse(indices: torch.Tensor, values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return torch.sparse_coo_tensor(indices, values, size, check_invariants=False).coalesce()

@@ -681,6 +681,10 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
         Returns:
             ranks (batch,), all 0 without targets; scores and item_ids (batch, k), with k = 0 without `top_k`.
+
+        Raises:
+            ValueError: If `top_k` is below 1, an id is not the model's, the targets are not one a history, or a score
+                is NaN.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {top_k}")

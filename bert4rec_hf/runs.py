@@ -32,6 +32,7 @@ from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .report import check_report_folder, evaluation_report, write_report
 from .splits import (
     PREPARATION_FILE,
+    Histories,
     check_prepared,
     ranking_rows,
     read_prepared,
@@ -45,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 # What a checkpoint's optimizer and scheduler have in them.
 OF_THE_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+# A model and its tokenizer, the histories in its token ids, the content of preparation.json.
+OnHistories = tuple[Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, Histories, dict[str, Any]]
 
 
 def train_prepared(
@@ -79,39 +84,9 @@ def train_prepared(
     args.check_metric()
     set_seed(args.seed)
     if model_name_or_path is None:
-        histories, tokenizer, preparation = read_prepared(data)
-        derived = {
-            "max_position_embeddings": preparation["max_length"],
-            "filter_seen_items": preparation["filter_seen_items"],
-        }
-        num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
-        if args.item_initialization == "random":
-            architecture = {"cooccurrence_size": 0} | architecture
-        chosen = default_architecture(num_events, num_items, architecture)
-        config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
-        model = Bert4RecForMaskedItemPrediction(config)
-        if args.item_initialization == "cooccurrence":
-            with_mean = default_start_with_mean(num_events, num_items)
-            start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
-        if config.cooccurrence_size:
-            keep_cooccurrence(model, histories, num_items, seed=args.seed)
-        tokenizer.model_max_length = config.max_position_embeddings
+        model, tokenizer, histories, preparation = _new_model(data, args, architecture)
     else:
-        model = load_model(model_name_or_path)
-        other = [f"{name}={value}" for name, value in architecture.items() if getattr(model.config, name) != value]
-        if other:
-            raise ValueError(
-                f"a model that goes on training keeps its architecture; {model_name_or_path} has not "
-                f"{', '.join(other)}: leave that out"
-            )
-        tokenizer = Bert4RecTokenizer.from_pretrained(model_name_or_path)
-        catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
-        titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
-        model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
-        tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
-        histories, tokenizer, preparation = read_prepared(data, tokenizer)
-        if not old_items.intersection(catalogue.items):
-            logger.warning("%s knows none of the items of %s: all of them are new", model_name_or_path, data)
+        model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, architecture)
     config = model.config
     validation = ranking_rows(
         histories,
@@ -169,6 +144,46 @@ def train_prepared(
         for warning in training["warnings"]:
             logger.warning(warning)
     return trainer
+
+
+def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, architecture: dict[str, Any]) -> OnHistories:
+    histories, tokenizer, preparation = read_prepared(data)
+    derived = {
+        "max_position_embeddings": preparation["max_length"],
+        "filter_seen_items": preparation["filter_seen_items"],
+    }
+    num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
+    if args.item_initialization == "random":
+        architecture = {"cooccurrence_size": 0} | architecture
+    chosen = default_architecture(num_events, num_items, architecture)
+    config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
+    model = Bert4RecForMaskedItemPrediction(config)
+    if args.item_initialization == "cooccurrence":
+        with_mean = default_start_with_mean(num_events, num_items)
+        start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
+    if config.cooccurrence_size:
+        keep_cooccurrence(model, histories, num_items, seed=args.seed)
+    tokenizer.model_max_length = config.max_position_embeddings
+    return model, tokenizer, histories, preparation
+
+
+def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, architecture: dict[str, Any]) -> OnHistories:
+    """A model that goes on, with the items of the log that are new to it."""
+    model = load_model(folder)
+    other = [f"{name}={value}" for name, value in architecture.items() if getattr(model.config, name) != value]
+    if other:
+        raise ValueError(
+            f"a model that goes on training keeps its architecture; {folder} has not {', '.join(other)}: leave that out"
+        )
+    tokenizer = Bert4RecTokenizer.from_pretrained(folder)
+    catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
+    titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
+    model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
+    tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
+    histories, tokenizer, preparation = read_prepared(data, tokenizer)
+    if not old_items.intersection(catalogue.items):
+        logger.warning("%s knows none of the items of %s: all of them are new", folder, data)
+    return model, tokenizer, histories, preparation
 
 
 def evaluate_prepared(

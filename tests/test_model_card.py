@@ -1,5 +1,6 @@
 """README.md of a model folder; what it is on the Hub is tested in test_hub.py."""
 
+import inspect
 import json
 import random
 import re
@@ -11,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, prepare
 from bert4rec_hf.cli import main
-from bert4rec_hf.model_card import MARK, add_evaluation, read_evaluations, write_model_card
+from bert4rec_hf.model_card import MARK, PREPARE_DEFAULTS, add_evaluation, read_evaluations, write_model_card
 
 PROTOCOL = {
     "split": "temporal (validation from 1, test from 2)", "part": "test", "candidates": "all 3 items",
@@ -141,3 +142,8 @@ def test_numbers_of_another_log_stand_under_its_name(folder):
     assert found == {("old", 0.5), ("newer", 0.125)}
     assert "Of `newer.parquet`: " in card.text
     assert card.text.count("| **this model** |") == 2
+
+
+def test_the_command_to_reproduce_leaves_out_what_prepare_does_by_itself():
+    defaults = {name: parameter.default for name, parameter in inspect.signature(prepare).parameters.items()}
+    assert {name: defaults[name] for name in PREPARE_DEFAULTS} == PREPARE_DEFAULTS
