@@ -239,10 +239,11 @@ def test_every_series_of_scaling_is_measured_written_and_drawn(tmp_path):
     def run(measure: str, **options) -> dict[str, float]:
         return scaling.MEASURES[measure](**options)
 
-    series = scaling.measured(run, lengths=(5, 10), catalogues=(100, 200), users=(40, 80))
+    series = scaling.measured(run, lengths=(5, 10), catalogues=(100, 200), users=(40, 80), indexed=(100, 300))
     assert [[next(iter(point.values())) for point in points] for points in series.values()] == [
         [5, 10],
         [100, 200],
+        [100, 300],
         [40, 80],
     ]
     for points in series.values():
@@ -253,6 +254,7 @@ def test_every_series_of_scaling_is_measured_written_and_drawn(tmp_path):
     assert [line for line in lines if line.startswith("## ")] == [
         "## By history length",
         "## By catalogue",
+        "## By catalogue, by an index",
         "## By users",
         "## A plan for 100,000,000 users and 10,000,000 items",
     ]
