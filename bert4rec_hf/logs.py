@@ -136,7 +136,11 @@ def read_titles(
                     f"got {', '.join(name for name in table.columns if name != SOURCE_ROW)}"
                 )
         table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string")).to_pyarrow()
-        titles = dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
+        pairs = set(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
+        titles = dict(sorted(pairs, key=lambda pair: pair[1] or ""))
+        if len(pairs) > len(titles):
+            logger.warning("%s has %d titles too many, for items that have one: of each the last by alphabet is taken",
+                           item_titles, len(pairs) - len(titles))  # fmt: skip
     # A missing title of a data frame is NaN.
     found = {item: titles[item] for item in catalogue if isinstance(titles.get(item), str) and titles[item]}
     if not found:

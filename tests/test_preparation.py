@@ -783,3 +783,14 @@ def test_a_files_name_is_no_pattern_and_its_folders_are_no_columns(tmp_path, kin
 def test_the_output_folder_may_be_named_like_a_partition_of_a_table(tmp_path):
     log = write_csv(tmp_path / "log.csv", [(user, item, time) for user in "ab" for time, item in enumerate("xyz")])
     assert prepare(log, tmp_path / "item_id=[x]" / "data")["statistics"]["num_users"] == 2
+
+
+def test_of_several_titles_of_an_item_one_is_taken_whatever_the_order_and_it_is_said(tmp_path, caplog):
+    for number, rows in enumerate(([("x", "A"), ("x", "B"), ("y", "C")], [("y", "C"), ("x", "B"), ("x", "A")])):
+        file = write_csv(tmp_path / f"items{number}.csv", rows, header=("item_id", "title"))
+        assert read_titles(file, "item_id", ["x", "y"]) == {"x": "B", "y": "C"}
+        assert "has 1 titles too many" in caplog.text
+        caplog.clear()
+    same = write_csv(tmp_path / "same.csv", [("x", "A"), ("x", "A")], header=("item_id", "title"))
+    assert read_titles(same, "item_id", ["x"]) == {"x": "A"}
+    assert caplog.text == ""
