@@ -126,7 +126,7 @@ class PrepareArguments:
         default="keep",
         metadata={
             "choices": ["keep", "drop", "drop_consecutive"],
-            "help": "Of a user's events of one item: keep all, the first, or the first of a run.",
+            "help": "A user's repeated events of an item: keep all, the first, or the first of each run.",
         },
     )
     event_columns: list[str] | None = field(default=None, metadata={"help": "Columns to carry along."})
@@ -202,7 +202,7 @@ class RecommendArguments:
     exclude: list[str] | None = field(default=None, metadata={"help": "Item ids never to recommend."})
     candidates: list[str] | None = field(default=None, metadata={"help": "Item ids to choose from."})
     filter_seen_items: bool | None = field(
-        default=None, metadata={"help": "Leave out the history's items; left out: as the model folder says."}
+        default=None, metadata={"help": "Never recommend the history's own items; default: as the model folder says."}
     )
     histories: str | None = field(
         default=None, metadata={"help": "Parquet file with user_id and item_id (list), one history a row."}
@@ -243,7 +243,7 @@ class ConvertArguments:
     )
     drop_oldest_item: bool = field(
         default=True,
-        metadata={"help": "Leave out a history's oldest item, as RecBole does though there is room; false: do not."},
+        metadata={"help": "Drop a history's oldest item even if there is room, as RecBole does; false: keep it."},
     )
 
 

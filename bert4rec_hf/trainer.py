@@ -100,7 +100,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
         default="cooccurrence",
         metadata={
             "choices": ["cooccurrence", "random"],
-            "help": "Where a new model starts: from which items stand near one another, or anywhere.",
+            "help": "Item embeddings of a new model: from co-occurrence in the training data, or random.",
         },
     )
     last_item_ratio: float = field(
@@ -111,15 +111,15 @@ class Bert4RecTrainingArguments(TrainingArguments):
         default="proportional",
         metadata={
             "choices": ["newest", "random", "proportional", "sliding"],
-            "help": "Of a history longer than the model, train on its newest items, on a random window an epoch, "
-            "on as many random windows an epoch as it holds, or on every window of a sliding one.",
+            "help": "For a history longer than the model's input, train on: its newest items; one random window an "
+            "epoch; ceil(its length / the model's) of them; or every position of a sliding window.",
         },
     )
     window_step: float = field(
         default=0.5, metadata={"help": "How far a sliding window moves, as a share of the model's length."}
     )
     num_negatives: int = field(
-        default=256, metadata={"help": "Items drawn a training batch, unless the item loss is softmax."}
+        default=256, metadata={"help": "Negative items drawn per training batch; unused with item loss softmax."}
     )
     negative_sampling: str = field(
         default="uniform",
@@ -149,7 +149,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept, the best besides."})
     logging_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of all steps."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(default="NDCG@10", metadata={"help": "Metric of the best."})
+    metric_for_best_model: str | None = field(default="NDCG@10", metadata={"help": "Metric that picks the best."})
     greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Send buffers to all processes at each step; they are equal from the start."}

@@ -183,3 +183,14 @@ def test_a_model_without_room_for_fixed_vectors_is_told_so():
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID))
     with pytest.raises(ValueError, match=r"Bert4RecConfig\(cooccurrence_size=512\)"):
         keep_cooccurrence(model, histories, num_items)
+
+
+def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch, caplog):
+    chance = np.random.default_rng(0)
+    histories, num_items = made(["".join(map(chr, chance.integers(97, 137, 12))) for _ in range(80)])
+    expected = cooccurrence_vectors(histories, num_items, 16, seed=1)
+    monkeypatch.setattr(cooccurrence, "MANY_ITEMS", num_items - 1)
+    found = cooccurrence_vectors(histories, num_items, 16, seed=1)
+    assert "takes minutes" in caplog.text
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-5, rtol=1e-3)
+    assert torch.equal(found, cooccurrence_vectors(histories, num_items, 16, seed=1))
