@@ -73,10 +73,10 @@ def judge(lists: pa.Table, histories: Histories, tokenizer: Bert4RecTokenizer) -
     served_to = np.array([places[user_id] for user_id in lists["user_id"].to_pylist()])
     ranks = lists["rank"].to_numpy()
     # One number for a user and an item, or a user and a rank.
-    size = len(tokenizer)
+    size, item_ids = len(tokenizer), histories.item_ids.astype(np.int64)  # of users times items
     served = served_to * size + np.array(tokenizer.item_ids_to_token_ids(lists["item_id"].to_pylist()))
     had = np.concatenate([
-        place * size + histories.item_ids[start:end]
+        place * size + item_ids[start:end]
         for place, (start, end) in enumerate(zip(starts, targets, strict=True))
     ])  # fmt: skip
     if np.unique(served).size < len(served) or np.isin(served, had).any():
@@ -84,7 +84,7 @@ def judge(lists: pa.Table, histories: Histories, tokenizer: Bert4RecTokenizer) -
     within = (ranks >= 1) & (ranks <= np.bincount(served_to)[served_to])
     if not within.all() or np.unique(served_to * size + ranks).size < len(ranks):
         raise ValueError("the ranks of a list are not 1, 2, 3 …")
-    is_target = served == (np.arange(len(users)) * size + histories.item_ids[targets])[served_to]
+    is_target = served == (np.arange(len(users)) * size + item_ids[targets])[served_to]
     found = np.zeros(len(users), np.int32)
     found[served_to[is_target]] = ranks[is_target]
     return names, found
