@@ -96,9 +96,8 @@ def evaluation_report(
         shares of `ITEM_GROUPS`, and, but for the targets, coverage@10 and gini, the inequality of how often each item
         of the catalogue is shown (0: equally often, 1: one item alone).
     """
-    counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=num_items + FIRST_ITEM_ID)[
-        FIRST_ITEM_ID:
-    ]
+    trained = histories.item_ids[histories.is_trained()]
+    counts = np.bincount(trained, minlength=num_items + FIRST_ITEM_ID)[FIRST_ITEM_ID:]
     groups = item_groups(counts)
     targets = last_labels(rows)
     known = targets != IGNORE_INDEX

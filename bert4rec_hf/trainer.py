@@ -474,12 +474,11 @@ class Bert4RecTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            super()._save(output_dir, state_dict)
-            return
         folder = Path(output_dir or self.args.output_dir)
-        old_weights = _weights_digest(folder)
+        old_weights = _weights_digest(folder) if self.args.should_save else None
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         # A pickle with this machine's paths, and the Hub token if it was an argument; the recipe says the same.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
