@@ -180,7 +180,7 @@ def add_row(
 
 
 def minutes(runs: Sequence[Mapping]) -> str:
-    """The mean, and that of CPU time, of all processes' first."""
+    """The mean over runs, and that of the first process's CPU time."""
     seconds, of_cpu = (statistics.mean(run[name] for run in runs) for name in ("seconds", "cpu_seconds"))
     return f"{seconds / 60:.1f} (CPU {of_cpu / 60:.1f})"
 

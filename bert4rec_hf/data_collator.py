@@ -39,11 +39,10 @@ class DataCollatorForMaskedItemPrediction:
 
     Returns:
         When called: `input_ids`, `attention_mask`, `labels` (batch, length), `label_positions` (batch, most
-        labels of a row) padded with -1; for evaluation rows `exclude_ids` and `candidate_ids` as well, where they
-        have them. For training rows with
-        `num_negatives`, `negative_ids` (K,); by popularity, `negative_log_probabilities` (K,), of each to be drawn,
-        and `positive_log_probabilities` (batch, most labels of a row), of each label to be among the K, 0 where
-        there is none; a label that the counts lack is taken as counted once.
+        labels of a row) padded with -1; of evaluation rows that have them, `exclude_ids` and `candidate_ids`. For
+        training rows with `num_negatives`, `negative_ids` (K,); by popularity, `negative_log_probabilities` (K,), of
+        each to be drawn, and `positive_log_probabilities` (batch, most labels of a row), of each label to be among the
+        K, 0 where there is none; a label that the counts lack is taken as counted once.
 
     Raises:
         TypeError: If a row has raw item ids, or numbers that are no integers.

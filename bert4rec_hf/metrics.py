@@ -214,12 +214,12 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     exclude_ids, lengths = list_values(rows, "exclude_ids")
     excluded = np.split(exclude_ids, lengths.cumsum()[:-1]) if len(rows) else []
     ranks = []
-    for last, target, exclude_ids in zip(newest, last_labels(rows), excluded, strict=True):
-        if target == IGNORE_INDEX or (exclude_ids == target).any():
+    for last, target, had in zip(newest, last_labels(rows), excluded, strict=True):
+        if target == IGNORE_INDEX or (had == target).any():
             ranks.append(0)
         else:
             after = slice(starts[last], starts[last + 1])
-            ranks.append(popularity.rank(target, exclude_ids, next_items[after], counts[after]))
+            ranks.append(popularity.rank(target, had, next_items[after], counts[after]))
     return {
         "popularity": _frequency_ranks(rows, histories.item_ids[training], num_items),
         "recent popularity": _frequency_ranks(rows, recent, num_items),

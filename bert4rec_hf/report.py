@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,9 +37,10 @@ def check_report_folder(folder: str | os.PathLike) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; --report takes a folder of its own")
-    half_written = re.compile(rf"\.({'|'.join(map(re.escape, REPORT_FILES))})\.[0-9a-f]+\.new")  # by `write_file`
     names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name not in REPORT_FILES and not half_written.fullmatch(name)]
+    # What `write_file` was writing when a run was killed is ours too.
+    half_written = {name for name in names if name.startswith(".report.") and name.endswith(".new")}
+    others = [name for name in names if name not in REPORT_FILES and name not in half_written]
     if others or (names and not _is_report(folder / "report.json")):
         raise ValueError(
             f"{folder} holds something else than a report ({(others or ['no report.json of bert4rec'])[0]}); give "
