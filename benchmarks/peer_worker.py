@@ -95,7 +95,7 @@ def rectools_dataset(part: pd.DataFrame):
 def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple[pd.DataFrame, dict]:
     import pytorch_lightning as lightning
     import torch
-    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, Timer
     from rectools import models
     from rectools.models.nn.transformers.utils import leave_one_out_mask
 
@@ -107,7 +107,10 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
 
         def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
             targets = batch["y"]
-            best = outputs["logits"].view(len(targets), -1).topk(10).indices
+            logits = outputs.get("logits")
+            if logits is None:  # with a sampled loss these are of a few items
+                logits = module.torch_model(batch)[:, -1]
+            best = logits.view(len(targets), -1).topk(10).indices
             self.hits.append((best == targets).any(dim=1).float())
 
         def on_validation_epoch_end(self, trainer, module):
@@ -116,6 +119,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
 
     settings = RECTOOLS | settings
     epochs, patience = settings.pop("epochs"), settings.pop("patience")
+    minutes = settings.pop("minutes", None)
     best = ModelCheckpoint(dirpath=folder / "checkpoint", monitor="recall@10", mode="max")
 
     def trainer() -> lightning.Trainer:
@@ -127,7 +131,12 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
             devices=1,
             logger=False,
             enable_progress_bar=False,
-            callbacks=[Recall(), best, EarlyStopping("recall@10", mode="max", patience=patience)],
+            callbacks=[
+                Recall(),
+                best,
+                EarlyStopping("recall@10", mode="max", patience=patience),
+                Timer(duration=minutes and {"minutes": minutes}, interval="epoch"),
+            ],
         )
 
     validated = histories["user_id"][histories["validation_position"] >= 0].to_numpy()
@@ -142,6 +151,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     model.fit(past)
     fitted = model.fit_trainer
     kept = next(callback for callback in fitted.callbacks if isinstance(callback, ModelCheckpoint))
+    patient = next(callback for callback in fitted.callbacks if isinstance(callback, EarlyStopping))
     checkpoint = torch.load(kept.best_model_path, weights_only=False)
     model.lightning_model.load_state_dict(checkpoint["state_dict"])
     users = histories["user_id"][histories["test_position"] >= 0].to_numpy()
@@ -149,7 +159,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     return lists, {
         "epochs": fitted.current_epoch,
         "best_epoch": checkpoint["epoch"] + 1,
-        "limited": fitted.current_epoch == epochs < RECTOOLS["epochs"],
+        "limited": not patient.stopped_epoch and fitted.current_epoch < RECTOOLS["epochs"],
         "parameters": sum(parameter.numel() for parameter in model.torch_model.parameters()),
         "package": "rectools",
     }

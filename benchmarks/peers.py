@@ -5,7 +5,8 @@
 LOG is as benchmarks/quality.py takes it. The peer runs in an environment of its own, made in FOLDER/environments once:
 it trains on the events before the validation targets, may choose its checkpoint by these, and serves each test user
 100 items from all events before the test target. Their ranks stay in FOLDER for benchmarks/compare.py. Settings are
-the peer's own (benchmarks/peer_worker.py says which and where from) unless they are set here.
+the peer's own (benchmarks/peer_worker.py says which and where from) unless they are set here; with `minutes=N` RecTools
+ends its training after the epoch in which they are over.
 """
 
 import argparse
@@ -130,6 +131,7 @@ def main() -> None:
         epochs += " (limited)" if any(run["limited"] for run in runs) else ""
     else:
         ranking += f", {first['chosen']}"
+    ranking += f", `{' '.join(options.set)}`" if options.set else ""
     given = f" --epochs {options.epochs}" if options.epochs else ""
     given += f" --set {' '.join(options.set)}" if options.set else ""
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
