@@ -5,7 +5,6 @@ import glob
 import gzip
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,11 +24,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE_ROW = "__source_row__"  # added by `read_log`: the row's place in the source
 DELIMITERS = (",", "\t", ";", "|")
-# Rows of a CSV file from which its column types are guessed; a second's work, 20 times DuckDB's default.
-SNIFFED_ROWS = 400_000
-# How dates and times must be written, and the rows of which that is seen.
-YEAR_FIRST = re.compile(r"\s*\d{4}[-/]")
-ROWS_LOOKED_AT = 1_000
+# How dates and times must be written; of those without a time zone, none of them may have one.
+YEAR_FIRST = r"^\s*\d{4}[-/]"
+WITHOUT_ZONE = YEAR_FIRST + r"\d{1,2}[-/]\d{1,2}([ T]\s*\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?)?\s*$"
 
 
 def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
@@ -69,10 +66,13 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
         raise ValueError(f"{source} matches CSV and Parquet files; expected files of one kind")
     try:
         if kinds[paths[0]]:
-            _check_names(paths[0], pq.read_schema(paths[0]).names)
-            _check_id_types(paths, id_columns)
-            # Names of files are no patterns, and folders such as day=2026-01-01 no columns.
-            log = connection.read_parquet([glob.escape(path) for path in paths], hive_partitioning=False)
+            names = pq.read_schema(paths[0]).names
+            _check_names(paths[0], names)
+            _check_columns(paths, id_columns)
+            # Names of files are no patterns, and folders such as day=2026-01-01 no columns; a column whose type is not
+            # the same in all files gets one that holds them all.
+            files = [glob.escape(path) for path in paths]
+            log = connection.read_parquet(files, hive_partitioning=False, union_by_name=True).select(names)
         else:
             delimiter, header = _csv_header(paths[0])
             for path in paths[1:]:
@@ -83,11 +83,12 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
             times = [name for name, kind in log.schema().items() if kind.is_date() or kind.is_timestamp()]
             if times:
                 written = _read_csv(connection, paths, delimiter, as_text | dict.fromkeys(times, "VARCHAR"))
-                first = written.select(times).limit(ROWS_LOOKED_AT).to_pyarrow()
-                # DuckDB guesses which of 01/02/03 is the year. Text is refused where a time is needed.
-                unclear = [
-                    name for name in times if not all(map(YEAR_FIRST.match, first[name].drop_null().to_pylist()))
-                ]
+                # DuckDB guesses which of 01/02/03 is the year, and drops a time zone that only some times have. Text
+                # is refused where a time is needed.
+                patterns = {name: YEAR_FIRST if _has_zone(log[name].type()) else WITHOUT_ZONE for name in times}
+                clear = {name: written[name].re_search(pattern).all() for name, pattern in patterns.items()}
+                unclear = [name for name, all_are in written.aggregate(**clear).to_pyarrow().to_pylist()[0].items()
+                           if all_are is False]  # fmt: skip
                 if unclear:
                     log = _read_csv(connection, paths, delimiter, as_text | dict.fromkeys(unclear, "VARCHAR"))
     except (duckdb.Error, pa.ArrowException, OSError) as error:
@@ -113,7 +114,7 @@ def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, types: Mapp
         quote='"',
         escape='"',
         comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
-        sample_size=SNIFFED_ROWS,
+        sample_size=-1,  # all rows: else a value that the guessed type does not hold may be rounded to one that it does
         types=types,
     )
 
@@ -128,7 +129,7 @@ def read_titles(
     if isinstance(item_titles, Mapping):
         titles = {str(item): title for item, title in item_titles.items()}
     else:
-        table = read_log(item_titles, id_columns=(item_column,))
+        table = read_log(item_titles, id_columns=(item_column, "title"))
         for column in (item_column, "title"):
             if column not in table.columns:
                 raise ValueError(
@@ -179,11 +180,19 @@ def _is_parquet(path: str) -> bool:
         return file.read(4) == b"PAR1"
 
 
-def _check_id_types(paths: Sequence[str], id_columns: Sequence[str]) -> None:
-    """Raise unless the files agree in the types of the ids: DuckDB casts to those of the first, and '007' becomes 7."""
+def _has_zone(kind: Any) -> bool:
+    return kind.is_timestamp() and kind.timezone is not None
+
+
+def _check_columns(paths: Sequence[str], id_columns: Sequence[str]) -> None:
+    """Raise unless all files have the columns of the first, and ids of one type: else 7 and '007' would be two."""
     seen: dict[str, tuple[str, pa.DataType]] = {}
+    first_names = [name.lower() for name in pq.read_schema(paths[0]).names]
     for path in paths if len(paths) > 1 else ():
         kinds = {field.name.lower(): field.type for field in pq.read_schema(path)}  # DuckDB knows no case of names
+        missing = [name for name in first_names if name not in kinds]
+        if missing:
+            raise ValueError(f"{path} lacks the column {missing[0]!r}, which {paths[0]} has")
         for column in id_columns:
             kind = kinds.get(column.lower())
             if kind is None:

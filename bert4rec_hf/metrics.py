@@ -34,7 +34,7 @@ class Protocol:
         filter_seen_items: Whether a user's past items were left out, and a target among them a miss.
         num_users: Users with a target, all of them counted.
         num_users_without_past: Of these, those ranked from an empty history.
-        share_seen_targets: Targets that the user has had before.
+        share_seen_targets: Targets that the user has had before, and that the catalogue has.
         share_unknown_targets: Targets that the catalogue lacks; misses.
     """
 

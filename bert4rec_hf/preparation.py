@@ -582,7 +582,7 @@ def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
         return moment if kind.timezone else moment.replace(tzinfo=None)
     if 0 < cut < 1:
         # Exact, where a quantile would interpolate between two times.
-        times = events.select("timestamp").order_by("timestamp").limit(1, offset=int(cut * num_events))
+        times = events.select("timestamp").order_by("timestamp").limit(1, offset=int(cut * num_events + 1e-9))
         return times.timestamp.max().to_pyarrow().as_py()
     if kind.is_timestamp():
         raise ValueError(f"the time column is {kind}: a cut is a share between 0 and 1 or an ISO date; got {cut!r}")
