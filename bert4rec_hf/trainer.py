@@ -591,7 +591,8 @@ def _chosen(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
     args = copy(args)
     if args.mask_ratio is None:
         has_lengths = isinstance(rows, Dataset) and len(rows)
-        args.mask_ratio = default_mask_ratio(row_lengths(rows).mean() if has_lengths else math.inf)
+        lengths = np.minimum(row_lengths(rows), config.max_position_embeddings) if has_lengths else np.inf
+        args.mask_ratio = default_mask_ratio(float(np.mean(lengths)))
     if args.learning_rate is None:
         args.learning_rate = default_learning_rate(config.hidden_size)
     if args.per_device_train_batch_size is None:
