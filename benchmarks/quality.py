@@ -8,8 +8,8 @@ LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that 
 NAME/interactions.parquet; where the files come from stands below it. Without a recipe, what is measured are the
 defaults. Validation chooses the checkpoint, test is read once; without validation its targets train, and the last step
 is the model. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken
-up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py. In two processes: `torchrun
---nproc_per_node 2 benchmarks/quality.py …`.
+up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py; so do the floors' ranks. In two
+processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -31,16 +32,17 @@ from torch.utils.data import DataLoader
 
 from bert4rec_hf import (
     Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     prepare,
 )
 from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
-from bert4rec_hf.metrics import Protocol
+from bert4rec_hf.metrics import Protocol, floors
 from bert4rec_hf.model_card import CURVE_FILE
 from bert4rec_hf.runs import evaluate_prepared, load_model, train_prepared
-from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
+from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, Histories, ranking_rows, read_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "quality.md"
@@ -94,12 +96,12 @@ def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> 
     pq.write_table(pa.table({"user_id": user_ids, "rank": pa.array(ranks, pa.int32())}), folder / RANKS_FILE)
 
 
-def rank_users(model_folder: Path, data: Path) -> None:
-    """Keep the rank of every user's test target, as `evaluate_prepared` counts it, with the model."""
-    model = load_model(model_folder).eval()
-    histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model_folder))
+def ranks_of(
+    model: Bert4RecForMaskedItemPrediction, histories: Histories, tokenizer: Bert4RecTokenizer, part: str
+) -> tuple[list[str], np.ndarray]:
+    """The users with a target in a part and its ranks, as `evaluate_prepared` counts them."""
     policy, length = model.config.filter_seen_items, model.config.max_position_embeddings
-    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=policy, max_length=length)
+    rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
     columns = rows.select_columns(["input_ids", "labels", "exclude_ids"])
     ranks = [
         model.rank(
@@ -110,7 +112,22 @@ def rank_users(model_folder: Path, data: Path) -> None:
         )
         for batch in DataLoader(columns, 256, collate_fn=DataCollatorForMaskedItemPrediction(tokenizer))
     ]
-    write_ranks(model_folder, rows["user_id"][:], torch.cat(ranks).numpy())
+    return rows["user_id"][:], torch.cat(ranks).numpy()
+
+
+def rank_users(model_folder: Path, data: Path) -> None:
+    """Keep the rank of every user's test target with the model."""
+    histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model_folder))
+    write_ranks(model_folder, *ranks_of(load_model(model_folder).eval(), histories, tokenizer, "test"))
+
+
+def rank_floors(folder: Path, data: Path) -> None:
+    """Likewise with each floor, in a folder of its name; the histories are whole."""
+    histories, tokenizer, preparation = read_prepared(data)
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=preparation["filter_seen_items"])
+    for floor, ranks in floors(rows, histories, tokenizer.num_items).items():
+        (folder / floor).mkdir(exist_ok=True)
+        write_ranks(folder / floor, rows["user_id"][:], ranks)
 
 
 def train(data: Path, output: Path, recipe: dict, seed: int) -> Bert4RecTrainer:
@@ -222,6 +239,7 @@ def main() -> None:
     runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
     if not state.is_main_process:
         return
+    rank_floors(folder, data)
     launcher = f"torchrun --nproc_per_node {state.num_processes} " if state.num_processes > 1 else ""
     epochs, validated = f"{statistics.mean(run['epochs'] for run in runs):.0f}", runs[0]["validation"] is not None
     if validated:

@@ -32,7 +32,7 @@ _LATER = {
     "Protocol": "metrics",
     "compute_metrics": "metrics",
     "cooccurrence_vectors": "cooccurrence",
-    "keep_cooccurrence": "cooccurrence",
+    "keep_transitions": "cooccurrence",
     "start_from_cooccurrence": "cooccurrence",
     "convert_config": "convert",
     "convert_from_recbole": "convert",
@@ -75,7 +75,7 @@ __all__ = [
     "export_onnx",
     "floors",
     "histories",
-    "keep_cooccurrence",
+    "keep_transitions",
     "prepare",
     "preprocess_logits_for_metrics",
     "publish_code",
@@ -92,7 +92,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .convert import convert_config, convert_from_recbole, convert_to_recbole
-    from .cooccurrence import cooccurrence_vectors, keep_cooccurrence, start_from_cooccurrence
+    from .cooccurrence import cooccurrence_vectors, keep_transitions, start_from_cooccurrence
     from .export import export_onnx
     from .item_index import ItemIndex
     from .logs import read_log

@@ -64,10 +64,10 @@ class Bert4RecConfig(PreTrainedConfig):
             `"sampled_softmax"`, `"bpr"` and `"gbce"` compare the label with sampled items, see losses.py.
         gbce_calibration (`float`, defaults to 0.75):
             The t of `"gbce"`, between 0, binary cross-entropy, and 1, the least overconfident.
-        cooccurrence_size (`int`, defaults to 0):
-            Length of fixed item vectors, see `cooccurrence.keep_cooccurrence`, whose products with those of a
-            history are added to the scores wherever items are ranked; training is without them. 0: none, as in
-            the paper.
+        num_transitions (`int`, defaults to 0):
+            Of how many items that followed it in the log each item keeps how strongly it calls for them, see
+            `cooccurrence.keep_transitions`: added to the scores wherever items are ranked, and not learnt. 0: none,
+            as in the paper.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
             not recommended.
@@ -97,7 +97,7 @@ class Bert4RecConfig(PreTrainedConfig):
     prediction_head: bool = False
     item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
     gbce_calibration: float | int = 0.75
-    cooccurrence_size: int = 0
+    num_transitions: int = 0
     pad_in_softmax: bool = False
     filter_seen_items: bool = False
     pad_token_id: int | None = PAD_TOKEN_ID
@@ -115,8 +115,8 @@ class Bert4RecConfig(PreTrainedConfig):
             given = getattr(self, f"{name}_token_id")
             if given not in (fixed, None):
                 raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}")
-        if self.cooccurrence_size < 0:
-            raise ValueError(f"cooccurrence_size must be at least 0; got {self.cooccurrence_size}")
+        if self.num_transitions < 0:
+            raise ValueError(f"num_transitions must be at least 0; got {self.num_transitions}")
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")
         if self.hidden_size % self.num_attention_heads:

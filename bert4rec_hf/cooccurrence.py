@@ -1,7 +1,8 @@
-"""Item vectors from which items stand near one another in histories: where a new model starts, and what it keeps."""
+"""Which items stand near one another in histories: where a new model's item vectors start, and what it keeps."""
 
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ WINDOW = 5
 NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 SCALE = 0.05
-# Mean squared length of the fixed vectors: what is added to the score of an item whose vector equals the history's.
-FIXED_SCORE = 10.0
+# An item is a transition of one that it follows at most so far behind.
+FOLLOWS_WITHIN = 3
 # Of a larger log, whole histories drawn at random with about so many events are counted.
 MOST_EVENTS = 2_500_000
 # Of more items the factorisation is one that takes less time, and rounds otherwise.
@@ -94,32 +95,53 @@ def start_from_cooccurrence(
 
 
 @torch.no_grad()
-def keep_cooccurrence(
-    model: Bert4RecForMaskedItemPrediction, histories: Histories, num_items: int, *, seed: int = 0
+def keep_transitions(
+    model: Bert4RecForMaskedItemPrediction, histories: Histories, num_items: int, *, weight: float = 1.0, seed: int = 0
 ) -> None:
-    """Give a model its fixed item vectors, `config.cooccurrence_size` long.
+    """Give a model its transitions: of each item the `config.num_transitions` that most call for being shown after it.
 
-    Their products with the mean of a history's, newer items counting more, are added to the scores wherever items are
-    ranked. Training, which predicts the very pairs that they were made of, is without them: they would look surer
-    than they are.
+    Items up to `FOLLOWS_WITHIN` after an item in the training part are counted, each half as much as one that is one
+    nearer. How strongly an item calls for one that follows it is their positive pointwise mutual information times the
+    logarithm of 1 plus their count: the information alone is largest where a chance is seen once. Wherever items are
+    ranked, the mean over a history, newer items counting more, is added to the scores. Training, which predicts the
+    very pairs that are counted, is without them: they would look surer than they are.
 
     Args:
-        model: What changes; its `cooccurrence_size` is above 0.
+        model: What changes; its `num_transitions` is above 0.
         histories, num_items, seed: As in `cooccurrence_vectors`.
+        weight: Of the transitions in the sum with the model's own scores, see `defaults.default_transition_weight`.
 
     Raises:
         ValueError: If the model has no room for them.
     """
-    if not model.config.cooccurrence_size:
-        raise ValueError("the model has no fixed vectors: make it with Bert4RecConfig(cooccurrence_size=512)")
-    vectors = cooccurrence_vectors(histories, num_items, model.config.cooccurrence_size, seed=seed)
-    length = vectors.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
-    table: Any = model.decoder.cooccurrence
-    table[FIRST_ITEM_ID:] = vectors * (FIXED_SCORE**0.5 / length)
+    number = model.config.num_transitions
+    if not number:
+        raise ValueError("the model has no room for transitions: make it with Bert4RecConfig(num_transitions=64)")
+    keys, counts = [], []
+    for distance, (first, second) in enumerate(_pairs(histories, FOLLOWS_WITHIN, seed)):
+        keys.append(first * num_items + second)
+        counts.append(torch.full((len(first),), 0.5**distance))
+    unique, places = torch.unique(torch.cat(keys), return_inverse=True)
+    count = torch.zeros(len(unique)).index_add_(0, places, torch.cat(counts))
+    first, second = unique // num_items, unique % num_items
+    scores = weight * _positive_information(first, second, count, num_items) * count.log1p()
+    # The strongest of an item first; how many are before one of the same item is its column.
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(first[order], stable=True)]
+    first, second, scores = first[order], second[order], scores[order]
+    starts = torch.searchsorted(first, torch.arange(num_items))
+    columns = torch.arange(len(first)) - starts[first]
+    kept = (columns < number) & (scores > 0)
+    decoder: Any = model.decoder
+    decoder.next_ids.zero_()
+    decoder.next_scores.zero_()
+    where = first[kept].to(decoder.next_ids.device) + FIRST_ITEM_ID, columns[kept].to(decoder.next_ids.device)
+    decoder.next_ids[where] = (second[kept] + FIRST_ITEM_ID).to(decoder.next_ids)
+    decoder.next_scores[where] = scores[kept].to(decoder.next_scores)
 
 
-def _information(histories: Histories, num_items: int, seed: int) -> torch.Tensor:
-    """(num_items, num_items), sparse: the positive pointwise mutual information of items near one another."""
+def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each distance up to the window the items (from 0) that are so far apart in the training part, in order."""
     rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
     counted = histories.is_trained()
     share = MOST_EVENTS / max(1, counted.sum())
@@ -127,20 +149,31 @@ def _information(histories: Histories, num_items: int, seed: int) -> torch.Tenso
         counted &= (np.random.default_rng(seed).random(len(histories)) < share)[rows]
     row_of = torch.from_numpy(rows[counted])
     items = torch.from_numpy(histories.item_ids[counted]).long() - FIRST_ITEM_ID
-    pairs = []  # one number each; either way round
-    for distance in range(1, WINDOW + 1):
+    for distance in range(1, window + 1):
         first, second = items[:-distance], items[distance:]
         near = (row_of[:-distance] == row_of[distance:]) & (first != second)
-        first, second = first[near], second[near]
+        yield first[near], second[near]
+
+
+def _information(histories: Histories, num_items: int, seed: int) -> torch.Tensor:
+    """(num_items, num_items), sparse: the positive pointwise mutual information of items near one another."""
+    pairs = []  # one number each; either way round
+    for first, second in _pairs(histories, WINDOW, seed):
         pairs += [first * num_items + second, second * num_items + first]
     unique, counts = torch.unique(torch.cat(pairs), return_counts=True)
-    indices, number = torch.stack((unique // num_items, unique % num_items)), counts.float()
-    first, second = indices
-    of_item = torch.zeros(num_items).index_add_(0, first, number)
-    of_neighbour = of_item**NEIGHBOUR_POWER / (of_item**NEIGHBOUR_POWER).sum()
-    information = (number / (of_item[first] * of_neighbour[second])).log().clamp(min=0)
+    indices = torch.stack((unique // num_items, unique % num_items))
+    information = _positive_information(indices[0], indices[1], counts.float(), num_items)
     size = (num_items, num_items)
     return torch.sparse_coo_tensor(indices, information, size, check_invariants=False, is_coalesced=True)
+
+
+def _positive_information(
+    first: torch.Tensor, second: torch.Tensor, count: torch.Tensor, num_items: int
+) -> torch.Tensor:
+    """How much more often than by chance, as a logarithm and at least 0, the second stand by the first."""
+    of_item = torch.zeros(num_items).index_add_(0, first, count)
+    of_neighbour = torch.zeros(num_items).index_add_(0, second, count) ** NEIGHBOUR_POWER
+    return (count / (of_item[first] * (of_neighbour / of_neighbour.sum())[second])).log().clamp(min=0)
 
 
 def _leading(matrix: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:

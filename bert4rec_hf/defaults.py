@@ -31,7 +31,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
 
     64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
     at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
-    weights as plain ones four times as wide have; fixed vectors of 512 where items are rare, of at most 100,000.
+    weights as plain ones four times as wide have; 64 transitions an item, of at most 100,000.
 
     Args:
         num_events, num_items: Of the training part and the catalogue.
@@ -39,14 +39,13 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     """
     are_rare = _are_rare(num_events, num_items)
     hidden_size = 64 if num_events < WIDE_FROM else 128
-    cooccurrence_size = 0
     if are_rare and num_items <= TOO_MANY_ITEMS:
-        hidden_size, cooccurrence_size = 256, 512
+        hidden_size = 256
     hidden_size = given.get("hidden_size", hidden_size)
     chosen: dict[str, Any] = {
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
-        "cooccurrence_size": cooccurrence_size,
+        "num_transitions": 64 if num_items <= TOO_MANY_ITEMS else 0,
     }
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
@@ -64,6 +63,14 @@ def default_start_with_mean(num_events: int, num_items: int) -> bool:
     It saves small logs two thirds of their epochs; large ones end no better, and rare items worse.
     """
     return num_events < WIDE_FROM and not _are_rare(num_events, num_items)
+
+
+def default_transition_weight(num_events: int, num_items: int) -> float:
+    """Of transitions in the scores: 20 by the events an item, between .25 and 1.5.
+
+    The rarer items are, the less of them has been learnt.
+    """
+    return min(1.5, max(0.25, 20 * num_items / max(1, num_events)))
 
 
 def default_batch_size(num_rows: int) -> int:

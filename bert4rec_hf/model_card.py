@@ -34,7 +34,7 @@ PREPARE_DEFAULTS = {
 
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
-    "item_initialization", "cooccurrence_size", "mask_ratio", "train_windows", "hidden_size", "num_hidden_layers",
+    "item_initialization", "num_transitions", "mask_ratio", "train_windows", "hidden_size", "num_hidden_layers",
     "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob", "max_position_embeddings",
     "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
@@ -153,6 +153,11 @@ def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | No
         f"{config['max_position_embeddings'] - 1} items. Items that a user has had are "
         f"{'not ' if config['filter_seen_items'] else ''}recommended again, unless told otherwise."
     )
+    if config.get("num_transitions"):
+        text += (
+            f" A score is the Transformer's, and what the log tells of the {config['num_transitions']} items that most "
+            "call for being shown after each of a history's newest."
+        )
     if preparation:
         statistics, source = preparation["statistics"], preparation["source"]
         text += (

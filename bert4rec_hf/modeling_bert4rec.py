@@ -35,6 +35,8 @@ SPECIAL_TOKEN_LOGIT = -1e4
 # their vectors are there at once, a quarter of a GiB.
 ITEMS_PER_CHUNK = 2**16
 FLOATS_AT_ONCE = 2**26
+# Of a history, whose transitions are added to the scores.
+NEWEST_ITEMS = 8
 # What stands beside config and weights in a model folder: the catalogue, and what is true of these weights only.
 CATALOGUE_FILES = ("tokenizer.json", "tokenizer_config.json", "items.json")
 RECORD_FILES = (
@@ -52,8 +54,9 @@ class MaskedItemPredictionOutput(ModelOutput):
             The item loss in training, the full softmax in evaluation.
         logits (`torch.FloatTensor` of shape `(batch_size, positions, vocab_size)`):
             Scores of the items, or of `item_ids` only; None while training with labels.
-        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, hidden_size + cooccurrence_size)`):
-            What the item table is multiplied with; None while training with labels.
+        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, width)`):
+            What the item table is multiplied with, hidden size wide, and with `config.num_transitions` the newest
+            items before the position and their weights; None while training with labels.
         hidden_states, attentions (`tuple(torch.FloatTensor)`):
             With `output_hidden_states=True`, `output_attentions=True`.
     """
@@ -272,8 +275,9 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Bert4RecDecoder) and module.cooccurrence is not None:
-            initialization.zeros_(module.cooccurrence)
+        if isinstance(module, Bert4RecDecoder) and module.next_ids is not None:
+            initialization.zeros_(module.next_ids)
+            initialization.zeros_(module.next_scores)
         if isinstance(module, Bert4RecDecoder) and self.config.item_loss == "gbce":
             # Each item is as likely as any other then, and not as likely as not, as it would be with 0: what unlearns
             # that first, with all items as negatives, unlearns most of where the item table started.
@@ -387,17 +391,20 @@ class Bert4RecPredictionHead(nn.Module):
 class Bert4RecDecoder(nn.Linear):
     """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in.
 
-    Beside it, if the config asks for them, fixed item vectors: what stands behind the hidden size of a state is
-    multiplied with these. They are a buffer, which is never sharded, and may be read anywhere.
+    Beside it, if the config asks for them, transitions: `next_ids` (vocabulary, K), the token ids of items that follow
+    an item, each once and padded with 0, and `next_scores`, what they add to their scores. They are buffers, which are
+    never sharded, and may be read anywhere.
     """
 
-    cooccurrence: torch.Tensor | None
+    next_ids: torch.Tensor | None
+    next_scores: torch.Tensor
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config.hidden_size, config.vocab_size)
         self.pad_in_softmax = config.pad_in_softmax
-        size = config.cooccurrence_size
-        self.register_buffer("cooccurrence", torch.zeros(config.vocab_size, size) if size else None)
+        shape = config.vocab_size, config.num_transitions
+        self.register_buffer("next_ids", torch.zeros(shape, dtype=torch.int) if config.num_transitions else None)
+        self.register_buffer("next_scores", torch.zeros(shape) if config.num_transitions else None)
 
     def forward(
         self,
@@ -410,14 +417,11 @@ class Bert4RecDecoder(nn.Linear):
     ) -> torch.Tensor:
         """The item loss with labels, else scores: (batch, P, width of the states) -> (batch, P, vocab size or C)."""
         if labels is not None:
-            weight, bias = self.weight, self.bias[FIRST_ITEM_ID:]
-            if self.cooccurrence is not None and states.shape[-1] > self.in_features:
-                weight = torch.cat((weight, self.cooccurrence), dim=1)
-            pad, weight = weight[:1], weight[FIRST_ITEM_ID:]
+            weight, bias = self.weight[FIRST_ITEM_ID:], self.bias[FIRST_ITEM_ID:]
             if self.pad_in_softmax and item_loss == "softmax":  # last, so that items keep their rows
-                weight, bias = torch.cat((weight, pad)), torch.cat((bias, self.bias[:1]))
+                weight, bias = torch.cat((weight, self.weight[:1])), torch.cat((bias, self.bias[:1]))
             return ITEM_LOSSES[item_loss](
-                states.flatten(0, -2),
+                states[..., : self.in_features].flatten(0, -2),
                 weight,
                 bias,
                 torch.where(labels < FIRST_ITEM_ID, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten(),
@@ -444,22 +448,38 @@ class Bert4RecDecoder(nn.Linear):
 
     def _scores(self, states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
         """(batch, P, width of the states) with rows of the table, (C,) or each of the batch with its own (batch, C)."""
-        learnt, fixed = states[..., : self.in_features], states[..., self.in_features :]
+        learnt, newest = states[..., : self.in_features], states[..., self.in_features :]
         weight, bias = self.weight[rows].to(states.dtype), self.bias[rows].to(states.dtype)
         if bias.dim() == 1:
             scores = nn.functional.linear(learnt, weight, bias)
         else:
             scores = learnt @ weight.mT + bias.unsqueeze(1)
-        if self.cooccurrence is not None and fixed.shape[-1]:
-            scores += fixed @ self.cooccurrence[rows].to(states.dtype).mT
+        if not newest.shape[-1] or not scores.shape[-1]:
+            return scores
+        if isinstance(rows, slice):
+            return self._add_transitions(scores, newest, rows.start or 0)
+        added = self._add_transitions(scores.new_zeros(*scores.shape[:-1], self.out_features), newest, 0)
+        return scores + (added[..., rows] if rows.dim() == 1 else added.gather(2, rows.unsqueeze(1).expand_as(scores)))
+
+    def _add_transitions(self, scores: torch.Tensor, newest: torch.Tensor, start: int) -> torch.Tensor:
+        """Scores (batch, P, C) of token ids from `start` on, with what the newest items (batch, P, 2 N) add to them."""
+        assert self.next_ids is not None  # for the type checker
+        item_ids, weights = newest[..., :NEWEST_ITEMS].long(), newest[..., NEWEST_ITEMS:]
+        # One at a time: no item follows one twice, so that sums are the same on every device.
+        for item in range(NEWEST_ITEMS):
+            columns = self.next_ids[item_ids[..., item]].long() - start
+            added = self.next_scores[item_ids[..., item]].to(scores.dtype) * weights[..., item : item + 1]
+            inside = (columns >= 0) & (columns < scores.shape[-1])
+            scores.scatter_add_(-1, columns.where(inside, 0), added.where(inside, 0))
         return scores
 
-    def history_states(
+    def newest_items(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
-        """What the fixed vectors are multiplied with at some positions or all: the mean of a history's own.
+        """The items before some positions or all, whose transitions are added to the scores there.
 
-        An item counts half as much as one that is one nearer.
+        An item counts half as much as the one after it; of more than `NEWEST_ITEMS` the others would have less than
+        half a percent.
 
         Args:
             input_ids: (batch, length) token ids.
@@ -467,19 +487,22 @@ class Bert4RecDecoder(nn.Linear):
             positions: (batch, P); None: all.
 
         Returns:
-            (batch, P, co-occurrence size); 0 for a history without items.
+            (batch, P, 2 `NEWEST_ITEMS`): token ids, then their weights, of sum 1; 0 where there are no more items.
         """
-        assert self.cooccurrence is not None  # for the type checker
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        positions = places.expand_as(input_ids) if positions is None else positions
-        distances = (positions.unsqueeze(2) - places).abs()
         is_item = input_ids >= FIRST_ITEM_ID
         if attention_mask is not None and attention_mask.dim() == 2:
             is_item = is_item & (attention_mask != 0)
-        is_item = is_item.unsqueeze(1)
-        weights = (-math.log(2) * distances).masked_fill(~is_item, -torch.inf).softmax(dim=2)
-        with torch.autocast(input_ids.device.type, enabled=False):
-            return weights.masked_fill(~is_item, 0) @ self.cooccurrence[input_ids].float()
+        # So many places before the first that each position has enough of them.
+        input_ids = nn.functional.pad(input_ids, (NEWEST_ITEMS, 0))
+        is_item = nn.functional.pad(is_item, (NEWEST_ITEMS, 0)).unsqueeze(1)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = places[NEWEST_ITEMS:].unsqueeze(0) if positions is None else positions + NEWEST_ITEMS
+        distances = positions.unsqueeze(2) - places
+        nearness = (-distances).float().masked_fill(~is_item | (distances <= 0), -torch.inf)
+        nearness, found = nearness.topk(NEWEST_ITEMS, dim=2)
+        weights = (math.log(2) * nearness).softmax(dim=2).nan_to_num(0)  # none where there is no item
+        item_ids = input_ids.unsqueeze(1).expand(-1, found.shape[1], -1).gather(2, found)
+        return torch.cat((item_ids.where(weights > 0, 0).float(), weights), dim=2)
 
 
 class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
@@ -504,9 +527,10 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         # A resize hands over a plain nn.Linear.
         self.decoder.weight, self.decoder.bias = value.weight, value.bias
-        if self.decoder.cooccurrence is not None:
-            added = value.out_features - len(self.decoder.cooccurrence)
-            self.decoder.cooccurrence = nn.functional.pad(self.decoder.cooccurrence, (0, 0, 0, added))
+        if self.decoder.next_ids is not None:
+            added = 0, 0, 0, value.out_features - len(self.decoder.next_ids)
+            self.decoder.next_ids = nn.functional.pad(self.decoder.next_ids, added)
+            self.decoder.next_scores = nn.functional.pad(self.decoder.next_scores, added)
         self.decoder.out_features = value.out_features
 
     @can_return_tuple
@@ -578,11 +602,12 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 seen = None if seen is None else seen[is_label]
                 sampled = [_at_labels(values, is_label) for values in sampled]
             prediction_states = self.head(states)
-            if self.config.cooccurrence_size and not self.training:
+            if self.config.num_transitions and not self.training:
                 if input_ids is None:
-                    raise ValueError("with a cooccurrence_size, expected input_ids, whose fixed vectors are added up")
-                fixed = self.decoder.history_states(input_ids, attention_mask, prediction_positions)
-                prediction_states = torch.cat((prediction_states, fixed.to(prediction_states.dtype)), dim=-1)
+                    raise ValueError("with num_transitions, expected input_ids, whose transitions are added")
+                newest = self.decoder.newest_items(input_ids, attention_mask, prediction_positions)
+                # Not in half precision, which has no room for token ids.
+                prediction_states = torch.cat((prediction_states.float(), newest), dim=-1)
         loss = None
         if labels is not None:
             item_loss = self.config.item_loss if self.training else "softmax"
@@ -674,7 +699,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
 
         Args:
-            prediction_states: (batch, 1, hidden size + co-occurrence size), from `forward`.
+            prediction_states: (batch, 1, width), from `forward`.
             target_ids: As in `rank`; None: no ranks.
             top_k: As in `recommend`; None: no items.
             candidate_ids, exclude_ids: As in `recommend`.
@@ -735,8 +760,8 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         """Grow the catalogue: tokenizer, item table and bias together.
 
         A new item starts as the mean of the old ones, so that it is recommended no more than an average item before
-        it is trained; its fixed vector, if the model has those, is 0. Token ids, weights and counts of the old items
-        stay as they are; titles given for them replace theirs.
+        it is trained; transitions to it or from it, if the model has those, it has none. Token ids, weights and counts
+        of the old items stay as they are; titles given for them replace theirs.
 
         Args:
             tokenizer: The model's `Bert4RecTokenizer`.
@@ -762,18 +787,14 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, width + 1): their dot products with `item_vectors` are the scores of `recommend`."""
-        states = self._mask_states(input_ids, attention_mask).squeeze(1).float()
+        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores, without transitions."""
+        states = self._mask_states(input_ids, attention_mask).squeeze(1).float()[:, : self.config.hidden_size]
         return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
-        """(number of items, width + 1), the bias last; row i is the item of token id i + 3.
-
-        The width is the hidden size, and the co-occurrence size besides.
-        """
-        fixed = [] if self.decoder.cooccurrence is None else [self.decoder.cooccurrence]
-        vectors = torch.cat((self.decoder.weight, *fixed, self.decoder.bias.unsqueeze(1)), dim=1)
+        """(number of items, hidden size + 1), the bias last; row i is the item of token id i + 3."""
+        vectors = torch.cat((self.decoder.weight, self.decoder.bias.unsqueeze(1)), dim=1)
         return vectors[FIRST_ITEM_ID:].float()
 
     def _mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

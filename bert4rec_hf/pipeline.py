@@ -12,6 +12,7 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_bert4rec import UNK_TOKEN_ID
+from .modeling_bert4rec import NEWEST_ITEMS
 from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,15 @@ class SequentialRecommendationPipeline(Pipeline):
         vectors = self.model.user_vectors(input_ids, attention_mask)
         # So many that enough are left without those that are excluded.
         scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
+        if self.model.config.num_transitions:
+            # Of which the index knows nothing: what it found is scored again, beside what follows the newest items.
+            followers = self.model.decoder.next_ids[input_ids[:, -1 - NEWEST_ITEMS : -1]].flatten(1)
+            candidates = torch.cat((item_ids, followers), dim=1).sort(dim=1).values
+            again = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) == 0
+            candidates = candidates.masked_fill(again, 0)
+            return self.model.recommend(
+                input_ids, attention_mask, top_k=top_k, candidate_ids=candidates, exclude_ids=exclude_ids
+            )
         excluded = (item_ids.unsqueeze(2) == exclude_ids.unsqueeze(1)).any(dim=2)
         scores, columns = scores.masked_fill(excluded, -torch.inf).topk(min(top_k, scores.shape[1]))
         return scores, item_ids.gather(1, columns).masked_fill(scores.isneginf(), 0)

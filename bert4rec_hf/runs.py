@@ -24,8 +24,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
-from .cooccurrence import keep_cooccurrence, start_from_cooccurrence
-from .defaults import default_architecture, default_start_with_mean
+from .cooccurrence import keep_transitions, start_from_cooccurrence
+from .defaults import default_architecture, default_start_with_mean, default_transition_weight
 from .metrics import Protocol, floors, popularity_ranks, ranking_metrics, result_metrics, sampled_metrics
 from .model_card import RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
@@ -88,6 +88,9 @@ def train_prepared(
     else:
         model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, architecture)
     config = model.config
+    if config.num_transitions:  # of a model that goes on, those of its new log
+        weight = default_transition_weight(int(histories.is_training().sum()), tokenizer.num_items)
+        keep_transitions(model, histories, tokenizer.num_items, weight=weight, seed=args.seed)
     validation = ranking_rows(
         histories,
         tokenizer,
@@ -153,16 +156,12 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
         "filter_seen_items": preparation["filter_seen_items"],
     }
     num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
-    if args.item_initialization == "random":
-        architecture = {"cooccurrence_size": 0} | architecture
     chosen = default_architecture(num_events, num_items, architecture)
     config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
     model = Bert4RecForMaskedItemPrediction(config)
     if args.item_initialization == "cooccurrence":
         with_mean = default_start_with_mean(num_events, num_items)
         start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
-    if config.cooccurrence_size:
-        keep_cooccurrence(model, histories, num_items, seed=args.seed)
     tokenizer.model_max_length = config.max_position_embeddings
     return model, tokenizer, histories, preparation
 

@@ -1,6 +1,7 @@
-"""The vectors from which a new model's item table starts."""
+"""The vectors from which a new model's item table starts, and the transitions that it keeps."""
 
 import math
+from collections import Counter
 from itertools import combinations
 
 import numpy as np
@@ -17,12 +18,12 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.cooccurrence import (
-    FIXED_SCORE,
+    FOLLOWS_WITHIN,
     NEIGHBOUR_POWER,
     SCALE,
     WINDOW,
     cooccurrence_vectors,
-    keep_cooccurrence,
+    keep_transitions,
     start_from_cooccurrence,
 )
 
@@ -120,18 +121,57 @@ def test_the_first_layer_hands_on_the_mean_of_a_history():
     assert changed == {"model.embeddings.item_embeddings.weight", "decoder.weight"}
 
 
-def test_fixed_vectors_are_those_of_co_occurrence_of_a_length_that_is_fixed_too():
-    histories, num_items = made(["abcabd", "badcba", "efefgh", "k"])
-    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, cooccurrence_size=6)
-    model = Bert4RecForMaskedItemPrediction(config)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    keep_cooccurrence(model, histories, num_items, seed=2)
-    fixed, vectors = model.decoder.cooccurrence[FIRST_ITEM_ID:], cooccurrence_vectors(histories, num_items, 6, seed=2)
-    assert float(fixed.square().sum(dim=1).mean()) == pytest.approx(FIXED_SCORE)
-    torch.testing.assert_close(fixed, vectors * float(fixed.norm() / vectors.norm()))
-    assert not model.decoder.cooccurrence[:FIRST_ITEM_ID].any()
-    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-    assert changed == {"decoder.cooccurrence"}
+def kept(model: Bert4RecForMaskedItemPrediction) -> list[list[tuple[int, float]]]:
+    """Of each item, from 0 on, those that follow it and what they add."""
+    tables = model.decoder.next_ids[FIRST_ITEM_ID:].tolist(), model.decoder.next_scores[FIRST_ITEM_ID:].tolist()
+    return [
+        [(item - FIRST_ITEM_ID, score) for item, score in zip(*row, strict=True) if item]
+        for row in zip(*tables, strict=True)
+    ]
+
+
+def test_transitions_are_the_strongest_of_what_followed_an_item():
+    rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij", "abab", "z"]
+    histories, num_items = made([row + "xy" for row in rows], held_out=2)
+    names = sorted(set("".join(rows) + "xy"))
+    counts: Counter = Counter()
+    for row in rows:
+        for (i, first), (j, second) in combinations(enumerate(row), 2):
+            if j - i <= FOLLOWS_WITHIN and first != second:
+                counts[names.index(first), names.index(second)] += 0.5 ** (j - i - 1)
+    of_first, of_second = Counter(), Counter()
+    for (first, second), count in counts.items():
+        of_first[first] += count
+        of_second[second] += count
+    powers = {item: count**NEIGHBOUR_POWER for item, count in of_second.items()}
+    expected: list[list[tuple[int, float]]] = [[] for _ in names]
+    for (first, second), count in counts.items():
+        information = math.log(count / of_first[first] / powers[second] * sum(powers.values()))
+        if information > 0:
+            expected[first].append((second, 0.3 * information * math.log(1 + count)))
+    for number in (3, 12):
+        config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=number)
+        model = Bert4RecForMaskedItemPrediction(config)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        for _ in range(2):  # what is there already is replaced
+            keep_transitions(model, histories, num_items, weight=0.3)
+        for row, strongest in zip(kept(model), expected, strict=True):
+            scores = sorted((score for _, score in strongest), reverse=True)[:number]
+            assert [score for _, score in row] == pytest.approx(scores, rel=1e-4)
+            assert len({item for item, _ in row}) == len(row)
+            for item, score in row:
+                assert dict(strongest)[item] == pytest.approx(score, rel=1e-4)
+        changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+        assert changed == {"decoder.next_ids", "decoder.next_scores"}
+    assert max(map(len, expected)) > 3
+    assert not model.decoder.next_ids[:FIRST_ITEM_ID].any()
+
+
+def test_a_log_of_single_events_has_no_transitions():
+    histories, num_items = made(["a", "b", "cc"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=2))
+    keep_transitions(model, histories, num_items)
+    assert kept(model) == [[], [], []]
 
 
 def test_items_of_different_users_have_nothing_in_common():
@@ -178,11 +218,11 @@ def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
     assert math.isfinite(vectors.sum())
 
 
-def test_a_model_without_room_for_fixed_vectors_is_told_so():
+def test_a_model_without_room_for_transitions_is_told_so():
     histories, num_items = made(["abc", "abd"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID))
-    with pytest.raises(ValueError, match=r"Bert4RecConfig\(cooccurrence_size=512\)"):
-        keep_cooccurrence(model, histories, num_items)
+    with pytest.raises(ValueError, match=r"Bert4RecConfig\(num_transitions=64\)"):
+        keep_transitions(model, histories, num_items)
 
 
 def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch, caplog):

@@ -12,7 +12,7 @@ SWITCHES = [
     {},
     {"normalization": "post", "position_embedding_type": "learned_from_start", "prediction_head": True},
     {"position_embedding_type": "learned_from_end"},
-    {"cooccurrence_size": 5},
+    {"num_transitions": 5},
 ]
 # (batch, length, excluded, candidates)
 SHAPES = [(4, 6, 3, 1), (1, 1, 1, 1), (1, 12, 9, 20), (9, 12, 1, 5)]
@@ -23,8 +23,9 @@ def make_model(switches) -> Bert4RecForMaskedItemPrediction:
     config = Bert4RecConfig(vocab_size=60, max_position_embeddings=12, initializer_range=0.3, **switches)
     model = Bert4RecForMaskedItemPrediction(config).eval()
     torch.nn.init.normal_(model.decoder.bias)
-    if model.decoder.cooccurrence is not None:
-        torch.nn.init.normal_(model.decoder.cooccurrence[3:])
+    if model.decoder.next_ids is not None:
+        model.decoder.next_ids[3:] = torch.stack([torch.randperm(57)[:5] + 3 for _ in range(57)])
+        model.decoder.next_scores[3:] = torch.rand(57, 5) * 3
     return model
 
 
@@ -70,7 +71,7 @@ def assert_same(found, wanted) -> None:
     assert shown.any()
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=["default", "paper", "from_end", "cooccurrence"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=["default", "paper", "from_end", "transitions"])
 def test_onnxruntime_answers_like_the_model_at_any_batch_size_and_length(tmp_path, switches):
     model = make_model(switches)
     export_onnx(model, tmp_path / "folder" / "model.onnx")

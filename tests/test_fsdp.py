@@ -71,9 +71,10 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     prepare(tmp_path / "log.csv", data)
     tokenizer = Bert4RecTokenizer.from_pretrained(data)
     torch.manual_seed(0)
-    config = Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50, hidden_size=32, cooccurrence_size=4)
+    config = Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50, hidden_size=32, num_transitions=4)
     model = Bert4RecForMaskedItemPrediction(config)
-    torch.nn.init.normal_(model.decoder.cooccurrence)
+    model.decoder.next_ids[3:] = torch.stack([torch.randperm(21)[:4] + 3 for _ in range(21)])
+    model.decoder.next_scores[3:] = torch.rand(21, 4)
     model.save_pretrained(start)
     # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
     outcome = subprocess.run(
@@ -87,7 +88,8 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     assert report["shard"] == [12, 32]
     alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)
     assert not torch.equal(alone.decoder.weight, model.decoder.weight)
-    assert torch.equal(alone.decoder.cooccurrence, model.decoder.cooccurrence)
+    assert torch.equal(alone.decoder.next_ids, model.decoder.next_ids)
+    assert torch.equal(alone.decoder.next_scores, model.decoder.next_scores)
     scores, item_ids = alone.recommend(histories_in_tokens(alone), top_k=5)
     assert item_ids.tolist() == report["item_ids"]
     torch.testing.assert_close(scores, torch.tensor(report["scores"]), atol=1e-5, rtol=0)

@@ -46,6 +46,15 @@ def test_the_snippet_is_python_whatever_the_item_ids_are(folder):
     compile(snippet, "snippet", "exec")
 
 
+def test_a_card_says_what_a_score_is_made_of(folder):
+    write_model_card(folder, "me/model")
+    assert "Transformer's" not in read(folder).text
+    config = Bert4RecConfig.from_pretrained(folder, num_transitions=7)
+    Bert4RecForMaskedItemPrediction(config).save_pretrained(folder)
+    write_model_card(folder, "me/model")
+    assert "A score is the Transformer's, and what the log tells of the 7 items that most call for" in read(folder).text
+
+
 def test_metadata_and_repo_id_stay_when_the_card_is_written_again(folder):
     write_model_card(folder, "me/model", license="mit", model_name="mine")
     card = read(folder)

@@ -18,6 +18,7 @@ from bert4rec_hf import (
     DataCollatorForMaskedItemPrediction,
 )
 from bert4rec_hf.losses import softmax_loss
+from bert4rec_hf.modeling_bert4rec import NEWEST_ITEMS
 
 PAD, MASK, FIRST = 0, 1, 3
 NUM_ITEMS = 37
@@ -55,8 +56,13 @@ def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)
-    if model.decoder.cooccurrence is not None:
-        nn.init.normal_(model.decoder.cooccurrence[FIRST:])
+    if model.decoder.next_ids is not None:
+        # Some other items, each once, and from some items on nothing.
+        decoder, (_, number) = model.decoder, model.decoder.next_ids.shape
+        for item in range(FIRST, config.vocab_size):
+            count = int(torch.randint(number + 1, ()))
+            decoder.next_ids[item, :count] = FIRST + torch.randperm(config.vocab_size - FIRST)[:count].int()
+            decoder.next_scores[item, :count] = torch.rand(count) * 3
     return model.eval()
 
 
@@ -70,12 +76,12 @@ def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPredictio
     return model
 
 
-@pytest.fixture(params=[*ARCHITECTURES.values(), {"cooccurrence_size": 5}], ids=[*ARCHITECTURES, "cooccurrence"])
+@pytest.fixture(params=[*ARCHITECTURES.values(), {"num_transitions": 5}], ids=[*ARCHITECTURES, "transitions"])
 def model(request) -> Bert4RecForMaskedItemPrediction:
     return make_model(**request.param)
 
 
-# Of that fixture, those without fixed vectors.
+# Of that fixture, those without transitions.
 PLAIN = pytest.mark.parametrize("model", [*ARCHITECTURES.values()], ids=[*ARCHITECTURES], indirect=True)
 
 
@@ -92,6 +98,18 @@ def pad(rows: list[list[int]], side: str = "right", length: int | None = None) -
 def mask_scores(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """(batch, vocabulary) at the [MASK]s, from the plain forward."""
     return model(input_ids=input_ids, attention_mask=attention_mask).logits[input_ids == MASK]
+
+
+def transitions(model, histories) -> torch.Tensor:
+    """(histories, vocabulary): what the transitions of a model add to the scores, one by one."""
+    added = torch.zeros(len(histories), VOCAB)
+    for row, history in zip(added, histories, strict=True):
+        newest = history[::-1][:NEWEST_ITEMS]
+        for age, item in enumerate(newest):
+            share = 0.5**age / sum(0.5**age for age in range(len(newest)))
+            for next_id, score in zip(model.decoder.next_ids[item], model.decoder.next_scores[item], strict=True):
+                row[next_id] += share * score
+    return added
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -197,6 +215,8 @@ with_chunks = pytest.mark.parametrize("chunk", [2, 7, 11, 2**16])
 def reference_lists(model, ids, mask, candidate_ids, exclude_ids) -> list[list[tuple[int, float]]]:
     """Items and scores, best first, by sorting the full matrix in numpy."""
     matrix = model.user_vectors(ids, mask).double().numpy() @ model.item_vectors().double().numpy().T
+    if model.config.num_transitions:
+        matrix += transitions(model, [row[row >= FIRST].tolist() for row in ids])[:, FIRST:].numpy()
     lists = []
     for row, scores in enumerate(matrix):
         allowed = set(range(FIRST, VOCAB))
@@ -499,69 +519,76 @@ def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels
     torch.testing.assert_close(loss, (sums - logits[range(3), [5, 17, 9]]).mean())
 
 
-def test_of_a_history_items_count_half_as_much_as_those_one_nearer():
-    model = make_model(cooccurrence_size=VOCAB)
-    model.decoder.cooccurrence.copy_(torch.eye(VOCAB))
-    # [PAD], [UNK] and what is not attended to count for nothing.
+def test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it():
+    decoder = make_model(num_transitions=1).decoder
+    # [PAD], [UNK], what is not attended to and what comes later count for nothing.
     ids = torch.tensor([[5, 9, MASK, 0, 0], [0, 0, 0, 0, MASK], [9, 2, 5, MASK, 7], [8, 9, 5, MASK, 0]])
     mask = (ids != PAD).long()
     mask[3, 0] = 0
-    expected = torch.zeros(4, VOCAB)
-    expected[0, [5, 9]] = torch.tensor([1 / 3, 2 / 3])
-    expected[2, [9, 5, 7]] = torch.tensor([1 / 9, 4 / 9, 4 / 9])
-    expected[3, [9, 5]] = torch.tensor([1 / 3, 2 / 3])
+    expected = [{5: 1 / 3, 9: 2 / 3}, {}, {9: 1 / 5, 5: 4 / 5}, {9: 1 / 3, 5: 2 / 3}]
     positions = torch.tensor([[2], [4], [3], [3]])
-    torch.testing.assert_close(model.decoder.history_states(ids, mask, positions).squeeze(1), expected)
+    at_positions = decoder.newest_items(ids, mask, positions).squeeze(1)
     with torch.autocast("cpu", torch.bfloat16):
-        everywhere = model.decoder.history_states(ids, mask, None)
-    torch.testing.assert_close(everywhere[range(4), positions.flatten()], expected)
-    # As far as floats reach, and farther.
+        everywhere = decoder.newest_items(ids, mask, None)[range(4), positions.flatten()]
+    for newest in (at_positions, everywhere):
+        for row, weights in zip(newest, expected, strict=True):
+            found = dict(zip(row[:NEWEST_ITEMS].tolist(), row[NEWEST_ITEMS:].tolist(), strict=True))
+            assert {item: weight for item, weight in found.items() if weight} == pytest.approx(weights)
+    # As far as floats reach, and farther; of more than are looked at the newest.
     far = torch.tensor([[9, *[2] * 300, MASK]])
-    assert model.decoder.history_states(far, None, torch.tensor([[301]]))[0, 0, 9] == 1
+    assert decoder.newest_items(far, None, torch.tensor([[301]]))[0, 0, [0, NEWEST_ITEMS]].tolist() == [9, 1]
+    many = decoder.newest_items(torch.arange(FIRST, 30).unsqueeze(0), None, torch.tensor([[20]]))[0, 0]
+    assert many[:NEWEST_ITEMS].tolist() == [*range(FIRST + 19, FIRST + 19 - NEWEST_ITEMS, -1)]
 
 
-def test_what_is_fixed_is_added_to_the_scores_wherever_items_are_ranked_and_not_in_training():
-    plain, model = make_model(), make_model(cooccurrence_size=5)
-    assert "decoder.cooccurrence" not in plain.state_dict()
+def test_transitions_are_added_to_the_scores_wherever_items_are_ranked_and_not_in_training():
+    plain, model = make_model(), make_model(num_transitions=5)
+    assert "decoder.next_ids" not in plain.state_dict()
     ids, mask = pad(HISTORIES)
-    positions = (ids == MASK).nonzero()[:, 1:]
-    with torch.no_grad():
-        added = model.decoder.history_states(ids, mask, positions).squeeze(1) @ model.decoder.cooccurrence.T
-    scores = mask_scores(model, ids, mask)
-    torch.testing.assert_close(scores[:, FIRST:], (mask_scores(plain, ids, mask) + added)[:, FIRST:])
-    assert added[:3].abs().max() > 0.1
+    added = transitions(model, HISTORIES)
+    scores, of_plain = mask_scores(model, ids, mask), mask_scores(plain, ids, mask)
+    torch.testing.assert_close(scores[:, FIRST:], (of_plain + added)[:, FIRST:])
+    assert added[:3].amax(dim=1).min() > 0.1
     products = model.user_vectors(ids, mask) @ model.item_vectors().T
-    torch.testing.assert_close(products, scores[:, FIRST:])
-    # What is not to be learnt changes no gradient; the loss of evaluation is that of the scores.
+    torch.testing.assert_close(products, of_plain[:, FIRST:])
+    # What is not to be learnt changes no gradient and no loss.
     for one in (plain, model):
         one.train()(**training_batch()).loss.backward()
     for name, gradient in gradients(plain).items():
         assert torch.equal(gradients(model)[name], gradient)
-    outputs = model.eval()(**training_batch())
-    logits = outputs.logits[[0, 0, 1], [1, 2, 0], FIRST:]
-    expected = torch.nn.functional.cross_entropy(logits, training_batch()["labels"][[0, 0, 1], [1, 2, 0]] - FIRST)
-    torch.testing.assert_close(outputs.loss, expected)
-    with pytest.raises(ValueError, match="cooccurrence_size, expected input_ids"):
+    losses = [one.eval()(**training_batch()).loss for one in (plain, model)]
+    assert torch.equal(*losses)
+    with pytest.raises(ValueError, match="with num_transitions, expected input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
 
 
-def test_an_item_that_is_new_has_no_fixed_vector():
-    model = make_model(cooccurrence_size=5)
+def test_transitions_have_room_for_token_ids_in_half_precision():
+    model = make_model(num_transitions=2, vocab_size=2000).bfloat16()
+    ids = torch.tensor([[1001, MASK]])
+    model.decoder.next_ids[1001] = torch.tensor([1003, 1999])
+    model.decoder.next_scores[1001] = torch.tensor([500.0, 400.0])
+    assert model.recommend(ids, top_k=2)[1].tolist() == [[1003, 1999]]
+
+
+def test_an_item_that_is_new_has_no_transitions():
+    model = make_model(num_transitions=5)
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
-    before = model.decoder.cooccurrence.clone()
+    before = model.decoder.next_ids.clone(), model.decoder.next_scores.clone()
     assert model.add_items(tokenizer, ["new"]) == 1
-    assert torch.equal(model.decoder.cooccurrence[:-1], before)
-    assert not model.decoder.cooccurrence[-1].any()
-    assert len(model.decoder.cooccurrence) == VOCAB + 1
+    for table, old in zip((model.decoder.next_ids, model.decoder.next_scores), before, strict=True):
+        assert len(table) == VOCAB + 1
+        assert torch.equal(table[:-1], old)
+        assert not table[-1].any()
 
 
-def test_a_config_that_lacks_the_vectors_of_its_size_starts_without_them(tmp_path):
+def test_a_config_that_lacks_its_transitions_starts_without_them(tmp_path):
     make_model().save_pretrained(tmp_path)
-    config = Bert4RecConfig.from_pretrained(tmp_path, cooccurrence_size=4)
+    config = Bert4RecConfig.from_pretrained(tmp_path, num_transitions=4)
     loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path, config=config)
-    assert torch.equal(loaded.decoder.cooccurrence, torch.zeros(VOCAB, 4))
-    with pytest.raises(Exception, match="cooccurrence_size must be at least 0; got -1"):
-        Bert4RecConfig(cooccurrence_size=-1)
+    assert torch.equal(loaded.decoder.next_ids, torch.zeros(VOCAB, 4, dtype=torch.int))
+    assert torch.equal(loaded.decoder.next_scores, torch.zeros(VOCAB, 4))
+    with pytest.raises(Exception, match="num_transitions must be at least 0; got -1"):
+        Bert4RecConfig(num_transitions=-1)
 
 
 def test_the_softmax_loss_has_a_known_value():
@@ -601,7 +628,7 @@ def test_a_saved_folder_gives_the_same_scores_in_a_new_process(tmp_path):
     # One process for all architectures, since starting it takes longer than all else here.
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
     inputs = tokenizer([["0", "36", "5"], ["7"]], padding=True, return_tensors="pt")
-    architectures = ARCHITECTURES | {"cooccurrence": {"cooccurrence_size": 5}}
+    architectures = ARCHITECTURES | {"transitions": {"num_transitions": 5}}
     models = [make_model(seed, **options) for seed, options in enumerate(architectures.values())]
     folders = [tmp_path / name for name in architectures]
     for model, folder in zip(models, folders, strict=True):

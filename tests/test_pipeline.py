@@ -389,6 +389,21 @@ def test_an_index_that_looks_at_everything_answers_as_the_exact_search(pipe, his
     assert len(pipe(["007"], top_k=99, index=index)) == len(ITEMS) - 1
 
 
+def test_what_follows_the_newest_items_is_found_beside_what_an_index_finds(histories, tmp_path):
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(save_model(tmp_path, num_transitions=2))
+    model.decoder.next_ids[3:] = torch.stack([torch.randperm(len(ITEMS))[:2] + 3 for _ in ITEMS])
+    model.decoder.next_scores[3:] = 30  # more than the model's own scores differ by
+    model.save_pretrained(tmp_path)
+    pipe = load(tmp_path)
+    rows = [*histories, {"history": ["007", "a b"], "exclude": ["100", "101"]}]
+    exact, near = pipe(rows, top_k=2), pipe(rows, top_k=2, index=ItemIndex.build(model), batch_size=4)
+    for one, other in zip(near, exact, strict=True):
+        assert ids(one) == ids(other)
+        assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
+    pipe.model.decoder.next_scores.zero_()
+    assert ids(pipe(rows[-1], top_k=2)) != ids(exact[-1])
+
+
 def test_an_index_of_another_model_is_an_error(pipe, tmp_path):
     other = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(pipe.tokenizer), hidden_size=8))
     with pytest.raises(ValueError, match="the index has vectors of width 9, the model of width 17: build it from"):

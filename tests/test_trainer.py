@@ -34,13 +34,14 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
-from bert4rec_hf.cooccurrence import cooccurrence_vectors
-from bert4rec_hf.defaults import default_architecture, default_batch_size
+from bert4rec_hf.cooccurrence import cooccurrence_vectors, keep_transitions
+from bert4rec_hf.defaults import default_architecture, default_batch_size, default_transition_weight
 from bert4rec_hf.metrics import Protocol, popularity_ranks
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
 from bert4rec_hf.trainer import SimilarLengthSampler
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64}
+# Without transitions, which know these logs before anything is learnt.
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_transitions": 0}
 
 
 def write_chain(path: Path, num_users: int, num_items: int, length: int, follow: float) -> dict[str, str]:
@@ -445,19 +446,29 @@ def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_pat
     assert not torch.equal(tables["random"][FIRST_ITEM_ID:], vectors)
 
 
-def test_a_model_of_rare_items_keeps_their_co_occurrences_unless_it_starts_at_random(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr("bert4rec_hf.defaults.RARE_BELOW", 10**6)
-    sizes = {}
-    for name, given in {"cooccurrence": {}, "random": {}, "told": {"cooccurrence_size": 3}}.items():
-        start = "random" if name == "told" else name
-        options = {"max_steps": 2, "item_initialization": start}
-        model = train_prepared(chain[0], arguments(tmp_path / name, **options), **SMALL, **given).model
-        sizes[name] = model.config.cooccurrence_size
-        loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / name)
-        if sizes[name]:
-            assert torch.equal(loaded.decoder.cooccurrence, model.decoder.cooccurrence)
-            assert float(loaded.decoder.cooccurrence.square().sum(1)[FIRST_ITEM_ID:].mean()) == pytest.approx(10)
-    assert sizes == {"cooccurrence": 512, "random": 0, "told": 3}
+def test_a_model_keeps_transitions_of_its_log_and_one_that_goes_on_those_of_its_new_one(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    first = train_prepared(data, arguments(tmp_path / "first", max_steps=1), **sizes).model
+    assert first.config.num_transitions == 64
+    weight = default_transition_weight(int(histories.is_training().sum()), tokenizer.num_items)
+    expected = Bert4RecForMaskedItemPrediction(first.config)
+    keep_transitions(expected, histories, tokenizer.num_items, weight=weight)
+    loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "first")
+    loaded.decoder.next_scores.zero_()
+    loaded.save_pretrained(tmp_path / "first")
+    on = train_prepared(data, arguments(tmp_path / "on", max_steps=1), model_name_or_path=tmp_path / "first").model
+    for model in (first, on):
+        assert torch.equal(model.decoder.next_ids, expected.decoder.next_ids)
+        assert torch.equal(model.decoder.next_scores, expected.decoder.next_scores)
+    assert expected.decoder.next_scores.any()
+    assert train_prepared(data, arguments(tmp_path / "none", max_steps=1), **SMALL).model.decoder.next_ids is None
+
+
+def test_the_rarer_items_are_the_more_their_transitions_count():
+    weights = [default_transition_weight(num_events, 1000) for num_events in (0, 5_000, 20_000, 40_000, 300_000)]
+    assert weights == [1.5, 1.5, 1.0, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(("rare_below", "wide_from"), [(0, 10**6), (10**6, 10**6), (0, 1)])
@@ -660,22 +671,22 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
     small = default_architecture(90_000, 1_000, {})
     assert small == {
         "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 160, "gated_feed_forward": True,
-        "hidden_act": "silu", "hidden_dropout_prob": 0.1, "cooccurrence_size": 0,
+        "hidden_act": "silu", "hidden_dropout_prob": 0.1, "num_transitions": 64,
     }  # fmt: skip
     large = default_architecture(600_000, 20_000, {})
     assert (large["hidden_size"], large["num_attention_heads"], large["intermediate_size"]) == (128, 4, 320)
     assert large["hidden_dropout_prob"] == 0.1
     rare = default_architecture(599_999, 20_000, {})
     assert (rare["hidden_size"], rare["num_attention_heads"], rare["intermediate_size"]) == (256, 8, 672)
-    assert (rare["hidden_dropout_prob"], rare["cooccurrence_size"]) == (0.5, 512)
+    assert (rare["hidden_dropout_prob"], rare["num_transitions"]) == (0.5, 64)
     many = default_architecture(499_999, 100_001, {})
-    assert (many["hidden_size"], many["hidden_dropout_prob"], many["cooccurrence_size"]) == (64, 0.5, 0)
+    assert (many["hidden_size"], many["hidden_dropout_prob"], many["num_transitions"]) == (64, 0.5, 0)
     plain = default_architecture(
         500_000, 20_000, {"hidden_size": 48, "gated_feed_forward": False, "hidden_act": "relu"}
     )
     assert plain == {
         "hidden_size": 48, "intermediate_size": 192, "gated_feed_forward": False, "hidden_act": "relu",
-        "hidden_dropout_prob": 0.5, "cooccurrence_size": 512,
+        "hidden_dropout_prob": 0.5, "num_transitions": 64,
     }  # fmt: skip
 
 
@@ -708,6 +719,7 @@ def test_large_logs_are_trained_in_larger_batches_shared_by_the_processes():
     [
         ([[3, 4, 5]] * 3 + [[3] * 60], None, 0.4),
         ([[3, 4, 5]] * 3 + [[3] * 90], None, 0.2),
+        ([[3, 4, 5]] * 15 + [[3] * 300], None, 0.4),  # of which the model gets 200
         ([[3, 4, 5]], 0.3, 0.3),
         ([], None, 0.2),
     ],

@@ -1,0 +1,52 @@
+"""What transitions add to a trained model, by their weight: NDCG@10 and HR@10 of the users of a part.
+
+    python benchmarks/transitions.py MODEL DATA [--part validation] [--weights 0 0.25 0.5 1 1.5 2] [--number 64]
+                                     [--output FOLDER]
+
+MODEL is a trained folder and DATA what it was trained on; its own transitions, if it has some, are replaced. They are
+not learnt, so that a model is the same with any of them, but for which of its evaluations was the best. Without weights
+the one that the defaults choose. Prints a row each; with an output and one weight, keeps the ranks for
+benchmarks/compare.py.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from quality import ranks_of, write_ranks
+
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, keep_transitions
+from bert4rec_hf.defaults import default_transition_weight
+from bert4rec_hf.metrics import ranking_metrics
+from bert4rec_hf.splits import read_prepared
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--part", default="validation", choices=["validation", "test"])
+    parser.add_argument("--weights", type=float, nargs="+")
+    parser.add_argument("--number", type=int, default=64, help="of an item")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+    if options.output and options.weights and len(options.weights) > 1:
+        parser.error("an output is of one weight")
+    config = Bert4RecConfig.from_pretrained(options.model, num_transitions=options.number)
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(options.model, config=config).eval()
+    histories, tokenizer, _ = read_prepared(options.data, Bert4RecTokenizer.from_pretrained(options.model))
+    num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
+    print(f"{options.model}: {num_events / num_items:.1f} training events an item; {options.part}")
+    for weight in options.weights or [default_transition_weight(num_events, num_items)]:
+        keep_transitions(model, histories, num_items, weight=weight)
+        user_ids, ranks = ranks_of(model, histories, tokenizer, options.part)
+        metrics = ranking_metrics(ranks)
+        print(f"weight {weight:.3g}: NDCG@10 {metrics['NDCG@10']:.4f}, HR@10 {metrics['HR@10']:.4f}", flush=True)
+        if options.output:
+            Path(options.output).mkdir(parents=True, exist_ok=True)
+            write_ranks(Path(options.output), user_ids, ranks)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
