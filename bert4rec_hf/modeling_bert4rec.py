@@ -465,12 +465,13 @@ class Bert4RecDecoder(nn.Linear):
         """Scores (batch, P, C) of token ids from `start` on, with what the newest items (batch, P, 2 N) add to them."""
         assert self.next_ids is not None  # for the type checker
         item_ids, weights = newest[..., :NEWEST_ITEMS].long(), newest[..., NEWEST_ITEMS:]
+        columns = self.next_ids[item_ids].long() - start
+        inside = (columns >= 0) & (columns < scores.shape[-1])
+        columns = columns.where(inside, 0)
+        added = (self.next_scores[item_ids].to(scores.dtype) * weights.unsqueeze(-1)).where(inside, 0)
         # One at a time: no item follows one twice, so that sums are the same on every device.
         for item in range(NEWEST_ITEMS):
-            columns = self.next_ids[item_ids[..., item]].long() - start
-            added = self.next_scores[item_ids[..., item]].to(scores.dtype) * weights[..., item : item + 1]
-            inside = (columns >= 0) & (columns < scores.shape[-1])
-            scores.scatter_add_(-1, columns.where(inside, 0), added.where(inside, 0))
+            scores.scatter_add_(-1, columns[..., item, :], added[..., item, :])
         return scores
 
     def newest_items(
