@@ -55,7 +55,7 @@ targets, read once; the checkpoint is the best on validation (NDCG@10; a peer's,
 all items ranked, seen items filtered unless the log's row says otherwise, ties against the model; of a peer the lists
 of 100 items that it serves are judged. ± is the standard deviation over seeds; the sampling error over users comes on
 top: about .0036 NDCG@10 on 6,040 users, .0075 on 943. A log's checksum is that of its prepared histories, in
-whatever file they are. Parameters are those that are learnt, without fixed vectors.
+whatever file they are. Parameters are those that are learnt, without transitions.
 Epochs lead to the learning curve of the first seed. `benchmarks/compare.py` tells two rows apart user by user. "All but
 test trains": the validation targets train too, and the last step is the model.
 
