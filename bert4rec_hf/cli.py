@@ -336,7 +336,8 @@ def prepare(arguments: Sequence[str]) -> None:
     else:
         reason = "5 % of events or more are repeats"
     policy = "are not recommended again" if prepared["filter_seen_items"] else "may be recommended again"
-    print(f"seen items {policy} ({reason})")
+    filtered = prepared["filter_seen_items"] and prepared["filters"].get("min_rating") is not None
+    print(f"seen items {policy} ({reason})" + ("; events rated lower do not count as seen" if filtered else ""))
     print(f"wrote {options.output}; next: bert4rec train --data {shlex.quote(options.output)} --output_dir MODEL")
 
 

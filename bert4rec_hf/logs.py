@@ -36,9 +36,9 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
     time can keep the order that they have in the source.
 
     Args:
-        source: A file or a glob pattern, or a data frame of pandas or Polars or an Arrow table. The files of a glob
-            follow one another in the order of their names. A CSV file is UTF-8, starts with a header, may be gzipped,
-            and uses one of `DELIMITERS`.
+        source: A file or a glob pattern, or a data frame of pandas or Polars, a `datasets.Dataset` or an Arrow table.
+            The files of a glob follow one another in the order of their names. A CSV file is UTF-8, starts with a
+            header, may be gzipped, and uses one of `DELIMITERS`.
         id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
             survive. The types of the other columns are guessed. Parquet files must agree in the types of these.
 
@@ -48,6 +48,8 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
         ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
             types of the id columns.
     """
+    if type(source).__module__ == "datasets.arrow_dataset":  # which is not imported for this
+        source = source.with_format("arrow")[:]
     if hasattr(source, "__arrow_c_stream__"):
         rows = pa.table(source)
         connection = connect()

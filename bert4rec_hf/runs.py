@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from transformers import (
     ProgressCallback,
+    TrainerCallback,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -58,6 +59,7 @@ def train_prepared(
     model_name_or_path: str | os.PathLike | None = None,
     *,
     publish_code: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **architecture: Any,
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
@@ -67,18 +69,26 @@ def train_prepared(
 
     Args:
         data: The prepared folder.
-        args: `resume_from_checkpoint` is a checkpoint's folder, or "last".
+        args: `resume_from_checkpoint` is a checkpoint's folder, or "last", which True stands for as well.
         model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
         publish_code: Whether the folder gets our code, see `publish.publish_code`.
+        callbacks: As the Trainer takes them.
         architecture: Fields of `Bert4RecConfig`, for a new model; the others as `default_architecture` has them.
 
     Returns:
         The trainer, with the best model.
 
     Raises:
+        TypeError: If the architecture has a name that is no field of `Bert4RecConfig`.
         ValueError: If a folder is not what it should be, if `output_dir` holds something else, or if there is to be
             early stopping without validation targets.
     """
+    unknown = architecture.keys() - Bert4RecConfig.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"train_prepared got {', '.join(sorted(unknown))}, no fields of Bert4RecConfig; how to train is for "
+            "Bert4RecTrainingArguments"
+        )
     check_output(args.output_dir, args.resume_from_checkpoint)
     check_prepared(data)
     args.check_metric()
@@ -127,11 +137,13 @@ def train_prepared(
         preparation=preparation,
         publish_code=publish_code,
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None:
-        if checkpoint == "last":
+        if checkpoint == "last" or checkpoint is True:
             checkpoint = _last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
                 logger.warning("going on from %s", checkpoint)
@@ -180,6 +192,7 @@ def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, archite
     model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     histories, tokenizer, preparation = read_prepared(data, tokenizer)
+    _warn_of_other_preparation(folder, preparation)
     if not old_items.intersection(catalogue.items):
         logger.warning("%s knows none of the items of %s: all of them are new", folder, data)
     return model, tokenizer, histories, preparation
@@ -296,11 +309,20 @@ def _numbers_of(rows: Dataset) -> str:
 
 
 def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
-    """Warn of a model that was trained on another split or filter of this log: it may have trained on its targets."""
+    """Warn of a model that may have trained on targets of this preparation.
+
+    That is, if it was trained on another split or filter of this log, or on all events of one of any name.
+    """
     own = Path(model) / PREPARATION_FILE
     if not own.is_file():
         return
     trained = json.loads(own.read_text("utf-8"))
+    if trained["split"]["name"] == "none" != preparation["split"]["name"]:
+        logger.warning(
+            "%s was trained on all events of %s: those that %s has too are no test of it, nor of a model that goes on "
+            "from it", model, trained["source"], os.path.basename(preparation["source"]),
+        )  # fmt: skip
+        return
     other = [
         f"{name} {trained[name]}, here {preparation[name]}"
         for name in ("split", "filters")
@@ -394,5 +416,5 @@ def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) 
     if not names or (resume_from_checkpoint and checkpoints):
         return
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    hint = ", or go on with --resume_from_checkpoint last" if checkpoints else ""
+    hint = ", or go on with --resume_from_checkpoint last" if _last_checkpoint(folder) else ""
     raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")

@@ -341,6 +341,7 @@ class Bert4RecTrainer(Trainer):
             # DataParallel, which the Trainer would take, gives each GPU a part of the negatives of a batch.
             logger.warning("one of %d GPUs is used; accelerate launch -m bert4rec_hf train uses all", args.n_gpu)
             args._n_gpu = 1
+        self.collates_by_args = data_collator is None
         if data_collator is None:
             data_collator = _collator(args, config, processing_class)
         super().__init__(
@@ -406,6 +407,12 @@ class Bert4RecTrainer(Trainer):
         # The Trainer takes the mean over rows, of which those whose target the catalogue lacks have no loss.
         is_known = targets != IGNORE_INDEX
         return outputs.loss.detach() * is_known.float().mean(), (ranks, recommended), targets
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """With a trial's masking too, in a search over hyperparameters."""
+        super()._hp_search_setup(trial)
+        if self.collates_by_args:
+            self.data_collator = _collator(self.args, self.model.config, self.processing_class)
 
     def evaluation_loop(
         self,

@@ -15,6 +15,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 import bert4rec_hf.preparation
 from bert4rec_hf.defaults import default_filter_seen_items, default_max_length
@@ -286,6 +287,13 @@ def test_other_separators_byte_order_mark_and_gzip_are_read(tmp_path):
     packed = tmp_path / "log.csv.gz"
     packed.write_bytes(gzip.compress(rows.replace(", ", " ").replace("\t", ";").encode()))
     assert items_of(packed) == {"01": ["x y"], "2": ["z"]}
+
+
+def test_a_dataset_is_a_log():
+    rows = {"user_id": ["a", "a", "b"], "item_id": ["01", "2", "3"], "timestamp": [2, 1, 1]}
+    assert items_of(read_log(Dataset.from_dict(rows).select([0, 2, 1]))) == {"a": ["2", "01"], "b": ["3"]}
+    with pytest.raises(TypeError, match="got DatasetDict"):
+        read_log(DatasetDict(train=Dataset.from_dict(rows)))
 
 
 def test_timestamps_and_dates_stay_timestamps(tmp_path):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
+from transformers.trainer_utils import HPSearchBackend
 
 from bert4rec_hf import (
     Bert4RecConfig,
@@ -503,6 +505,58 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
     with pytest.raises(ValueError, match="all has no validation targets to stop early by: leave out --early_stopping"):
         train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
+
+
+def test_fields_that_are_none_are_told_and_callbacks_called(chain, tmp_path):
+    data, _ = chain
+    with pytest.raises(TypeError, match=r"got hiden_size, mask_ratio, no fields of Bert4RecConfig; how to train is"):
+        train_prepared(data, arguments(tmp_path / "model"), hiden_size=32, mask_ratio=0.5)
+    steps = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args, state, control, **options):
+            steps.append(state.global_step)
+
+    train_prepared(data, arguments(tmp_path / "model", max_steps=2), callbacks=[Counts()], **SMALL)
+    assert steps == [1, 2]
+    options = {"max_steps": 3, "resume_from_checkpoint": True}
+    train_prepared(data, arguments(tmp_path / "model", **options), callbacks=[Counts()], **SMALL)
+    assert steps == [1, 2, 3]
+
+
+def test_a_search_over_hyperparameters_masks_by_those_of_the_trial(chain, tmp_path):
+    tokenizer = Bert4RecTokenizer.from_pretrained(chain[0])
+    config = Bert4RecConfig(vocab_size=len(tokenizer), **SMALL)
+    trainer = Bert4RecTrainer(
+        None,
+        arguments(tmp_path / "model"),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"input_ids": [[3, 4, 5]]}),
+        eval_dataset=Dataset.from_dict({"input_ids": [[3, 4, 5]]}),
+        model_init=lambda: Bert4RecForMaskedItemPrediction(config),
+    )
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {"mask_ratio": 0.9}
+    trainer._hp_search_setup(SimpleNamespace(params={}))
+    assert trainer.data_collator.mask_ratio == 0.9
+
+
+def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tmp_path, caplog):
+    data, _ = chain
+    prepare(data.parent / "log.csv", tmp_path / "all", split="none")
+    train_prepared(tmp_path / "all", arguments(tmp_path / "served", max_steps=1), **SMALL)
+    (tmp_path / "next.csv").write_text((data.parent / "log.csv").read_text())
+    prepare(tmp_path / "next.csv", tmp_path / "next")
+    prepare(tmp_path / "next.csv", tmp_path / "next all", split="none")
+    told = "served was trained on all events of log.csv: those that next.csv has too are no test of it"
+    train_prepared(tmp_path / "next all", arguments(tmp_path / "on", max_steps=1), tmp_path / "served")
+    assert told not in caplog.text
+    for test in (
+        lambda: evaluate_prepared(tmp_path / "served", tmp_path / "next", use_cpu=True),
+        lambda: train_prepared(tmp_path / "next", arguments(tmp_path / "onward", max_steps=1), tmp_path / "served"),
+    ):
+        caplog.clear()
+        test()
+        assert told in caplog.text
 
 
 def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
