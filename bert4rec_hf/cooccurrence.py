@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_bert4rec import FIRST_ITEM_ID
+from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .splits import Histories
 
@@ -20,6 +20,8 @@ WINDOW = 5
 NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 SCALE = 0.05
+# By the logarithm of popularity: so much that a model without a history to read has no say.
+FIRST_SCORE = 20.0
 # An item is a transition of one that it follows at most so far behind.
 FOLLOWS_WITHIN = 3
 # Of a larger log, whole histories drawn at random with about so many events are counted.
@@ -104,7 +106,8 @@ def keep_transitions(
     nearer. How strongly an item calls for one that follows it is their positive pointwise mutual information times the
     logarithm of 1 plus their count: the information alone is largest where a chance is seen once. Wherever items are
     ranked, the mean over a history, newer items counting more, is added to the scores. Training, which predicts the
-    very pairs that are counted, is without them: they would look surer than they are.
+    very pairs that are counted, is without them: they would look surer than they are. A history without items, of which
+    training has hardly any, gets what is most popular of late.
 
     Args:
         model: What changes; its `num_transitions` is above 0.
@@ -132,12 +135,17 @@ def keep_transitions(
     starts = torch.searchsorted(first, torch.arange(num_items))
     columns = torch.arange(len(first)) - starts[first]
     kept = (columns < number) & (scores > 0)
+    recent = torch.from_numpy(histories.item_ids[histories.is_recent()]).long()
+    popularity, popular = torch.bincount(recent, minlength=FIRST_ITEM_ID + number).sort(descending=True, stable=True)
+    popular, popularity = popular[:number][popularity[:number] > 0], popularity[:number][popularity[:number] > 0]
     decoder: Any = model.decoder
     decoder.next_ids.zero_()
     decoder.next_scores.zero_()
     where = first[kept].to(decoder.next_ids.device) + FIRST_ITEM_ID, columns[kept].to(decoder.next_ids.device)
     decoder.next_ids[where] = (second[kept] + FIRST_ITEM_ID).to(decoder.next_ids)
     decoder.next_scores[where] = scores[kept].to(decoder.next_scores)
+    decoder.next_ids[PAD_TOKEN_ID, : len(popular)] = popular.to(decoder.next_ids)
+    decoder.next_scores[PAD_TOKEN_ID, : len(popular)] = FIRST_SCORE * popularity.log1p().to(decoder.next_scores)
 
 
 def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

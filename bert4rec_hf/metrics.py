@@ -19,8 +19,6 @@ COVERAGE_CUTOFF = 10
 # In tables; all of them are stored.
 SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
 SAMPLED_METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
-# Share of the training events, the newest, that "recent popularity" counts.
-RECENT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     size = num_items + FIRST_ITEM_ID
     training = histories.is_trained()
     popularity = _Scores.of(histories.item_ids[training], size)
-    recent = histories.item_ids[training & _is_recent(histories, training)]
+    recent = histories.item_ids[histories.is_recent()]
     follows = training[1:] & training[:-1]
     follows[histories.offsets[1:-1] - 1] = False  # the next event is another user's
     pairs, counts = np.unique(
@@ -291,12 +289,3 @@ class _Scores:
         unboosted = len(self.ascending) - np.searchsorted(self.ascending, least)
         moved = (score(boosted) >= least).sum() - (self.scores[boosted] >= least).sum()
         return int(unboosted + moved - (score(excluded) >= least).sum())
-
-
-def _is_recent(histories: Histories, training: np.ndarray) -> np.ndarray:
-    """(events,) the newest tenth of the training events: by time, or without times of each history."""
-    if histories.timestamps is not None and training.any():
-        return histories.timestamps >= np.quantile(
-            histories.timestamps[training], 1 - RECENT_SHARE, method="inverted_cdf"
-        )
-    return histories.places() >= np.repeat(histories.train_end * (1 - RECENT_SHARE), np.diff(histories.offsets))

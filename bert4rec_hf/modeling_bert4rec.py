@@ -488,7 +488,8 @@ class Bert4RecDecoder(nn.Linear):
             positions: (batch, P); None: all.
 
         Returns:
-            (batch, P, 2 `NEWEST_ITEMS`): token ids, then their weights, of sum 1; 0 where there are no more items.
+            (batch, P, 2 `NEWEST_ITEMS`): token ids, then their weights, of sum 1; 0 where there are no more items. If
+            there are none at all, [PAD] has the weight 1: its transitions are what a history begins with.
         """
         is_item = input_ids >= FIRST_ITEM_ID
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -502,8 +503,10 @@ class Bert4RecDecoder(nn.Linear):
         nearness = (-distances).float().masked_fill(~is_item | (distances <= 0), -torch.inf)
         nearness, found = nearness.topk(NEWEST_ITEMS, dim=2)
         weights = (math.log(2) * nearness).softmax(dim=2).nan_to_num(0)  # none where there is no item
+        nothing = nn.functional.one_hot(torch.zeros_like(found[..., 0]), NEWEST_ITEMS).to(weights)
+        weights = weights + nothing * (nearness[..., :1] == -torch.inf)
         item_ids = input_ids.unsqueeze(1).expand(-1, found.shape[1], -1).gather(2, found)
-        return torch.cat((item_ids.where(weights > 0, 0).float(), weights), dim=2)
+        return torch.cat((item_ids.where(nearness > -torch.inf, 0).float(), weights), dim=2)
 
 
 class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):

@@ -21,6 +21,8 @@ HISTORIES_FILE = "histories.parquet"
 PREPARATION_FILE = "preparation.json"
 
 PARTS = ("validation", "test")
+# Share of the training events, the newest, that "recent popularity" counts.
+RECENT_SHARE = 0.1
 
 
 @dataclass
@@ -53,6 +55,14 @@ class Histories:
     def is_trained(self) -> np.ndarray:
         """(events,) whether an event trains: it belongs to the training part, and its item to the catalogue."""
         return self.is_training() & (self.item_ids >= FIRST_ITEM_ID)
+
+    def is_recent(self) -> np.ndarray:
+        """(events,) the newest tenth of the events that train: by time, or without times of each history."""
+        trained = self.is_trained()
+        if self.timestamps is not None and trained.any():
+            first = np.quantile(self.timestamps[trained], 1 - RECENT_SHARE, method="inverted_cdf")
+            return trained & (self.timestamps >= first)
+        return trained & (self.places() >= np.repeat(self.train_end * (1 - RECENT_SHARE), np.diff(self.offsets)))
 
     def places(self) -> np.ndarray:
         """(events,) the place of each in its history, from 0 on."""

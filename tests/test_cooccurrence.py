@@ -164,7 +164,19 @@ def test_transitions_are_the_strongest_of_what_followed_an_item():
         changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
         assert changed == {"decoder.next_ids", "decoder.next_scores"}
     assert max(map(len, expected)) > 3
-    assert not model.decoder.next_ids[:FIRST_ITEM_ID].any()
+    assert not model.decoder.next_ids[1:FIRST_ITEM_ID].any()
+
+
+def test_a_history_without_items_gets_what_is_most_popular_of_late():
+    rows = ["abcdefghij", "jihgfedcba", *["jklmnopqra"] * 3, *["jklmnopqrb"] * 2, "c"]
+    histories, num_items = made(rows)
+    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=5)
+    model = Bert4RecForMaskedItemPrediction(config).eval()
+    keep_transitions(model, histories, num_items)
+    names = sorted(set("".join(rows)))
+    _, best = model.recommend(torch.tensor([[MASK_TOKEN_ID]]), top_k=3)
+    # The last of each ten, without times: a 4 times, b 2 times, j once.
+    assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()] == ["a", "b", "j"]
 
 
 def test_a_log_of_single_events_has_no_transitions():
