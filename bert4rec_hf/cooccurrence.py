@@ -20,6 +20,8 @@ WINDOW = 5
 NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 SCALE = 0.05
+# Times that length the longest vector may be: of a few items that stand beside everything, it would be any score.
+LONGEST = 10.0
 # By the logarithm of popularity: so much that a model without a history to read has no say.
 FIRST_SCORE = 20.0
 # An item is a transition of one that it follows at most so far behind.
@@ -64,7 +66,9 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
             left, singular, _ = torch.svd_lowrank(matrix, q=min(rank + 10, num_items), niter=POWER_ITERATIONS)
         turn = torch.linalg.qr(torch.randn(hidden_size, hidden_size)).Q
     vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
-    return vectors @ turn * (SCALE / vectors.square().mean().sqrt().clamp(min=1e-12))
+    vectors = vectors @ turn * (SCALE / vectors.square().mean().sqrt().clamp(min=1e-12))
+    lengths = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return vectors * (LONGEST * SCALE * hidden_size**0.5 / lengths).clamp(max=1)
 
 
 @torch.no_grad()

@@ -186,6 +186,17 @@ def test_a_log_of_single_events_has_no_transitions():
     assert kept(model) == [[], [], []]
 
 
+def test_no_vector_is_longer_than_so_many_times_the_others(monkeypatch):
+    histories, num_items = made(["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"])
+    free = cooccurrence_vectors(histories, num_items, 8)
+    monkeypatch.setattr(cooccurrence, "LONGEST", 1.0)
+    cut = cooccurrence_vectors(histories, num_items, 8)
+    lengths, longest = free.norm(dim=1), SCALE * 8**0.5
+    assert lengths.max() > longest * 1.2
+    assert torch.allclose(cut.norm(dim=1), lengths.clamp(max=longest))
+    assert torch.equal(cut[lengths < longest], free[lengths < longest])
+
+
 def test_items_of_different_users_have_nothing_in_common():
     histories, num_items = made(["ab"] * 3 + ["cd"] * 3)
     products = cooccurrence_vectors(histories, num_items, 8) @ cooccurrence_vectors(histories, num_items, 8).T
