@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
+from .defaults import default_transition_weight
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .splits import Histories
 
@@ -102,7 +103,12 @@ def start_from_cooccurrence(
 
 @torch.no_grad()
 def keep_transitions(
-    model: Bert4RecForMaskedItemPrediction, histories: Histories, num_items: int, *, weight: float = 1.0, seed: int = 0
+    model: Bert4RecForMaskedItemPrediction,
+    histories: Histories,
+    num_items: int,
+    *,
+    weight: float | None = None,
+    seed: int = 0,
 ) -> None:
     """Give a model its transitions: of each item the `config.num_transitions` that most call for being shown after it.
 
@@ -116,7 +122,7 @@ def keep_transitions(
     Args:
         model: What changes; its `num_transitions` is above 0.
         histories, num_items, seed: As in `cooccurrence_vectors`.
-        weight: Of the transitions in the sum with the model's own scores, see `defaults.default_transition_weight`.
+        weight: Of the transitions in the sum with the model's own scores. None: `default_transition_weight`.
 
     Raises:
         ValueError: If the model has no room for them.
@@ -124,6 +130,8 @@ def keep_transitions(
     number = model.config.num_transitions
     if not number:
         raise ValueError("the model has no room for transitions: make it with Bert4RecConfig(num_transitions=64)")
+    if weight is None:
+        weight = default_transition_weight(int(histories.is_training().sum()), num_items)
     keys, counts = [], []
     for distance, (first, second) in enumerate(_pairs(histories, FOLLOWS_WITHIN, seed)):
         keys.append(first * num_items + second)
@@ -141,15 +149,14 @@ def keep_transitions(
     kept = (columns < number) & (scores > 0)
     recent = torch.from_numpy(histories.item_ids[histories.is_recent()]).long()
     popularity, popular = torch.bincount(recent, minlength=FIRST_ITEM_ID + number).sort(descending=True, stable=True)
-    popular, popularity = popular[:number][popularity[:number] > 0], popularity[:number][popularity[:number] > 0]
     decoder: Any = model.decoder
     decoder.next_ids.zero_()
     decoder.next_scores.zero_()
     where = first[kept].to(decoder.next_ids.device) + FIRST_ITEM_ID, columns[kept].to(decoder.next_ids.device)
     decoder.next_ids[where] = (second[kept] + FIRST_ITEM_ID).to(decoder.next_ids)
     decoder.next_scores[where] = scores[kept].to(decoder.next_scores)
-    decoder.next_ids[PAD_TOKEN_ID, : len(popular)] = popular.to(decoder.next_ids)
-    decoder.next_scores[PAD_TOKEN_ID, : len(popular)] = FIRST_SCORE * popularity.log1p().to(decoder.next_scores)
+    decoder.next_ids[PAD_TOKEN_ID] = popular[:number].to(decoder.next_ids)
+    decoder.next_scores[PAD_TOKEN_ID] = FIRST_SCORE * popularity[:number].log1p().to(decoder.next_scores)
 
 
 def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

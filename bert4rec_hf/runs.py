@@ -26,7 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from .cooccurrence import keep_transitions, start_from_cooccurrence
-from .defaults import default_architecture, default_start_with_mean, default_transition_weight
+from .defaults import default_architecture, default_start_with_mean
 from .metrics import Protocol, floors, popularity_ranks, ranking_metrics, result_metrics, sampled_metrics
 from .model_card import RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
@@ -99,8 +99,7 @@ def train_prepared(
         model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, architecture)
     config = model.config
     if config.num_transitions:  # of a model that goes on, those of its new log
-        weight = default_transition_weight(int(histories.is_training().sum()), tokenizer.num_items)
-        keep_transitions(model, histories, tokenizer.num_items, weight=weight, seed=args.seed)
+        keep_transitions(model, histories, tokenizer.num_items, seed=args.seed)
     validation = ranking_rows(
         histories,
         tokenizer,
