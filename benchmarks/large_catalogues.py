@@ -1,11 +1,14 @@
-"""Full and sampled losses: a training step with 100,000 and a million items, and what they cost in quality.
+"""Full and sampled losses: a training step with 100,000 and a million items, a whole run, what they cost in quality.
 
     python benchmarks/large_catalogues.py
+    python benchmarks/large_catalogues.py --whole [--output FOLDER]
     python benchmarks/large_catalogues.py --quality LOG [--epochs 5] [--seeds 3] [--output FOLDER]
 
 A step: 32 histories of length 50, hidden size 64, 2 layers, mask ratio .2, AdamW, one thread; items in proportion to
-1 / rank; each loss in a process of its own. Quality: LOG as benchmarks/quality.py takes it, validation NDCG@10 after so
-many epochs of the defaults with each loss. Either writes its section of benchmarks/large_catalogues.md.
+1 / rank; each loss in a process of its own. A whole run: what `bert4rec train` does, from a prepared log of a million
+items and 4.5 million events to the model folder, but for three steps only; each in a process of its own. Quality: LOG
+as benchmarks/quality.py takes it, validation NDCG@10 after so many epochs of the defaults with each loss. Each writes
+its section of benchmarks/large_catalogues.md.
 """
 
 import argparse
@@ -19,14 +22,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from quality import log_name, named_seeds, prepared, spread
 from quality import train as train_model
 from tables import write_section
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainingArguments, prepare
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.metrics import Protocol
+from bert4rec_hf.runs import train_prepared
 
 BATCH, LENGTH, MASK_RATIO, NUM_NEGATIVES, STEPS = 32, 50, 0.2, 1000, 5
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
@@ -91,6 +97,56 @@ def time_and_memory() -> list[str]:
     return [intro, "", *lines]
 
 
+def generated(folder: Path) -> Path:
+    """A prepared log of a million items, each there once at least: users stay near one, the popular ones nearer."""
+    num_items, users, length = 1_000_000, 70_000, LENGTH
+    random = np.random.default_rng(0)
+    near = (random.pareto(1.0, users * length) * 20).astype(np.int64)
+    items = (random.integers(0, num_items, users).repeat(length) + near) % num_items
+    items = np.concatenate((items, random.permutation(num_items)))
+    columns = {"user_id": np.arange(len(items)) // length, "item_id": items, "timestamp": np.arange(len(items))}
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    prepare(folder / "log.parquet", folder / "data", split="none")
+    return folder / "data"
+
+
+def whole_run(data: Path, width: int, initialization: str) -> float:
+    """CPU seconds from the prepared log to the model folder."""
+    folder = data.parent / f"model-{width}-{initialization}"
+    shutil.rmtree(folder, ignore_errors=True)
+    arguments = Bert4RecTrainingArguments(
+        str(folder),
+        max_steps=3,
+        per_device_train_batch_size=BATCH,
+        item_initialization=initialization,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+    )
+    start = time.process_time()
+    train_prepared(data, arguments, hidden_size=width)
+    return time.process_time() - start
+
+
+def whole_runs(folder: Path) -> list[str]:
+    data = generated(folder)
+    lines = ["| hidden size | item vectors start from | CPU seconds | peak GiB of the process |", "|---|---|---|---|"]
+    for width in (64, 128):
+        for initialization in ("random", "cooccurrence"):
+            command = [sys.executable, __file__, "--run", str(data), str(width), initialization]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+            seconds, peak = done[-1].split()
+            lines.append(f"| {width} | {initialization} | {seconds} | {peak} |")
+            print(lines[-1], flush=True)
+    intro = (
+        f"One thread, torch {torch.__version__}. 1,000,000 items, 4,500,000 events, histories of {LENGTH}; three steps "
+        f"on {BATCH} histories with the full softmax, AdamW; from reading the prepared log to the written model folder."
+    )
+    return [intro, "", *lines]
+
+
 def quality(log: str, epochs: int, seeds: range, output: Path) -> list[str]:
     data = prepared(log, output / log_name(log), None)
     lines = ["| loss | NDCG@10 | of the full softmax's | HR@10 | CPU minutes |", "|---|---|---|---|---|"]
@@ -122,6 +178,8 @@ def quality(log: str, epochs: int, seeds: range, output: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help="whole runs with a million items")
     parser.add_argument("--quality", metavar="LOG")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
@@ -129,6 +187,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.step:
         print(f"{train(options.step[0], int(options.step[1])):.3f} {peak_gib():.2f}")
+    elif options.run:
+        data, width, initialization = options.run
+        print(f"{whole_run(Path(data), int(width), initialization):.0f} {peak_gib():.2f}")
+    elif options.whole:
+        write_section(TABLE, HEADER, "A whole run", whole_runs(Path(options.output)))
     elif options.quality:
         lines = quality(options.quality, options.epochs, range(42, 42 + options.seeds), Path(options.output))
         write_section(TABLE, HEADER, f"Quality, {log_name(options.quality)}", lines)

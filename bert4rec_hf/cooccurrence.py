@@ -50,26 +50,40 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
     Returns:
         (num_items, hidden_size); 0 for an item that has no neighbours.
     """
-    matrix = _information(histories, num_items, seed)
-    vectors = torch.zeros(num_items, hidden_size)
-    if not matrix.values().numel():
-        return vectors
+    first, second, count = _neighbours(histories, num_items, seed)
+    if not len(count):
+        return torch.zeros(num_items, hidden_size)
+    information = _positive_information(first, second, count, num_items)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not those of the caller's devices
         rank = min(hidden_size, num_items)
         if num_items > MANY_ITEMS:
             logger.warning(
-                "starting from which of %d items stand near one another takes minutes; --item_initialization random "
+                "starting from which of %d items stand near one another takes a minute; --item_initialization random "
                 "does without", num_items,
             )  # fmt: skip
-            left, singular = _leading(matrix, rank + 10)
+            # The other way round the counts are the same, and stand in the same places.
+            transposed = _positive_information(second, first, count, num_items)
+            matrix = _compressed(first, second, information, num_items)
+            transposed = torch.sparse_csr_tensor(
+                matrix.crow_indices(), matrix.col_indices(), transposed, matrix.shape, check_invariants=False
+            )
+            del first, second, count, information
+            left, singular = _leading(matrix, transposed, rank + 10)
+            del matrix, transposed
         else:
+            size = (num_items, num_items)
+            indices = torch.stack((first, second))
+            matrix = torch.sparse_coo_tensor(indices, information, size, check_invariants=False, is_coalesced=True)
             left, singular, _ = torch.svd_lowrank(matrix, q=min(rank + 10, num_items), niter=POWER_ITERATIONS)
         turn = torch.linalg.qr(torch.randn(hidden_size, hidden_size)).Q
-    vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
-    vectors = vectors @ turn * (SCALE / vectors.square().mean().sqrt().clamp(min=1e-12))
+    vectors = torch.zeros(num_items, hidden_size)
+    torch.mul(left[:, :rank], singular[:rank].sqrt(), out=vectors[:, :rank])
+    del left
+    scale = SCALE / vectors.square().mean().sqrt().clamp(min=1e-12)
+    vectors = (vectors @ turn).mul_(scale)
     lengths = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return vectors * (LONGEST * SCALE * hidden_size**0.5 / lengths).clamp(max=1)
+    return vectors.mul_((LONGEST * SCALE * hidden_size**0.5 / lengths).clamp(max=1))
 
 
 @torch.no_grad()
@@ -120,7 +134,8 @@ def keep_transitions(
     training has hardly any, gets what is most popular of late.
 
     Args:
-        model: What changes; its `num_transitions` is above 0.
+        model: What changes; its `num_transitions` is above 0. An item that nothing follows in these histories keeps the
+            transitions that it has.
         histories, num_items, seed: As in `cooccurrence_vectors`.
         weight: Of the transitions in the sum with the model's own scores. None: `default_transition_weight`.
 
@@ -148,15 +163,16 @@ def keep_transitions(
     columns = torch.arange(len(first)) - starts[first]
     kept = (columns < number) & (scores > 0)
     recent = torch.from_numpy(histories.item_ids[histories.is_recent()]).long()
-    popularity, popular = torch.bincount(recent, minlength=FIRST_ITEM_ID + number).sort(descending=True, stable=True)
+    popularity, popular = torch.bincount(recent, minlength=number).sort(descending=True, stable=True)
+    popularity, popular = popularity[:number], popular[:number]
     decoder: Any = model.decoder
-    decoder.next_ids.zero_()
-    decoder.next_scores.zero_()
+    counted = first.unique().to(decoder.next_ids.device) + FIRST_ITEM_ID
+    decoder.next_ids[counted], decoder.next_scores[counted] = 0, 0
     where = first[kept].to(decoder.next_ids.device) + FIRST_ITEM_ID, columns[kept].to(decoder.next_ids.device)
     decoder.next_ids[where] = (second[kept] + FIRST_ITEM_ID).to(decoder.next_ids)
     decoder.next_scores[where] = scores[kept].to(decoder.next_scores)
-    decoder.next_ids[PAD_TOKEN_ID] = popular[:number].to(decoder.next_ids)
-    decoder.next_scores[PAD_TOKEN_ID] = FIRST_SCORE * popularity[:number].log1p().to(decoder.next_scores)
+    decoder.next_ids[PAD_TOKEN_ID] = popular.where(popularity > 0, 0).to(decoder.next_ids)
+    decoder.next_scores[PAD_TOKEN_ID] = FIRST_SCORE * popularity.log1p().to(decoder.next_scores)
 
 
 def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -174,16 +190,13 @@ def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch
         yield first[near], second[near]
 
 
-def _information(histories: Histories, num_items: int, seed: int) -> torch.Tensor:
-    """(num_items, num_items), sparse: the positive pointwise mutual information of items near one another."""
-    pairs = []  # one number each; either way round
+def _neighbours(histories: Histories, num_items: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Items that stand near one another, in order, each pair either way round; how often they do."""
+    pairs = []  # one number each
     for first, second in _pairs(histories, WINDOW, seed):
         pairs += [first * num_items + second, second * num_items + first]
     unique, counts = torch.unique(torch.cat(pairs), return_counts=True)
-    indices = torch.stack((unique // num_items, unique % num_items))
-    information = _positive_information(indices[0], indices[1], counts.float(), num_items)
-    size = (num_items, num_items)
-    return torch.sparse_coo_tensor(indices, information, size, check_invariants=False, is_coalesced=True)
+    return unique // num_items, unique % num_items, counts.float()
 
 
 def _positive_information(
@@ -195,26 +208,37 @@ def _positive_information(
     return (count / (of_item[first] * (of_neighbour / of_neighbour.sum())[second])).log().clamp(min=0)
 
 
-def _leading(matrix: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _leading(matrix: torch.Tensor, transposed: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Left singular vectors (rows, number) and values of a sparse matrix, the largest first, without the right ones.
 
     As `torch.svd_lowrank` (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1), but for rounding; of a million
-    items in a third of the time.
+    items in far less time and memory.
     """
-    by_row, by_column = _compressed(matrix), _compressed(matrix.t().coalesce())
-    basis = torch.linalg.qr(by_row @ torch.randn(matrix.shape[1], number)).Q
+    basis = _orthonormal(matrix @ torch.randn(matrix.shape[1], number))
     for _ in range(POWER_ITERATIONS):
-        basis = torch.linalg.qr(by_column @ basis).Q
-        basis = torch.linalg.qr(by_row @ basis).Q
-    projected = by_column @ basis
+        basis = _orthonormal(transposed @ basis)
+        basis = _orthonormal(matrix @ basis)
+    projected = transposed @ basis
     squares, turn = torch.linalg.eigh(projected.T @ projected)
     return basis @ turn.flip(1), squares.flip(0).clamp(min=0).sqrt()
 
 
-def _compressed(matrix: torch.Tensor) -> torch.Tensor:
+def _orthonormal(basis: torch.Tensor) -> torch.Tensor:
+    """A basis (rows, few) of the same columns, written over it: QR would hold it three times."""
+    parts = basis.split(2**16)
+    products = sum(part.double().T @ part.double() for part in parts)
+    squares, turn = torch.linalg.eigh(products)
+    # What is smaller is rounding.
+    turn = torch.where(squares > 1e-12 * squares[-1], turn / squares.abs().sqrt(), 0).float()
+    for part in parts:
+        part.copy_(part @ turn)
+    return basis
+
+
+def _compressed(first: torch.Tensor, second: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
+    """(size, size), sparse, of places in order; with indices of 32 bits, which the library that multiplies takes."""
+    starts = torch.zeros(size + 1, dtype=torch.int32)
+    starts[1:] = torch.bincount(first, minlength=size).cumsum(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        rows = matrix.to_sparse_csr()
-        # Indices of 32 bits, which the library that multiplies takes as they are.
-        indices = rows.crow_indices().int(), rows.col_indices().int()
-        return torch.sparse_csr_tensor(*indices, rows.values(), matrix.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(starts, second.int(), values, (size, size), check_invariants=False)

@@ -68,12 +68,18 @@ def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None
     write_file(Path(folder) / EVALUATION_FILE, json.dumps([*records, dict(record)], indent=2) + "\n")
 
 
-def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **metadata: Any) -> None:
+def write_model_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    tokenizer: Bert4RecTokenizer | None = None,
+    **metadata: Any,
+) -> None:
     """README.md for a stranger: use, metrics under their protocol, limits, commands; one without `MARK` is left alone.
 
     Args:
         folder: The model folder.
         repo_id: Where it is or will be on the Hub; None: as the card has it.
+        tokenizer: The folder's, which takes seconds to read where items are a million; None: it is read.
         metadata: Fields of `ModelCardData`, such as license. What the card's metadata has already stays.
     """
     folder = Path(folder)
@@ -87,7 +93,8 @@ def write_model_card(folder: str | os.PathLike, repo_id: str | None = None, **me
     recipe_path, preparation_path = folder / RECIPE_FILE, folder / PREPARATION_FILE
     recipe = yaml.safe_load(recipe_path.read_text("utf-8")) if recipe_path.is_file() else {}
     preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
-    tokenizer = Bert4RecTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = Bert4RecTokenizer.from_pretrained(folder)
     records = read_evaluations(folder)
 
     kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}

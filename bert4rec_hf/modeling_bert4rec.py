@@ -343,6 +343,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
         if position_ids is None:
             position_ids = self.positions(inputs, attention_mask)
+        position_ids = position_ids.expand(len(inputs), -1)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
         # Skipping the mask where nothing is padded would read it back from the device.

@@ -11,7 +11,7 @@ import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .configuration_bert4rec import UNK_TOKEN_ID
+from .configuration_bert4rec import MASK_TOKEN_ID, UNK_TOKEN_ID
 from .modeling_bert4rec import NEWEST_ITEMS
 from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
@@ -204,7 +204,9 @@ class SequentialRecommendationPipeline(Pipeline):
         scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
         if self.model.config.num_transitions:
             # Of which the index knows nothing: what it found is scored again, beside what follows the newest items.
-            followers = self.model.decoder.next_ids[input_ids[:, -1 - NEWEST_ITEMS : -1]].flatten(1)
+            position = input_ids.eq(MASK_TOKEN_ID).int().argmax(dim=1, keepdim=True)
+            newest = self.model.decoder.newest_items(input_ids, attention_mask, position)[:, 0, :NEWEST_ITEMS].long()
+            followers = self.model.decoder.next_ids[newest].flatten(1)
             candidates = torch.cat((item_ids, followers), dim=1).sort(dim=1).values
             again = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) == 0
             candidates = candidates.masked_fill(again, 0)

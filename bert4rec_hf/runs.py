@@ -141,14 +141,14 @@ def train_prepared(
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
     checkpoint = args.resume_from_checkpoint
-    if checkpoint is not None:
+    if checkpoint:
         if checkpoint == "last" or checkpoint is True:
             checkpoint = _last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
                 logger.warning("going on from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer)
         trainer.add_callback(BestCheckpointHere)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint or None)
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
@@ -395,11 +395,12 @@ def check_resumable(
             "give the checkpoint as --model_name_or_path, and another --output_dir"
         )
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    is_beyond = state.global_step > args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
+    # At its last step a run would take one more before it notices.
+    is_beyond = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
     if is_beyond:
         raise ValueError(
-            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, beyond the end that was asked for "
-            f"(num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
+            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, at or beyond the end that was asked "
+            f"for (num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
         )
 
 

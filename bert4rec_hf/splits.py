@@ -57,12 +57,13 @@ class Histories:
         return self.is_training() & (self.item_ids >= FIRST_ITEM_ID)
 
     def is_recent(self) -> np.ndarray:
-        """(events,) the newest tenth of the events that train: by time, or without times of each history."""
+        """(events,) the newest tenth of the events that train: by time; without times of each history, one at least."""
         trained = self.is_trained()
         if self.timestamps is not None and trained.any():
             first = np.quantile(self.timestamps[trained], 1 - RECENT_SHARE, method="inverted_cdf")
             return trained & (self.timestamps >= first)
-        return trained & (self.places() >= np.repeat(self.train_end * (1 - RECENT_SHARE), np.diff(self.offsets)))
+        first = np.minimum(self.train_end * (1 - RECENT_SHARE), self.train_end - 1)
+        return trained & (self.places() >= np.repeat(first, np.diff(self.offsets)))
 
     def places(self) -> np.ndarray:
         """(events,) the place of each in its history, from 0 on."""
@@ -271,8 +272,10 @@ def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: i
         start, end = histories.offsets[users[user_id] : users[user_id] + 2]
         had = np.unique(histories.item_ids[start:end])
         random = np.random.default_rng((seed, users[user_id]))
-        wanted = min(num_candidates, len(np.setdiff1d(occurring, had, assume_unique=True)))
-        drawn = np.zeros(0, np.int64)
+        others = np.setdiff1d(occurring, had, assume_unique=True)
+        wanted, drawn = min(num_candidates, len(others)), np.zeros(0, np.int64)
+        if len(others) < 10 * num_candidates:  # the last of few would be long in coming: the same by a race of all
+            drawn = others[(random.standard_exponential(len(others)) / counts[others]).argsort()]
         while len(drawn) < wanted:
             # Drawn one after the other, with what has come before and what the user has had passed over.
             draws = random.integers(cumulative[-1], size=4 * num_candidates)

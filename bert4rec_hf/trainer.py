@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sized
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from huggingface_hub import upload_folder
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
@@ -50,6 +52,7 @@ from .metrics import (
     Protocol,
     ranking_metrics,
     result_metrics,
+    sampled_metrics,
 )
 from .model_card import (
     CURVE_FILE,
@@ -360,8 +363,9 @@ class Bert4RecTrainer(Trainer):
             if config.item_loss != "softmax":
                 raise ValueError(f"label_smoothing_factor is for item_loss softmax alone; got {config.item_loss}")
             self.label_smoother: LabelSmoother | None = ItemLabelSmoother(self.args.label_smoothing_factor)
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            keep_scores_whole(plugin)
         self.protocol = protocol
         self.floors = {
             name: found if isinstance(found, Mapping) else ranking_metrics(found)
@@ -371,6 +375,11 @@ class Bert4RecTrainer(Trainer):
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
         self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
+        return super().train(*args, **kwargs)
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
@@ -426,6 +435,12 @@ class Bert4RecTrainer(Trainer):
         if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # of `prediction_step` above
             num_known = max(1, int((output.label_ids != IGNORE_INDEX).sum()))
             output.metrics[f"{metric_key_prefix}_loss"] *= len(output.label_ids) / num_known
+        if "candidate_ids" in getattr(dataloader.dataset, "column_names", ()) and isinstance(output.predictions, tuple):
+            ranks = output.predictions[0]
+            for name in (*ranking_metrics(ranks), f"coverage@{COVERAGE_CUTOFF}"):
+                output.metrics.pop(f"{metric_key_prefix}_{name}", None)
+            sampled = {f"{metric_key_prefix}_{name}": value for name, value in sampled_metrics(ranks).items()}
+            output.metrics.update(sampled)
         return output
 
     def evaluate(
@@ -505,7 +520,7 @@ class Bert4RecTrainer(Trainer):
             write_training(folder, training)
         if self.publish_code:
             publish_code_into(folder)
-        write_model_card(folder, self.hub_model_id)
+        write_model_card(folder, self.hub_model_id, self.processing_class)
 
     def training_record(self) -> dict[str, Any] | None:
         """How the run went up to now, see `learning_curve.training_record`; None without evaluations or protocol."""
@@ -551,7 +566,7 @@ class Bert4RecTrainer(Trainer):
         """
         if self.is_world_process_zero():
             metadata = {"model_name": model_name, "license": license, "language": language, "tags": tags}
-            write_model_card(self.args.output_dir, self.hub_model_id, **metadata)
+            write_model_card(self.args.output_dir, self.hub_model_id, self.processing_class, **metadata)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the checkpoint, which is a model folder, as the model; and as `hub_strategy` says, whole beside it."""
@@ -628,6 +643,17 @@ def _collator(
     )
 
 
+def keep_scores_whole(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let FSDP2's mixed precision leave inputs and outputs as they are: token ids and scores among them.
+
+    Its weights are in half precision all the same, and so is what is computed with them.
+    """
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
+        )
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for what is allocated next, in the whole process; elsewhere this does nothing.
 
@@ -635,6 +661,7 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # the gaps that are there now may be too small for what comes
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -16,7 +17,7 @@ from bert4rec_hf import (
     cooccurrence,
     tokenize_histories,
 )
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
 from bert4rec_hf.cooccurrence import (
     FOLLOWS_WITHIN,
     NEIGHBOUR_POWER,
@@ -175,8 +176,8 @@ def test_a_history_without_items_gets_what_is_most_popular_of_late():
     keep_transitions(model, histories, num_items)
     names = sorted(set("".join(rows)))
     _, best = model.recommend(torch.tensor([[MASK_TOKEN_ID]]), top_k=3)
-    # The last of each ten, without times: a 4 times, b 2 times, j once.
-    assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()] == ["a", "b", "j"]
+    # The last of each ten, without times, and the only one: a 4 times, b 2 times, c and j once.
+    assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()] == ["a", "b", "c"]
 
 
 def test_a_log_of_single_events_has_no_transitions():
@@ -241,6 +242,23 @@ def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
     assert math.isfinite(vectors.sum())
 
 
+def test_a_model_that_goes_on_keeps_the_transitions_of_items_that_its_new_log_lacks():
+    histories, num_items = made(["abcd", "bacd", "abdc"])
+    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=8)
+    model = Bert4RecForMaskedItemPrediction(config)
+    keep_transitions(model, histories, num_items)
+    assert int(model.decoder.next_ids.max()) < config.vocab_size  # there are fewer than eight items
+    assert model.decoder.next_ids[PAD_TOKEN_ID].count_nonzero() <= num_items
+    before = model.decoder.next_ids.clone(), model.decoder.next_scores.clone()
+    histories = replace(histories, train_end=np.full(3, 2))  # a and b alone
+    keep_transitions(model, histories, num_items)
+    a, b, c, d = range(FIRST_ITEM_ID, FIRST_ITEM_ID + 4)
+    for old, new in zip(before, (model.decoder.next_ids, model.decoder.next_scores), strict=True):
+        assert torch.equal(old[[c, d]], new[[c, d]])
+        assert not torch.equal(old[[a, b]], new[[a, b]])
+    assert sorted(model.decoder.next_ids[a].tolist()) == [0] * 7 + [b]
+
+
 def test_a_model_without_room_for_transitions_is_told_so():
     histories, num_items = made(["abc", "abd"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID))
@@ -254,6 +272,6 @@ def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch,
     expected = cooccurrence_vectors(histories, num_items, 16, seed=1)
     monkeypatch.setattr(cooccurrence, "MANY_ITEMS", num_items - 1)
     found = cooccurrence_vectors(histories, num_items, 16, seed=1)
-    assert "takes minutes" in caplog.text
+    assert "takes a minute" in caplog.text
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-5, rtol=1e-3)
     assert torch.equal(found, cooccurrence_vectors(histories, num_items, 16, seed=1))

@@ -20,6 +20,7 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
+from bert4rec_hf.trainer import keep_scores_whole
 
 
 def pieces(data: Path) -> dict:
@@ -43,6 +44,27 @@ def histories_in_tokens(model) -> torch.Tensor:
     return torch.cat((numbers, torch.ones(8, 1, dtype=torch.long)), dim=1)
 
 
+def in_half_precision() -> list[bool]:
+    """Whether sharded weights in bfloat16 recommend what whole ones in float32 do, where transitions decide."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    config = Bert4RecConfig(vocab_size=2003, hidden_size=32, num_transitions=4)  # more than bfloat16 can count to
+    model = Bert4RecForMaskedItemPrediction(config).eval()
+    model.decoder.next_ids[:] = torch.stack([torch.randperm(2000)[:4] + 3 for _ in range(2003)])
+    model.decoder.next_scores[:] = torch.tensor([40.0, 38.0, 36.0, 34.0])
+    histories = torch.cat((torch.randint(3, 2003, (8, 5)), torch.ones(8, 1, dtype=torch.long)), dim=1)
+    _, expected = model.recommend(histories, top_k=4)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    keep_scores_whole(plugin)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mp_policy=plugin.mixed_precision_policy)
+    scores, item_ids = model.recommend(histories, top_k=4)
+    return [torch.equal(item_ids, expected), scores.dtype == torch.float32]
+
+
 def train_sharded(data: Path, start: Path, output: Path) -> None:
     """What each of the two processes does."""
     import torch.distributed as dist
@@ -56,9 +78,11 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
     metrics = trainer.evaluate()
     scores, item_ids = model.eval().recommend(histories_in_tokens(model), top_k=5)
     trainer.save_model()
+    half = in_half_precision()
     if dist.get_rank() == 0:
         report = {
             "shard": list(shard), "metrics": metrics, "scores": scores.tolist(), "item_ids": item_ids.tolist(),
+            "half": half,
         }  # fmt: skip
         (output / "report.json").write_text(json.dumps(report))
     dist.barrier()
@@ -84,6 +108,7 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     )  # fmt: skip
     assert (output / "report.json").is_file(), outcome.stderr[-3000:]
     report = json.loads((output / "report.json").read_text())
+    assert report["half"] == [True, True]
     # Each process holds half of the item table's 24 rows.
     assert report["shard"] == [12, 32]
     alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)

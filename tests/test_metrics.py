@@ -1,6 +1,7 @@
 """Ranks to numbers, floors, and the protocol, on cases worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -96,6 +97,8 @@ def test_floors_by_hand():
     assert found["recent popularity"].tolist() == [4, 4]
     # c is followed by a once (never by d); nothing follows d, so popularity decides.
     assert found["last-item co-occurrence"].tolist() == [4, 3]
+    # Without times it is a tenth of each history, one event at least: the last that trains, b of either.
+    assert histories.item_ids[replace(histories, timestamps=None).is_recent()].tolist() == [4, 4]
     filtered = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
     # u has had a, b, c: d is all that is left. v has had its target before: never shown.
     assert floors(filtered, histories, 4)["popularity"].tolist() == [1, 0]

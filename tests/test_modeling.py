@@ -180,6 +180,15 @@ def test_later_items_influence_an_earlier_mask(model):
     assert (scores[0] - scores[1]).abs().max() > 0.05
 
 
+def test_positions_of_all_rows_may_be_given_once(model):
+    ids = torch.tensor([[9, 17, MASK], [17, 30, MASK]])
+    options = {"prediction_positions": torch.tensor([[2], [2]])}
+    shared = model(input_ids=ids, position_ids=torch.tensor([[0, 2, 5]]), **options).logits
+    each = model(input_ids=ids, position_ids=torch.tensor([[0, 2, 5]] * 2), **options).logits
+    assert torch.equal(shared, each)
+    assert not torch.equal(shared, model(input_ids=ids, **options).logits)
+
+
 @PLAIN
 def test_inputs_embeds_stand_in_for_input_ids(model):
     ids, mask = pad(HISTORIES)

@@ -404,6 +404,21 @@ def test_what_follows_the_newest_items_is_found_beside_what_an_index_finds(histo
     assert ids(pipe(rows[-1], top_k=2)) != ids(exact[-1])
 
 
+def test_what_follows_is_found_for_each_history_of_a_batch_and_for_an_empty_one(tmp_path):
+    items = [f"item {number}" for number in range(500)]
+    tokenizer = Bert4RecTokenizer.from_items(items, model_max_length=12)
+    config = Bert4RecConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=12, hidden_size=16, num_attention_heads=1, num_transitions=3
+    )
+    model = Bert4RecForMaskedItemPrediction(config).eval()
+    model.decoder.next_ids[:] = torch.stack([torch.randperm(len(items))[:3] + 3 for _ in range(len(tokenizer))])
+    model.decoder.next_scores[:] = 30  # more than the model's own scores differ by
+    pipe = pipeline("sequential-recommendation", model=model, tokenizer=tokenizer, device="cpu")
+    rows = [[], items[:1], items[5:9], items[20:40]]
+    exact, near = pipe(rows, top_k=3), pipe(rows, top_k=3, index=ItemIndex.build(model), batch_size=4)
+    assert [ids(answer) for answer in near] == [ids(answer) for answer in exact]
+
+
 def test_an_index_of_another_model_is_an_error(pipe, tmp_path):
     other = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(pipe.tokenizer), hidden_size=8))
     with pytest.raises(ValueError, match="the index has vectors of width 9, the model of width 17: build it from"):

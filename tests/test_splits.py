@@ -165,11 +165,12 @@ def many_users(num_users: int) -> tuple:
     return ranking_rows(histories, tokenizer, "test", filter_seen_items=True), histories
 
 
-def test_sampled_candidates_go_by_popularity_and_are_none_of_the_users_own():
+@pytest.mark.parametrize("num_candidates", [2, 5])  # of 27 that are left, which are many and few
+def test_sampled_candidates_go_by_popularity_and_are_none_of_the_users_own(num_candidates):
     rows, histories = many_users(3000)
-    drawn = np.array(sampled_candidates(rows, histories, num_candidates=5)["candidate_ids"]) - 3
-    assert drawn.shape == (3000, 5)
-    assert all(len(set(row)) == 5 for row in drawn.tolist())
+    drawn = np.array(sampled_candidates(rows, histories, num_candidates=num_candidates)["candidate_ids"]) - 3
+    assert drawn.shape == (3000, num_candidates)
+    assert all(len(set(row)) == num_candidates for row in drawn.tolist())
     assert not np.isin(drawn, [0, 1, 29]).any()  # never in the training part, the target, the past
     # The first of each user goes by the counts alone: the 2 of 2 .. 28 once in 405, the 28 in 28 of 405.
     share = np.bincount(drawn[:, 0], minlength=30) / 3000

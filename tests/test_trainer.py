@@ -38,8 +38,9 @@ from bert4rec_hf.cli import main
 from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from bert4rec_hf.cooccurrence import cooccurrence_vectors, keep_transitions
 from bert4rec_hf.defaults import default_architecture, default_batch_size, default_transition_weight
-from bert4rec_hf.metrics import Protocol, popularity_ranks
+from bert4rec_hf.metrics import SAMPLED_METRICS, Protocol, popularity_ranks
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf.splits import sampled_candidates
 from bert4rec_hf.trainer import SimilarLengthSampler
 
 # Without transitions, which know these logs before anything is learnt.
@@ -259,6 +260,23 @@ def test_numbers_of_other_weights_are_not_stored(chain, tmp_path):
     assert trainer.evaluate()["eval_NDCG@10"] == pytest.approx(record["metrics"]["NDCG@10"])
 
 
+def test_metrics_among_sampled_items_say_so_in_their_names(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50))
+    rows = ranking_rows(histories, tokenizer, "validation", filter_seen_items=False)
+    trainer = Bert4RecTrainer(model, arguments(tmp_path), processing_class=tokenizer, eval_dataset=rows)
+    full = trainer.evaluate()
+    sampled = trainer.evaluate(sampled_candidates(rows, histories, num_candidates=5))
+    assert "eval_NDCG@10" in full
+    assert not any("sampled" in name for name in full)
+    assert {name for name in sampled if "@" in name} == {
+        f"eval_sampled_{name}" for name in SAMPLED_METRICS if "@" in name
+    }
+    assert sampled["eval_sampled_HR@10"] == 1  # of six
+    assert sampled["eval_sampled_HR@1"] < 1
+
+
 def test_the_loss_is_the_mean_over_targets_that_the_catalogue_has_whatever_the_batches(chain, tmp_path):
     data, _ = chain
     rows = [f"{user},item {item},{item}" for user in range(40) for item in range(5)]
@@ -358,7 +376,10 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(data, r"has learning_rate=0\.\d+, not 1e-05: a run that is resumed keeps its optimizer", learning_rate=1e-5)
     resume(data, r"has weight_decay=0\.0, not 0\.1: .*give the checkpoint as --model_name_or_path", weight_decay=0.1)
     resume(tmp_path / "other data", "was trained on another catalogue")
-    resume(data, r"is at epoch 1, step 10, beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5)
+    resume(data, r"is at epoch 1, step 10, at or beyond the end .*max_steps=10.*ask for more", max_steps=10)
+    resume(
+        data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5
+    )
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
