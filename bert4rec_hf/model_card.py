@@ -109,9 +109,16 @@ def write_model_card(
     }
     if preparation and preparation["source"] in NAMED_DATASETS:
         written["datasets"] = [preparation["source"]]
+    if "/" in recipe.get("model_name_or_path", ""):  # of the Hub
+        written["base_model"] = recipe["model_name_or_path"]
     data = ModelCardData(**(kept | given | written))
 
-    parts = [f"---\n{data.to_yaml()}\n---", MARK, f"# {written['model_name']}", _introduction(config, preparation)]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        MARK,
+        f"# {written['model_name']}",
+        _introduction(config, recipe, preparation),
+    ]
     parts += [_usage(repo_id, tokenizer)]
     if records:
         parts.append("## Metrics")
@@ -154,7 +161,7 @@ def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | Non
     return results
 
 
-def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
+def _introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
     text = (
         f"Next-item recommendation over {config['vocab_size'] - 3:,} items from histories of up to "
         f"{config['max_position_embeddings'] - 1} items. Items that a user has had are "
@@ -171,6 +178,8 @@ def _introduction(config: Mapping[str, Any], preparation: Mapping[str, Any] | No
             f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users "
             f"in `{source}`."
         )
+        if "model_name_or_path" in recipe:
+            text += f" It went on from `{recipe['model_name_or_path']}`, which was trained before."
         if _holds_nothing_out(preparation):
             text += " Nothing was held out: these are all events that there were, and nothing is left to evaluate on."
         if source in NAMED_DATASETS:
