@@ -81,6 +81,9 @@ NO_RECIPE = {
 # What only `train_prepared` reads.
 OF_PREPARED = {"item_initialization", "train_windows", "window_step"}
 
+# Bytes of a model from which on freed memory is given back: gaps of that size take more than they save.
+LARGE_MODEL = 2**27
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -377,7 +380,7 @@ class Bert4RecTrainer(Trainer):
         self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.args.device.type == "cpu":
+        if self.args.device.type == "cpu" and self.model.get_memory_footprint() < LARGE_MODEL:
             keep_freed_memory()
         return super().train(*args, **kwargs)
 
@@ -668,7 +671,6 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # the gaps that are there now may be too small for what comes
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_MMAP_MAX, 0)
 
