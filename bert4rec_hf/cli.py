@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import logging
+import re
 import shlex
 import sys
 import typing
@@ -45,6 +46,9 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        for action in self._actions:  # of a flag that is true, with the flag's own help
+            if action.option_strings[0].startswith("--no_"):
+                action.help = f"The same as --{action.option_strings[0].removeprefix('--no_')} false."
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -258,6 +262,8 @@ def _architecture_arguments() -> type:
     """A dataclass of the config's own fields; None where the command line says nothing."""
     from .defaults import default_architecture
 
+    described = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", Bert4RecConfig.__doc__ or "", re.MULTILINE)
+    sentences = {name: " ".join(text.split()).split(". ")[0].rstrip(".") for name, text in described}
     chosen = default_architecture(1, 1, {})  # a log for which no field is left as the config has it
     fields = []
     for name, annotation in Bert4RecConfig.__annotations__.items():
@@ -266,11 +272,12 @@ def _architecture_arguments() -> type:
         default = getattr(Bert4RecConfig, name)
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else None
         kind = str if choices else type(default)
-        metadata: dict[str, Any] = {"help": f"Architecture; default {default}."}
+        told = f"Architecture. {sentences.get(name, '')}"
+        metadata: dict[str, Any] = {"help": f"{told}; default {default}."}
         if name in ("max_position_embeddings", "filter_seen_items"):
             metadata["help"] = "Default: as the prepared folder says."
         elif name in chosen:
-            metadata["help"] = "Architecture; chosen from the log if left out."
+            metadata["help"] = f"{told}; chosen from the log if left out."
         if choices:
             metadata["choices"] = choices
         fields.append((name, kind | None, field(default=None, metadata=metadata)))

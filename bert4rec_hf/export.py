@@ -67,7 +67,7 @@ def export_onnx(
         top_k: Number of items.
 
     Raises:
-        ImportError: Without the packages onnx and onnxscript: `pip install bert4rec_hf[export]`.
+        ImportError: Without the packages onnx and onnxscript: `pip install 'bert4rec_hf[export]'`.
         ValueError: If `output` is a folder, or a file of another name.
     """
     output = Path(output)

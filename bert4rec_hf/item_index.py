@@ -40,7 +40,7 @@ class ItemIndex:
                 best, and take longer.
 
         Raises:
-            ImportError: Without usearch, `pip install bert4rec_hf[search]`.
+            ImportError: Without usearch, `pip install 'bert4rec_hf[search]'`.
             ValueError: If a weight is NaN.
         """
         from usearch.index import Index
