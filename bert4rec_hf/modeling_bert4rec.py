@@ -343,7 +343,8 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
         if position_ids is None:
             position_ids = self.positions(inputs, attention_mask)
-        position_ids = position_ids.expand(len(inputs), -1)
+        else:  # of one row, if they are the same for all
+            position_ids = position_ids.expand(inputs.shape[0], -1)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
         # Skipping the mask where nothing is padded would read it back from the device.
