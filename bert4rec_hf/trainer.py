@@ -553,13 +553,9 @@ class Bert4RecTrainer(Trainer):
             for name in Bert4RecConfig.__annotations__
             if name not in DERIVED_FIELDS and hasattr(config, name)
         }
-        origin = (
-            config._name_or_path
-        )  # of a model that goes on; of a folder its name, which says nothing of the machine
-        if origin:
-            arguments["model_name_or_path"] = (
-                os.path.basename(os.path.abspath(origin)) if os.path.isdir(origin) else origin
-            )
+        origin = config._name_or_path  # of a model that goes on; a folder's name would mean another one elsewhere
+        if origin and not os.path.exists(origin):
+            arguments["model_name_or_path"] = origin
         return json.loads(json.dumps(arguments | architecture, default=str))
 
     def create_model_card(

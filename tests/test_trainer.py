@@ -670,10 +670,17 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     assert new.items == [*old.items, "AAA", "zz"]
     model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "new")
     assert model.config.vocab_size == len(new) == model.decoder.bias.shape[0]
-    # What reproduces the second run is no recipe for a model that begins anew.
-    assert yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())["model_name_or_path"] == "old"
-    assert "went on from `old`" in (tmp_path / "new" / "README.md").read_text()
-    assert "model_name_or_path" not in yaml.safe_load((tmp_path / "old" / "recipe.yaml").read_text())
+    # A folder is no part of a recipe, by which another model is trained; what the Hub has is.
+    assert "model_name_or_path" not in yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
+    model.config._name_or_path = "somebody/chain"
+    rows = read_prepared(data, new)[0]
+    trainer = Bert4RecTrainer(
+        model, arguments(tmp_path / "hub"), eval_dataset=training_rows(rows), processing_class=new
+    )
+    trainer.save_model()
+    assert trainer.recipe()["model_name_or_path"] == "somebody/chain"
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "base_model: somebody/chain" in card
     before = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "old")
     # An item that the new log lacks has moved only a little.
     old_row = before.decoder.weight[old.item_ids_to_token_ids(["item 7"])[0]]
