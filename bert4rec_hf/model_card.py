@@ -109,7 +109,7 @@ def write_model_card(
     }
     if preparation and preparation["source"] in NAMED_DATASETS:
         written["datasets"] = [preparation["source"]]
-    if "/" in recipe.get("model_name_or_path", ""):  # of the Hub
+    if "model_name_or_path" in recipe:
         written["base_model"] = recipe["model_name_or_path"]
     data = ModelCardData(**(kept | given | written))
 

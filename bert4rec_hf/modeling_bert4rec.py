@@ -661,7 +661,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
             ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
                 is NaN.
         """
-        states = self._mask_states(input_ids, attention_mask)
+        states = self.mask_states(input_ids, attention_mask)
         _, scores, item_ids = self.search(states, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
         return scores, item_ids
 
@@ -688,7 +688,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         Raises:
             ValueError: As `recommend`; if `target_ids` has another shape.
         """
-        states = self._mask_states(input_ids, attention_mask)
+        states = self.mask_states(input_ids, attention_mask)
         ranks, _, _ = self.search(states, target_ids=target_ids, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
         return ranks
 
@@ -794,7 +794,11 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, hidden size + 1): their dot products with `item_vectors` are the scores, without transitions."""
-        states = self._mask_states(input_ids, attention_mask).squeeze(1).float()[:, : self.config.hidden_size]
+        return self.vectors_of(self.mask_states(input_ids, attention_mask))
+
+    def vectors_of(self, prediction_states: torch.Tensor) -> torch.Tensor:
+        """`user_vectors` of the states that `mask_states` has made."""
+        states = prediction_states.squeeze(1).float()[:, : self.config.hidden_size]
         return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
 
     @torch.no_grad()
@@ -803,8 +807,9 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
         vectors = torch.cat((self.decoder.weight, self.decoder.bias.unsqueeze(1)), dim=1)
         return vectors[FIRST_ITEM_ID:].float()
 
-    def _mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch, 1, width of the states) at the last [MASK] of each history."""
+    @torch.no_grad()
+    def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, 1, width of the states) at the last [MASK] of each history, for `search`."""
         if self.training:
             raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
         self._check_ids(input_ids)

@@ -11,7 +11,7 @@ import torch
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
-from .configuration_bert4rec import MASK_TOKEN_ID, UNK_TOKEN_ID
+from .configuration_bert4rec import UNK_TOKEN_ID
 from .modeling_bert4rec import NEWEST_ITEMS
 from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
@@ -199,20 +199,21 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError(
                 f"the index has {len(index)} items, the catalogue {self.tokenizer.num_items}: build it from this model"
             )
-        vectors = self.model.user_vectors(input_ids, attention_mask)
+        states = self.model.mask_states(input_ids, attention_mask)
+        vectors = self.model.vectors_of(states)
         # So many that enough are left without those that are excluded.
         scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
         if self.model.config.num_transitions:
             # Of which the index knows nothing: what it found is scored again, beside what follows the newest items.
-            position = input_ids.eq(MASK_TOKEN_ID).int().argmax(dim=1, keepdim=True)
-            newest = self.model.decoder.newest_items(input_ids, attention_mask, position)[:, 0, :NEWEST_ITEMS].long()
+            newest = states[:, 0, self.model.config.hidden_size :][:, :NEWEST_ITEMS].long()
             followers = self.model.decoder.next_ids[newest].flatten(1)
             candidates = torch.cat((item_ids, followers), dim=1).sort(dim=1).values
             again = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) == 0
             candidates = candidates.masked_fill(again, 0)
-            return self.model.recommend(
-                input_ids, attention_mask, top_k=top_k, candidate_ids=candidates, exclude_ids=exclude_ids
+            _, scores, item_ids = self.model.search(
+                states, top_k=top_k, candidate_ids=candidates, exclude_ids=exclude_ids
             )
+            return scores, item_ids
         excluded = (item_ids.unsqueeze(2) == exclude_ids.unsqueeze(1)).any(dim=2)
         scores, columns = scores.masked_fill(excluded, -torch.inf).topk(min(top_k, scores.shape[1]))
         return scores, item_ids.gather(1, columns).masked_fill(scores.isneginf(), 0)

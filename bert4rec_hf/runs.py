@@ -140,15 +140,15 @@ def train_prepared(
         trainer.add_callback(callback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint:
+    checkpoint = args.resume_from_checkpoint or None
+    if checkpoint is not None:
         if checkpoint == "last" or checkpoint is True:
             checkpoint = _last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
                 logger.warning("going on from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer)
         trainer.add_callback(BestCheckpointHere)
-    trainer.train(resume_from_checkpoint=checkpoint or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()

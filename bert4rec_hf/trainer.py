@@ -20,7 +20,6 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from huggingface_hub import upload_folder
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
@@ -438,12 +437,16 @@ class Bert4RecTrainer(Trainer):
         if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # of `prediction_step` above
             num_known = max(1, int((output.label_ids != IGNORE_INDEX).sum()))
             output.metrics[f"{metric_key_prefix}_loss"] *= len(output.label_ids) / num_known
-        if "candidate_ids" in getattr(dataloader.dataset, "column_names", ()) and isinstance(output.predictions, tuple):
-            ranks = output.predictions[0]
-            for name in (*ranking_metrics(ranks), f"coverage@{COVERAGE_CUTOFF}"):
-                output.metrics.pop(f"{metric_key_prefix}_{name}", None)
-            sampled = {f"{metric_key_prefix}_{name}": value for name, value in sampled_metrics(ranks).items()}
-            output.metrics.update(sampled)
+        is_sampled = "candidate_ids" in getattr(dataloader.dataset, "column_names", ())
+        if (
+            is_sampled
+            and self.compute_metrics == self.compute_ranking_metrics
+            and isinstance(output.predictions, tuple)
+        ):
+            for name in result_metrics(output.metrics, metric_key_prefix).keys() - {"loss"}:
+                del output.metrics[f"{metric_key_prefix}_{name}"]
+            for name, value in sampled_metrics(output.predictions[0]).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def evaluate(
@@ -654,10 +657,9 @@ def keep_scores_whole(plugin: FullyShardedDataParallelPlugin) -> None:
 
     Its weights are in half precision all the same, and so is what is computed with them.
     """
-    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
-        )
+    policy: Any = plugin.mixed_precision_policy
+    if plugin.fsdp_version == 2 and policy is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
 
 def keep_freed_memory() -> None:
