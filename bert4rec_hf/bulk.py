@@ -30,7 +30,8 @@ def recommend_file(
 
     Args:
         pipe: With its `top_k` and other options set.
-        histories: Parquet file with user_id and item_id (a list of item ids, oldest first), one history a row.
+        histories: Parquet file with user_id and item_id (a list of item ids, oldest first), one history a row; nulls
+            are left out.
         output: Parquet file of user_id, item_id, rank (from 1) and score, in the order of the input. Written beside
             and moved there when complete. An earlier one is replaced, and nothing else.
         batch_size: Histories at once.
@@ -68,7 +69,7 @@ def recommend_file(
     def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         with tqdm(total=num_histories, desc="recommending") as progress:
             for part, batch in enumerate(source.iter_batches(ROWS_AT_ONCE, columns=["user_id", "item_id"])):
-                rows = [items or [] for items in batch["item_id"].to_pylist()]
+                rows = [[item for item in items or () if item is not None] for items in batch["item_id"].to_pylist()]
                 if part == 0:
                     _check_items(pipe.tokenizer, rows, histories)
                 by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))  # little is padding then
@@ -102,7 +103,7 @@ def recommend_file(
 
 def _check_items(tokenizer: Bert4RecTokenizer, rows: list[list[Any]], histories: str | os.PathLike) -> None:
     """Raise if the catalogue has none of the items of the first histories."""
-    shown = list(dict.fromkeys(item for items in rows for item in items if item is not None))
+    shown = list(dict.fromkeys(item for items in rows for item in items))
     if shown and set(tokenizer.item_ids_to_token_ids(shown)) == {UNK_TOKEN_ID}:
         raise ValueError(
             f"the catalogue has none of the items of the first {len(rows):,} histories of {histories}, such as "

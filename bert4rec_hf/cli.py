@@ -129,8 +129,9 @@ class PrepareArguments:
     duplicates: str = field(
         default="keep",
         metadata={
-            "choices": ["keep", "drop", "drop_consecutive"],
-            "help": "A user's repeated events of an item: keep all, the first, or the first of each run.",
+            "choices": ["keep", "drop", "drop_consecutive", "drop_identical"],
+            "help": "A user's repeated events of an item: keep all, the first, the first of each run, or of those of "
+            "the same time one.",
         },
     )
     event_columns: list[str] | None = field(default=None, metadata={"help": "Columns to carry along."})
@@ -322,6 +323,12 @@ def prepare(arguments: Sequence[str]) -> None:
         f"{'no times' if tied is None else f'tied times {tied:.1%}'}, "
         f"cold targets {statistics['share_cold_targets']:.1%}"
     )
+    identical = statistics["num_duplicate_rows"]
+    if identical and options.duplicates == "keep":
+        print(
+            f"{identical:,} rows have the user, item and time of another one: if the log has them by mistake, "
+            "--duplicates drop_identical keeps one of each"
+        )
     if prepared["split"]["name"] == "none":
         print("no targets held out: all events train")
     else:

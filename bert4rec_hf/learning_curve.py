@@ -14,6 +14,8 @@ from transformers import TrainerState, TrainingArguments
 from .metrics import Protocol, result_metrics
 from .model_card import CURVE_FILE, TRAINING_FILE, write_file
 
+# Of an evaluation, what the curve and its warnings are made of.
+NEEDED = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 5, 10)}
 # Of the last evaluation's NDCG@10: a linear decay to zero lifts the last quarter of a converged run by up to 5 %.
 RISE = 0.07
 # Okabe and Ito's, which the colour-blind tell apart.
@@ -48,8 +50,9 @@ def training_record(
         place = {"epoch": entry.get("epoch"), "step": entry["step"]}
         if "loss" in entry:
             losses.append(place | {"loss": _finite(entry["loss"])})
-        # After the end it is the chosen weights that are evaluated, which need not be those of the last step.
-        elif "eval_NDCG@10" in entry and not (ended and chosen_step != entry["step"]):
+        # After the end it is the chosen weights that are evaluated, which need not be those of the last step. Metrics
+        # of somebody's own may lack what is needed here.
+        elif entry.keys() >= NEEDED and not (ended and chosen_step != entry["step"]):
             metrics = {name: _finite(value) for name, value in result_metrics(entry, "eval").items()}
             training_loss = losses[-1]["loss"] if losses else None
             evaluations.setdefault(entry["step"], place | {"training_loss": training_loss} | metrics)
@@ -81,6 +84,8 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     it on MovieLens 100K. A schedule that decays to zero flattens every curve at its end: silence is no proof that a
     longer run would not be better.
 
+    No better: the evaluation before the first step, if there was one, is above all others.
+
     At the floor: the best NDCG@10 is not above that of popularity by two standard errors of the difference, the users
     taken as unpaired.
 
@@ -107,6 +112,12 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
                 f"under-trained: validation NDCG@10 was still rising at step {record['step']:,}, by {gain:.4f} to "
                 f"{values[-1]:.4f} in the last quarter of the steps; {advice}"
             )
+    if steps[0] == 0 and len(values) > 1 and values[0] > values[1:].max():
+        warnings.append(
+            f"no better than at its start: validation NDCG@10 was {values[0]:.4f} before the first step and "
+            f"{values[1:].max():.4f} at most after it; keep the model that it went on from, or try a smaller "
+            "--learning_rate"
+        )
     if "popularity" in record["floors"]:
         floor = record["floors"]["popularity"]
         error = math.hypot(*(standard_error_from_metrics(metrics, num_users) for metrics in (best, floor)))

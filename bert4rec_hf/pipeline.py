@@ -35,7 +35,7 @@ class SequentialRecommendationPipeline(Pipeline):
         top_k: Number of items.
         filter_seen_items: Whether the items of the whole history are left out; None: as the folder says.
         exclude: Item ids never to recommend.
-        candidates: Item ids to choose from; None: the catalogue.
+        candidates: Item ids to choose from; None: the catalogue. Those that it lacks are left out, with a warning.
         index: An `ItemIndex` of the model, for approximate search where no candidates are given.
         batch_size: Histories at once.
 
@@ -44,7 +44,7 @@ class SequentialRecommendationPipeline(Pipeline):
         first; fewer than `top_k` if fewer items are left.
 
     Raises:
-        ValueError: If `top_k` is below 1, or candidates are none or not in the catalogue.
+        ValueError: If `top_k` is below 1, or the catalogue has none of the candidates.
     """
 
     _load_processor = False
@@ -98,8 +98,11 @@ class SequentialRecommendationPipeline(Pipeline):
         preprocess = {
             "filter_seen_items": filter_seen_items,
             "exclude_ids": None if exclude is None else self._exclude_ids(exclude),
-            "candidate_ids": None if candidates is None else self._candidate_ids(candidates),
+            "candidate_ids": None,
         }
+        if candidates is not None:
+            preprocess["candidate_ids"], lacking = self._candidate_ids(candidates)
+            _warn(len(lacking), lacking[:UNKNOWN_SHOWN])
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
             raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
         forward = {"top_k": None if top_k is None else int(top_k), "index": index}
@@ -117,6 +120,7 @@ class SequentialRecommendationPipeline(Pipeline):
         candidate_ids: Sequence[int] = (),
     ) -> dict[str, torch.Tensor]:
         unknown: list[str] = []
+        lacking: list[str] = []
         if isinstance(inputs, _AsOne):
             inputs, unknown = inputs.history, inputs.unknown
         if isinstance(inputs, Mapping):
@@ -129,15 +133,15 @@ class SequentialRecommendationPipeline(Pipeline):
             if inputs.get("exclude") is not None:
                 exclude_ids = self._exclude_ids(inputs["exclude"])
             if inputs.get("candidates") is not None:
-                candidate_ids = self._candidate_ids(inputs["candidates"])
+                candidate_ids, lacking = self._candidate_ids(inputs["candidates"])
             inputs = inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
         items = _item_list("a history", inputs)
         token_ids = self.tokenizer.item_ids_to_token_ids(items)
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
-        if len(history) < len(items) and len(unknown) < UNKNOWN_SHOWN:
-            lacking = (str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID)
+        lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
+        if lacking and len(unknown) < UNKNOWN_SHOWN:
             unknown[:] = list(dict.fromkeys([*unknown, *lacking]))[:UNKNOWN_SHOWN]
         excluded = {*exclude_ids, *history} if filter_seen_items else set(exclude_ids)
         input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
@@ -147,25 +151,26 @@ class SequentialRecommendationPipeline(Pipeline):
             # At least one column, since Transformers cannot pad rows without any on the left.
             "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
             "candidate_ids": torch.tensor([candidate_ids or [0]]),
-            "num_unknown": torch.tensor([len(token_ids) - len(history)]),
+            "num_unknown": torch.tensor([len(lacking)]),
         }
 
     def _exclude_ids(self, exclude: Iterable[str | int]) -> list[int]:
         # An item that the catalogue lacks is never recommended anyway.
         return self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude))
 
-    def _candidate_ids(self, candidates: Iterable[str | int]) -> list[int]:
+    def _candidate_ids(self, candidates: Iterable[str | int]) -> tuple[list[int], list[str]]:
+        """The token ids of those in the catalogue, and the others."""
         candidates = _item_list("candidates", candidates)
         token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
-        unknown = [item for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} of {len(candidates)} candidates are not in the catalogue, the first is "
-                f"{unknown[0]!r}; leave them out"
-            )
+        lacking = [str(item) for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if not candidates:
             raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
-        return list(dict.fromkeys(token_ids))
+        if len(lacking) == len(candidates):
+            raise ValueError(
+                f"the catalogue has none of the {len(candidates)} candidates, the first is {lacking[0]!r}; its own "
+                f"look like {self.tokenizer.items[0]!r}"
+            )
+        return [token_id for token_id in dict.fromkeys(token_ids) if token_id != UNK_TOKEN_ID], lacking
 
     def _forward(
         self, model_inputs: dict[str, torch.Tensor], top_k: int = 10, index: Any = None
@@ -287,4 +292,4 @@ def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
 def _warn(num_unknown: int, unknown: Sequence[str]) -> None:
     if num_unknown:
         examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""  # none where workers noted them
-        logger.warning("left out %d items of histories that the catalogue lacks%s", num_unknown, examples)
+        logger.warning("left out %d items that the catalogue lacks%s", num_unknown, examples)

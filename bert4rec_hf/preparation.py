@@ -36,6 +36,8 @@ WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
 
 ROW_GROUP_SIZE = 16_384
 
+DUPLICATES = ("keep", "drop", "drop_consecutive", "drop_identical")
+
 DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9  # shares of the events
 
 
@@ -76,7 +78,8 @@ def histories(
         min_user_events: Users with fewer events are left out,
         min_item_events: and items with fewer, in turns until nothing changes (the k-core).
         duplicates: "keep"; "drop": a user's later events of the same item are left out; "drop_consecutive":
-            an event is left out if the user's event just before it has the same item.
+            an event is left out if the user's event just before it has the same item; "drop_identical": of events of
+            the same user, item, time and sequence all but one are left out, as a log may have that was sent twice.
         event_columns: Columns of the log to carry along.
         split: "leave-one-out": a user's last item is the test target, the second last that of validation,
             unless the user has fewer than 3 events. The k-core is that of the whole log. "temporal": one cut
@@ -85,8 +88,8 @@ def histories(
             "none": no targets, all events train: for a model that serves, once a split has told how good it is.
         validation: False: no validation targets; what they are taken from trains, a temporal split has one cut.
         validation_cut: Of a temporal split: a share of all events between 0 and 1, or a value of the time column, or
-            an ISO date (in UTC; for a column of numbers it is taken as seconds since 1970). Events before it train.
-            None: 0.8.
+            an ISO date (in UTC; a column of numbers is taken as seconds since 1970, or as milli-, micro- or
+            nanoseconds if the numbers are that large). Events before it train. None: 0.8.
         test_cut: Likewise; None: 0.9.
 
     Returns:
@@ -272,7 +275,7 @@ def _histories(
             f"event_columns must be a list of columns; got {event_columns!r}: did you mean [{event_columns!r}]?"
         )
     for name, value, choices in (
-        ("duplicates", duplicates, ("keep", "drop", "drop_consecutive")),
+        ("duplicates", duplicates, DUPLICATES),
         ("split", split, ("leave-one-out", "temporal", "none")),
     ):
         if value not in choices:
@@ -494,8 +497,11 @@ def _order(events: ir.Table) -> dict[str, ir.Column]:
 
 def _drop_duplicates(events: ir.Table, duplicates: str) -> ir.Table:
     order = list(_order(events).values())
-    if duplicates == "drop":
-        earlier = ibis.row_number().over(group_by=[events.user_id, events.item_id], order_by=order)
+    if duplicates in ("drop", "drop_identical"):
+        same = [events.user_id, events.item_id]
+        if duplicates == "drop_identical":
+            same += [events[name] for name in ("timestamp", "_sequence") if name in events.columns]
+        earlier = ibis.row_number().over(group_by=same, order_by=order)
         kept = events.mutate(_earlier=earlier).filter(ibis._._earlier == 0)
         return _stored(kept.drop("_earlier"))
     if duplicates == "drop_consecutive":
@@ -554,8 +560,8 @@ def _resolve_cuts(events: ir.Table, *cuts: float | str | date) -> list[Any]:
         raise ValueError(
             f"cuts at {' and '.join(str(_plain(value)) for value in values)} leave {parts[0]} events before{between} "
             f"and {parts[-1]} after them; expected some in each. The log goes from {_plain(row['first'])} to "
-            f"{_plain(row['last'])} (where times are numbers, a date is taken as seconds since 1970); choose other "
-            "--validation_cut and --test_cut"
+            f"{_plain(row['last'])} (where times are numbers, a date is seconds since 1970, or a finer unit); choose "
+            "other --validation_cut and --test_cut"
         )
     return values
 
@@ -578,7 +584,9 @@ def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
         moment = cut if isinstance(cut, datetime) else datetime(cut.year, cut.month, cut.day)
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         if not kind.is_timestamp():
-            return int(moment.timestamp())
+            seconds, last = int(moment.timestamp()), events.timestamp.max().to_pyarrow().as_py()
+            # Of seconds, milli-, micro- and nanoseconds, the finest in which the date is not behind the log's end.
+            return seconds * max((unit for unit in (1, 10**3, 10**6, 10**9) if seconds * unit <= last), default=1)
         return moment if kind.timezone else moment.replace(tzinfo=None)
     if 0 < cut < 1:
         # Exact, where a quantile would interpolate between two times.

@@ -64,7 +64,8 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
-    Warns at the end of a run that was still rising, or that has not learnt more than popularity. Where nobody has a
+    Warns at the end of a run that was still rising, that has not learnt more than popularity, or that went on from a
+    model and has not become better than that. Where nobody has a
     validation target (`--split none`, `--validation false`), nothing is evaluated, and the last step is the model.
 
     Args:
@@ -120,6 +121,9 @@ def train_prepared(
         logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
         args = copy(args)  # another run with these may have some
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    if model_name_or_path is not None and args.eval_strategy != IntervalStrategy.NO and not args.resume_from_checkpoint:
+        args = copy(args)
+        args.eval_on_start = True  # the weights that it went on from may be better than any that follow
     trainer = Bert4RecTrainer(
         model,
         args,
@@ -146,7 +150,7 @@ def train_prepared(
             checkpoint = _last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
                 logger.warning("going on from %s", checkpoint)
-        check_resumable(checkpoint, trainer.args, config, tokenizer)
+        check_resumable(checkpoint, trainer.args, config, tokenizer, preparation)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
@@ -180,6 +184,9 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
 def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, architecture: dict[str, Any]) -> OnHistories:
     """A model that goes on, with the items of the log that are new to it."""
     model = load_model(folder)
+    policy = architecture.pop("filter_seen_items", None)  # of serving, no weights depend on it
+    if policy is not None:
+        model.config.filter_seen_items = policy
     other = [f"{name}={value}" for name, value in architecture.items() if getattr(model.config, name) != value]
     if other:
         raise ValueError(
@@ -194,6 +201,17 @@ def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, archite
     _warn_of_other_preparation(folder, preparation)
     if not old_items.intersection(catalogue.items):
         logger.warning("%s knows none of the items of %s: all of them are new", folder, data)
+    kept, asked = model.config.filter_seen_items, preparation["filter_seen_items"]
+    if policy is None and kept != asked:
+        logger.warning(
+            "%s was prepared with filter_seen_items %s, the model goes on with its own, %s: --filter_seen_items %s "
+            "changes that", data, asked, kept, str(asked).lower(),
+        )  # fmt: skip
+    length = model.config.max_position_embeddings
+    if length != preparation["max_length"]:
+        logger.warning(
+            "%s was prepared for length %d, the model goes on with its own, %d", data, preparation["max_length"], length
+        )
     return model, tokenizer, histories, preparation
 
 
@@ -310,13 +328,14 @@ def _numbers_of(rows: Dataset) -> str:
 def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
     """Warn of a model that may have trained on targets of this preparation.
 
-    That is, if it was trained on another split or filter of this log, or on all events of one of any name.
+    That is, if it was trained on all events, or with another split or filter, unless a cut in time says that all of
+    its training was before the first of these targets. Names of files say nothing: a log may grow under one or many.
     """
     own = Path(model) / PREPARATION_FILE
-    if not own.is_file():
+    if not own.is_file() or preparation["split"]["name"] == "none":
         return
     trained = json.loads(own.read_text("utf-8"))
-    if trained["split"]["name"] == "none" != preparation["split"]["name"]:
+    if trained["split"]["name"] == "none":
         logger.warning(
             "%s was trained on all events of %s: those that %s has too are no test of it, nor of a model that goes on "
             "from it", model, trained["source"], os.path.basename(preparation["source"]),
@@ -327,10 +346,12 @@ def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[st
         for name in ("split", "filters")
         if trained[name] != preparation[name]
     ]
-    if other and trained["source"] == os.path.basename(preparation["source"]):
+    ends = [split.get("validation_cut", split.get("test_cut")) for split in (trained["split"], preparation["split"])]
+    was_before = type(ends[0]) is type(ends[1]) and ends[0] is not None and ends[0] <= ends[1]
+    if other and not was_before:
         logger.warning(
-            "%s was trained on another preparation of %s (%s): what it trained on may hold targets of this one",
-            model, trained["source"], "; ".join(other),
+            "%s was trained on another preparation, of %s (%s): if that is the same log, or one that goes on, what it "
+            "trained on may hold targets of this one", model, trained["source"], "; ".join(other),
         )  # fmt: skip
 
 
@@ -356,12 +377,16 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def check_resumable(
-    checkpoint: str | None, args: TrainingArguments, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer
+    checkpoint: str | None,
+    args: TrainingArguments,
+    config: Bert4RecConfig,
+    tokenizer: Bert4RecTokenizer,
+    preparation: Mapping[str, Any],
 ) -> None:
     """Raise if a run cannot go on from a checkpoint as it is asked to.
 
-    That is, if it is none, is of another model, is beyond the end of the run, or would go on with its own optimizer in
-    spite of what is asked for.
+    That is, if it is none, is of another model or log, is beyond the end of the run, or would go on with its own
+    optimizer in spite of what is asked for.
     """
     if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
         where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
@@ -369,9 +394,16 @@ def check_resumable(
             f"{where} is no checkpoint to resume from: name its folder, or leave --resume_from_checkpoint out"
         )
     if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
+        other = ["another catalogue"]
+    else:
+        own = Path(checkpoint) / PREPARATION_FILE
+        trained = json.loads(own.read_text("utf-8")) if own.is_file() else preparation
+        other = [f"other {name}" for name in ("split", "filters", "statistics") if trained[name] != preparation[name]]
+    if other:
         raise ValueError(
-            f"{checkpoint} was trained on another catalogue: resume with the --data (and --model_name_or_path) that it "
-            "began with, or go on to new data with --model_name_or_path in another --output_dir"
+            f"{checkpoint} was trained on a log with {' and '.join(other)}: resume with the --data (and "
+            "--model_name_or_path) that it began with, or go on to new data with --model_name_or_path in another "
+            "--output_dir"
         )
     began = Bert4RecConfig.from_pretrained(checkpoint)
     other = [

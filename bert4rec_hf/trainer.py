@@ -198,6 +198,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
             if self.early_stopping_patience is not None:
                 raise ValueError("early_stopping_patience needs evaluations: leave out one of it and eval_strategy no")
             self.load_best_model_at_end = False  # nothing says which is the best
+        if self.save_strategy == "no":
+            self.load_best_model_at_end = False  # nor is it kept
         super().__post_init__()
         # Those two are not always among the available where they are.
         available = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
@@ -484,7 +486,7 @@ class Bert4RecTrainer(Trainer):
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         output = super().predict(test_dataset, *args, **kwargs)
-        if not isinstance(test_dataset, Dataset):
+        if not self._is_sorted(test_dataset):
             return output
         places = np.argsort(by_length(test_dataset))  # of the rows among what was predicted
 
@@ -495,11 +497,13 @@ class Bert4RecTrainer(Trainer):
 
         return output._replace(predictions=in_order(output.predictions), label_ids=in_order(output.label_ids))
 
+    def _is_sorted(self, rows: Any) -> bool:
+        """Whether rows are evaluated by length; somebody's own metrics may need them in their order."""
+        return isinstance(rows, Dataset) and self.compute_metrics == self.compute_ranking_metrics
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # So that little is padding; all processes share the batches of any one sampler.
-        return (
-            by_length(eval_dataset).tolist() if isinstance(eval_dataset, Dataset) else SequentialSampler(eval_dataset)
-        )
+        return by_length(eval_dataset).tolist() if self._is_sorted(eval_dataset) else SequentialSampler(eval_dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -86,6 +86,16 @@ def test_integer_and_large_lists_of_items_are_histories_too(pipe, tmp_path):
         assert_same(answers_by_user(tmp_path / "out.parquet")["a"], pipe(["10", "11"]))
 
 
+def test_nulls_in_a_history_and_in_place_of_one_are_left_out(pipe, tmp_path):
+    rows = {"user_id": ["a", "b"], "item_id": [["10", None, "13"], None]}
+    pq.write_table(pa.table(rows), tmp_path / "histories.parquet")
+    assert recommend_file(pipe, tmp_path / "histories.parquet", tmp_path / "out.parquet") == 2
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    for user, history in (("a", ["10", "13"]), ("b", [])):
+        expected = [entry["item_id"] for entry in pipe(history)]
+        assert [row["item_id"] for row in found if row["user_id"] == user] == expected
+
+
 def test_a_user_who_has_had_everything_has_no_row_and_the_others_keep_theirs(pipe, tmp_path):
     source = write(tmp_path / "in.parquet", ["a", "all", "b"], [["10"], ITEMS, ["11"]])
     assert recommend_file(pipe, source, tmp_path / "out.parquet", batch_size=2) == 3

@@ -566,7 +566,7 @@ def test_a_data_folder_that_is_not_prepared_is_named_with_the_command_that_makes
     ("arguments", "message"),
     [
         (["101", "--top_k", 0], r"top_k must be a whole number of at least 1; got 0"),
-        (["101", "--candidates", 102, 9999], r"1 of 2 candidates are not in the catalogue, the first is '9999'"),
+        (["101", "--candidates", 9998, 9999], r"the catalogue has none of the 2 candidates, the first is '9998'"),
         (["--histories", "in.parquet"], r"--histories and --output belong together"),
         (["--output", "out.parquet"], r"--histories and --output belong together"),
         (["101", "--histories", "in.parquet", "--output", "out.parquet"], r"item ids or --histories, not both"),

@@ -23,12 +23,13 @@ PNG = b"\x89PNG\r\n"
 FLOOR = {"popularity": ranking_metrics(np.arange(1000) < 50)}
 
 
-def record(hits, *, planned_steps=None, max_steps=-1):
+def record(hits, *, first=100, planned_steps=None, max_steps=-1):
     """The record of a run that was evaluated every hundred steps, with so many hits of a thousand users."""
     log = []
-    for step, number in zip(range(100, 100 * len(hits) + 1, 100), hits, strict=True):
+    for number, step in zip(hits, range(first, 100 * len(hits) + 1, 100), strict=False):
         metrics = ranking_metrics(np.arange(1000) < number) | {"loss": 3.0, "runtime": 9.0}
-        log.append({"loss": 1000 / step, "epoch": step / 100, "step": step})
+        if step:
+            log.append({"loss": 1000 / step, "epoch": step / 100, "step": step})
         log.append({f"eval_{name}": value for name, value in metrics.items()} | {"epoch": step / 100, "step": step})
     state = TrainerState(global_step=step, max_steps=planned_steps or step, log_history=log)
     args = SimpleNamespace(max_steps=max_steps, num_train_epochs=len(hits))
@@ -98,6 +99,24 @@ def test_a_model_that_is_not_clearly_above_popularity_is_at_the_floor(hits, warn
     if warned:
         assert warnings[0].startswith(f"at the popularity floor: the best validation NDCG@10, {hits / 1000:.4f}, ")
         assert "popularity, 0.0500 " in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("hits", "warned"), [([300, 250, 290], True), ([300, 250, 300], False), ([300, 310, 290], False), ([300], False)]
+)
+def test_a_model_that_went_on_and_is_not_better_for_it_is_told(hits, warned):
+    state = record(hits, first=0, planned_steps=300) if len(hits) > 1 else record([200, *hits])
+    warnings = [warning for warning in state["warnings"] if warning.startswith("no better than at its start")]
+    assert len(warnings) == warned
+    if warned:
+        assert "was 0.3000 before the first step and 0.2900 at most after it; keep the model" in warnings[0]
+
+
+def test_metrics_of_somebodys_own_make_no_curve_and_no_error():
+    log = [{"loss": 1.0, "epoch": 1.0, "step": 5}, {"eval_NDCG@10": 0.5, "eval_loss": 1.0, "epoch": 1.0, "step": 5}]
+    state = TrainerState(global_step=5, max_steps=5, log_history=log)
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=1)
+    assert training_record(state, args, PROTOCOL, FLOOR, 5) is None
 
 
 def test_the_standard_error_from_stored_metrics_is_that_over_users():

@@ -274,7 +274,7 @@ def test_unknown_items_are_left_out_with_one_warning_that_names_how_many(pipe, c
     with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
         answers = pipe([["100", "x", "101"], ["y", "z"], ["102"]], batch_size=batch_size)
     assert [record.getMessage() for record in caplog.records] == [
-        "left out 3 items of histories that the catalogue lacks, such as 'y', 'z', 'x'"  # the shortest history first
+        "left out 3 items that the catalogue lacks, such as 'y', 'z', 'x'"  # the shortest history first
     ]
     assert_equal_answers(answers, pipe([["100", "101"], [], ["102"]]))
 
@@ -290,7 +290,7 @@ def test_one_history_with_unknown_items_warns_too(pipe, caplog):
     with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
         pipe(["100", "x"])
     assert len(caplog.records) == 1
-    assert "left out 1 items of histories that the catalogue lacks, such as 'x'" in caplog.text
+    assert "left out 1 items that the catalogue lacks, such as 'x'" in caplog.text
 
 
 def test_the_warning_names_the_first_three_unknown_items_of_its_own_call(pipe, caplog):
@@ -298,8 +298,8 @@ def test_the_warning_names_the_first_three_unknown_items_of_its_own_call(pipe, c
         list(pipe(history for history in (["u", "u", "100"], ["v", "w", "x"])))
         pipe({"history": ["y"]})
     assert [record.getMessage().removeprefix("left out ") for record in caplog.records] == [
-        "5 items of histories that the catalogue lacks, such as 'u', 'v', 'w'",
-        "1 items of histories that the catalogue lacks, such as 'y'",
+        "5 items that the catalogue lacks, such as 'u', 'v', 'w'",
+        "1 items that the catalogue lacks, such as 'y'",
     ]
 
 
@@ -313,9 +313,29 @@ def test_a_top_k_that_is_no_positive_whole_number_is_an_error(pipe, top_k):
         pipe(["100"], top_k=top_k)
 
 
-def test_unknown_candidates_are_an_error_that_names_the_first(pipe):
-    with pytest.raises(ValueError, match="2 of 3 candidates are not in the catalogue, the first is 'x'"):
-        pipe(["100"], candidates=["101", "x", "y"])
+def test_unknown_candidates_are_left_out_with_a_warning(pipe, caplog):
+    expected = pipe(["100"], candidates=["101", "102"])
+    rows = [
+        {"history": ["100"], "candidates": ["101", "x", "102"]},
+        {"history": ["100", "z"], "candidates": ["y", "101"]},
+    ]
+    with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
+        assert pipe(["100"], candidates=["101", "x", "102", "y"]) == expected
+        answers = pipe(rows)
+    assert_equal_answers(answers, [expected, pipe(["100"], candidates=["101"])])
+    assert [record.getMessage().removeprefix("left out ") for record in caplog.records] == [
+        "2 items that the catalogue lacks, such as 'x', 'y'",
+        "3 items that the catalogue lacks, such as 'x', 'y', 'z'",
+    ]
+
+
+def test_candidates_of_which_none_is_known_are_an_error(pipe):
+    for call in (
+        lambda: pipe(["100"], candidates=["x", "y"]),
+        lambda: pipe({"history": ["100"], "candidates": ["x", "y"]}),
+    ):
+        with pytest.raises(ValueError, match="none of the 2 candidates, the first is 'x'; its own look like '"):
+            call()
 
 
 def test_no_candidates_are_an_error(pipe):

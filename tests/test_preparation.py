@@ -336,12 +336,14 @@ def test_min_rating_leaves_out_lower_and_missing_ratings(tmp_path):
         ("keep", ["x", "x", "x", "y", "x", "y"]),
         ("drop", ["x", "y"]),
         ("drop_consecutive", ["x", "y", "x", "y"]),
+        ("drop_identical", ["x", "x", "x", "y", "x", "y"]),
     ],
 )
 def test_duplicates_are_kept_dropped_or_collapsed(tmp_path, saved_catalogues, duplicates, expected):
     rows = [("a", item, time) for time, item in enumerate("xxxyxy")] + [("b", item, 0) for item in "xyzz"]
     log = write_csv(tmp_path / "log.csv", rows)
     assert items_of(log, duplicates=duplicates)["a"] == expected
+    assert items_of(log, duplicates=duplicates)["b"] == list("xyzz" if duplicates == "keep" else "xyz")
     if duplicates == "drop":
         with pytest.raises(ValueError, match="duplicates must be one of keep, drop, drop_consecutive"):
             rows_of(log, duplicates="none")
@@ -456,6 +458,17 @@ def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
     # .29 times 100 is a little less than 29.
     log = write_csv(tmp_path / "hundred.csv", [(time % 2, time % 5, time) for time in range(100)])
     assert prepare(log, tmp_path / "out", split="temporal", validation=False, test_cut=0.29)["split"]["test_cut"] == 29
+
+
+@pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
+def test_a_date_meets_numbers_in_their_unit(tmp_path, unit):
+    day = 86400 * unit
+    timed = [(user, item, 19_700 * day + time * day) for user, item, time in TEMPORAL]  # from 2023-12-09 on
+    log = write_csv(tmp_path / "log.csv", timed)
+    rows = rows_of(log, split="temporal", validation_cut="2023-12-15", test_cut="2023-12-17")
+    assert [row["train_end"] for row in rows] == [2, 3, 1, 0]
+    with pytest.raises(ValueError, match="leave 0 events before"):
+        rows_of(log, split="temporal", validation_cut="2023-11-15", test_cut="2023-12-17")
 
 
 def test_dates_meet_timestamps_with_a_time_zone(tmp_path):

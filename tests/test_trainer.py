@@ -375,7 +375,13 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(data, "has item_loss=softmax, not bpr", item_loss="bpr")
     resume(data, r"has learning_rate=0\.\d+, not 1e-05: a run that is resumed keeps its optimizer", learning_rate=1e-5)
     resume(data, r"has weight_decay=0\.0, not 0\.1: .*give the checkpoint as --model_name_or_path", weight_decay=0.1)
-    resume(tmp_path / "other data", "was trained on another catalogue")
+    resume(tmp_path / "other data", "was trained on a log with another catalogue: resume with the --data")
+    lines = (data.parent / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text("\n".join(line for line in lines if not line.startswith("300,")) + "\n")
+    prepare(tmp_path / "log.csv", tmp_path / "fewer users")
+    resume(tmp_path / "fewer users", "was trained on a log with other statistics: resume with the --data")
+    prepare(data.parent / "log.csv", tmp_path / "other split", validation=False)
+    resume(tmp_path / "other split", "was trained on a log with other split and other statistics")
     resume(data, r"is at epoch 1, step 10, at or beyond the end .*max_steps=10.*ask for more", max_steps=10)
     resume(
         data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5
@@ -580,6 +586,78 @@ def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tm
         assert told in caplog.text
 
 
+def test_a_model_may_go_on_week_by_week_where_a_cut_keeps_its_training_before_the_targets(chain, tmp_path, caplog):
+    data, _ = chain
+    log = data.parent / "log.csv"
+    prepare(log, tmp_path / "first week", split="temporal", validation_cut=10, test_cut=12)
+    shutil.copy(log, tmp_path / "renamed.csv")
+    prepare(tmp_path / "renamed.csv", tmp_path / "second week", split="temporal", validation_cut=14, test_cut=16)
+    train_prepared(tmp_path / "first week", arguments(tmp_path / "first", max_steps=1), **SMALL)
+    train_prepared(tmp_path / "second week", arguments(tmp_path / "second", max_steps=1), tmp_path / "first")
+    evaluate_prepared(tmp_path / "first", tmp_path / "second week", use_cpu=True)
+    assert "another preparation" not in caplog.text
+    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # of which it has trained on targets
+    assert "second was trained on another preparation, of renamed.csv (split {" in caplog.text
+
+
+def test_a_model_that_goes_on_is_told_apart_from_where_it_began(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model", num_train_epochs=8), **SMALL)
+    prepare(data.parent / "log.csv", tmp_path / "data", filter_seen_items=True, max_length=7)
+    worse = {"learning_rate": 5.0, "warmup_steps": 0, "max_steps": 6, "eval_steps": 3, "save_steps": 3}
+    trainer = train_prepared(tmp_path / "data", arguments(tmp_path / "on", **worse), tmp_path / "model")
+    evaluations = json.loads((tmp_path / "on" / "training.json").read_text())["evaluations"]
+    assert evaluations[0]["step"] == 0
+    assert evaluations[0]["NDCG@10"] > max(found["NDCG@10"] for found in evaluations[1:])
+    assert "no better than at its start: validation NDCG@10 was 0." in caplog.text
+    assert "was prepared with filter_seen_items True, the model goes on with its own, False" in caplog.text
+    assert "was prepared for length 7, the model goes on with its own, 50" in caplog.text
+    assert trainer.model.config.filter_seen_items is False
+    caplog.clear()
+    trainer = train_prepared(
+        tmp_path / "data", arguments(tmp_path / "filtered", max_steps=1), tmp_path / "model", filter_seen_items=True
+    )
+    assert trainer.model.config.filter_seen_items is True
+    assert "filter_seen_items" not in caplog.text
+
+
+def test_metrics_of_ones_own_see_the_rows_in_their_order_and_need_no_others(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, preparation = read_prepared(data)
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=False, max_length=50)
+    order = np.random.default_rng(0).permutation(len(rows))
+    rows = rows.select(order).map(
+        lambda row, place: {name: row[name][place % 9 :] for name in ("input_ids", "labels")}, with_indices=True
+    )
+    targets = [max(labels) for labels in rows["labels"]]
+    seen = []
+
+    def measure(prediction):
+        seen.append(prediction.label_ids.tolist())
+        return {"NDCG@10": 0.5, "diversity": float(np.unique(prediction.predictions[1]).size)}
+
+    config = Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50, **SMALL)
+    protocol = Protocol.of(histories, preparation, "test", tokenizer.num_items, False)
+    trainer = Bert4RecTrainer(
+        Bert4RecForMaskedItemPrediction(config), arguments(tmp_path / "run", max_steps=2, eval_steps=1, save_steps=1),
+        train_dataset=training_rows(histories), eval_dataset=rows, processing_class=tokenizer, protocol=protocol,
+        compute_metrics=measure,
+    )  # fmt: skip
+    trainer.train()
+    predicted = trainer.predict(rows)
+    assert seen
+    assert all(found == targets for found in seen)
+    assert predicted.label_ids.tolist() == targets
+    assert predicted.metrics["test_diversity"] > 1
+
+
+def test_where_no_checkpoint_is_kept_the_last_step_is_the_model(chain, tmp_path):
+    data, _ = chain
+    trainer = train_prepared(data, arguments(tmp_path / "run", max_steps=20, save_strategy="no"), **SMALL)
+    assert trainer.evaluated_step == 20 == json.loads((tmp_path / "run" / "training.json").read_text())["chosen_step"]
+    assert list((tmp_path / "run").glob("checkpoint-*")) == []
+
+
 def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "model", max_steps=1), **SMALL)
@@ -587,7 +665,7 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
     evaluate_prepared(tmp_path / "model", data, use_cpu=True)
     assert "another preparation" not in caplog.text
     evaluate_prepared(tmp_path / "model", tmp_path / "temporal", use_cpu=True)
-    assert "model was trained on another preparation of log.csv (split {'name': 'leave-one-out'" in caplog.text
+    assert "model was trained on another preparation, of log.csv (split {'name': 'leave-one-out'" in caplog.text
     (tmp_path / "log.csv").write_text((data.parent / "log.csv").read_text().replace("item ", ""))
     prepare(tmp_path / "log.csv", tmp_path / "other")
     with pytest.raises(
