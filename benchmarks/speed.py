@@ -29,9 +29,10 @@ HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )
 # What the package is told on a CPU comes first: bfloat16 where the processor has it.
-OURS = ["ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-fp32"]
+OURS = ["ours-bf16", "ours-bf16-newest", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-fp32"]
 SYSTEMS = {
     "ours-bf16": "bert4rec_hf, bf16",
+    "ours-bf16-newest": "bert4rec_hf, bf16, `train_windows: newest`",
     "ours-fp32": "bert4rec_hf, fp32",
     "bert": "transformers.BertForMaskedLM by hand, fp32",
     "rectools": "RecTools BERT4Rec, fp32",
@@ -43,7 +44,7 @@ WARMUP = 3
 
 def run(system: str, data: Path, environments: Path, threads: int, options: dict) -> dict:
     """One run of benchmarks/speed_worker.py."""
-    system, _, precision = system.partition("-")
+    system, *variant = system.split("-")
     # BertForMaskedLM is of the library that ours stands on: one environment has both.
     alone = system not in ("ours", "bert")
     python = peers.return_trip.environment(environments, system) if alone else Path(sys.executable)
@@ -51,7 +52,7 @@ def run(system: str, data: Path, environments: Path, threads: int, options: dict
     threads_of = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
-            [*command, json.dumps(options | {"bf16": precision == "bf16"})],
+            [*command, json.dumps(options | {name: name in variant for name in ("bf16", "newest")})],
             cwd=folder,
             env=os.environ | threads_of,
             text=True,
@@ -140,7 +141,9 @@ def main() -> None:
                 f"2 layers, 2 heads; {machine(options.threads)}. {len(rounds)} rounds, each system in turn: median "
                 "(least to most), of ratios to the first row too. Seconds an epoch are those of "
                 f"{options.steps} training steps after {WARMUP} (of ours an epoch's: its batches differ in length) "
-                f"times the epoch's number of steps. Top 10 {ranked}, seen items filtered. "
+                "times the epoch's number of steps; an epoch of ours reads a long history as often as it fills the "
+                f"length, with the newest window once, as the others do. Top 10 {ranked}, in batches of 64, seen items "
+                "filtered; with bf16 in that too. "
                 f"`benchmarks/speed.py {name} {given}`",
                 "",
                 *table(rounds, num_users, options.batch),

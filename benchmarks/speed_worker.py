@@ -29,7 +29,7 @@ from peer_worker import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-LAYERS, HEADS, TOP_K, RANKED_AT_ONCE = 2, 2, 10, 256
+LAYERS, HEADS, TOP_K, RANKED_AT_ONCE = 2, 2, 10, 64
 
 
 class EnoughError(Exception):
@@ -80,11 +80,13 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
     from bert4rec_hf.runs import train_prepared
     from bert4rec_hf.splits import read_prepared, training_rows
 
-    rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows="proportional"))
+    windows, rows_of = ("newest", "whole") if shape["newest"] else ("proportional", "proportional")
+    rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows=rows_of))
     clock.steps = max(clock.steps, -(-rows // shape["batch"]))  # its batches differ in length: a whole epoch
     arguments = Bert4RecTrainingArguments(
         "model",
         per_device_train_batch_size=shape["batch"],
+        train_windows=windows,
         bf16=shape["bf16"],
         max_steps=clock.total,
         logging_strategy="no",
@@ -101,7 +103,12 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
         num_attention_heads=HEADS,
     )
     recommend = pipeline("sequential-recommendation", model="model")
-    return rows, lambda: len(recommend(pasts(histories), top_k=TOP_K, batch_size=RANKED_AT_ONCE))
+
+    def rank() -> int:
+        with torch.autocast("cpu", torch.bfloat16, enabled=shape["bf16"]):  # as its evaluation is, with that option
+            return len(recommend(pasts(histories), top_k=TOP_K, batch_size=RANKED_AT_ONCE))
+
+    return rows, rank
 
 
 def bert_by_hand(histories: pd.DataFrame, shape: dict, **options) -> tuple:
@@ -189,6 +196,7 @@ def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> 
         n_blocks=LAYERS,
         n_heads=HEADS,
         batch_size=shape["batch"],
+        recommend_batch_size=RANKED_AT_ONCE,
         get_trainer_func=lambda: Trainer(
             max_epochs=-1,
             max_steps=clock.total,

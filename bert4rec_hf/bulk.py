@@ -24,7 +24,7 @@ def recommend_file(
     histories: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> int:
     """Write the recommendations of every history; memory does not grow with their number.
 

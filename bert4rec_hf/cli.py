@@ -188,7 +188,7 @@ class EvaluateArguments:
             "help": "full: among all items; paper: among 100 items drawn by popularity, to compare with old numbers.",
         },
     )
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Histories ranked at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
     report: str | None = field(
         default=None,
@@ -215,7 +215,7 @@ class RecommendArguments:
     output: str | None = field(
         default=None, metadata={"help": "With --histories: Parquet file of user_id, item_id, rank, score."}
     )
-    batch_size: int = field(default=256, metadata={"help": "With --histories: histories at once."})
+    batch_size: int = field(default=64, metadata={"help": "With --histories: histories at once."})
     device: str | None = field(default=None, metadata={"help": "For example cpu or cuda:0."})
 
 

@@ -221,7 +221,7 @@ def evaluate_prepared(
     part: str = "test",
     *,
     protocol: str = "full",
-    per_device_eval_batch_size: int = 256,
+    per_device_eval_batch_size: int = 64,
     use_cpu: bool = False,
     disable_tqdm: bool = False,
     report: str | os.PathLike | None = None,

@@ -139,7 +139,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "Histories a training step; chosen from their number if left out."}
     )
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Histories ranked at once."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Histories ranked at once."})
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={
