@@ -340,6 +340,7 @@ class Bert4RecTrainer(Trainer):
                 f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: make it with "
                 "Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) lets both grow together"
             )
+        self.chooses_learning_rate = isinstance(args, Bert4RecTrainingArguments) and args.learning_rate is None
         if isinstance(args, Bert4RecTrainingArguments):
             args = _chosen(args, config, train_dataset)
             if "compute_metrics" not in kwargs:
@@ -422,10 +423,19 @@ class Bert4RecTrainer(Trainer):
         return outputs.loss.detach() * is_known.float().mean(), (ranks, recommended), targets
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """With a trial's masking too, in a search over hyperparameters."""
+        """With a trial's masking and, for its width, learning rate too, in a search over hyperparameters."""
+        if trial is not None and self.chooses_learning_rate:
+            self.args.learning_rate = None
         super()._hp_search_setup(trial)
         if self.collates_by_args:
             self.data_collator = _collator(self.args, self.model.config, self.processing_class)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        args = getattr(self, "args", None)  # not there yet when the first model is made
+        if args is not None and args.learning_rate is None:
+            args.learning_rate = default_learning_rate(model.config.hidden_size)
+        return model
 
     def evaluation_loop(
         self,

@@ -565,6 +565,14 @@ def test_a_search_over_hyperparameters_masks_by_those_of_the_trial(chain, tmp_pa
     trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {"mask_ratio": 0.9}
     trainer._hp_search_setup(SimpleNamespace(params={}))
     assert trainer.data_collator.mask_ratio == 0.9
+    assert trainer.args.learning_rate is None
+    config.hidden_size = 256
+    trainer.call_model_init()
+    assert trainer.args.learning_rate == 1e-3
+    trainer.hp_space = lambda trial: {"learning_rate": 0.5}
+    trainer._hp_search_setup(SimpleNamespace(params={}))
+    trainer.call_model_init()
+    assert trainer.args.learning_rate == 0.5
 
 
 def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tmp_path, caplog):
