@@ -194,7 +194,7 @@ class EvaluateArguments:
         default=None,
         metadata={
             "help": "A folder to write report.json, report.md and report.png into: metrics by history length and by "
-            "popularity of the target, and how popular the recommendations are."
+            "popularity of the target, and how popular the recommendations are; and ranks.parquet, each user's rank."
         },
     )
 
@@ -410,7 +410,9 @@ def evaluate(arguments: Sequence[str]) -> None:
         is_stored = folder.is_dir() and record in read_evaluations(folder)
         stored = f"wrote {folder / 'evaluation.json'} and the model card; " if is_stored else ""
         if options.report is not None:
-            print(f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json and report.png")
+            print(
+                f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json, report.png and ranks.parquet"
+            )
         print(f"{stored}next: bert4rec recommend {shlex.quote(rest.model)} ITEM_ID ITEM_ID …")
 
 

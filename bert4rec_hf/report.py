@@ -1,5 +1,6 @@
 """Where a model is good and what it shows: metrics of groups of users, and the popularity of its recommendations."""
 
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset
 
 from .configuration_bert4rec import FIRST_ITEM_ID
@@ -18,7 +21,7 @@ from .metrics import COVERAGE_CUTOFF, Protocol, last_labels, list_values, rankin
 from .model_card import write_file
 from .splits import Histories
 
-REPORT_FILES = ("report.json", "report.md", "report.png")
+REPORT_FILES = ("report.json", "report.md", "report.png", "ranks.parquet")
 # Numbers of events before the target; each group goes up to the next.
 LENGTH_EDGES = (0, 1, 5, 10, 20, 50, 100, 200)
 # Shares of the training events.
@@ -39,7 +42,7 @@ def check_report_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"{folder} is a file; --report takes a folder of its own")
     names = sorted(path.name for path in folder.iterdir())
     # What `write_file` was writing when a run was killed is ours too.
-    half_written = {name for name in names if name.startswith(".report.") and name.endswith(".new")}
+    half_written = {name for name in names if name.startswith((".report.", ".ranks.")) and name.endswith(".new")}
     others = [name for name in names if name not in REPORT_FILES and name not in half_written]
     if others or (names and not _is_report(folder / "report.json")):
         raise ValueError(
@@ -149,14 +152,25 @@ def popular_items(rows: Dataset, counts: np.ndarray) -> np.ndarray:
     return shown
 
 
-def write_report(folder: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """report.json, report.md and report.png; raises ValueError as `check_report_folder`."""
+def write_report(folder: str | os.PathLike, report: Mapping[str, Any], rows: Dataset, ranks: np.ndarray) -> None:
+    """report.json, report.md, report.png and ranks.parquet; raises ValueError as `check_report_folder`.
+
+    Args:
+        folder: A folder of the report's own.
+        report: As `evaluation_report` makes it.
+        rows: Of `ranking_rows`.
+        ranks: (users,) of the model, for ranks.parquet: user_id and rank, 0 for a miss.
+    """
     check_report_folder(folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")  # first: it tells whose folder this is
     write_file(folder / "report.md", format_report(report))
     write_file(folder / "report.png", plot_report(report))
+    content = io.BytesIO()
+    user_ids = rows.with_format("arrow")["user_id"][:]
+    pq.write_table(pa.table({"user_id": user_ids, "rank": pa.array(ranks, pa.int32())}), content)
+    write_file(folder / "ranks.parquet", content.getvalue())
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -235,8 +235,8 @@ def evaluate_prepared(
         protocol: "full", or "paper": among 100 items drawn by popularity, see `splits.sampled_candidates`, with
             metrics whose names say so, and no floors.
         per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
-        report: A folder for report.json, report.md and report.png, see `report.evaluation_report`; the full protocol
-            only.
+        report: A folder for report.json, report.md, report.png and each user's rank, see `report.write_report`; the
+            full protocol only.
 
     Raises:
         ValueError: If a folder is not what it should be, if nobody has a target, or for a report of sampled ranks.
@@ -310,7 +310,8 @@ def evaluate_prepared(
         }
     if trainer.is_world_process_zero() and report is not None:
         recommended = prediction.predictions[1]
-        write_report(report, evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items))
+        found = evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items)
+        write_report(report, found, rows, rankings["model"])
     if trainer.is_world_process_zero() and os.path.isdir(model):
         try:
             add_evaluation(model, record)

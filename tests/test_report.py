@@ -5,11 +5,13 @@ import random
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from test_trainer import SMALL, arguments
 
-from bert4rec_hf import Protocol, prepare
+from bert4rec_hf import Protocol, prepare, ranking_metrics
 from bert4rec_hf.cli import main
 from bert4rec_hf.report import REPORT_FILES, evaluation_report, item_groups, popular_items, write_report
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
@@ -39,6 +41,7 @@ def known() -> dict:
     histories = Histories(pa.array(["u"]), events, np.array([0, 11]), np.array([10]), {}, None)
     rows = Dataset.from_dict(
         {
+            "user_id": ["a", "b", "c", "d"],
             "labels": [[3], [-100, 4], [-100, 7], [-100, -100]],
             "exclude_ids": [[], [3], [5, 6], [3, 4, 5, 6, 7]],
             "history_length": [0, 4, 5, 300],
@@ -103,7 +106,8 @@ def test_popularity_recommends_the_most_frequent_items_that_are_not_excluded(kno
 
 def test_a_report_of_no_recommendation_at_all_is_written(known, tmp_path):
     known["recommended"] = np.zeros((4, 10), int)
-    write_report(tmp_path / "new" / "report", evaluation_report(**known))
+    ranks = known["rankings"]["model"]
+    write_report(tmp_path / "new" / "report", evaluation_report(**known), known["rows"], ranks)
     report = json.loads((tmp_path / "new" / "report" / "report.json").read_text("utf-8"))
     assert report["recommendations"]["model"]["average_popularity"] == 0
 
@@ -150,6 +154,10 @@ def test_a_report_says_in_parts_what_the_evaluation_says_as_a_whole(trained, tmp
     assert str(Protocol(**record["protocol"])) in text
     assert f"| all users | {record['protocol']['num_users']} | {record['metrics']['NDCG@10']:.4f} ± " in text
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
+    ranks = pq.read_table(folder / "ranks.parquet")
+    assert ranking_metrics(ranks["rank"].to_numpy()).items() <= record["metrics"].items()
+    histories = pq.read_table(trained / "data" / "histories.parquet")
+    assert ranks["user_id"] == histories.filter(pc.is_valid(histories[f"{part}_position"]))["user_id"]
 
 
 def evaluate(capsys, trained, *words) -> tuple[int, str, str]:
@@ -162,7 +170,8 @@ def test_the_command_writes_a_report_and_writes_it_anew(trained, tmp_path, capsy
     for _ in range(2):
         status, out, _ = evaluate(capsys, trained, "--report", str(tmp_path))
         assert status == 0
-        assert f"wrote {tmp_path / 'report.md'} and, beside it, report.json and report.png" in out.splitlines()
+        written = f"wrote {tmp_path / 'report.md'} and, beside it, report.json, report.png and ranks.parquet"
+        assert written in out.splitlines()
         assert {path.name for path in tmp_path.iterdir()} == set(REPORT_FILES)
 
 
