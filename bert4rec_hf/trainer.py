@@ -241,9 +241,10 @@ class BriefProgress(ProgressCallback):
             return
         self.training_bar.set_postfix_str(f"loss {self.loss:.3f}", refresh=False)
         if "eval_NDCG@10" in logs:
+            trained = "before the first step" if math.isnan(self.loss) else f"training loss {self.loss:.3f}"
             self.training_bar.write(
-                f"epoch {logs['epoch']:6.2f}   training loss {self.loss:.3f}   validation loss "
-                f"{logs['eval_loss']:.3f}   HR@10 {logs['eval_HR@10']:.4f}   NDCG@10 {logs['eval_NDCG@10']:.4f}"
+                f"epoch {logs['epoch']:6.2f}   {trained}   validation loss {logs['eval_loss']:.3f}   "
+                f"HR@10 {logs['eval_HR@10']:.4f}   NDCG@10 {logs['eval_NDCG@10']:.4f}"
             )
 
 
