@@ -36,6 +36,9 @@ WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
 
 ROW_GROUP_SIZE = 16_384
 
+# A history with more events and a larger share of all is told.
+LONGEST_OF_A_PERSON, SHARE_OF_A_PERSON = 10_000, 0.01
+
 DUPLICATES = ("keep", "drop", "drop_consecutive", "drop_identical")
 
 DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9  # shares of the events
@@ -208,6 +211,13 @@ def prepare(
         written = connect().read_parquet(glob.escape(str(folder / HISTORIES_FILE)), hive_partitioning=False)
         catalogue = _item_counts(written, split, min_item_events)
         statistics = _statistics(written, catalogue, split) | origin["statistics"]
+        longest = statistics["history_length"]["max"]
+        if longest > LONGEST_OF_A_PERSON and longest > SHARE_OF_A_PERSON * statistics["num_events"]:
+            of_whom = written.filter(written.item_id.length() == longest).user_id.max().to_pyarrow().as_py()
+            logger.warning(
+                "user %s has %s of %s events: if that is no person (a bot, a user id that stands for nobody known), "
+                "leave it out of the log", of_whom, f"{longest:,}", f"{statistics['num_events']:,}",
+            )  # fmt: skip
         if split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
             raise ValueError(
                 f"none of the {statistics['num_users']} users has a target: leave-one-out needs {2 + validation} "

@@ -460,6 +460,20 @@ def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
     assert prepare(log, tmp_path / "out", split="temporal", validation=False, test_cut=0.29)["split"]["test_cut"] == 29
 
 
+def test_a_user_who_is_no_person_is_told(tmp_path, caplog, monkeypatch):
+    rows = [("bot", item, time) for time, item in enumerate("xyz" * 4)] + [("a", item, 1) for item in "xyzxyzxyzxy"]
+    log = write_csv(tmp_path / "log.csv", rows)
+    prepare(log, tmp_path / "out")
+    assert caplog.text == ""
+    monkeypatch.setattr("bert4rec_hf.preparation.LONGEST_OF_A_PERSON", 11)
+    prepare(log, tmp_path / "out")
+    assert "user bot has 12 of 23 events: if that is no person" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("bert4rec_hf.preparation.SHARE_OF_A_PERSON", 0.6)
+    prepare(log, tmp_path / "out")
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6, 10**9])
 def test_a_date_meets_numbers_in_their_unit(tmp_path, unit):
     day = 86400 * unit
