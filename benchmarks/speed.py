@@ -28,11 +28,13 @@ TABLE = HERE / "speed.md"
 HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )
-# What the package is told on a CPU comes first: bfloat16 where the processor has it.
-OURS = ["ours-bf16", "ours-bf16-newest", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-fp32"]
+# What the ratios are to comes first: what the package is told on a CPU, bfloat16 where the processor has it, with each
+# history once an epoch, as the others read them.
+OURS = ["ours-bf16-newest", "ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-newest", "ours-fp32"]
 SYSTEMS = {
-    "ours-bf16": "bert4rec_hf, bf16",
     "ours-bf16-newest": "bert4rec_hf, bf16, `train_windows: newest`",
+    "ours-bf16": "bert4rec_hf, bf16",
+    "ours-newest": "bert4rec_hf, fp32, `train_windows: newest`",
     "ours-fp32": "bert4rec_hf, fp32",
     "bert": "transformers.BertForMaskedLM by hand, fp32",
     "rectools": "RecTools BERT4Rec, fp32",
@@ -110,9 +112,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--users", type=int, help="rank so many only, and multiply")
-    parser.add_argument(
-        "--systems", nargs="+", choices=SYSTEMS, default=[*OURS, "bert", "rectools", "replay", "hopwise"]
-    )
+    default = [*OURS, "bert", "rectools", "replay", "hopwise"]
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=default)
     parser.add_argument("--output", default="speed")
     options = parser.parse_args()
     name, output = log_name(options.log), Path(options.output)
@@ -132,7 +133,7 @@ def main() -> None:
         given = f"--hidden_size {options.hidden_size} --length {options.length} --batch {options.batch}"
         given += f" --steps {options.steps} --repeats {len(rounds)} --threads {options.threads}"
         given += f" --users {options.users}" if options.users else ""
-        given += f" --systems {' '.join(options.systems)}" if len(options.systems) < len(SYSTEMS) else ""
+        given += f" --systems {' '.join(options.systems)}" if options.systems != default else ""
         write_section(
             TABLE,
             HEADER,
@@ -141,9 +142,9 @@ def main() -> None:
                 f"2 layers, 2 heads; {machine(options.threads)}. {len(rounds)} rounds, each system in turn: median "
                 "(least to most), of ratios to the first row too. Seconds an epoch are those of "
                 f"{options.steps} training steps after {WARMUP} (of ours an epoch's: its batches differ in length) "
-                "times the epoch's number of steps; an epoch of ours reads a long history as often as it fills the "
-                f"length, with the newest window once, as the others do. Top 10 {ranked}, in batches of 64, seen items "
-                "filtered; with bf16 in that too. "
+                "times the epoch's number of steps; an epoch of ours reads each history's newest window once, as the "
+                "others do, or by default a long history as often as it fills the length. "
+                f"Top 10 {ranked}, in batches of 64, seen items filtered; with bf16 in that too. "
                 f"`benchmarks/speed.py {name} {given}`",
                 "",
                 *table(rounds, num_users, options.batch),
