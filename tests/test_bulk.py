@@ -151,15 +151,22 @@ def test_the_reader_runs_a_bounded_number_of_histories_ahead_of_the_answers(pipe
     assert 8 <= most_ahead <= 16
 
 
-def test_a_failure_leaves_an_earlier_output_as_it_was_and_nothing_beside_it(pipe, tmp_path):
-    # A null item is found while the second batch is on its way, when rows have been written.
-    source = write(tmp_path / "in.parquet", ["a", "b", "c"], [["10"], ["11"], [None]])
+def test_a_failure_leaves_an_earlier_output_as_it_was_and_nothing_beside_it(pipe, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.parquet", ["a", "b", "c"], [["10"], ["11"], ["12"]])
     recommend_file(pipe, write(tmp_path / "other.parquet", ["z"], [["13"]]), tmp_path / "out.parquet")
     before = (tmp_path / "out.parquet").read_bytes()
-    with pytest.raises(TypeError, match="got None"):
+    preprocess = pipe.preprocess
+
+    def fails_at_the_last(inputs, **options):  # while another is on its way, when rows have been written
+        if list(inputs.history) == ["12"]:
+            raise RuntimeError("no memory is left")
+        return preprocess(inputs, **options)
+
+    monkeypatch.setattr(pipe, "preprocess", fails_at_the_last)
+    with pytest.raises(RuntimeError, match="no memory is left"):
         recommend_file(pipe, source, tmp_path / "out.parquet", batch_size=1)
     assert (tmp_path / "out.parquet").read_bytes() == before
-    with pytest.raises(TypeError, match="got None"):
+    with pytest.raises(RuntimeError, match="no memory is left"):
         recommend_file(pipe, source, tmp_path / "new.parquet", batch_size=1)
     assert {path.name for path in tmp_path.iterdir()} == {"in.parquet", "other.parquet", "out.parquet"}
 
