@@ -2,9 +2,10 @@
 
     python benchmarks/compare.py A B [--resamples 10000]
 
-A and B are folders with a `ranks.parquet` as benchmarks/quality.py and benchmarks/peers.py leave it, or quoted patterns
-of several, `'quality/ml-1m/recipe-*'`, whose metrics are first averaged over the folders (seeds) for each user. Prints
-the mean of A minus B with its 95 % interval over users; what other seeds would give is not in it.
+A and B are folders with a `ranks.parquet` as benchmarks/quality.py, benchmarks/peers.py and `bert4rec evaluate
+--report` leave it, or quoted patterns of several, `'quality/ml-1m/recipe-*'`, whose metrics are first averaged over the
+folders (seeds) for each user. Prints the mean of A minus B with its 95 % interval over users; what other seeds would
+give is not in it.
 """
 
 import argparse

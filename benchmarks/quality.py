@@ -21,28 +21,23 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
 from accelerate import PartialState
 from tables import machine
-from torch.utils.data import DataLoader
 
 from bert4rec_hf import (
     Bert4RecConfig,
-    Bert4RecForMaskedItemPrediction,
-    Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     prepare,
 )
-from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.metrics import Protocol, floors
 from bert4rec_hf.model_card import CURVE_FILE
-from bert4rec_hf.runs import evaluate_prepared, load_model, train_prepared
-from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, Histories, ranking_rows, read_prepared
+from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "quality.md"
@@ -96,33 +91,8 @@ def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> 
     pq.write_table(pa.table({"user_id": user_ids, "rank": pa.array(ranks, pa.int32())}), folder / RANKS_FILE)
 
 
-def ranks_of(
-    model: Bert4RecForMaskedItemPrediction, histories: Histories, tokenizer: Bert4RecTokenizer, part: str
-) -> tuple[list[str], np.ndarray]:
-    """The users with a target in a part and its ranks, as `evaluate_prepared` counts them."""
-    policy, length = model.config.filter_seen_items, model.config.max_position_embeddings
-    rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
-    columns = rows.select_columns(["input_ids", "labels", "exclude_ids"])
-    ranks = [
-        model.rank(
-            batch["input_ids"],
-            batch["labels"].amax(dim=1),
-            batch["attention_mask"],
-            exclude_ids=batch["exclude_ids"],
-        )
-        for batch in DataLoader(columns, 256, collate_fn=DataCollatorForMaskedItemPrediction(tokenizer))
-    ]
-    return rows["user_id"][:], torch.cat(ranks).numpy()
-
-
-def rank_users(model_folder: Path, data: Path) -> None:
-    """Keep the rank of every user's test target with the model."""
-    histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model_folder))
-    write_ranks(model_folder, *ranks_of(load_model(model_folder).eval(), histories, tokenizer, "test"))
-
-
 def rank_floors(folder: Path, data: Path) -> None:
-    """Likewise with each floor, in a folder of its name; the histories are whole."""
+    """Keep the rank of every user's test target with each floor, in a folder of its name; the histories are whole."""
     histories, tokenizer, preparation = read_prepared(data)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=preparation["filter_seen_items"])
     for floor, ranks in floors(rows, histories, tokenizer.num_items).items():
@@ -146,15 +116,13 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
         record = json.loads(done.read_text())
         if {name: record.get(name) for name in given} != given:
             raise SystemExit(f"{output} is of another recipe or log: move it away, or choose another --output")
-        if not (output / RANKS_FILE).is_file():
-            rank_users(output, data)
         return record
     start, cpu_start = time.perf_counter(), time.process_time()
     trainer = train(data, output, recipe, seed)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     record = (
         given
-        | evaluate_prepared(output, data)
+        | evaluate_prepared(output, data, report=output / "report")
         | {
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -165,7 +133,7 @@ def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
         }
     )
     if PartialState().is_main_process:
-        rank_users(output, data)
+        shutil.copyfile(output / "report" / RANKS_FILE, output / RANKS_FILE)
         done.write_text(json.dumps(record, indent=2))
     PartialState().wait_for_everyone()
     return record

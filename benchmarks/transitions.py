@@ -12,13 +12,35 @@ benchmarks/compare.py.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
-from quality import ranks_of, write_ranks
+from quality import write_ranks
+from torch.utils.data import DataLoader
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, keep_transitions
+from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.defaults import default_transition_weight
 from bert4rec_hf.metrics import ranking_metrics
-from bert4rec_hf.splits import read_prepared
+from bert4rec_hf.splits import Histories, ranking_rows, read_prepared
+
+
+def ranks_of(
+    model: Bert4RecForMaskedItemPrediction, histories: Histories, tokenizer: Bert4RecTokenizer, part: str
+) -> tuple[list[str], np.ndarray]:
+    """The users with a target in a part and its ranks, as `evaluate_prepared` counts them."""
+    policy, length = model.config.filter_seen_items, model.config.max_position_embeddings
+    rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
+    columns = rows.select_columns(["input_ids", "labels", "exclude_ids"])
+    ranks = [
+        model.rank(
+            batch["input_ids"],
+            batch["labels"].amax(dim=1),
+            batch["attention_mask"],
+            exclude_ids=batch["exclude_ids"],
+        )
+        for batch in DataLoader(columns, 64, collate_fn=DataCollatorForMaskedItemPrediction(tokenizer))
+    ]
+    return rows["user_id"][:], torch.cat(ranks).numpy()
 
 
 def main() -> None:

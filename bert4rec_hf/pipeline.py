@@ -140,7 +140,8 @@ class SequentialRecommendationPipeline(Pipeline):
         items = _item_list("a history", inputs)
         token_ids = self.tokenizer.item_ids_to_token_ids(items)
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
-        lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
+        if len(history) < len(items):
+            lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if lacking and len(unknown) < UNKNOWN_SHOWN:
             unknown[:] = list(dict.fromkeys([*unknown, *lacking]))[:UNKNOWN_SHOWN]
         excluded = {*exclude_ids, *history} if filter_seen_items else set(exclude_ids)

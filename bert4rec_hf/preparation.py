@@ -39,8 +39,6 @@ ROW_GROUP_SIZE = 16_384
 # A history with more events and a larger share of all is told.
 LONGEST_OF_A_PERSON, SHARE_OF_A_PERSON = 10_000, 0.01
 
-DUPLICATES = ("keep", "drop", "drop_consecutive", "drop_identical")
-
 DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9  # shares of the events
 
 
@@ -285,7 +283,7 @@ def _histories(
             f"event_columns must be a list of columns; got {event_columns!r}: did you mean [{event_columns!r}]?"
         )
     for name, value, choices in (
-        ("duplicates", duplicates, DUPLICATES),
+        ("duplicates", duplicates, ("keep", "drop", "drop_consecutive", "drop_identical")),
         ("split", split, ("leave-one-out", "temporal", "none")),
     ):
         if value not in choices:

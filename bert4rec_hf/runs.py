@@ -65,8 +65,8 @@ def train_prepared(
     """From a prepared folder to a model folder, `args.output_dir`.
 
     Warns at the end of a run that was still rising, that has not learnt more than popularity, or that went on from a
-    model and has not become better than that. Where nobody has a
-    validation target (`--split none`, `--validation false`), nothing is evaluated, and the last step is the model.
+    model and has not become better than that. Where nobody has a validation target (`--split none`, `--validation
+    false`), nothing is evaluated, and the last step is the model.
 
     Args:
         data: The prepared folder.

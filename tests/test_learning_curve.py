@@ -26,7 +26,7 @@ FLOOR = {"popularity": ranking_metrics(np.arange(1000) < 50)}
 def record(hits, *, first=100, planned_steps=None, max_steps=-1):
     """The record of a run that was evaluated every hundred steps, with so many hits of a thousand users."""
     log = []
-    for number, step in zip(hits, range(first, 100 * len(hits) + 1, 100), strict=False):
+    for number, step in zip(hits, range(first, first + 100 * len(hits), 100), strict=True):
         metrics = ranking_metrics(np.arange(1000) < number) | {"loss": 3.0, "runtime": 9.0}
         if step:
             log.append({"loss": 1000 / step, "epoch": step / 100, "step": step})
