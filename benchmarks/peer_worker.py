@@ -26,7 +26,7 @@ LIST_LENGTH = 100
 # recall@10 on validation: github.com/blondered/bert4rec_repro, recommenders/rectools/transformers.py.
 RECTOOLS = {
     "session_max_len": 100, "n_heads": 4, "n_factors": 256, "n_blocks": 2, "lr": 0.001, "loss": "softmax",
-    "epochs": 200, "patience": 50,
+    "epochs": 200, "patience": 50, "precision": "32-true",
 }  # fmt: skip
 
 # Their BERT4Rec.yaml and overall.yaml hold, which are documented: 50 items, 2 layers, 64 wide, batches of 2048, 300
@@ -119,7 +119,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
 
     settings = RECTOOLS | settings
     epochs, patience = settings.pop("epochs"), settings.pop("patience")
-    minutes = settings.pop("minutes", None)
+    precision, minutes = settings.pop("precision"), settings.pop("minutes", None)
     best = ModelCheckpoint(dirpath=folder / "checkpoint", monitor="recall@10", mode="max")
 
     def trainer() -> lightning.Trainer:
@@ -127,6 +127,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
             max_epochs=epochs,
             min_epochs=1,
             deterministic=True,
+            precision=precision,
             accelerator="cpu",
             devices=1,
             logger=False,
