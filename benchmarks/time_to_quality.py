@@ -21,7 +21,7 @@ BERT_EPOCHS = 100
 PEERS = {
     "bert": f"`BertForMaskedLM` by hand, 64 wide, {BERT_EPOCHS} epochs",
     "rectools": "RecTools BERT4Rec, its defaults",
-    "replay": "RePlay Bert4Rec, its defaults in batches of 32",
+    "replay": "RePlay Bert4Rec, its defaults, softmax at masked positions, batches of 32",
     "hopwise": "hopwise BERT4Rec, its defaults",
 }
 

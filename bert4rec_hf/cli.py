@@ -8,7 +8,9 @@ import json
 import logging
 import re
 import shlex
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Sequence
 from copy import copy
@@ -95,7 +97,8 @@ class _Parser(HfArgumentParser):
                 self.error(f"{key} in {found.config} is for the command line alone; remove it")
             if f"--{key}" not in self._option_string_actions:
                 self.error(f"unknown key {key!r} in {found.config}{self._nearest(str(key))}")
-            if value is None or value == []:
+            is_overridden = any(word.split("=")[0] == f"--{key}" for word in rest)  # a list would be added to
+            if value is None or value == [] or is_overridden:
                 continue
             if isinstance(value, dict):
                 value = json.dumps(value)
@@ -134,7 +137,9 @@ class PrepareArguments:
             "the same time one.",
         },
     )
-    event_columns: list[str] | None = field(default=None, metadata={"help": "Columns to carry along."})
+    event_columns: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "Columns to carry along."}
+    )
     split: str = field(
         default="leave-one-out",
         metadata={
@@ -204,8 +209,12 @@ class RecommendArguments:
     """The options of `recommend`."""
 
     top_k: int = field(default=10, metadata={"help": "Number of items."})
-    exclude: list[str] | None = field(default=None, metadata={"help": "Item ids never to recommend."})
-    candidates: list[str] | None = field(default=None, metadata={"help": "Item ids to choose from."})
+    exclude: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "Item ids never to recommend."}
+    )
+    candidates: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "Item ids to choose from."}
+    )
     filter_seen_items: bool | None = field(
         default=None, metadata={"help": "Never recommend the history's own items; default: as the model folder says."}
     )
@@ -276,7 +285,7 @@ def _architecture_arguments() -> type:
         told = f"Architecture. {sentences.get(name, '')}"
         metadata: dict[str, Any] = {"help": f"{told}; default {default}."}
         if name in ("max_position_embeddings", "filter_seen_items"):
-            metadata["help"] = "Default: as the prepared folder says."
+            metadata["help"] = f"{told}; default: as the prepared folder says."
         elif name in chosen:
             metadata["help"] = f"{told}; chosen from the log if left out."
         if choices:
@@ -465,6 +474,8 @@ def recommend(arguments: Sequence[str]) -> None:
     if pipe.tokenizer.titles is not None:
         for item in rest.items:
             print(f"{'had':>5}  {item:>8}  {'':8}  {_one_line(pipe.tokenizer.title(item) or '')}".rstrip())
+    if not answer:
+        print("nothing is left to recommend: candidates, exclusions and seen items leave none")
     for rank, entry in enumerate(answer, start=1):
         print(
             f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {_one_line(entry.get('title') or '')}".rstrip()
@@ -566,6 +577,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
         parser.parse_args(arguments or ["--help"])
+    if arguments[0] != "train" and threading.current_thread() is threading.main_thread():
+        # Ends a command as Ctrl-C does, without half-written files; the Trainer's workers need the signal themselves.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The bars of reading and writing weights are over before they are seen; downloads keep theirs.
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()

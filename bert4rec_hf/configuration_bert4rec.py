@@ -50,8 +50,8 @@ class Bert4RecConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-12):
             Epsilon of the layer normalisations.
         position_embedding_type (`str`, defaults to `"rotary"`):
-            `"rotary"` (Su et al. 2021, https://arxiv.org/abs/2104.09864), `"learned_from_start"`: one vector for
-            the first item, one for the second …, or `"learned_from_end"`: counted back from the newest.
+            `"rotary"` (RoPE, https://arxiv.org/abs/2104.09864), `"learned_from_start"`: one vector for the first
+            item, one for the second …, or `"learned_from_end"`: counted back from the newest.
         rope_theta (`float`, defaults to 10000.0):
             Base of the rotary frequencies.
         normalization (`str`, defaults to `"pre"`):
@@ -65,9 +65,9 @@ class Bert4RecConfig(PreTrainedConfig):
         gbce_calibration (`float`, defaults to 0.75):
             The t of `"gbce"`, between 0, binary cross-entropy, and 1, the least overconfident.
         num_transitions (`int`, defaults to 0):
-            Of how many items that followed it in the log each item keeps how strongly it calls for them, see
-            `cooccurrence.keep_transitions`: added to the scores wherever items are ranked, and not learnt. 0: none,
-            as in the paper.
+            Of each item, with how many of those that followed it in the log it keeps a score, 0 for none, as in the
+            paper. Transition scores are counted, not learnt, and added wherever items are ranked, see
+            `cooccurrence.keep_transitions`.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
             not recommended.

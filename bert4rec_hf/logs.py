@@ -81,10 +81,15 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
                 if _csv_header(path) != (delimiter, header):
                     raise ValueError(f"{path} has another header than {paths[0]}; expected the same columns in each")
             as_text = {column: "VARCHAR" for column in id_columns if column in header}
-            log = _read_csv(connection, paths, delimiter, as_text)
+            try:
+                log = _read_csv(connection, paths, delimiter, types=as_text)
+            except duckdb.Error:  # whoever guesses types does not say in which line they could not
+                text = dict.fromkeys(header, "VARCHAR")
+                _read_csv(connection, paths, delimiter, columns=text, auto_detect=False).count().execute()
+                raise
             times = [name for name, kind in log.schema().items() if kind.is_date() or kind.is_timestamp()]
             if times:
-                written = _read_csv(connection, paths, delimiter, as_text | dict.fromkeys(times, "VARCHAR"))
+                written = _read_csv(connection, paths, delimiter, types=as_text | dict.fromkeys(times, "VARCHAR"))
                 # DuckDB guesses which of 01/02/03 is the year, and drops a time zone that only some times have. Text
                 # is refused where a time is needed.
                 patterns = {name: YEAR_FIRST if _has_zone(log[name].type()) else WITHOUT_ZONE for name in times}
@@ -92,7 +97,8 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
                 unclear = [name for name, all_are in written.aggregate(**clear).to_pyarrow().to_pylist()[0].items()
                            if all_are is False]  # fmt: skip
                 if unclear:
-                    log = _read_csv(connection, paths, delimiter, as_text | dict.fromkeys(unclear, "VARCHAR"))
+                    types = as_text | dict.fromkeys(unclear, "VARCHAR")
+                    log = _read_csv(connection, paths, delimiter, types=types)
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot read {source} as CSV or Parquet: {first_lines(error)}") from error
     return log.mutate(ibis.row_number().name(SOURCE_ROW))
@@ -107,7 +113,7 @@ def connect() -> Any:
     return connection
 
 
-def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, types: Mapping[str, str]) -> ir.Table:
+def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, **options: Any) -> ir.Table:
     return connection.read_csv(
         [glob.escape(path) for path in paths],
         hive_partitioning=False,
@@ -117,7 +123,7 @@ def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, types: Mapp
         escape='"',
         comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
         sample_size=-1,  # all rows: else a value that the guessed type does not hold may be rounded to one that it does
-        types=types,
+        **options,
     )
 
 

@@ -200,7 +200,9 @@ def prepare(
     )
     destination = output.resolve()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
+    is_empty = destination.is_dir() and not any(destination.iterdir())  # and may be a volume, or somebody's directory
+    beside = destination if is_empty else destination.parent
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{destination.name}-") as temporary:
         folder = Path(temporary) / "new"
         folder.mkdir()
         _write_parquet(table, folder / HISTORIES_FILE)
@@ -747,6 +749,11 @@ def _check_output(output: Path) -> None:
         # It has a copy of preparation.json, and the catalogue of its weights under the names of ours.
         if any(name == "config.json" or name.endswith(".safetensors") for name in names):
             raise ValueError(f"{output} is a model folder; choose another --output")
+        if names and (os.path.ismount(output) or not os.access(output.resolve().parent, os.W_OK)):
+            raise ValueError(
+                f"{output} is not empty and cannot be replaced, being a volume or in a folder that you may not write: "
+                f"choose a folder in it, --output {output / 'data'}"
+            )
         if not names or _own_files(output) is not None:
             return
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -768,9 +775,19 @@ def _own_files(folder: Path) -> set[str] | None:
 
 
 def _move(folder: Path, destination: Path, old: Path) -> None:
-    """Put the folder in the place of an earlier one, from which files that are not ours move over."""
+    """Put the folder in the place of an earlier one, from which files that are not ours move over.
+
+    An empty one, which the folder is in, is filled.
+    """
     if not destination.exists():
         os.rename(folder, destination)
+        return
+    if destination in folder.parents:
+        others = [path.name for path in destination.iterdir() if path not in folder.parents]
+        if others:
+            raise ValueError(f"{destination} was empty and now holds {others[0]}; choose another --output")
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == PREPARATION_FILE):  # what makes it whole
+            os.rename(path, destination / path.name)
         return
     _check_output(destination)  # it may have changed in the meantime
     own = _own_files(destination) or set()

@@ -112,14 +112,15 @@ def train_prepared(
     if len(validation):
         protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
         of_floors = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
-    elif args.early_stopping_patience is not None:
-        raise ValueError(
-            f"{data} has no validation targets to stop early by: leave out --early_stopping_patience and say how long "
-            "with --num_train_epochs or --max_steps"
-        )
     else:
         logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
         args = copy(args)  # another run with these may have some
+        if args.early_stopping_patience is not None:  # from the recipe of the run that was evaluated, say
+            args.early_stopping_patience = None
+            logger.warning(
+                "nothing stops early: all %g epochs (max_steps %d) are trained, so give the number that the stopped "
+                "run needed, --num_train_epochs", args.num_train_epochs, args.max_steps,
+            )  # fmt: skip
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     if model_name_or_path is not None and args.eval_strategy != IntervalStrategy.NO and not args.resume_from_checkpoint:
         args = copy(args)
@@ -426,6 +427,11 @@ def check_resumable(
         raise ValueError(
             f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its optimizer; to go on with another, "
             "give the checkpoint as --model_name_or_path, and another --output_dir"
+        )
+    if not any(Path(checkpoint).glob("optimizer*")) and not args.deepspeed:
+        raise ValueError(
+            f"{checkpoint} has the model only (save_only_model), not the optimizer to resume with: give it as "
+            "--model_name_or_path, and another --output_dir"
         )
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     # At its last step a run would take one more before it notices.

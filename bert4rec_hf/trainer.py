@@ -71,10 +71,11 @@ from .tokenization_bert4rec import Bert4RecTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Of one machine or one run, no part of a recipe.
+# Of one machine or one run, or what another argument says, no part of a recipe.
 NO_RECIPE = {
     "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
+    "greater_is_better",
 }  # fmt: skip
 
 # What only `train_prepared` reads.
@@ -155,7 +156,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=0.02, metadata={"help": "Steps, or below 1 a share of all steps."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="NDCG@10", metadata={"help": "Metric that picks the best."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether more of it is better."})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether more of it is better; so it is of all but a loss, if left out."}
+    )
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Send buffers to all processes at each step; they are equal from the start."}
     )
@@ -571,6 +574,10 @@ class Bert4RecTrainer(Trainer):
             for name in Bert4RecConfig.__annotations__
             if name not in DERIVED_FIELDS and hasattr(config, name)
         }
+        precision = self.accelerator.mixed_precision  # which an Accelerate configuration may have set
+        arguments |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+        # The command line knows only whether, where TrainingArguments have made the words "all" and "no" of it.
+        arguments["include_num_input_tokens_seen"] = arguments["include_num_input_tokens_seen"] != "no"
         origin = config._name_or_path  # of a model that goes on; a folder's name would mean another one elsewhere
         if origin and not os.path.exists(origin):
             arguments["model_name_or_path"] = origin

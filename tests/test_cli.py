@@ -245,6 +245,16 @@ def test_recommend_takes_candidates_and_a_policy(model):
     assert sorted(line.split()[1] for line in lines) == ["101", "105"]
 
 
+def test_excluded_items_may_be_named_one_by_one(model):
+    best = [line.split()[1] for line in succeed("recommend", model, 103, "--top_k", 2)]
+    lines = succeed("recommend", model, 103, "--top_k", 50, *(f"--exclude={item}" for item in best))
+    assert lines
+    assert not {line.split()[1] for line in lines} & set(best)
+    assert succeed("recommend", model, 103, "--candidates", best[0], "--exclude", best[0]) == [
+        "nothing is left to recommend: candidates, exclusions and seen items leave none"
+    ]
+
+
 def test_recommend_without_items_answers_with_the_models_prior(model):
     assert len(succeed("recommend", model)) == 10
 
@@ -307,6 +317,8 @@ def test_recipes_serve_the_other_commands_as_well(model, tmp_path):
     assert len(succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml")) == 1
     lines = succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml", "--top_k", 5)
     assert sorted(line.split()[1] for line in lines) == ["101", "105", "107"]
+    lines = succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml", "--top_k", 5, "--candidates", 106)
+    assert [line.split()[1] for line in lines] == ["106"]
 
 
 def test_options_may_stand_anywhere_between_the_item_ids(model):
@@ -415,6 +427,7 @@ HEADER = "user_id,item_id,timestamp\n"
         (HEADER + "1,2,3\n2,3,4\n", [], r"none of the 2 users has a target.*needs 3 events"),
         ("", [], r"is empty; expected a CSV file with a header"),
         (HEADER, [], r"columns but no events"),
+        (HEADER + "1,2,3\n2,3,4,5\n", [], r"CSV Error on Line: 3 Original Line: 2,3,4,5 Expected Number of Columns: 3"),
         ("\0\1\2", [], r"neither UTF-8 CSV nor Parquet"),
         (HEADER + "1,2,3\n2,3,4\n", ["--split", "random"], r"--split.*'random'.*leave-one-out.*temporal"),
         (HEADER + "1,2,3\n2,3,4\n", ["--validation_cut", 0.7], r"validation_cut is for --split temporal; got 0.7"),
@@ -589,7 +602,11 @@ def test_histories_are_not_replaced_by_their_recommendations(model, data):
     line = fail("recommend", model, "--histories", histories, "--output", histories)
     assert line.endswith(f"{histories} holds the histories themselves; choose another --output")
     line = fail("recommend", model, "--histories", histories, "--output", data / "items.json")
-    assert "items.json exists and is no Parquet file of user_id, item_id, rank, score" in line
+    assert "a Parquet file; got the name" in line
+    other = shutil.copy(histories, data / "other.parquet")
+    line = fail("recommend", model, "--histories", histories, "--output", other)
+    assert "other.parquet exists and is no Parquet file of user_id, item_id, rank, score" in line
+    other.unlink()
     assert contents(data) == before
 
 

@@ -5,12 +5,14 @@ import json
 import random
 import subprocess
 import sys
+import time
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 
 import duckdb
 import ibis
+import numpy as np
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -698,6 +700,37 @@ def test_only_a_folder_of_ours_is_replaced_and_what_is_not_ours_stays(tmp_path, 
     ]
     assert json.loads((output / "preparation.json").read_text())["filters"]["duplicates"] == "drop"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "log.csv", "out"]
+
+
+def test_an_empty_folder_is_filled_and_a_volume_not_replaced(tmp_path, saved_catalogues, monkeypatch):
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    before = volume.stat().st_ino
+    monkeypatch.chdir(volume)
+    prepare(log, ".")
+    assert volume.stat().st_ino == before  # a renamed one would be another, and the shell in a folder that is gone
+    assert sorted(path.name for path in volume.iterdir()) == ["histories.parquet", "preparation.json"]
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).resolve() == volume)
+    with pytest.raises(ValueError, match=r"is not empty and cannot be replaced, being a volume .* --output .*data$"):
+        prepare(log, volume)
+    prepare(log, volume / "data")
+    assert (volume / "data" / "preparation.json").is_file()
+
+
+def test_a_preparation_that_is_told_to_end_leaves_nothing_behind(tmp_path):
+    events = 300_000
+    numbers = np.random.default_rng(0).integers(0, 10**5, (2, events))
+    columns = {"user_id": numbers[0] // 10, "item_id": numbers[1] // 100, "timestamp": np.arange(events)}
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    command = [sys.executable, "-m", "bert4rec_hf", "prepare", tmp_path / "log.parquet", "--output", tmp_path / "data"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob(".data-*")):
+            time.sleep(0.01)
+        process.terminate()
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (130, "bert4rec prepare: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.parquet"]
 
 
 def test_a_model_folder_is_not_replaced_though_it_has_a_preparation(tmp_path, saved_catalogues):

@@ -358,6 +358,26 @@ class RowsSeen(TrainerCallback):
         return self.collator(features)
 
 
+def test_the_best_by_loss_is_the_lowest(chain, tmp_path):
+    # At this rate the loss rises again.
+    options = {"metric_for_best_model": "loss", "num_train_epochs": 6, "learning_rate": 0.1, "save_total_limit": None}
+    trainer = train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(losses) < max(losses)
+    assert yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())["metric_for_best_model"] == "loss"
+
+
+def test_the_recipe_has_what_was_trained_in_and_can_be_read_again(chain, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as an Accelerate configuration sets it
+    options = {"max_steps": 1, "include_num_input_tokens_seen": True}
+    train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
+    recipe = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
+    assert recipe["bf16"] is True
+    assert recipe["include_num_input_tokens_seen"] is True
+    again = ["--config", str(tmp_path / "model" / "recipe.yaml"), "--data", str(chain[0])]
+    assert main(["train", *again, "--output_dir", str(tmp_path / "again")]) == 0
+
+
 def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
@@ -387,6 +407,9 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
         data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5
     )
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+    model_only = tmp_path / "checkpoint-10"
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", model_only, ignore=shutil.ignore_patterns("optimizer*"))
+    resume(data, "has the model only .*give it as --model_name_or_path", resume_from_checkpoint=str(model_only))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -530,8 +553,9 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert "--split none" in card
     assert "bert4rec evaluate" not in card
     assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
-    with pytest.raises(ValueError, match="all has no validation targets to stop early by: leave out --early_stopping"):
-        train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
+    assert "nothing stops early" not in caplog.text
+    train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
+    assert "nothing stops early: all 2 epochs" in caplog.text
 
 
 def test_fields_that_are_none_are_told_and_callbacks_called(chain, tmp_path):
