@@ -201,7 +201,8 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     popularity = _Scores.of(histories.item_ids[training], size)
     recent = histories.item_ids[histories.is_recent()]
     follows = training[1:] & training[:-1]
-    follows[histories.offsets[1:-1] - 1] = False  # the next event is another user's
+    ends = histories.offsets[1:-1]
+    follows[ends[(ends > 0) & (ends < len(training))] - 1] = False  # the next event is another user's
     pairs, counts = np.unique(
         histories.item_ids[:-1][follows].astype(np.int64) * size + histories.item_ids[1:][follows], return_counts=True
     )

@@ -38,6 +38,7 @@ from transformers.trainer_utils import (
     HubStrategy,
     PredictionOutput,
     TrainOutput,
+    has_length,
 )
 from transformers.utils.hub import PushInProgress
 
@@ -215,11 +216,15 @@ class Bert4RecTrainingArguments(TrainingArguments):
             # One process would send slices of its batches to the others, which rows of other lengths do not allow.
             self.accelerator_config.dispatch_batches = False
 
-    def check_metric(self) -> None:
-        """Raise unless `metric_for_best_model` is one that the trainer computes by itself."""
-        known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
+    def check_metric(self, rows: Any = None) -> None:
+        """Raise unless `metric_for_best_model` is one that the trainer computes by itself, of these rows."""
+        if isinstance(rows, Dataset) and "candidate_ids" in rows.column_names:
+            known = [*sampled_metrics(np.ones(1)), "loss"]
+        else:
+            known = [*ranking_metrics(np.ones(1)), f"coverage@{COVERAGE_CUTOFF}", "loss"]
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if best.rsplit("_", 1)[-1] not in known:  # before it may stand the name of one of several evaluation sets
+        # Before it may stand the name of one of several evaluation sets.
+        if not any(best == name or best.endswith(f"_{name}") for name in known):
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}; got {best!r}")
 
 
@@ -348,7 +353,7 @@ class Bert4RecTrainer(Trainer):
         if isinstance(args, Bert4RecTrainingArguments):
             args = _chosen(args, config, train_dataset)
             if "compute_metrics" not in kwargs:
-                args.check_metric()
+                args.check_metric(eval_dataset)
         if args is not None and args.n_gpu > 1:
             # DataParallel, which the Trainer would take, gives each GPU a part of the negatives of a batch.
             logger.warning("one of %d GPUs is used; accelerate launch -m bert4rec_hf train uses all", args.n_gpu)
@@ -371,6 +376,8 @@ class Bert4RecTrainer(Trainer):
         if self.args.label_smoothing_factor:
             if config.item_loss != "softmax":
                 raise ValueError(f"label_smoothing_factor is for item_loss softmax alone; got {config.item_loss}")
+            if config.filter_seen_items:
+                logger.warning("with label_smoothing_factor the loss is over all items, seen ones among them")
             self.label_smoother: LabelSmoother | None = ItemLabelSmoother(self.args.label_smoothing_factor)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
@@ -386,6 +393,7 @@ class Bert4RecTrainer(Trainer):
         self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.evaluated_step = None
         if self.args.device.type == "cpu" and self.model.get_memory_footprint() < LARGE_MODEL:
             keep_freed_memory()
         return super().train(*args, **kwargs)
@@ -411,6 +419,7 @@ class Bert4RecTrainer(Trainer):
         if prediction_loss_only or "exclude_ids" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
+        self.ranks_sampled = "candidate_ids" in inputs
         targets = inputs["labels"].amax(dim=1)
         with torch.no_grad(), self.compute_loss_context_manager():
             # No scores here: `search` makes them, of a part of the catalogue at a time.
@@ -449,13 +458,18 @@ class Bert4RecTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        if self.args.world_size > 1 and not has_length(dataloader):
+            raise ValueError(
+                "several processes cannot tell the last rows of a stream from those that fill up its last batch: "
+                "evaluate on a datasets.Dataset"
+            )
+        self.ranks_sampled = False
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # of `prediction_step` above
             num_known = max(1, int((output.label_ids != IGNORE_INDEX).sum()))
             output.metrics[f"{metric_key_prefix}_loss"] *= len(output.label_ids) / num_known
-        is_sampled = "candidate_ids" in getattr(dataloader.dataset, "column_names", ())
         if (
-            is_sampled
+            self.ranks_sampled
             and self.compute_metrics == self.compute_ranking_metrics
             and isinstance(output.predictions, tuple)
         ):
@@ -491,7 +505,7 @@ class Bert4RecTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):
+        if self.args.train_sampling_strategy != "group_by_length" or not _has_lengths(rows):
             return super()._get_train_sampler(train_dataset)
         lengths = np.minimum(row_lengths(rows), self.model.config.max_position_embeddings)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -513,7 +527,7 @@ class Bert4RecTrainer(Trainer):
 
     def _is_sorted(self, rows: Any) -> bool:
         """Whether rows are evaluated by length; somebody's own metrics may need them in their order."""
-        return isinstance(rows, Dataset) and self.compute_metrics == self.compute_ranking_metrics
+        return _has_lengths(rows) and self.compute_metrics == self.compute_ranking_metrics
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # So that little is padding; all processes share the batches of any one sampler.
@@ -643,7 +657,7 @@ def _chosen(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
     """A copy with what was left out chosen, since another run with these arguments may choose otherwise."""
     args = copy(args)
     if args.mask_ratio is None:
-        has_lengths = isinstance(rows, Dataset) and len(rows)
+        has_lengths = _has_lengths(rows) and len(rows)
         lengths = np.minimum(row_lengths(rows), config.max_position_embeddings) if has_lengths else np.inf
         args.mask_ratio = default_mask_ratio(float(np.mean(lengths)))
     if args.learning_rate is None:
@@ -702,6 +716,11 @@ def _weights_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _has_lengths(rows: Any) -> bool:
+    """Whether the rows are stored; those that a transform makes as they are read have no lengths yet."""
+    return isinstance(rows, Dataset) and "input_ids" in rows.column_names
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:

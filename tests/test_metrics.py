@@ -97,6 +97,12 @@ def test_floors_by_hand():
     assert found["recent popularity"].tolist() == [4, 4]
     # c is followed by a once (never by d); nothing follows d, so popularity decides.
     assert found["last-item co-occurrence"].tolist() == [4, 3]
+    # Users without events, which a table of one's own may have, change nothing.
+    nothing = ([], 0, None, None)
+    around = {"before": nothing, "u": (["a", "b", "a", "b", "c", "d"], 4, 4, 5), "w": (list("acabdc"), 4, 4, 5)}
+    around = tokenize_histories(table(around | {"behind": nothing}), tokenizer)
+    of_these = floors(ranking_rows(around, tokenizer, "test", filter_seen_items=False), around, 4)
+    assert of_these["last-item co-occurrence"].tolist() == [4, 3]
     # Without times it is a tenth of each history, one event at least: the last that trains, b of either.
     assert histories.item_ids[replace(histories, timestamps=None).is_recent()].tolist() == [4, 4]
     filtered = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)

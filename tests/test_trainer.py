@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, pipeline, set_seed
 from transformers.trainer_utils import HPSearchBackend
 
@@ -258,16 +258,21 @@ def test_numbers_of_other_weights_are_not_stored(chain, tmp_path):
     (record,) = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert record == trainer.evaluation
     assert trainer.evaluate()["eval_NDCG@10"] == pytest.approx(record["metrics"]["NDCG@10"])
+    trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"
+    trainer.train()  # to the same step once more
+    trainer.save_model(str(tmp_path / "trained on"))
+    assert not (tmp_path / "trained on" / "evaluation.json").exists()
 
 
-def test_metrics_among_sampled_items_say_so_in_their_names(chain, tmp_path):
+def test_metrics_among_sampled_items_say_so_in_their_names(chain, tmp_path, monkeypatch):
     data, _ = chain
     histories, tokenizer, _ = read_prepared(data)
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50))
     rows = ranking_rows(histories, tokenizer, "validation", filter_seen_items=False)
     trainer = Bert4RecTrainer(model, arguments(tmp_path), processing_class=tokenizer, eval_dataset=rows)
     full = trainer.evaluate()
-    sampled = trainer.evaluate(sampled_candidates(rows, histories, num_candidates=5))
+    among_few = sampled_candidates(rows, histories, num_candidates=5)
+    sampled = trainer.evaluate(among_few)
     assert "eval_NDCG@10" in full
     assert not any("sampled" in name for name in full)
     assert {name for name in sampled if "@" in name} == {
@@ -275,6 +280,38 @@ def test_metrics_among_sampled_items_say_so_in_their_names(chain, tmp_path):
     }
     assert sampled["eval_sampled_HR@10"] == 1  # of six
     assert sampled["eval_sampled_HR@1"] < 1
+    for others in (list(among_few), IterableDataset.from_generator(lambda: iter(among_few))):
+        found = trainer.evaluate(others)
+        assert found.keys() == sampled.keys()
+        assert found["eval_sampled_MRR"] == pytest.approx(sampled["eval_sampled_MRR"])
+    monkeypatch.setattr(Bert4RecTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"several processes cannot tell .* evaluate on a datasets\.Dataset"):
+        trainer.evaluate(others)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"metric_for_best_model must be one of sampled_HR@1, .*; got 'NDCG@10'"):
+        Bert4RecTrainer(model, arguments(tmp_path), processing_class=tokenizer, eval_dataset=among_few)
+
+
+def test_rows_that_a_transform_makes_are_trained_and_evaluated(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50))
+    trained, ranked = (
+        training_rows(histories),
+        ranking_rows(histories, tokenizer, "validation", filter_seen_items=False),
+    )
+
+    def made(rows):
+        of_numbers = Dataset.from_dict({"number": range(len(rows))})
+        of_numbers.set_transform(lambda batch: {name: rows[batch["number"]][name] for name in rows.column_names})
+        return of_numbers
+
+    options = {"max_steps": 2, "remove_unused_columns": False, "train_sampling_strategy": "random"}
+    trainer = Bert4RecTrainer(
+        model, arguments(tmp_path, **options), None, made(trained), made(ranked), processing_class=tokenizer
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_MRR"] == pytest.approx(trainer.evaluate(ranked)["eval_MRR"])
 
 
 def test_the_loss_is_the_mean_over_targets_that_the_catalogue_has_whatever_the_batches(chain, tmp_path):
