@@ -349,7 +349,8 @@ def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[st
         if trained[name] != preparation[name]
     ]
     ends = [split.get("validation_cut", split.get("test_cut")) for split in (trained["split"], preparation["split"])]
-    was_before = type(ends[0]) is type(ends[1]) and ends[0] is not None and ends[0] <= ends[1]
+    are_alike = None not in ends and isinstance(ends[0], str) == isinstance(ends[1], str)  # dates, or numbers
+    was_before = are_alike and ends[0] <= ends[1]
     if other and not was_before:
         logger.warning(
             "%s was trained on another preparation, of %s (%s): if that is the same log, or one that goes on, what it "

@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 NO_RECIPE = {
     "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
-    "greater_is_better",
+    "greater_is_better", "eval_on_start",
 }  # fmt: skip
 
 # What only `train_prepared` reads.
