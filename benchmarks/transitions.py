@@ -5,11 +5,13 @@
 
 MODEL is a trained folder and DATA what it was trained on; its own transitions, if it has some, are replaced. They are
 not learnt, so that a model is the same with any of them, but for which of its evaluations was the best. Without weights
-the one that the defaults choose. Prints a row each; with an output and one weight, keeps the ranks for
+the one that the defaults choose; `--number 0` is a model without. Prints a row each, with the CPU seconds of making the
+rows and ranking them; with an output and one weight, keeps the ranks for
 benchmarks/compare.py.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +62,16 @@ def main() -> None:
     num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
     print(f"{options.model}: {num_events / num_items:.1f} training events an item; {options.part}")
     for weight in options.weights or [default_transition_weight(num_events, num_items)]:
-        keep_transitions(model, histories, num_items, weight=weight)
+        if options.number:
+            keep_transitions(model, histories, num_items, weight=weight)
+        start = time.process_time()
         user_ids, ranks = ranks_of(model, histories, tokenizer, options.part)
-        metrics = ranking_metrics(ranks)
-        print(f"weight {weight:.3g}: NDCG@10 {metrics['NDCG@10']:.4f}, HR@10 {metrics['HR@10']:.4f}", flush=True)
+        seconds, metrics = time.process_time() - start, ranking_metrics(ranks)
+        print(
+            f"{options.number} of weight {weight:.3g}: NDCG@10 {metrics['NDCG@10']:.4f}, HR@10 {metrics['HR@10']:.4f}, "
+            f"{seconds:.1f} CPU seconds",
+            flush=True,
+        )
         if options.output:
             Path(options.output).mkdir(parents=True, exist_ok=True)
             write_ranks(Path(options.output), user_ids, ranks)
