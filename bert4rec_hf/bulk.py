@@ -115,9 +115,9 @@ def _check_output(output: Path, histories: str | os.PathLike) -> None:
     """Raise unless the file is missing or an earlier output."""
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
-    if output.suffix in (".csv", ".json", ".jsonl", ".tsv", ".txt"):
-        raise ValueError(f"the recommendations are a Parquet file; got the name {output}: let it end in .parquet")
     if not output.exists():
+        if output.suffix in (".csv", ".json", ".jsonl", ".tsv"):
+            raise ValueError(f"the recommendations are a Parquet file; got the name {output}: let it end in .parquet")
         return
     if output.samefile(histories):
         raise ValueError(f"{output} holds the histories themselves; choose another --output")

@@ -602,11 +602,9 @@ def test_histories_are_not_replaced_by_their_recommendations(model, data):
     line = fail("recommend", model, "--histories", histories, "--output", histories)
     assert line.endswith(f"{histories} holds the histories themselves; choose another --output")
     line = fail("recommend", model, "--histories", histories, "--output", data / "items.json")
-    assert "a Parquet file; got the name" in line
-    other = shutil.copy(histories, data / "other.parquet")
-    line = fail("recommend", model, "--histories", histories, "--output", other)
-    assert "other.parquet exists and is no Parquet file of user_id, item_id, rank, score" in line
-    other.unlink()
+    assert "items.json exists and is no Parquet file of user_id, item_id, rank, score" in line
+    line = fail("recommend", model, "--histories", histories, "--output", data / "new.csv")
+    assert "are a Parquet file; got the name" in line
     assert contents(data) == before
 
 
