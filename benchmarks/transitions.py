@@ -6,8 +6,7 @@
 MODEL is a trained folder and DATA what it was trained on; its own transitions, if it has some, are replaced. They are
 not learnt, so that a model is the same with any of them, but for which of its evaluations was the best. Without weights
 the one that the defaults choose; `--number 0` is a model without. Prints a row each, with the CPU seconds of making the
-rows and ranking them; with an output and one weight, keeps the ranks for
-benchmarks/compare.py.
+rows and ranking them; with an output and one weight, keeps the ranks for benchmarks/compare.py.
 """
 
 import argparse
