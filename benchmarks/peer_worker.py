@@ -108,8 +108,9 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
         def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
             targets = batch["y"]
             logits = outputs.get("logits")
-            if logits is None:  # with a sampled loss these are of a few items
-                logits = module.torch_model(batch)[:, -1]
+            if logits is None:  # with a sampled loss its own are of a few items
+                sessions = module.torch_model.encode_sessions(batch, module.item_embs)
+                logits = module.torch_model.similarity_module(sessions[:, -1], module.item_embs)
             best = logits.view(len(targets), -1).topk(10).indices
             self.hits.append((best == targets).any(dim=1).float())
 
@@ -121,6 +122,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     epochs, patience = settings.pop("epochs"), settings.pop("patience")
     precision, minutes = settings.pop("precision"), settings.pop("minutes", None)
     best = ModelCheckpoint(dirpath=folder / "checkpoint", monitor="recall@10", mode="max")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # `deterministic` fills it, at 10 to 20 % of the time
 
     def trainer() -> lightning.Trainer:
         return lightning.Trainer(
