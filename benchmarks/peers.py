@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from quality import add_row, log_name, minutes, named_seeds, named_values, prepared, spread, write_ranks
+from quality import add_row, log_file, log_name, minutes, named_seeds, named_values, prepared, spread, write_ranks
 from tables import processor
 
 from bert4rec_hf.metrics import Protocol, floors, ranking_metrics
@@ -132,7 +132,8 @@ def main() -> None:
     else:
         ranking += f", {first['chosen']}"
     ranking += f", `{' '.join(options.set)}`" if options.set else ""
-    given = f" --epochs {options.epochs}" if options.epochs else ""
+    given = f"{log_file(options.log)} --peer {options.peer} --seeds {options.seeds}"
+    given += f" --epochs {options.epochs}" if options.epochs else ""
     given += f" --set {' '.join(options.set)}" if options.set else ""
     versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
@@ -143,8 +144,7 @@ def main() -> None:
         minutes(runs),
         *(spread([found[metric] for found in metrics]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]) if "validation" in first else "",
-        f"`benchmarks/peers.py {name} --peer {options.peer} --seeds {options.seeds}{given}`, {versions}, "
-        f"{processor(threads)}",
+        f"`benchmarks/peers.py {given}`, {versions}, {processor(threads)}",
     ]
     add_row(name, data, protocol, {floor: ranking_metrics(found) for floor, found in of_floors.items()}, cells)
 

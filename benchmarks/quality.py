@@ -59,10 +59,16 @@ test trains": the validation targets train too, and the last step is the model.
 """
 
 
-def log_name(log: str) -> str:
+def log_file(log: str) -> str:
+    """Of a log, or of what was prepared of it, the file as a command names it, or the data set's name."""
     if Path(log).is_dir():
         log = json.loads((Path(log) / PREPARATION_FILE).read_text("utf-8"))["source"]
     path = Path(log)
+    return f"{path.parent.name}/{path.name}" if path.name == "interactions.parquet" else path.name
+
+
+def log_name(log: str) -> str:
+    path = Path(log_file(log))
     return path.parent.name if path.name == "interactions.parquet" else path.stem
 
 
@@ -222,7 +228,7 @@ def main() -> None:
         minutes(runs) + (" (resumed)" if any(run["resumed"] for run in runs) else ""),
         *(spread([run["metrics"][metric] for run in runs]) for metric in ("HR@10", "NDCG@10")),
         spread([run["validation"] for run in runs]) if validated else "",
-        f"`{launcher}benchmarks/quality.py {name}{given} --seeds {options.seeds}`, "
+        f"`{launcher}benchmarks/quality.py {log_file(options.log)}{given} --seeds {options.seeds}`, "
         f"{machine(torch.get_num_threads(), state.num_processes)}",
     ]
     add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction
 
-from .configuration_bert4rec import FIRST_ITEM_ID
+from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
 from .losses import IGNORE_INDEX
 from .splits import PARTS, Histories
 
@@ -184,7 +184,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.ndarray]:
-    """Ranks of three rankings without a model, under the protocol of `rows`.
+    """Ranks of rankings without a model, under the protocol of `rows`.
 
     Args:
         rows: Of `ranking_rows`.
@@ -194,7 +194,8 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     Returns:
         (users,) ranks of: "popularity", the number of training events; "recent popularity", of the newest tenth
         of them; "last-item co-occurrence", how often an item follows the history's last item in the training
-        part, ties broken by popularity.
+        part, ties broken by popularity; and, unless seen items are filtered, "personal popularity", how often an
+        item stands in the row's own history, ties broken by popularity.
     """
     size = num_items + FIRST_ITEM_ID
     training = histories.is_trained()
@@ -208,22 +209,28 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     )
     starts = np.searchsorted(pairs, np.arange(size + 1) * size)
     next_items = pairs % size
-    input_ids, lengths = list_values(rows, "input_ids")
-    newest = np.where(lengths > 1, input_ids[lengths.cumsum() - 2], 0)  # before the [MASK]
-    exclude_ids, lengths = list_values(rows, "exclude_ids")
-    excluded = np.split(exclude_ids, lengths.cumsum()[:-1]) if len(rows) else []
-    ranks = []
-    for last, target, had in zip(newest, last_labels(rows), excluded, strict=True):
+    pasts, excluded = (
+        np.split(values, lengths.cumsum()[:-1]) if len(rows) else []
+        for values, lengths in (list_values(rows, name) for name in ("input_ids", "exclude_ids"))
+    )
+    seen_are_kept = not any(map(len, excluded))
+    following, personal = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    for row, (past, target, had) in enumerate(zip(pasts, last_labels(rows), excluded, strict=True)):
         if target == IGNORE_INDEX or (had == target).any():
-            ranks.append(0)
-        else:
-            after = slice(starts[last], starts[last + 1])
-            ranks.append(popularity.rank(target, had, next_items[after], counts[after]))
-    return {
+            continue
+        past = past[:-1]  # before the [MASK]
+        last = past[-1] if len(past) else PAD_TOKEN_ID
+        after = slice(starts[last], starts[last + 1])
+        following[row] = popularity.rank(target, had, next_items[after], counts[after])
+        if seen_are_kept:
+            own = past[past >= FIRST_ITEM_ID]
+            personal[row] = popularity.rank(target, had, *np.unique(own, return_counts=True))
+    ranks = {
         "popularity": _frequency_ranks(rows, histories.item_ids[training], num_items),
         "recent popularity": _frequency_ranks(rows, recent, num_items),
-        "last-item co-occurrence": np.asarray(ranks, np.int64),
+        "last-item co-occurrence": following,
     }
+    return ranks | ({"personal popularity": personal} if seen_are_kept else {})
 
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:

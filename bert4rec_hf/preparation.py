@@ -391,9 +391,11 @@ def _normalize(
     known = [column for column in log.columns if column != SOURCE_ROW]
     for option, column in wanted:
         if column is not None and column not in known:
+            unordered = option == "--time_column" and sequence_column is None
             raise ValueError(
                 f"the log has no column {column!r}; its columns (a CSV file's first line) are "
                 f"{', '.join(known)}; name the right one with {option}"
+                f"{', or a column that orders the events with --sequence_column' if unordered else ''}"
             )
     for first, second in combinations(wanted[:4], 2):
         # A time may be its own sequence, which changes nothing.

@@ -97,6 +97,8 @@ def test_floors_by_hand():
     assert found["recent popularity"].tolist() == [4, 4]
     # c is followed by a once (never by d); nothing follows d, so popularity decides.
     assert found["last-item co-occurrence"].tolist() == [4, 3]
+    # u has had a twice, b twice, c once; v a twice, c once and b once, of which b is more popular, and d once.
+    assert found["personal popularity"].tolist() == [4, 3]
     # Users without events, which a table of one's own may have, change nothing.
     nothing = ([], 0, None, None)
     around = {"before": nothing, "u": (["a", "b", "a", "b", "c", "d"], 4, 4, 5), "w": (list("acabdc"), 4, 4, 5)}
@@ -108,13 +110,27 @@ def test_floors_by_hand():
     filtered = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
     # u has had a, b, c: d is all that is left. v has had its target before: never shown.
     assert floors(filtered, histories, 4)["popularity"].tolist() == [1, 0]
+    assert "personal popularity" not in floors(filtered, histories, 4)
+
+
+def test_personal_popularity_counts_the_users_own_events():
+    tokenizer = Bert4RecTokenizer.from_items(list("abcd"), model_max_length=9)
+    histories = tokenize_histories(
+        table({"u": (["x", "d", "c", "d", "b", "d", "c"], 5, 5, 6), "v": (["a", "a", "a"], 3, None, None)}), tokenizer
+    )
+    rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=False)
+    # Before its c u has had d three times, b as often as c, which is as popular, and x, which the catalogue lacks.
+    assert floors(rows, histories, 4)["personal popularity"].tolist() == [3]
+    assert floors(rows, histories, 4)["popularity"].tolist() == [4]
 
 
 def test_where_nothing_trains_all_floors_are_ties():
     tokenizer = Bert4RecTokenizer.from_items(list("ab"), model_max_length=5)
     histories = tokenize_histories(table({"u": (["x", "a"], 1, None, 1)}, timestamps=[[1, 2]]), tokenizer)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
-    assert [ranks.tolist() for ranks in floors(rows, histories, 2).values()] == [[2], [2], [2]]
+    found = floors(rows, histories, 2)
+    assert list(found) == ["popularity", "recent popularity", "last-item co-occurrence", "personal popularity"]
+    assert [ranks.tolist() for ranks in found.values()] == [[2]] * 4
 
 
 def test_co_occurrence_knows_what_follows_what():

@@ -594,7 +594,7 @@ def test_a_missing_column_is_named_with_the_columns_there_are_and_the_option(tmp
     with pytest.raises(ValueError, match=r"no column 'user_id'.*user, item_id, timestamp.*--user_column"):
         rows_of(log)
     log = write_csv(tmp_path / "log.csv", [("a", "x", 1)], ("user_id", "item_id", "when"))
-    with pytest.raises(ValueError, match=r"no column 'timestamp'.*--time_column"):
+    with pytest.raises(ValueError, match=r"no column 'timestamp'.*--time_column, or .* --sequence_column"):
         rows_of(log)
     with pytest.raises(ValueError, match="order of events is unknown"):
         rows_of(log, time_column=None)
