@@ -69,7 +69,7 @@ def log_file(log: str) -> str:
 
 def log_name(log: str) -> str:
     path = Path(log_file(log))
-    return path.parent.name if path.name == "interactions.parquet" else path.stem
+    return path.parent.name or path.stem
 
 
 def prepared(log: str, folder: Path, length: int | None, validation: bool = True) -> Path:
