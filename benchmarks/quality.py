@@ -3,13 +3,12 @@
     python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
                                  [--set NAME=VALUE …]
 
-LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote; a Parquet file with a column
-`position` in place of times is ordered by that. The table names a file by itself, NAME.parquet, or by the folder of
-NAME/interactions.parquet; where the files come from stands below it. Without a recipe, what is measured are the
-defaults. Validation chooses the checkpoint, test is read once; without validation its targets train, and the last step
-is the model. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where a run that was interrupted is taken
-up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py; so do the floors' ranks. In two
-processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
+LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote. The table names a file by
+itself, NAME.parquet, or by the folder of NAME/interactions.parquet; where the files come from stands below it. Without
+a recipe, what is measured are the defaults. Validation chooses the checkpoint, test is read once; without validation
+its targets train, and the last step is the model. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where
+a run that was interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py; so
+do the floors' ranks. In two processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
 """
 
 import argparse
@@ -80,9 +79,7 @@ def prepared(log: str, folder: Path, length: int | None, validation: bool = True
         return Path(log)
     data = folder / "-".join(["data", *([str(length)] if length else []), *([] if validation else ["all-but-test"])])
     if not data.exists():
-        has_position = log.endswith(".parquet") and "position" in pq.read_schema(log).names
-        order = {"sequence_column": "position"} if has_position else {}
-        prepare(log, data, max_length=length, validation=validation, **order)
+        prepare(log, data, max_length=length, validation=validation)
     return data
 
 

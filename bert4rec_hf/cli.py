@@ -123,7 +123,11 @@ class PrepareArguments:
     item_column: str | None = field(default=None, metadata={"help": "Default item_id."})
     time_column: str | None = field(default=None, metadata={"help": "Default timestamp."})
     sequence_column: str | None = field(
-        default=None, metadata={"help": "Orders events of the same time, or all where there is no time."}
+        default=None,
+        metadata={
+            "help": "Orders events of the same time, or all where there is no time; default there: position, if the "
+            "log has it."
+        },
     )
     rating_column: str | None = field(default=None, metadata={"help": "Default rating; for --min_rating."})
     min_rating: float | None = field(default=None, metadata={"help": "Leave out events rated lower."})
@@ -170,7 +174,12 @@ class PrepareArguments:
 class TrainArguments:
     """What `train` needs besides training arguments and architecture."""
 
-    data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
+    data: str = field(
+        metadata={
+            "help": "A folder that bert4rec prepare has written; or a log as that takes it, which is prepared with its "
+            "defaults, into OUTPUT_DIR-data."
+        }
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from this model folder or Hub id, keeping its token ids."}
     )
@@ -305,16 +314,21 @@ def prepare(arguments: Sequence[str]) -> None:
         parser.error(
             f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add that"
         )
+    _prepare(rest.log, options)
+    print(f"wrote {options.output}; next: bert4rec train --data {shlex.quote(options.output)} --output_dir MODEL")
 
+
+def _prepare(log: str, options: PrepareArguments) -> None:
+    """Prepare a log, and print what it is and what was chosen for it."""
     import duckdb
 
     from . import preparation
 
     given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     try:
-        prepared = preparation.prepare(rest.log, **given)
+        prepared = preparation.prepare(log, **given)
     except duckdb.Error as error:
-        raise OSError(f"DuckDB could not prepare {rest.log}: {error}") from error
+        raise OSError(f"DuckDB could not prepare {log}: {error}") from error
     except RuntimeError as error:
         if "interrupted" in str(error).lower():  # by Ctrl-C in the middle of a query
             raise KeyboardInterrupt from error
@@ -326,10 +340,10 @@ def prepare(arguments: Sequence[str]) -> None:
         f"{statistics['num_events']:,} events; history lengths: median {lengths['median']:g}, "
         f"three quarters up to {lengths['p75']:g}, longest {lengths['max']:,}"
     )
-    tied = statistics["share_tied_times"]
+    tied, order = statistics["share_tied_times"], prepared["columns"]["sequence_column"]
     print(
         f"repeated events {statistics['share_repeated_events']:.1%}, "
-        f"{'no times' if tied is None else f'tied times {tied:.1%}'}, "
+        f"{f'tied times {tied:.1%}' if tied is not None else f'no times: in the order of {order}'}, "
         f"cold targets {statistics['share_cold_targets']:.1%}"
     )
     identical = statistics["num_duplicate_rows"]
@@ -361,18 +375,17 @@ def prepare(arguments: Sequence[str]) -> None:
     policy = "are not recommended again" if prepared["filter_seen_items"] else "may be recommended again"
     filtered = prepared["filter_seen_items"] and prepared["filters"].get("min_rating") is not None
     print(f"seen items {policy} ({reason})" + ("; events rated lower do not count as seen" if filtered else ""))
-    print(f"wrote {options.output}; next: bert4rec train --data {shlex.quote(options.output)} --output_dir MODEL")
 
 
 def train(arguments: Sequence[str]) -> None:
-    """A prepared folder -> a model folder, which every checkpoint is too."""
-    from .runs import train_prepared
+    """A prepared folder, or a log -> a model folder, which every checkpoint is too."""
+    from .runs import check_output, train_prepared
     from .trainer import Bert4RecTrainingArguments
 
     parser = _Parser(
         (TrainArguments, Bert4RecTrainingArguments, _architecture_arguments()),
         prog="bert4rec train",
-        usage="bert4rec train --data FOLDER --output_dir FOLDER [--config RECIPE] [OPTION …]",
+        usage="bert4rec train --data FOLDER_OR_LOG --output_dir FOLDER [--config RECIPE] [OPTION …]",
         description=train.__doc__,
     )
     parser.add_argument("--config", help="Recipe (YAML) of defaults, which the command line overrides.")
@@ -387,16 +400,25 @@ def train(arguments: Sequence[str]) -> None:
     parser._option_string_actions["--output_dir"].help = "The folder that the model goes to, and its checkpoints."
     parser._option_string_actions["--resume_from_checkpoint"].help = 'A checkpoint\'s folder, or "last".'
     options, training_arguments, architecture, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    data, output_dir = options.data, training_arguments.output_dir
+    if not Path(data).is_dir():  # a log
+        check_output(output_dir, training_arguments.resume_from_checkpoint)
+        log, data = data, f"{Path(output_dir)}-data"
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                if Path(data).exists():
+                    parser.error(f"{data}, where {log} would be prepared, is there already: train on it, --data {data}")
+                _prepare(log, PrepareArguments(output=data))
+                print(f"wrote {data}")
     trainer = train_prepared(
-        options.data,
+        data,
         training_arguments,
         options.model_name_or_path,
         publish_code=options.publish_code,
         **{name: value for name, value in vars(architecture).items() if value is not None},
     )
     if trainer.is_world_process_zero():
-        output_dir = training_arguments.output_dir
-        folder, data = shlex.quote(output_dir), shlex.quote(options.data)
+        folder, data = shlex.quote(output_dir), shlex.quote(data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
         following = f"evaluate {folder} --data {data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
         print(f"wrote {output_dir}; next: bert4rec {following}")

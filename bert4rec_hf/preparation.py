@@ -73,7 +73,8 @@ def histories(
         time_column: Numbers or timestamps; None for a log that has only a sequence column. Decimals become int64 or,
             if they have decimal places, float64.
         sequence_column: Numbers or timestamps that order the events of the same time (or all events, if there
-            is no time). Then shuffling the rows of the log changes nothing.
+            is no time). Then shuffling the rows of the log changes nothing. None, where the log has no column
+            "timestamp", nor another named: "position", if it has that.
         rating_column: Needed for `min_rating` only.
         min_rating: Events rated lower, or not rated (null or NaN), are left out.
         min_user_events: Users with fewer events are left out,
@@ -234,7 +235,7 @@ def prepare(
                 "user_column": user_column,
                 "item_column": item_column,
                 "time_column": origin["time_column"],
-                "sequence_column": sequence_column,
+                "sequence_column": origin["sequence_column"],
                 "rating_column": None if min_rating is None else rating_column,
                 "event_columns": list(event_columns),
             },
@@ -303,8 +304,11 @@ def _histories(
             f"without validation targets there is no validation_cut; got {validation_cut}: leave it out, or "
             "--validation false"
         )
-    if time_column == "timestamp" and time_column not in log.columns and sequence_column is not None:
-        time_column = None  # the default, and a log that has no time
+    if time_column == "timestamp" and time_column not in log.columns:  # the default, and a log that has no time
+        if sequence_column is None and "position" in log.columns:
+            sequence_column = "position"
+        if sequence_column is not None:
+            time_column = None
     if split == "temporal" and time_column is None:
         raise ValueError("a temporal split needs a time column (--time_column); a sequence has no common clock")
 
@@ -366,7 +370,12 @@ def _histories(
             events = events.semi_join(users, "user_id").semi_join(items, "item_id")
         num_targets = 0 if split == "none" else 1 + validation
         table = _collect(events, event_columns, num_targets)
-    return table, {"statistics": statistics, "split": description, "time_column": time_column}
+    return table, {
+        "statistics": statistics,
+        "split": description,
+        "time_column": time_column,
+        "sequence_column": sequence_column,
+    }
 
 
 def _normalize(

@@ -16,11 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from bert4rec_hf import Bert4RecTokenizer
+from bert4rec_hf import Bert4RecTokenizer, read_prepared
 from bert4rec_hf.cli import COMMANDS, main
 
 NUM_USERS, NUM_ITEMS = 60, 30
@@ -155,6 +156,27 @@ def test_prepare_prints_the_numbers_of_the_log_what_it_wrote_and_the_next_comman
     assert {"histories.parquet", "preparation.json", "tokenizer.json", "items.json"} <= {
         path.name for path in data.iterdir()
     }
+
+
+def test_train_prepares_a_raw_log_beside_the_model(folder, log, model, data, tmp_path):
+    output = tmp_path / "model"
+    arguments = ["train", "--data", log, "--output_dir", output, *train_flags()]
+    lines = succeed(*arguments)
+    assert f"wrote {output}-data" in lines
+    assert lines[-1] == f"wrote {output}; next: bert4rec evaluate {output} --data {output}-data"
+    assert not list(output.glob("*.parquet"))  # the model folder is pushed, the histories are not
+    assert read_prepared(f"{output}-data")[0].item_ids.tolist() == read_prepared(data)[0].item_ids.tolist()
+    weights = [load_file(path / "model.safetensors") for path in (output, model)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+    assert "model is not empty" in fail(*arguments)
+    arguments[4] = f"{output}-"
+    (tmp_path / "model--data").mkdir()
+    line = fail(*arguments)
+    assert f"{output}--data, where {log} would be prepared, is there already: train on it, --data" in line
+    line = fail("train", "--data", tmp_path / "missing.csv", "--output_dir", tmp_path / "new", *train_flags())
+    assert "no such file" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model--data", "model-data"]
 
 
 def test_train_writes_a_whole_model_folder_and_prints_the_next_command(trained, data):

@@ -133,6 +133,20 @@ def test_a_sequence_column_orders_ties_and_can_stand_for_time(tmp_path):
         rows_of(log, sequence_column="position", split="temporal")
 
 
+def test_a_log_without_a_timestamp_is_ordered_by_its_position(tmp_path):
+    rows = [("a", "x", 2), ("a", "y", 1), ("a", "z", 3), ("b", "x", 1)]
+    log = write_csv(tmp_path / "log.csv", rows, (*HEADER[:2], "position"))
+    assert items_of(log)["a"] == ["y", "x", "z"]
+    columns = prepare(log, tmp_path / "data")["columns"]
+    assert (columns["time_column"], columns["sequence_column"]) == (None, "position")
+    with pytest.raises(ValueError, match="no column 'when'"):
+        rows_of(log, time_column="when")
+
+    timed = write_csv(tmp_path / "timed.csv", [(*row[:2], time, row[2]) for time, row in enumerate(rows)],
+                      (*HEADER[:2], "timestamp", "position"))  # fmt: skip
+    assert items_of(timed)["a"] == ["x", "y", "z"]
+
+
 def test_shuffling_a_log_with_a_sequence_column_changes_no_byte(tmp_path, saved_catalogues):
     header = (*HEADER, "position", "price")
     generator = random.Random(0)

@@ -872,7 +872,7 @@ def free_port() -> int:
 @pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, launcher):
-    data, _ = chain
+    data = chain[0]
     command = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
@@ -886,9 +886,12 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, lau
         )  # fmt: skip
         return outcome.stdout
 
-    model = tmp_path / "model"
-    printed = launch("train", "--data", data, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32")
-    assert printed.count("wrote") == 1
+    model, log = tmp_path / "model", data.parent / "log.csv"
+    printed = launch("train", "--data", log, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32")
+    assert [line.split(";")[0] for line in printed.splitlines() if "wrote" in line] == [
+        f"wrote {model}-data", f"wrote {model}",
+    ]  # fmt: skip
+    data = f"{model}-data"
     assert len(list(model.glob("model*.safetensors"))) == 1
     launch("evaluate", model, "--data", data, "--per_device_eval_batch_size", "64")
     records = json.loads((model / "evaluation.json").read_text())
