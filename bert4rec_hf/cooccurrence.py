@@ -124,17 +124,13 @@ def keep_transitions(
     weight: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Give a model its transitions: of each item the `config.num_transitions` that most call for being shown after it.
+    """Give a model its transitions, `config.num_transitions` of each item, see `transitions`.
 
-    Items up to `FOLLOWS_WITHIN` after an item in the training part are counted, each half as much as one that is one
-    nearer. How strongly an item calls for one that follows it is their positive pointwise mutual information times the
-    logarithm of 1 plus their count: the information alone is largest where a chance is seen once. Wherever items are
-    ranked, the mean over a history, newer items counting more, is added to the scores. Training, which predicts the
-    very pairs that are counted, is without them: they would look surer than they are. A history without items, of which
-    training has hardly any, gets what is most popular of late.
+    Wherever items are ranked, the mean over a history, newer items counting more, is added to the scores. Training,
+    which predicts the very pairs that are counted, is without them: they would look surer than they are.
 
     Args:
-        model: What changes; its `num_transitions` is above 0. An item that nothing follows in these histories keeps the
+        model: What changes; its `num_transitions` is above 0. An item that has none in these histories keeps the
             transitions that it has.
         histories, num_items, seed: As in `cooccurrence_vectors`.
         weight: Of the transitions in the sum with the model's own scores. None: `default_transition_weight`.
@@ -142,11 +138,38 @@ def keep_transitions(
     Raises:
         ValueError: If the model has no room for them.
     """
-    number = model.config.num_transitions
-    if not number:
+    if not model.config.num_transitions:
         raise ValueError("the model has no room for transitions: make it with Bert4RecConfig(num_transitions=64)")
     if weight is None:
         weight = default_transition_weight(int(histories.is_training().sum()), num_items)
+    next_ids, next_scores = transitions(histories, num_items, model.config.num_transitions, weight=weight, seed=seed)
+    counted = next_scores.any(dim=1)
+    counted[PAD_TOKEN_ID] = True
+    decoder: Any = model.decoder
+    places = counted.nonzero().squeeze(1).to(decoder.next_ids.device)
+    decoder.next_ids[places] = next_ids[counted].to(decoder.next_ids)
+    decoder.next_scores[places] = next_scores[counted].to(decoder.next_scores)
+
+
+def transitions(
+    histories: Histories, num_items: int, number: int, *, weight: float = 1.0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each item those that most call for being shown after it, and how strongly.
+
+    Items up to `FOLLOWS_WITHIN` after an item in the training part are counted, each half as much as one that is one
+    nearer. How strongly an item calls for one that follows it is their positive pointwise mutual information times the
+    logarithm of 1 plus their count: the information alone is largest where a chance is seen once. A history without
+    items, of which training has hardly any, gets what is most popular of late.
+
+    Args:
+        histories, num_items, seed: As in `cooccurrence_vectors`.
+        number: K, of each item.
+        weight: What scores are multiplied with, but for those of a history without items.
+
+    Returns:
+        (num_items + 3, K) token ids, int32, and (num_items + 3, K) scores, float32, by token id, the strongest first; 0
+        where there are no more. Those of [PAD] are of a history without items.
+    """
     keys, counts = [], []
     for distance, (first, second) in enumerate(_pairs(histories, FOLLOWS_WITHIN, seed)):
         keys.append(first * num_items + second)
@@ -165,14 +188,14 @@ def keep_transitions(
     recent = torch.from_numpy(histories.item_ids[histories.is_recent()]).long()
     popularity, popular = torch.bincount(recent, minlength=number).sort(descending=True, stable=True)
     popularity, popular = popularity[:number], popular[:number]
-    decoder: Any = model.decoder
-    counted = first.unique().to(decoder.next_ids.device) + FIRST_ITEM_ID
-    decoder.next_ids[counted], decoder.next_scores[counted] = 0, 0
-    where = first[kept].to(decoder.next_ids.device) + FIRST_ITEM_ID, columns[kept].to(decoder.next_ids.device)
-    decoder.next_ids[where] = (second[kept] + FIRST_ITEM_ID).to(decoder.next_ids)
-    decoder.next_scores[where] = scores[kept].to(decoder.next_scores)
-    decoder.next_ids[PAD_TOKEN_ID] = popular.where(popularity > 0, 0).to(decoder.next_ids)
-    decoder.next_scores[PAD_TOKEN_ID] = FIRST_SCORE * popularity.log1p().to(decoder.next_scores)
+    next_ids = torch.zeros(num_items + FIRST_ITEM_ID, number, dtype=torch.int)
+    next_scores = torch.zeros(num_items + FIRST_ITEM_ID, number)
+    places = first[kept] + FIRST_ITEM_ID, columns[kept]
+    next_ids[places] = (second[kept] + FIRST_ITEM_ID).int()
+    next_scores[places] = scores[kept]
+    next_ids[PAD_TOKEN_ID] = popular.where(popularity > 0, 0).int()
+    next_scores[PAD_TOKEN_ID] = FIRST_SCORE * popularity.log1p()
+    return next_ids, next_scores
 
 
 def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -45,7 +45,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     chosen: dict[str, Any] = {
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
-        "num_transitions": 64 if num_items <= TOO_MANY_ITEMS else 0,
+        "num_transitions": default_num_transitions(num_items),
     }
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
@@ -63,6 +63,11 @@ def default_start_with_mean(num_events: int, num_items: int) -> bool:
     It saves small logs two thirds of their epochs; large ones end no better, and rare items worse.
     """
     return num_events < WIDE_FROM and not _are_rare(num_events, num_items)
+
+
+def default_num_transitions(num_items: int) -> int:
+    """Of each item: 64, and none where items are too many."""
+    return 64 if num_items <= TOO_MANY_ITEMS else 0
 
 
 def default_transition_weight(num_events: int, num_items: int) -> float:

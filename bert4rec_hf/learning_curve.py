@@ -87,7 +87,8 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     No better: the evaluation before the first step, if there was one, is above all others.
 
     At the floor: the best NDCG@10 is not above that of popularity by two standard errors of the difference, the users
-    taken as unpaired.
+    taken as unpaired. No better than transitions alone: it is not above that of what followed each item, a count which
+    the defaults add to the model's scores, so that it hides a model that has learnt nothing.
 
     Args:
         record: As `training_record` makes it.
@@ -118,15 +119,22 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
             f"{values[1:].max():.4f} at most after it; keep the model that it went on from, or try a smaller "
             "--learning_rate"
         )
-    if "popularity" in record["floors"]:
-        floor = record["floors"]["popularity"]
-        error = math.hypot(*(standard_error_from_metrics(metrics, num_users) for metrics in (best, floor)))
-        if best["NDCG@10"] - floor["NDCG@10"] <= 2 * error:
-            warnings.append(
+    more = f"give the model more steps ({longer}, a smaller --per_device_train_batch_size) or another --learning_rate"
+    popularity, transitions = (record["floors"].get(name) for name in ("popularity", "transitions"))
+    if popularity is not None:
+        error = math.hypot(*(standard_error_from_metrics(metrics, num_users) for metrics in (best, popularity)))
+        if best["NDCG@10"] - popularity["NDCG@10"] <= 2 * error:
+            return [
+                *warnings,
                 f"at the popularity floor: the best validation NDCG@10, {best['NDCG@10']:.4f}, is not clearly above "
-                f"that of popularity, {floor['NDCG@10']:.4f} (standard error of the difference {error:.4f}); give the "
-                f"model more steps ({longer}, a smaller --per_device_train_batch_size) or another --learning_rate"
-            )
+                f"that of popularity, {popularity['NDCG@10']:.4f} (standard error of the difference {error:.4f}); "
+                f"{more}",
+            ]
+    if transitions is not None and best["NDCG@10"] <= transitions["NDCG@10"]:
+        warnings.append(
+            f"no better than transitions alone: the best validation NDCG@10 is {best['NDCG@10']:.4f}, that of counting "
+            f"what followed each item {transitions['NDCG@10']:.4f}; {more}"
+        )
     return warnings
 
 

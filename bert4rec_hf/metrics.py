@@ -1,6 +1,6 @@
 """Ranks -> HR, NDCG, MRR; the protocol as data; the floors that stand beside every number."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
+from .cooccurrence import transitions
+from .defaults import default_num_transitions
 from .losses import IGNORE_INDEX
+from .modeling_bert4rec import NEWEST_ITEMS
 from .splits import PARTS, Histories
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
@@ -194,12 +197,11 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     Returns:
         (users,) ranks of: "popularity", the number of training events; "recent popularity", of the newest tenth
         of them; "last-item co-occurrence", how often an item follows the history's last item in the training
-        part, ties broken by popularity; and, unless seen items are filtered, "personal popularity", how often an
-        item stands in the row's own history, ties broken by popularity.
+        part; "transitions", see `transition_ranks`, unless items are too many; and, unless seen items are filtered,
+        "personal popularity", how often an item stands in the row's own history. Ties are broken by popularity.
     """
     size = num_items + FIRST_ITEM_ID
     training = histories.is_trained()
-    popularity = _Scores.of(histories.item_ids[training], size)
     recent = histories.item_ids[histories.is_recent()]
     follows = training[1:] & training[:-1]
     ends = histories.offsets[1:-1]
@@ -209,28 +211,46 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     )
     starts = np.searchsorted(pairs, np.arange(size + 1) * size)
     next_items = pairs % size
-    pasts, excluded = (
-        np.split(values, lengths.cumsum()[:-1]) if len(rows) else []
-        for values, lengths in (list_values(rows, name) for name in ("input_ids", "exclude_ids"))
-    )
-    seen_are_kept = not any(map(len, excluded))
-    following, personal = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    for row, (past, target, had) in enumerate(zip(pasts, last_labels(rows), excluded, strict=True)):
-        if target == IGNORE_INDEX or (had == target).any():
-            continue
-        past = past[:-1]  # before the [MASK]
+
+    def following(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         last = past[-1] if len(past) else PAD_TOKEN_ID
         after = slice(starts[last], starts[last + 1])
-        following[row] = popularity.rank(target, had, next_items[after], counts[after])
-        if seen_are_kept:
-            own = past[past >= FIRST_ITEM_ID]
-            personal[row] = popularity.rank(target, had, *np.unique(own, return_counts=True))
+        return next_items[after], counts[after]
+
+    def own(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.unique(past[past >= FIRST_ITEM_ID], return_counts=True)
+
     ranks = {
         "popularity": _frequency_ranks(rows, histories.item_ids[training], num_items),
         "recent popularity": _frequency_ranks(rows, recent, num_items),
-        "last-item co-occurrence": following,
+        "last-item co-occurrence": _boosted_ranks(rows, histories, size, following),
     }
-    return ranks | ({"personal popularity": personal} if seen_are_kept else {})
+    if default_num_transitions(num_items):
+        ranks["transitions"] = transition_ranks(rows, histories, num_items)
+    if not len(list_values(rows, "exclude_ids")[0]):  # seen items are kept
+        ranks["personal popularity"] = _boosted_ranks(rows, histories, size, own)
+    return ranks
+
+
+def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
+    """(users,) ranks by what the defaults add to a model's scores: what followed the newest items in the training part.
+
+    Ties are broken by popularity.
+    """
+    next_ids, next_scores = (
+        table.numpy() for table in transitions(histories, num_items, default_num_transitions(num_items))
+    )
+
+    def following(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        newest = past[past >= FIRST_ITEM_ID][: -NEWEST_ITEMS - 1 : -1]
+        if not len(newest):
+            newest = np.array([PAD_TOKEN_ID])
+        weights = 0.5 ** np.arange(len(newest))
+        found, places = np.unique(next_ids[newest], return_inverse=True)
+        # So much that popularity, below 1, orders equals alone.
+        return found, 1e6 * np.bincount(places.ravel(), (next_scores[newest] * weights[:, None]).ravel())
+
+    return _boosted_ranks(rows, histories, num_items + FIRST_ITEM_ID, following)
 
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
@@ -250,6 +270,22 @@ def list_values(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()
 
 
+def _boosted_ranks(
+    rows: Dataset, histories: Histories, size: int, boosts: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """(users,) ranks of the targets by popularity and what `boosts` makes of a history, see `_Scores.rank`."""
+    popularity = _Scores.of(histories.item_ids[histories.is_trained()], size)
+    pasts, excluded = (
+        np.split(values, lengths.cumsum()[:-1]) if len(rows) else []
+        for values, lengths in (list_values(rows, name) for name in ("input_ids", "exclude_ids"))
+    )
+    ranks = np.zeros(len(rows), np.int64)
+    for row, (past, target, had) in enumerate(zip(pasts, last_labels(rows), excluded, strict=True)):
+        if target != IGNORE_INDEX and not (had == target).any():
+            ranks[row] = popularity.rank(target, had, *boosts(past[:-1]))  # before the [MASK]
+    return ranks
+
+
 def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.ndarray:
     """(users,) ranks of the targets by how often each item stands in `item_ids`."""
     counts = np.bincount(item_ids, minlength=num_items + FIRST_ITEM_ID)
@@ -266,7 +302,7 @@ def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.
 
 @dataclass
 class _Scores:
-    """Scores of all items below 1, to which a few items add whole numbers; ranks without looking at every item."""
+    """Scores of all items below 1, to which a few items add more; ranks without looking at every item."""
 
     scores: np.ndarray
     ascending: np.ndarray

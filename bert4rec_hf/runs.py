@@ -26,8 +26,16 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from .cooccurrence import keep_transitions, start_from_cooccurrence
-from .defaults import default_architecture, default_start_with_mean
-from .metrics import Protocol, floors, popularity_ranks, ranking_metrics, result_metrics, sampled_metrics
+from .defaults import default_architecture, default_num_transitions, default_start_with_mean
+from .metrics import (
+    Protocol,
+    floors,
+    popularity_ranks,
+    ranking_metrics,
+    result_metrics,
+    sampled_metrics,
+    transition_ranks,
+)
 from .model_card import RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
 from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .report import check_report_folder, evaluation_report, write_report
@@ -64,9 +72,9 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
-    Warns at the end of a run that was still rising, that has not learnt more than popularity, or that went on from a
-    model and has not become better than that. Where nobody has a validation target (`--split none`, `--validation
-    false`), nothing is evaluated, and the last step is the model.
+    Warns at the end of a run that was still rising, that is no better than popularity or transitions alone, or that
+    went on from a model and has not become better than that. Where nobody has a validation target (`--split none`,
+    `--validation false`), nothing is evaluated, and the last step is the model.
 
     Args:
         data: The prepared folder.
@@ -112,6 +120,8 @@ def train_prepared(
     if len(validation):
         protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
         of_floors = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
+        if default_num_transitions(tokenizer.num_items):
+            of_floors["transitions"] = ranking_metrics(transition_ranks(validation, histories, tokenizer.num_items))
     else:
         logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
         args = copy(args)  # another run with these may have some

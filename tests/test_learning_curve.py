@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n"
 FLOOR = {"popularity": ranking_metrics(np.arange(1000) < 50)}
 
 
-def record(hits, *, first=100, planned_steps=None, max_steps=-1):
+def record(hits, *, first=100, planned_steps=None, max_steps=-1, floors=FLOOR):
     """The record of a run that was evaluated every hundred steps, with so many hits of a thousand users."""
     log = []
     for number, step in zip(hits, range(first, first + 100 * len(hits), 100), strict=True):
@@ -33,7 +33,7 @@ def record(hits, *, first=100, planned_steps=None, max_steps=-1):
         log.append({f"eval_{name}": value for name, value in metrics.items()} | {"epoch": step / 100, "step": step})
     state = TrainerState(global_step=step, max_steps=planned_steps or step, log_history=log)
     args = SimpleNamespace(max_steps=max_steps, num_train_epochs=len(hits))
-    return training_record(state, args, PROTOCOL, FLOOR, step)
+    return training_record(state, args, PROTOCOL, floors, step)
 
 
 def test_every_evaluation_stands_in_the_record_with_the_training_loss_before_it():
@@ -99,6 +99,17 @@ def test_a_model_that_is_not_clearly_above_popularity_is_at_the_floor(hits, warn
     if warned:
         assert warnings[0].startswith(f"at the popularity floor: the best validation NDCG@10, {hits / 1000:.4f}, ")
         assert "popularity, 0.0500 " in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("hits", "told"), [(50, ["at the popularity floor"]), (120, ["no better than transitions alone"]), (121, [])]
+)
+def test_a_model_that_adds_nothing_to_transitions_is_told(hits, told):
+    transitions = record([120])["evaluations"][0]
+    warnings = record([hits, hits], floors=FLOOR | {"transitions": transitions})["warnings"]
+    assert [warning.split(":")[0] for warning in warnings] == told
+    if hits == 120:
+        assert "NDCG@10 is 0.1200, that of counting what followed each item 0.1200; give" in warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,18 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from bert4rec_hf import Bert4RecTokenizer, compute_metrics, floors, preprocess_logits_for_metrics, ranking_metrics
-from bert4rec_hf.metrics import Protocol
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    DataCollatorForMaskedItemPrediction,
+    compute_metrics,
+    floors,
+    keep_transitions,
+    preprocess_logits_for_metrics,
+    ranking_metrics,
+)
+from bert4rec_hf.metrics import Protocol, transition_ranks
 from bert4rec_hf.splits import ranking_rows, tokenize_histories
 
 
@@ -129,8 +139,10 @@ def test_where_nothing_trains_all_floors_are_ties():
     histories = tokenize_histories(table({"u": (["x", "a"], 1, None, 1)}, timestamps=[[1, 2]]), tokenizer)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
     found = floors(rows, histories, 2)
-    assert list(found) == ["popularity", "recent popularity", "last-item co-occurrence", "personal popularity"]
-    assert [ranks.tolist() for ranks in found.values()] == [[2]] * 4
+    assert list(found) == [
+        "popularity", "recent popularity", "last-item co-occurrence", "transitions", "personal popularity",
+    ]  # fmt: skip
+    assert [ranks.tolist() for ranks in found.values()] == [[2]] * 5
 
 
 def test_co_occurrence_knows_what_follows_what():
@@ -142,6 +154,37 @@ def test_co_occurrence_knows_what_follows_what():
     # b is the most popular, but after a comes d; the end of u is not followed by the start of v.
     assert floors(rows, histories, 4)["last-item co-occurrence"].tolist() == [1]
     assert floors(rows, histories, 4)["popularity"].tolist() == [3]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_transitions_alone_are_a_model_whose_own_scores_are_popularity(seen):
+    chance = np.random.default_rng(0)
+    tokenizer = Bert4RecTokenizer.from_items([f"i{number}" for number in range(200)], model_max_length=20)
+    rows = {}
+    for user in range(60):
+        # Around a circle with gaps and returns, so that some items follow others often; the unknown and users without
+        # a past are among them.
+        walk = np.cumsum(chance.choice([1, 1, 2, 5, 60], size=chance.integers(2, 15))) % 220
+        rows[str(user)] = ([f"i{number}" for number in walk], len(walk) - 1, None, len(walk) - 1)
+    rows |= {"new": (["i7"], 0, None, 0)}
+    histories = tokenize_histories(table(rows), tokenizer)
+    found = ranking_rows(histories, tokenizer, "test", filter_seen_items=seen)
+    config = Bert4RecConfig(vocab_size=len(tokenizer), hidden_size=4, num_attention_heads=1, num_transitions=64)
+    model = Bert4RecForMaskedItemPrediction(config).eval()
+    keep_transitions(model, histories, 200, weight=1.0)
+    counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=len(tokenizer))
+    model.decoder.weight.data.zero_()
+    model.decoder.bias.data.copy_(torch.from_numpy(1e-5 * counts))
+    collator = DataCollatorForMaskedItemPrediction(tokenizer)
+    batch = collator([{name: row[name] for name in ("input_ids", "labels", "exclude_ids")} for row in found])
+    expected = model.rank(
+        batch["input_ids"], batch["labels"].amax(dim=1), batch["attention_mask"], exclude_ids=batch["exclude_ids"]
+    )
+    ranks = transition_ranks(found, histories, 200)
+    assert ranks.tolist() == expected.tolist()
+    assert (ranks == 0).any()
+    assert (ranks == 1).sum() > 5
+    assert floors(found, histories, 200)["transitions"].tolist() == ranks.tolist()
 
 
 def test_the_protocol_counts_users_without_a_past_and_targets_seen_or_unknown():
