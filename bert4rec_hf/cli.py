@@ -408,7 +408,10 @@ def train(arguments: Sequence[str]) -> None:
             if PartialState().is_main_process:
                 if Path(data).exists():
                     parser.error(f"{data}, where {log} would be prepared, is there already: train on it, --data {data}")
-                _prepare(log, PrepareArguments(output=data))
+                try:
+                    _prepare(log, PrepareArguments(output=data))
+                except ValueError as error:
+                    raise ValueError(f"{error} (options are those of bert4rec prepare, to be run first)") from error
                 print(f"wrote {data}")
     trainer = train_prepared(
         data,

@@ -176,6 +176,9 @@ def test_train_prepares_a_raw_log_beside_the_model(folder, log, model, data, tmp
     assert f"{output}--data, where {log} would be prepared, is there already: train on it, --data" in line
     line = fail("train", "--data", tmp_path / "missing.csv", "--output_dir", tmp_path / "new", *train_flags())
     assert "no such file" in line
+    other = write_log(tmp_path / "model-data" / "other.csv", [("a", "x", 1)], ("uid", "item_id", "timestamp"))
+    line = fail("train", "--data", other, "--output_dir", tmp_path / "new", *train_flags())
+    assert "with --user_column (options are those of bert4rec prepare, to be run first)" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model--data", "model-data"]
 
 
