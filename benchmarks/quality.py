@@ -150,7 +150,7 @@ def spread(values: list[float]) -> str:
 def add_row(
     name: str, data: Path, protocol: Protocol, floors: Mapping[str, Mapping[str, float]], cells: Sequence[str]
 ) -> None:
-    """In place of a row of the same run, below the rows of the same log, or with its protocol and floors at the end."""
+    """In place of a row of the same run, on as many threads; below those of its log, or with floors at the end."""
     log = f"{name} ({checksum(data)})"
     lines = (TABLE.read_text("utf-8") if TABLE.is_file() else HEADER).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("|---")) + 1
@@ -160,7 +160,11 @@ def add_row(
     for floor, metrics in {} if of_log else floors.items():
         rows.append(f"| {log} | {floor} | | | | {metrics['HR@10']:.4f} | {metrics['NDCG@10']:.4f} | | |")
     rows.append(f"| {' | '.join([log, *cells])} |")
-    same = [number for number in of_log if lines[number].startswith(f"| {log} | {cells[0]} |")]
+    same = [
+        number
+        for number in of_log
+        if lines[number].startswith(f"| {log} | {cells[0]} |") and lines[number].endswith(f"| {cells[-1]} |")
+    ]
     end = of_log[-1] + 1 if of_log else end
     lines[slice(same[0], same[0] + 1) if same else slice(end, end)] = rows
     TABLE.write_text("\n".join(lines) + "\n", "utf-8")

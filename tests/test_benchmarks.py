@@ -105,10 +105,13 @@ def test_a_run_that_is_there_is_not_another_recipes_and_a_row_stands_once(tmp_pa
     with pytest.raises(SystemExit, match="was prepared with validation targets"):
         prepared(str(data), tmp_path / "runs", None, validation=False)
     monkeypatch.setattr(quality, "TABLE", tmp_path / "quality.md")
-    for minutes in ("1", "2"):
-        quality.add_row("log", data, Protocol(**record["protocol"]), record["floors"], ["x, seed 42", minutes])
+    for minutes, threads in (("1", "`x`, 1 thread"), ("2", "`x`, 2 threads"), ("3", "`x`, 1 thread")):
+        cells = ["x, seed 42", minutes, threads]
+        quality.add_row("log", data, Protocol(**record["protocol"]), record["floors"], cells)
     lines = (tmp_path / "quality.md").read_text().splitlines()
-    assert [line for line in lines if "| x, seed 42 |" in line] == [f"| log ({record['log']}) | x, seed 42 | 2 |"]
+    assert [line.split(" | ", 1)[1] for line in lines if "| x, seed 42 |" in line] == [
+        "x, seed 42 | 3 | `x`, 1 thread |", "x, seed 42 | 2 | `x`, 2 threads |",
+    ]  # fmt: skip
 
 
 def lists(**served: list[str]) -> pa.Table:
