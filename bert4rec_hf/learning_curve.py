@@ -18,6 +18,8 @@ from .model_card import CURVE_FILE, TRAINING_FILE, write_file
 NEEDED = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 5, 10)}
 # Of the last evaluation's NDCG@10: a linear decay to zero lifts the last quarter of a converged run by up to 5 %.
 RISE = 0.07
+# Of the validation loss: the same decay takes up to .07 off it.
+LOSS_FALL = 0.09
 # Okabe and Ito's, which the colour-blind tell apart.
 BLUE, VERMILION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#767676"
 
@@ -78,11 +80,13 @@ def training_record(
 def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     """What a user should know of a run, one sentence each; none if all is well.
 
-    Under-trained: the last evaluation is the best, and its NDCG@10 is above the best of the first three quarters of
-    the run by more than two standard errors and by more than `RISE` of itself. The standard error is that of one
+    Under-trained, by NDCG@10: the last evaluation is the best, and above the best of the first three quarters of the
+    run by more than two standard errors and by more than `RISE` of itself. The standard error is that of one
     evaluation over its users; that of the difference between two evaluations of one run, user by user, is .6 to .8 of
-    it on MovieLens 100K. A schedule that decays to zero flattens every curve at its end: silence is no proof that a
-    longer run would not be better.
+    it on MovieLens 100K. By validation loss, which has less noise: the best evaluation is in the last quarter, and the
+    loss at the end is below the least of the first three by more than `LOSS_FALL`, and by more than two standard
+    errors, the differences of users being spread by .5 (MovieLens 100K). A schedule that decays to zero flattens every
+    curve at its end: silence is no proof that a longer run would not be better.
 
     No better: the evaluation before the first step, if there was one, is above all others.
 
@@ -96,23 +100,27 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     """
     num_users, evaluations = record["protocol"]["num_users"], record["evaluations"]
     values = np.array([evaluation["NDCG@10"] for evaluation in evaluations])
+    losses = np.array([evaluation.get("loss") for evaluation in evaluations], float)  # None becomes NaN, no fall
     steps = np.array([evaluation["step"] for evaluation in evaluations])
     best = evaluations[int(values.argmax())]
     warnings = []
     early = steps <= 0.75 * steps[-1]
     # With fewer evaluations the rise since the last early one says little of the end.
-    if (early & (steps > 0.5 * steps[-1])).any() and best is evaluations[-1]:
-        gain = values[-1] - values[early].max()
-        if gain > max(2 * standard_error_from_metrics(best, num_users), RISE * values[-1]):
+    if (early & (steps > 0.5 * steps[-1])).any() and best["step"] > 0.75 * steps[-1]:
+        gain, fall = values[-1] - values[early].max(), losses[early].min() - losses[-1]
+        clear_gain = max(2 * standard_error_from_metrics(best, num_users), RISE * values[-1])
+        seen = None
+        if best is evaluations[-1] and gain > clear_gain:
+            seen = f"NDCG@10 was still rising at step {record['step']:,}, by {gain:.4f} to {values[-1]:.4f}"
+        elif fall > max(LOSS_FALL, 2 * 0.5 / math.sqrt(max(num_users, 1))):
+            seen = f"loss was still falling at step {record['step']:,}, by {fall:.2f} to {losses[-1]:.2f}"
+        if seen:
             advice = (
                 f"train longer: {longer}"
                 if record["step"] >= record["max_steps"]
                 else f"go on to step {record['max_steps']:,}: --resume_from_checkpoint last"
             )
-            warnings.append(
-                f"under-trained: validation NDCG@10 was still rising at step {record['step']:,}, by {gain:.4f} to "
-                f"{values[-1]:.4f} in the last quarter of the steps; {advice}"
-            )
+            warnings.append(f"under-trained: validation {seen} in the last quarter of the steps; {advice}")
     if steps[0] == 0 and len(values) > 1 and values[0] > values[1:].max():
         warnings.append(
             f"no better than at its start: validation NDCG@10 was {values[0]:.4f} before the first step and "

@@ -72,8 +72,8 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
-    Warns at the end of a run that was still rising, that is no better than popularity or transitions alone, or that
-    went on from a model and has not become better than that. Where nobody has a validation target (`--split none`,
+    Warns at the end of a run that is under-trained, no better than popularity or transitions alone, or no better than
+    the model that it went on from. Where nobody has a validation target (`--split none`,
     `--validation false`), nothing is evaluated, and the last step is the model.
 
     Args:

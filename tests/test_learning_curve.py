@@ -14,7 +14,7 @@ from test_trainer import SMALL, arguments, write_chain
 from transformers import TrainerState
 
 from bert4rec_hf import Protocol, prepare, ranking_metrics
-from bert4rec_hf.learning_curve import plot_training, standard_error_from_metrics, training_record
+from bert4rec_hf.learning_curve import plot_training, standard_error_from_metrics, training_record, training_warnings
 from bert4rec_hf.runs import train_prepared
 
 PROTOCOL = Protocol("leave-one-out", "validation", "all 9 items", True, 1000, 0, 0.0, 0.0)
@@ -23,11 +23,12 @@ PNG = b"\x89PNG\r\n"
 FLOOR = {"popularity": ranking_metrics(np.arange(1000) < 50)}
 
 
-def record(hits, *, first=100, planned_steps=None, max_steps=-1, floors=FLOOR):
+def record(hits, *, losses=None, first=100, planned_steps=None, max_steps=-1, floors=FLOOR):
     """The record of a run that was evaluated every hundred steps, with so many hits of a thousand users."""
     log = []
-    for number, step in zip(hits, range(first, first + 100 * len(hits), 100), strict=True):
-        metrics = ranking_metrics(np.arange(1000) < number) | {"loss": 3.0, "runtime": 9.0}
+    steps = range(first, first + 100 * len(hits), 100)
+    for number, loss, step in zip(hits, losses or [3.0] * len(hits), steps, strict=True):
+        metrics = ranking_metrics(np.arange(1000) < number) | {"loss": loss, "runtime": 9.0}
         if step:
             log.append({"loss": 1000 / step, "epoch": step / 100, "step": step})
         log.append({f"eval_{name}": value for name, value in metrics.items()} | {"epoch": step / 100, "step": step})
@@ -89,6 +90,34 @@ def test_a_run_that_still_rises_at_its_end_is_called_under_trained(hits, options
     if advice is not None:
         assert found["warnings"][0].startswith("under-trained: validation NDCG@10 was still rising at step ")
         assert found["warnings"][0].endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("losses", "hits", "fall"),
+    [
+        ([5.0, 4.5, 4.0, 3.9], [300, 300, 300, 301], "0.10 to 3.90"),
+        ([5.0, 4.5, 4.0, 3.92], [300, 300, 300, 301], None),  # of a converged run too
+        ([5.0, 3.95, 4.0, 3.9], [300, 300, 300, 301], None),  # not what it had before
+        ([5.0, 4.5, 4.0, 3.9], [300, 300, 301, 300], None),  # the ranking is no better for it
+        ([5.0, 4.5, 4.4, 4.2, 3.9], [300, 300, 300, 302, 301], "0.50 to 3.90"),  # the best is the last but one
+        ([5.0, 4.5, 4.0, float("nan")], [300, 300, 300, 301], None),
+    ],
+)
+def test_a_run_whose_validation_loss_still_falls_at_its_end_is_called_under_trained(losses, hits, fall):
+    warnings = record(hits, losses=losses)["warnings"]
+    assert len(warnings) == (fall is not None)
+    if fall is not None:
+        assert warnings[0] == (
+            f"under-trained: validation loss was still falling at step {100 * len(hits)}, by {fall} in the last "
+            f"quarter of the steps; train longer: --num_train_epochs {2 * len(hits)}"
+        )
+
+
+def test_of_few_users_a_falling_validation_loss_may_be_chance():
+    found = record([300, 300, 300, 301], losses=[5.0, 4.5, 4.0, 3.9])
+    for num_users, warned in ((120, True), (90, False)):  # one in the root of them is .091 and .105
+        warnings = training_warnings(found | {"protocol": {"num_users": num_users}}, "")
+        assert any(warning.startswith("under-trained: validation loss") for warning in warnings) == warned
 
 
 @pytest.mark.parametrize(("hits", "warned"), [(50, True), (65, True), (80, False)])
