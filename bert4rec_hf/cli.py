@@ -410,6 +410,8 @@ def train(arguments: Sequence[str]) -> None:
                     parser.error(f"{data}, where {log} would be prepared, is there already: train on it, --data {data}")
                 try:
                     _prepare(log, PrepareArguments(output=data))
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(f"{error}, or a prepared folder") from error
                 except ValueError as error:
                     raise ValueError(f"{error} (options are those of bert4rec prepare, to be run first)") from error
                 print(f"wrote {data}")

@@ -474,6 +474,9 @@ def test_a_log_that_does_not_exist_is_named(tmp_path):
     assert "ml-100k" not in line
     line = fail("prepare", "ml-1m", "--output", tmp_path / "data")
     assert re.search(r"no such file: ml-1m;.* the name of a data set that prepare fetches: ml-100k$", line)
+    line = fail("train", "--data", "nowhere", "--output_dir", tmp_path / "model")
+    assert re.search(r"no such file: nowhere;.*, or a prepared folder$", line)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_folder_is_not_prepared_over(model, log):
