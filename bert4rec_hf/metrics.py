@@ -190,7 +190,7 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     """Ranks of rankings without a model, under the protocol of `rows`.
 
     Args:
-        rows: Of `ranking_rows`.
+        rows: Of `ranking_rows`; whole ones, for personal popularity is of what they hold.
         histories: Their training part is what is counted.
         num_items: Of the catalogue.
 

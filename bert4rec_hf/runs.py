@@ -303,7 +303,9 @@ def evaluate_prepared(
         )
         metrics = measure(rankings["model"])
     else:
-        rankings |= floors(rows, histories, tokenizer.num_items)
+        # Personal popularity is of a whole history, of which the model reads the newest part.
+        whole = rows if policy else ranking_rows(histories, tokenizer, part, filter_seen_items=policy)
+        rankings |= floors(whole, histories, tokenizer.num_items)
         metrics = result_metrics(prediction.metrics, "test")
     record: dict[str, Any] = {
         "source": os.path.basename(preparation["source"]),

@@ -790,6 +790,17 @@ def test_a_trainer_with_a_collator_of_its_own_evaluates_without_a_tokenizer(chai
     assert found[0]["eval_coverage@10"] == found[1]["eval_coverage@10"] > 0
 
 
+def test_personal_popularity_is_of_whole_histories_and_not_of_what_the_model_reads(tmp_path):
+    events = [(user, item) for user in range(20) for item in [*"xxxab", f"other-{user % 9}", *"abx"]]
+    log = ["user_id,item_id,timestamp", *(f"{user},{item},{time}" for time, (user, item) in enumerate(events))]
+    (tmp_path / "log.csv").write_text("\n".join(log) + "\n")
+    prepare(tmp_path / "log.csv", tmp_path / "data", max_length=4)
+    train_prepared(tmp_path / "data", arguments(tmp_path / "model", num_train_epochs=1), **SMALL)
+    # Of the three items that the model reads, none is the x that its user has had most often.
+    floors = evaluate_prepared(tmp_path / "model", tmp_path / "data", use_cpu=True)["floors"]
+    assert floors["personal popularity"]["HR@1"] == 1.0
+
+
 def test_without_validation_targets_these_train_and_the_numbers_say_so(chain, tmp_path):
     data, _ = chain
     preparation = prepare(data.parent / "log.csv", tmp_path / "data", validation=False)
