@@ -1,15 +1,17 @@
-"""What transitions add to a trained model, by their weight: NDCG@10 and HR@10 of the users of a part.
+"""What transitions and repeats add to a trained model, by their weight: NDCG@10 and HR@10 of the users of a part.
 
     python benchmarks/transitions.py MODEL DATA [--part validation] [--weights 0 0.25 0.5 1 1.5 2] [--number 64]
-                                     [--output FOLDER]
+                                     [--repeat_weights 0 0.5 1 1.5 2] [--output FOLDER]
 
 MODEL is a trained folder and DATA what it was trained on; its own transitions, if it has some, are replaced. They are
-not learnt, so that a model is the same with any of them, but for which of its evaluations was the best. Without weights
-the one that the defaults choose; `--number 0` is a model without. Prints a row each, with the CPU seconds of making the
-rows and ranking them; with an output and one weight, keeps the ranks for benchmarks/compare.py.
+not learnt, nor is `repeat_weight`, so that a model is the same with any of them, but for which of its evaluations was
+the best. Without weights the one that the defaults choose; `--number 0` is a model without. Prints a row each, with the
+CPU seconds of making the rows and ranking them; with an output and one weight of each, keeps the ranks for
+benchmarks/compare.py.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -51,24 +53,27 @@ def main() -> None:
     parser.add_argument("--part", default="validation", choices=["validation", "test"])
     parser.add_argument("--weights", type=float, nargs="+")
     parser.add_argument("--number", type=int, default=64, help="of an item")
+    parser.add_argument("--repeat_weights", type=float, nargs="+", help="in place of the model's own")
     parser.add_argument("--output")
     options = parser.parse_args()
-    if options.output and options.weights and len(options.weights) > 1:
+    if options.output and max(len(weights or []) for weights in (options.weights, options.repeat_weights)) > 1:
         parser.error("an output is of one weight")
     config = Bert4RecConfig.from_pretrained(options.model, num_transitions=options.number)
     model = Bert4RecForMaskedItemPrediction.from_pretrained(options.model, config=config).eval()
     histories, tokenizer, _ = read_prepared(options.data, Bert4RecTokenizer.from_pretrained(options.model))
     num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
     print(f"{options.model}: {num_events / num_items:.1f} training events an item; {options.part}")
-    for weight in options.weights or [default_transition_weight(num_events, num_items)]:
+    weights = options.weights or [default_transition_weight(num_events, num_items)]
+    for weight, repeat_weight in itertools.product(weights, options.repeat_weights or [config.repeat_weight]):
         if options.number:
             keep_transitions(model, histories, num_items, weight=weight)
+        config.repeat_weight = model.decoder.repeat_weight = repeat_weight
         start = time.process_time()
         user_ids, ranks = ranks_of(model, histories, tokenizer, options.part)
         seconds, metrics = time.process_time() - start, ranking_metrics(ranks)
         print(
-            f"{options.number} of weight {weight:.3g}: NDCG@10 {metrics['NDCG@10']:.4f}, HR@10 {metrics['HR@10']:.4f}, "
-            f"{seconds:.1f} CPU seconds",
+            f"{options.number} of weight {weight:.3g}, repeats of {repeat_weight:.3g}: NDCG@10 "
+            f"{metrics['NDCG@10']:.4f}, HR@10 {metrics['HR@10']:.4f}, {seconds:.1f} CPU seconds",
             flush=True,
         )
         if options.output:

@@ -68,6 +68,9 @@ class Bert4RecConfig(PreTrainedConfig):
             Of each item, with how many of those that followed it in the log it keeps a score, 0 for none, as in the
             paper. Transition scores are counted, not learnt, and added wherever items are ranked, see
             `cooccurrence.keep_transitions`.
+        repeat_weight (`float`, defaults to 0.0):
+            What having had an item n times adds to its score wherever items are ranked: this times ln(1 + n). 0 for
+            nothing, as in the paper.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
             not recommended.
@@ -98,6 +101,7 @@ class Bert4RecConfig(PreTrainedConfig):
     item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
     gbce_calibration: float | int = 0.75
     num_transitions: int = 0
+    repeat_weight: float | int = 0.0
     pad_in_softmax: bool = False
     filter_seen_items: bool = False
     pad_token_id: int | None = PAD_TOKEN_ID

@@ -63,7 +63,7 @@ ITEM_LOSSES = {"CE": "softmax", "BPR": "bpr"}
 # What their architecture is in our configuration.
 ARCHITECTURE = {
     "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
-    "prediction_head": True, "num_transitions": 0,
+    "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ WIDE_FROM = 500_000
 RARE_BELOW = 30
 TOO_MANY_ITEMS = 100_000
 HEAD_WIDTH = 32
+REPEAT_WEIGHT = 1.0
 
 
 def default_max_length(history_length_p75: float) -> int:
@@ -31,7 +32,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
 
     64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
     at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
-    weights as plain ones four times as wide have; 64 transitions an item, of at most 100,000.
+    weights as plain ones four times as wide have; 64 transitions an item, of at most 100,000; where seen items are
+    kept, a `repeat_weight` of 1.
 
     Args:
         num_events, num_items: Of the training part and the catalogue.
@@ -46,6 +48,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
         "num_transitions": default_num_transitions(num_items),
+        "repeat_weight": 0.0 if given.get("filter_seen_items", False) else REPEAT_WEIGHT,
     }
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH

@@ -34,9 +34,9 @@ PREPARE_DEFAULTS = {
 
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
-    "item_initialization", "num_transitions", "mask_ratio", "train_windows", "hidden_size", "num_hidden_layers",
-    "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob", "max_position_embeddings",
-    "position_embedding_type", "normalization", "item_loss", "seed",
+    "item_initialization", "num_transitions", "repeat_weight", "mask_ratio", "train_windows", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob",
+    "max_position_embeddings", "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
 
 # So many evaluations of a run in its table, the chosen one besides; training.json has all.
@@ -172,6 +172,8 @@ def _introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], preparat
             f" A score is the Transformer's, and what the log tells of the {config['num_transitions']} items that most "
             "call for being shown after each of a history's newest."
         )
+    if config.get("repeat_weight"):
+        text += f" What the history has n times scores {config['repeat_weight']:g} times ln(1 + n) more."
     if preparation:
         statistics, source = preparation["statistics"], preparation["source"]
         text += (

@@ -55,8 +55,9 @@ class MaskedItemPredictionOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, positions, vocab_size)`):
             Scores of the items, or of `item_ids` only; None while training with labels.
         prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, width)`):
-            What the item table is multiplied with, hidden size wide, and with `config.num_transitions` the newest
-            items before the position and their weights; None while training with labels.
+            What the item table is multiplied with, hidden size wide, and with `config.num_transitions` or
+            `config.repeat_weight` what the items before the position add, see `Bert4RecDecoder.of_history`; None while
+            training with labels.
         hidden_states, attentions (`tuple(torch.FloatTensor)`):
             With `output_hidden_states=True`, `output_attentions=True`.
     """
@@ -403,7 +404,7 @@ class Bert4RecDecoder(nn.Linear):
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config.hidden_size, config.vocab_size)
-        self.pad_in_softmax = config.pad_in_softmax
+        self.pad_in_softmax, self.repeat_weight = config.pad_in_softmax, config.repeat_weight
         shape = config.vocab_size, config.num_transitions
         self.register_buffer("next_ids", torch.zeros(shape, dtype=torch.int) if config.num_transitions else None)
         self.register_buffer("next_scores", torch.zeros(shape) if config.num_transitions else None)
@@ -450,31 +451,80 @@ class Bert4RecDecoder(nn.Linear):
 
     def _scores(self, states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
         """(batch, P, width of the states) with rows of the table, (C,) or each of the batch with its own (batch, C)."""
-        learnt, newest = states[..., : self.in_features], states[..., self.in_features :]
+        learnt, history = states[..., : self.in_features], states[..., self.in_features :]
         weight, bias = self.weight[rows].to(states.dtype), self.bias[rows].to(states.dtype)
         if bias.dim() == 1:
             scores = nn.functional.linear(learnt, weight, bias)
         else:
             scores = learnt @ weight.mT + bias.unsqueeze(1)
-        if not newest.shape[-1] or not scores.shape[-1]:
+        if not history.shape[-1] or not scores.shape[-1]:
             return scores
         if isinstance(rows, slice):
-            return self._add_transitions(scores, newest, rows.start or 0)
-        added = self._add_transitions(scores.new_zeros(*scores.shape[:-1], self.out_features), newest, 0)
+            return self._add_history(scores, history, rows.start or 0)
+        added = self._add_history(scores.new_zeros(*scores.shape[:-1], self.out_features), history, 0)
         return scores + (added[..., rows] if rows.dim() == 1 else added.gather(2, rows.unsqueeze(1).expand_as(scores)))
 
-    def _add_transitions(self, scores: torch.Tensor, newest: torch.Tensor, start: int) -> torch.Tensor:
-        """Scores (batch, P, C) of token ids from `start` on, with what the newest items (batch, P, 2 N) add to them."""
-        assert self.next_ids is not None  # for the type checker
-        item_ids, weights = newest[..., :NEWEST_ITEMS].long(), newest[..., NEWEST_ITEMS:]
-        columns = self.next_ids[item_ids].long() - start
-        inside = (columns >= 0) & (columns < scores.shape[-1])
-        columns = columns.where(inside, 0)
-        added = (self.next_scores[item_ids].to(scores.dtype) * weights.unsqueeze(-1)).where(inside, 0)
-        # One at a time: no item follows one twice, so that sums are the same on every device.
-        for item in range(NEWEST_ITEMS):
-            scores.scatter_add_(-1, columns[..., item, :], added[..., item, :])
+    def _add_history(self, scores: torch.Tensor, history: torch.Tensor, start: int) -> torch.Tensor:
+        """Scores (batch, P, C) of token ids from `start` on, and what `of_history` adds to them."""
+        # One at a time: each has an item once, so that sums are the same on every device.
+        for item_ids, values in self._added_by(history):
+            columns = item_ids - start
+            inside = (columns >= 0) & (columns < scores.shape[-1])
+            scores.scatter_add_(-1, columns.where(inside, 0), values.to(scores.dtype).where(inside, 0))
         return scores
+
+    def _added_by(self, history: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Token ids (batch, P, K), and what is added to their scores."""
+        if self.next_ids is not None:
+            newest, history = history[..., : 2 * NEWEST_ITEMS], history[..., 2 * NEWEST_ITEMS :]
+            item_ids, weights = newest[..., :NEWEST_ITEMS].long(), newest[..., NEWEST_ITEMS:]
+            for item in range(NEWEST_ITEMS):
+                yield (
+                    self.next_ids[item_ids[..., item]].long(),
+                    self.next_scores[item_ids[..., item]] * weights[..., item].unsqueeze(-1),
+                )
+        if self.repeat_weight:
+            item_ids, counts = history.unflatten(-1, (2, -1)).unbind(-2)  # an export would fix the length for chunk
+            yield item_ids.long(), self.repeat_weight * counts.log1p()
+
+    def added_ids(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, K) token ids, some twice, whose scores a history adds to, of states that `mask_states` has made."""
+        return torch.cat([item_ids for item_ids, _ in self._added_by(states[:, 0, self.in_features :])], dim=1)
+
+    def of_history(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What `forward` takes behind the states: `newest_items` for transitions, `counts` for repeats.
+
+        Args:
+            input_ids, attention_mask, positions: As in `newest_items`.
+        """
+        found = []
+        if self.next_ids is not None:
+            found.append(self.newest_items(input_ids, attention_mask, positions))
+        if self.repeat_weight:
+            found.append(self.counts(input_ids, attention_mask, positions))
+        return torch.cat(found, dim=2)
+
+    def counts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(batch, P, 2 length): the token ids of a history, then how often each stands before a position.
+
+        An item that is there more than once counts where it is for the first time, and is 0 elsewhere.
+
+        Args:
+            input_ids, attention_mask, positions: As in `newest_items`.
+        """
+        is_item = _is_item(input_ids, attention_mask)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = places.unsqueeze(0) if positions is None else positions
+        same = (input_ids.unsqueeze(2) == input_ids.unsqueeze(1)) & is_item.unsqueeze(2) & is_item.unsqueeze(1)
+        is_first = is_item & ~(same & (places < places.unsqueeze(1))).any(dim=2)
+        # Of each item, how often it stands before each place; not a product, which autocast would round.
+        before = nn.functional.pad(same.cumsum(dim=2), (1, 0))
+        counts = before.gather(2, positions.unsqueeze(1).expand(*input_ids.shape, -1)).mT * is_first.unsqueeze(1)
+        return torch.cat((input_ids.unsqueeze(1).expand_as(counts), counts), dim=2).float()
 
     def newest_items(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
@@ -493,9 +543,7 @@ class Bert4RecDecoder(nn.Linear):
             (batch, P, 2 `NEWEST_ITEMS`): token ids, then their weights, of sum 1; 0 where there are no more items. If
             there are none at all, [PAD] has the weight 1: its transitions are what a history begins with.
         """
-        is_item = input_ids >= FIRST_ITEM_ID
-        if attention_mask is not None and attention_mask.dim() == 2:
-            is_item = is_item & (attention_mask != 0)
+        is_item = _is_item(input_ids, attention_mask)
         # So many places before the first that each position has enough of them.
         input_ids = nn.functional.pad(input_ids, (NEWEST_ITEMS, 0))
         is_item = nn.functional.pad(is_item, (NEWEST_ITEMS, 0)).unsqueeze(1)
@@ -608,12 +656,14 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
                 seen = None if seen is None else seen[is_label]
                 sampled = [_at_labels(values, is_label) for values in sampled]
             prediction_states = self.head(states)
-            if self.config.num_transitions and not self.training:
+            if (self.config.num_transitions or self.config.repeat_weight) and not self.training:
                 if input_ids is None:
-                    raise ValueError("with num_transitions, expected input_ids, whose transitions are added")
-                newest = self.decoder.newest_items(input_ids, attention_mask, prediction_positions)
+                    raise ValueError(
+                        "with num_transitions or repeat_weight, expected input_ids, whose items add to the scores"
+                    )
+                history = self.decoder.of_history(input_ids, attention_mask, prediction_positions)
                 # Not in half precision, which has no room for token ids.
-                prediction_states = torch.cat((prediction_states.float(), newest), dim=-1)
+                prediction_states = torch.cat((prediction_states.float(), history), dim=-1)
         loss = None
         if labels is not None:
             item_loss = self.config.item_loss if self.training else "softmax"
@@ -793,7 +843,7 @@ class Bert4RecForMaskedItemPrediction(Bert4RecPreTrainedModel):
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores, without transitions."""
+        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores, but for `of_history`."""
         return self.vectors_of(self.mask_states(input_ids, attention_mask))
 
     def vectors_of(self, prediction_states: torch.Tensor) -> torch.Tensor:
@@ -932,6 +982,14 @@ def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if states.dim() == 4:
         positions = positions.unsqueeze(1).expand(-1, states.shape[1], -1)
     return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
+
+
+def _is_item(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(batch, length), of what is attended to."""
+    is_item = input_ids >= FIRST_ITEM_ID
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_item = is_item & (attention_mask != 0)
+    return is_item
 
 
 def _is_eager_on_cpu(states: torch.Tensor) -> bool:

@@ -12,7 +12,6 @@ from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_bert4rec import UNK_TOKEN_ID
-from .modeling_bert4rec import NEWEST_ITEMS
 from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
 logger = logging.getLogger(__name__)
@@ -209,11 +208,9 @@ class SequentialRecommendationPipeline(Pipeline):
         vectors = self.model.vectors_of(states)
         # So many that enough are left without those that are excluded.
         scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
-        if self.model.config.num_transitions:
-            # Of which the index knows nothing: what it found is scored again, beside what follows the newest items.
-            newest = states[:, 0, self.model.config.hidden_size :][:, :NEWEST_ITEMS].long()
-            followers = self.model.decoder.next_ids[newest].flatten(1)
-            candidates = torch.cat((item_ids, followers), dim=1).sort(dim=1).values
+        if self.model.config.num_transitions or self.model.config.repeat_weight:
+            # Of which the index knows nothing: what it found is scored again, beside what the history adds to.
+            candidates = torch.cat((item_ids, self.model.decoder.added_ids(states)), dim=1).sort(dim=1).values
             again = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) == 0
             candidates = candidates.masked_fill(again, 0)
             _, scores, item_ids = self.model.search(

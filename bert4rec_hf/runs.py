@@ -177,13 +177,12 @@ def train_prepared(
 
 def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, architecture: dict[str, Any]) -> OnHistories:
     histories, tokenizer, preparation = read_prepared(data)
-    derived = {
+    given = {
         "max_position_embeddings": preparation["max_length"],
         "filter_seen_items": preparation["filter_seen_items"],
-    }
+    } | architecture
     num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
-    chosen = default_architecture(num_events, num_items, architecture)
-    config = Bert4RecConfig(vocab_size=len(tokenizer), **(derived | chosen))
+    config = Bert4RecConfig(vocab_size=len(tokenizer), **default_architecture(num_events, num_items, given))
     model = Bert4RecForMaskedItemPrediction(config)
     if args.item_initialization == "cooccurrence":
         with_mean = default_start_with_mean(num_events, num_items)

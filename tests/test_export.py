@@ -13,6 +13,8 @@ SWITCHES = [
     {"normalization": "post", "position_embedding_type": "learned_from_start", "prediction_head": True},
     {"position_embedding_type": "learned_from_end"},
     {"num_transitions": 5},
+    {"repeat_weight": 0.8},
+    {"num_transitions": 5, "repeat_weight": 0.8},
 ]
 # (batch, length, excluded, candidates)
 SHAPES = [(4, 6, 3, 1), (1, 1, 1, 1), (1, 12, 9, 20), (9, 12, 1, 5)]
@@ -71,7 +73,7 @@ def assert_same(found, wanted) -> None:
     assert shown.any()
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=["default", "paper", "from_end", "transitions"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=["default", "paper", "from_end", "transitions", "repeats", "both"])
 def test_onnxruntime_answers_like_the_model_at_any_batch_size_and_length(tmp_path, switches):
     model = make_model(switches)
     export_onnx(model, tmp_path / "folder" / "model.onnx")

@@ -49,10 +49,11 @@ def test_the_snippet_is_python_whatever_the_item_ids_are(folder):
 def test_a_card_says_what_a_score_is_made_of(folder):
     write_model_card(folder, "me/model")
     assert "Transformer's" not in read(folder).text
-    config = Bert4RecConfig.from_pretrained(folder, num_transitions=7)
+    config = Bert4RecConfig.from_pretrained(folder, num_transitions=7, repeat_weight=1.0)
     Bert4RecForMaskedItemPrediction(config).save_pretrained(folder)
     write_model_card(folder, "me/model")
     assert "A score is the Transformer's, and what the log tells of the 7 items that most call for" in read(folder).text
+    assert "What the history has n times scores 1 times ln(1 + n) more." in read(folder).text
 
 
 def test_metadata_and_repo_id_stay_when_the_card_is_written_again(folder):

@@ -1,5 +1,6 @@
 """The model: tensors in, tensors out, on catalogues small enough to check every score."""
 
+import math
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ ARCHITECTURES = {
         "gated_feed_forward": True,
     },
 }
-HISTORIES = [[5, 9, 17, 30, 4, 22, 8], [11, 3], [39, 38, 37, 36], []]
+HISTORIES = [[5, 9, 17, 30, 4, 22, 8], [11, 3], [39, 38, 37, 39], []]
 
 
 def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
@@ -76,12 +77,19 @@ def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPredictio
     return model
 
 
-@pytest.fixture(params=[*ARCHITECTURES.values(), {"num_transitions": 5}], ids=[*ARCHITECTURES, "transitions"])
+WITH_HISTORY = {
+    "transitions": {"num_transitions": 5},
+    "repeats": {"repeat_weight": 0.8},
+    "both": {"num_transitions": 5, "repeat_weight": 0.8},
+}
+
+
+@pytest.fixture(params=[*ARCHITECTURES.values(), *WITH_HISTORY.values()], ids=[*ARCHITECTURES, *WITH_HISTORY])
 def model(request) -> Bert4RecForMaskedItemPrediction:
     return make_model(**request.param)
 
 
-# Of that fixture, those without transitions.
+# Of that fixture, those whose scores are the Transformer's alone.
 PLAIN = pytest.mark.parametrize("model", [*ARCHITECTURES.values()], ids=[*ARCHITECTURES], indirect=True)
 
 
@@ -100,12 +108,14 @@ def mask_scores(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | N
     return model(input_ids=input_ids, attention_mask=attention_mask).logits[input_ids == MASK]
 
 
-def transitions(model, histories) -> torch.Tensor:
-    """(histories, vocabulary): what the transitions of a model add to the scores, one by one."""
+def of_histories(model, histories) -> torch.Tensor:
+    """(histories, vocabulary): what transitions and repeats of a model add to the scores, one by one."""
     added = torch.zeros(len(histories), VOCAB)
     for row, history in zip(added, histories, strict=True):
+        for item in set(history):
+            row[item] += model.config.repeat_weight * math.log(1 + history.count(item))
         newest = history[::-1][:NEWEST_ITEMS]
-        for age, item in enumerate(newest or [PAD]):
+        for age, item in enumerate((newest or [PAD]) if model.config.num_transitions else []):
             share = 0.5**age / sum(0.5**age for age in range(max(1, len(newest))))
             for next_id, score in zip(model.decoder.next_ids[item], model.decoder.next_scores[item], strict=True):
                 row[next_id] += share * score
@@ -224,8 +234,7 @@ with_chunks = pytest.mark.parametrize("chunk", [2, 7, 11, 2**16])
 def reference_lists(model, ids, mask, candidate_ids, exclude_ids) -> list[list[tuple[int, float]]]:
     """Items and scores, best first, by sorting the full matrix in numpy."""
     matrix = model.user_vectors(ids, mask).double().numpy() @ model.item_vectors().double().numpy().T
-    if model.config.num_transitions:
-        matrix += transitions(model, [row[row >= FIRST].tolist() for row in ids])[:, FIRST:].numpy()
+    matrix += of_histories(model, [row[row >= FIRST].tolist() for row in ids])[:, FIRST:].numpy()
     lists = []
     for row, scores in enumerate(matrix):
         allowed = set(range(FIRST, VOCAB))
@@ -550,14 +559,38 @@ def test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it():
     assert many[:NEWEST_ITEMS].tolist() == [*range(FIRST + 19, FIRST + 19 - NEWEST_ITEMS, -1)]
 
 
-def test_transitions_are_added_to_the_scores_wherever_items_are_ranked_and_not_in_training():
-    plain, model = make_model(), make_model(num_transitions=5)
+def test_how_often_each_item_stands_before_a_position():
+    decoder = make_model(repeat_weight=1.0).decoder
+    # [PAD], [UNK], what is not attended to and what comes later count for nothing.
+    ids = torch.tensor([[5, 9, 5, MASK, 5], [0, 0, 0, 0, MASK], [9, 2, 9, MASK, 7], [8, 9, 8, MASK, 0]])
+    mask = (ids != PAD).long()
+    mask[3, 0] = 0
+    expected = [{5: 2, 9: 1}, {}, {9: 2}, {9: 1, 8: 1}]
+    positions = torch.tensor([[3], [4], [3], [3]])
+    at_positions = decoder.counts(ids, mask, positions).squeeze(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        everywhere = decoder.counts(ids, mask, None)[range(4), positions.flatten()]
+    for found in (at_positions, everywhere):
+        for row, counts in zip(found, expected, strict=True):
+            pairs = zip(row[:5].tolist(), row[5:].tolist(), strict=True)
+            assert sorted((item, count) for item, count in pairs if count) == sorted(counts.items())
+    # What is at a position does not stand before it.
+    assert decoder.counts(ids, mask, torch.tensor([[2]] * 4))[0, 0, 5:].tolist() == [1, 1, 0, 0, 0]
+    # More than half precision can count to.
+    with torch.autocast("cpu", torch.bfloat16):
+        many = decoder.counts(torch.tensor([[*[7] * 301, MASK]]), None, torch.tensor([[301]]))[0, 0]
+    assert many[[0, 302]].tolist() == [7, 301]
+
+
+@pytest.mark.parametrize("options", WITH_HISTORY.values(), ids=WITH_HISTORY)
+def test_a_history_adds_to_the_scores_wherever_items_are_ranked_and_not_in_training(options):
+    plain, model = make_model(), make_model(**options)
     assert "decoder.next_ids" not in plain.state_dict()
     ids, mask = pad(HISTORIES)
-    added = transitions(model, HISTORIES)
+    added = of_histories(model, HISTORIES)
     scores, of_plain = mask_scores(model, ids, mask), mask_scores(plain, ids, mask)
     torch.testing.assert_close(scores[:, FIRST:], (of_plain + added)[:, FIRST:])
-    assert added.amax(dim=1).min() > 0.1
+    assert added[:3].amax(dim=1).min() > 0.1
     products = model.user_vectors(ids, mask) @ model.item_vectors().T
     torch.testing.assert_close(products, of_plain[:, FIRST:])
     # What is not to be learnt changes no gradient and no loss.
@@ -567,7 +600,7 @@ def test_transitions_are_added_to_the_scores_wherever_items_are_ranked_and_not_i
         assert torch.equal(gradients(model)[name], gradient)
     losses = [one.eval()(**training_batch()).loss for one in (plain, model)]
     assert torch.equal(*losses)
-    with pytest.raises(ValueError, match="with num_transitions, expected input_ids"):
+    with pytest.raises(ValueError, match="with num_transitions or repeat_weight, expected input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
 
 
@@ -637,7 +670,7 @@ def test_a_saved_folder_gives_the_same_scores_in_a_new_process(tmp_path):
     # One process for all architectures, since starting it takes longer than all else here.
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
     inputs = tokenizer([["0", "36", "5"], ["7"]], padding=True, return_tensors="pt")
-    architectures = ARCHITECTURES | {"transitions": {"num_transitions": 5}}
+    architectures = ARCHITECTURES | WITH_HISTORY
     models = [make_model(seed, **options) for seed, options in enumerate(architectures.values())]
     folders = [tmp_path / name for name in architectures]
     for model, folder in zip(models, folders, strict=True):

@@ -424,17 +424,17 @@ def test_what_follows_the_newest_items_is_found_beside_what_an_index_finds(histo
     assert ids(pipe(rows[-1], top_k=2)) != ids(exact[-1])
 
 
-def test_what_follows_is_found_for_each_history_of_a_batch_and_for_an_empty_one(tmp_path):
+@pytest.mark.parametrize("options", [{"num_transitions": 3}, {"repeat_weight": 30.0}], ids=["next", "repeats"])
+def test_what_a_history_adds_to_is_found_for_each_of_a_batch_and_for_an_empty_one(tmp_path, options):
     items = [f"item {number}" for number in range(500)]
     tokenizer = Bert4RecTokenizer.from_items(items, model_max_length=12)
-    config = Bert4RecConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=12, hidden_size=16, num_attention_heads=1, num_transitions=3
-    )
-    model = Bert4RecForMaskedItemPrediction(config).eval()
-    model.decoder.next_ids[:] = torch.stack([torch.randperm(len(items))[:3] + 3 for _ in range(len(tokenizer))])
-    model.decoder.next_scores[:] = 30  # more than the model's own scores differ by
+    sizes = {"max_position_embeddings": 12, "hidden_size": 16, "num_attention_heads": 1}
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **sizes, **options)).eval()
+    if "num_transitions" in options:
+        model.decoder.next_ids[:] = torch.stack([torch.randperm(len(items))[:3] + 3 for _ in range(len(tokenizer))])
+        model.decoder.next_scores[:] = 30  # more than the model's own scores differ by
     pipe = pipeline("sequential-recommendation", model=model, tokenizer=tokenizer, device="cpu")
-    rows = [[], items[:1], items[5:9], items[20:40]]
+    rows = [[], items[:1], items[5:9], [*items[20:40], items[39]]]
     exact, near = pipe(rows, top_k=3), pipe(rows, top_k=3, index=ItemIndex.build(model), batch_size=4)
     assert [ids(answer) for answer in near] == [ids(answer) for answer in exact]
 
