@@ -522,7 +522,7 @@ class Bert4RecDecoder(nn.Linear):
         same = (input_ids.unsqueeze(2) == input_ids.unsqueeze(1)) & is_item.unsqueeze(2) & is_item.unsqueeze(1)
         is_first = is_item & ~(same & (places < places.unsqueeze(1))).any(dim=2)
         # Of each item, how often it stands before each place; not a product, which autocast would round.
-        before = nn.functional.pad(same.cumsum(dim=2), (1, 0))
+        before = nn.functional.pad(same.cumsum(dim=2, dtype=torch.int), (1, 0))
         counts = before.gather(2, positions.unsqueeze(1).expand(*input_ids.shape, -1)).mT * is_first.unsqueeze(1)
         return torch.cat((input_ids.unsqueeze(1).expand_as(counts), counts), dim=2).float()
 
