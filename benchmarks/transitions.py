@@ -66,8 +66,9 @@ def main() -> None:
     weights = options.weights or [default_transition_weight(num_events, num_items)]
     for weight, repeat_weight in itertools.product(weights, options.repeat_weights or [config.repeat_weight]):
         if options.number:
+            model.decoder.next_ids.zero_()  # or items would keep their own where the new ones weigh nothing
             keep_transitions(model, histories, num_items, weight=weight)
-        config.repeat_weight = model.decoder.repeat_weight = repeat_weight
+        model.config.repeat_weight = model.decoder.repeat_weight = repeat_weight
         start = time.process_time()
         user_ids, ranks = ranks_of(model, histories, tokenizer, options.part)
         seconds, metrics = time.process_time() - start, ranking_metrics(ranks)
