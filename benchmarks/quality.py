@@ -95,7 +95,7 @@ def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> 
 
 
 def rank_floors(folder: Path, data: Path) -> None:
-    """Keep the rank of every user's test target with each floor, in a folder of its name; the histories are whole."""
+    """Keep the rank of every user's test target with each floor, in a folder of its name."""
     histories, tokenizer, preparation = read_prepared(data)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=preparation["filter_seen_items"])
     for floor, ranks in floors(rows, histories, tokenizer.num_items).items():

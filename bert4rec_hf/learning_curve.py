@@ -92,7 +92,8 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
 
     At the floor: the best NDCG@10 is not above that of popularity by two standard errors of the difference, the users
     taken as unpaired. No better than transitions alone: it is not above that of what followed each item, a count which
-    the defaults add to the model's scores, so that it hides a model that has learnt nothing.
+    the defaults add to the model's scores, so that it hides a model that has learnt nothing. No better than personal
+    popularity alone: likewise of how often each user had an item, where seen items are kept.
 
     Args:
         record: As `training_record` makes it.
@@ -128,7 +129,7 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
             "--learning_rate"
         )
     more = f"give the model more steps ({longer}, a smaller --per_device_train_batch_size) or another --learning_rate"
-    popularity, transitions = (record["floors"].get(name) for name in ("popularity", "transitions"))
+    popularity = record["floors"].get("popularity")
     if popularity is not None:
         error = math.hypot(*(standard_error_from_metrics(metrics, num_users) for metrics in (best, popularity)))
         if best["NDCG@10"] - popularity["NDCG@10"] <= 2 * error:
@@ -138,11 +139,14 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
                 f"that of popularity, {popularity['NDCG@10']:.4f} (standard error of the difference {error:.4f}); "
                 f"{more}",
             ]
-    if transitions is not None and best["NDCG@10"] <= transitions["NDCG@10"]:
-        warnings.append(
-            f"no better than transitions alone: the best validation NDCG@10 is {best['NDCG@10']:.4f}, that of counting "
-            f"what followed each item {transitions['NDCG@10']:.4f}; {more}"
-        )
+    counted = {"transitions": "what followed each item", "personal popularity": "how often each user had an item"}
+    for name, what in counted.items():
+        floor = record["floors"].get(name)
+        if floor is not None and best["NDCG@10"] <= floor["NDCG@10"]:
+            warnings.append(
+                f"no better than {name} alone: the best validation NDCG@10 is {best['NDCG@10']:.4f}, that of counting "
+                f"{what} {floor['NDCG@10']:.4f}; {more}"
+            )
     return warnings
 
 

@@ -190,15 +190,16 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     """Ranks of rankings without a model, under the protocol of `rows`.
 
     Args:
-        rows: Of `ranking_rows`; whole ones, for personal popularity is of what they hold.
-        histories: Their training part is what is counted.
+        rows: Of `ranking_rows`.
+        histories: That the rows are of. Their training part is what is counted.
         num_items: Of the catalogue.
 
     Returns:
         (users,) ranks of: "popularity", the number of training events; "recent popularity", of the newest tenth
         of them; "last-item co-occurrence", how often an item follows the history's last item in the training
         part; "transitions", see `transition_ranks`, unless items are too many; and, unless seen items are filtered,
-        "personal popularity", how often an item stands in the row's own history. Ties are broken by popularity.
+        "personal popularity", how often an item stands in the user's own history, also before what a row holds. Ties
+        are broken by popularity.
     """
     size = num_items + FIRST_ITEM_ID
     training = histories.is_trained()
@@ -217,9 +218,6 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
         after = slice(starts[last], starts[last + 1])
         return next_items[after], counts[after]
 
-    def own(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.unique(past[past >= FIRST_ITEM_ID], return_counts=True)
-
     ranks = {
         "popularity": _frequency_ranks(rows, histories.item_ids[training], num_items),
         "recent popularity": _frequency_ranks(rows, recent, num_items),
@@ -228,7 +226,7 @@ def floors(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.
     if default_num_transitions(num_items):
         ranks["transitions"] = transition_ranks(rows, histories, num_items)
     if not len(list_values(rows, "exclude_ids")[0]):  # seen items are kept
-        ranks["personal popularity"] = _boosted_ranks(rows, histories, size, own)
+        ranks["personal popularity"] = personal_popularity_ranks(rows, histories, num_items)
     return ranks
 
 
@@ -242,7 +240,7 @@ def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.
     )
 
     def following(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        newest = past[past >= FIRST_ITEM_ID][: -NEWEST_ITEMS - 1 : -1]
+        newest = past[: -NEWEST_ITEMS - 1 : -1]
         if not len(newest):
             newest = np.array([PAD_TOKEN_ID])
         weights = 0.5 ** np.arange(len(newest))
@@ -251,6 +249,15 @@ def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.
         return found, 1e6 * np.bincount(places.ravel(), (next_scores[newest] * weights[:, None]).ravel())
 
     return _boosted_ranks(rows, histories, num_items + FIRST_ITEM_ID, following)
+
+
+def personal_popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
+    """(users,) ranks of the floor "personal popularity" alone, see `floors`."""
+
+    def own(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.unique(past, return_counts=True)
+
+    return _boosted_ranks(rows, histories, num_items + FIRST_ITEM_ID, own)
 
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
@@ -275,14 +282,16 @@ def _boosted_ranks(
 ) -> np.ndarray:
     """(users,) ranks of the targets by popularity and what `boosts` makes of a history, see `_Scores.rank`."""
     popularity = _Scores.of(histories.item_ids[histories.is_trained()], size)
-    pasts, excluded = (
-        np.split(values, lengths.cumsum()[:-1]) if len(rows) else []
-        for values, lengths in (list_values(rows, name) for name in ("input_ids", "exclude_ids"))
-    )
+    values, lengths = list_values(rows, "exclude_ids")
+    excluded = np.split(values, lengths.cumsum()[:-1]) if len(rows) else []
+    columns = rows.with_format("arrow")
+    starts = histories.offsets[pc.index_in(columns["user_id"][:], histories.user_id).to_numpy()]
+    ends = starts + columns["history_length"][:].to_numpy()
     ranks = np.zeros(len(rows), np.int64)
-    for row, (past, target, had) in enumerate(zip(pasts, last_labels(rows), excluded, strict=True)):
+    for row, (start, end, target, had) in enumerate(zip(starts, ends, last_labels(rows), excluded, strict=True)):
         if target != IGNORE_INDEX and not (had == target).any():
-            ranks[row] = popularity.rank(target, had, *boosts(past[:-1]))  # before the [MASK]
+            past = histories.item_ids[start:end]  # of which a row holds the newest part
+            ranks[row] = popularity.rank(target, had, *boosts(past[past >= FIRST_ITEM_ID]))
     return ranks
 
 

@@ -30,6 +30,7 @@ from .defaults import default_architecture, default_num_transitions, default_sta
 from .metrics import (
     Protocol,
     floors,
+    personal_popularity_ranks,
     popularity_ranks,
     ranking_metrics,
     result_metrics,
@@ -72,9 +73,9 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
-    Warns at the end of a run that is under-trained, no better than popularity or transitions alone, or no better than
-    the model that it went on from. Where nobody has a validation target (`--split none`,
-    `--validation false`), nothing is evaluated, and the last step is the model.
+    Warns at the end of a run that is under-trained, no better than a floor, or no better than the model that it went on
+    from. Where nobody has a validation target (`--split none`, `--validation false`), nothing is evaluated, and the
+    last step is the model.
 
     Args:
         data: The prepared folder.
@@ -122,6 +123,9 @@ def train_prepared(
         of_floors = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
         if default_num_transitions(tokenizer.num_items):
             of_floors["transitions"] = ranking_metrics(transition_ranks(validation, histories, tokenizer.num_items))
+        if not config.filter_seen_items:
+            ranks = personal_popularity_ranks(validation, histories, tokenizer.num_items)
+            of_floors["personal popularity"] = ranking_metrics(ranks)
     else:
         logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
         args = copy(args)  # another run with these may have some
@@ -302,9 +306,7 @@ def evaluate_prepared(
         )
         metrics = measure(rankings["model"])
     else:
-        # Personal popularity is of a whole history, of which the model reads the newest part.
-        whole = rows if policy else ranking_rows(histories, tokenizer, part, filter_seen_items=policy)
-        rankings |= floors(whole, histories, tokenizer.num_items)
+        rankings |= floors(rows, histories, tokenizer.num_items)
         metrics = result_metrics(prediction.metrics, "test")
     record: dict[str, Any] = {
         "source": os.path.basename(preparation["source"]),

@@ -799,6 +799,9 @@ def test_personal_popularity_is_of_whole_histories_and_not_of_what_the_model_rea
     # Of the three items that the model reads, none is the x that its user has had most often.
     floors = evaluate_prepared(tmp_path / "model", tmp_path / "data", use_cpu=True)["floors"]
     assert floors["personal popularity"]["HR@1"] == 1.0
+    # Before the validation target, b, it has had x and a more often.
+    floors = json.loads((tmp_path / "model" / "training.json").read_text())["floors"]
+    assert (floors["personal popularity"]["NDCG@1"], floors["personal popularity"]["NDCG@5"]) == (0.0, 0.5)
 
 
 def test_without_validation_targets_these_train_and_the_numbers_say_so(chain, tmp_path):
