@@ -14,6 +14,7 @@ WIDE_FROM = 500_000
 RARE_BELOW = 30
 TOO_MANY_ITEMS = 100_000
 HEAD_WIDTH = 32
+# Where seen items are kept.
 REPEAT_WEIGHT = 1.0
 
 
