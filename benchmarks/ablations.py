@@ -18,7 +18,7 @@ import torch
 import yaml
 from quality import log_file, log_name, named_seeds, prepared, spread, train
 
-from bert4rec_hf.metrics import Protocol
+from bert4rec_hf.evaluation.protocol import Protocol
 
 TABLE = Path(__file__).parent / "ablations.md"
 HEADER = """# Ablations

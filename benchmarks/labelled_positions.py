@@ -26,8 +26,8 @@ def measure(way: str) -> None:
         Bert4RecTokenizer,
         DataCollatorForMaskedItemPrediction,
     )
-    from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
-    from bert4rec_hf.losses import softmax_loss
+    from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
+    from bert4rec_hf.model.losses import softmax_loss
 
     torch.manual_seed(0)
     tokenizer = Bert4RecTokenizer.from_items(range(ITEMS), model_max_length=LENGTH)

@@ -24,9 +24,9 @@ from bert4rec_hf import (
     ranking_rows,
     read_prepared,
 )
-from bert4rec_hf.export import export_onnx
-from bert4rec_hf.metrics import Protocol
-from bert4rec_hf.runs import load_model
+from bert4rec_hf.evaluation.protocol import Protocol
+from bert4rec_hf.hub.load import load_model
+from bert4rec_hf.serving.onnx_export import export_onnx
 
 ROUNDS, BATCH = 5, 64
 

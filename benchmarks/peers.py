@@ -23,9 +23,12 @@ import pyarrow.parquet as pq
 from quality import add_row, log_file, log_name, minutes, named_seeds, named_values, prepared, spread, write_ranks
 from tables import processor
 
-from bert4rec_hf.metrics import Protocol, floors, ranking_metrics
-from bert4rec_hf.splits import HISTORIES_FILE, Histories, ranking_rows, read_prepared
-from bert4rec_hf.tokenization_bert4rec import Bert4RecTokenizer
+from bert4rec_hf.data.histories import HISTORIES_FILE, Histories, read_prepared
+from bert4rec_hf.data.rows import ranking_rows
+from bert4rec_hf.evaluation.baselines import baseline_ranks
+from bert4rec_hf.evaluation.metrics import ranking_metrics
+from bert4rec_hf.evaluation.protocol import Protocol
+from bert4rec_hf.model.tokenization_bert4rec import Bert4RecTokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "lineage"))
@@ -121,7 +124,7 @@ def main() -> None:
         print(f"seed {seed}: HR@10 {metrics[-1]['HR@10']:.4f}, NDCG@10 {metrics[-1]['NDCG@10']:.4f}", flush=True)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
     protocol = Protocol.of(histories, preparation, "test", tokenizer.num_items, filter_seen_items=True)
-    of_floors = floors(rows, histories, tokenizer.num_items)
+    ranks = baseline_ranks(rows, histories, tokenizer.num_items)
     first = runs[0]
     ranking, parameters, epochs = PEERS[options.peer], "", ""
     if "epochs" in first:
@@ -146,7 +149,13 @@ def main() -> None:
         spread([run["validation"] for run in runs]) if "validation" in first else "",
         f"`benchmarks/peers.py {given}`, {versions}, {processor(threads)}",
     ]
-    add_row(name, data, protocol, {floor: ranking_metrics(found) for floor, found in of_floors.items()}, cells)
+    add_row(
+        name,
+        data,
+        protocol,
+        {baseline: ranking_metrics(found) for baseline, found in ranks.items()},
+        cells,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A recipe on a log: leave-one-out, full ranking, beside the floors.
+"""A recipe on a log: leave-one-out, full ranking, beside the baselines.
 
     python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
                                  [--set NAME=VALUE …]
@@ -8,7 +8,7 @@ itself, NAME.parquet, or by the folder of NAME/interactions.parquet; where the f
 a recipe, what is measured are the defaults. Validation chooses the checkpoint, test is read once; without validation
 its targets train, and the last step is the model. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where
 a run that was interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py; so
-do the floors' ranks. In two processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
+do the baselines' ranks. In two processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
 """
 
 import argparse
@@ -27,16 +27,13 @@ import yaml
 from accelerate import PartialState
 from tables import machine
 
-from bert4rec_hf import (
-    Bert4RecConfig,
-    Bert4RecTrainer,
-    Bert4RecTrainingArguments,
-    prepare,
-)
-from bert4rec_hf.metrics import Protocol, floors
-from bert4rec_hf.model_card import CURVE_FILE
+from bert4rec_hf import Bert4RecConfig, Bert4RecTrainer, Bert4RecTrainingArguments, prepare
+from bert4rec_hf.data.histories import HISTORIES_FILE, PREPARATION_FILE, read_prepared
+from bert4rec_hf.data.rows import ranking_rows
+from bert4rec_hf.evaluation.baselines import baseline_ranks
+from bert4rec_hf.evaluation.protocol import Protocol
+from bert4rec_hf.hub.model_card import CURVE_FILE
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
-from bert4rec_hf.splits import HISTORIES_FILE, PREPARATION_FILE, ranking_rows, read_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "quality.md"
@@ -94,13 +91,13 @@ def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> 
     pq.write_table(pa.table({"user_id": user_ids, "rank": pa.array(ranks, pa.int32())}), folder / RANKS_FILE)
 
 
-def rank_floors(folder: Path, data: Path) -> None:
-    """Keep the rank of every user's test target with each floor, in a folder of its name."""
+def rank_baselines(folder: Path, data: Path) -> None:
+    """Keep the rank of every user's test target with each baseline, in a folder of its name."""
     histories, tokenizer, preparation = read_prepared(data)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=preparation["filter_seen_items"])
-    for floor, ranks in floors(rows, histories, tokenizer.num_items).items():
-        (folder / floor).mkdir(exist_ok=True)
-        write_ranks(folder / floor, rows["user_id"][:], ranks)
+    for baseline, ranks in baseline_ranks(rows, histories, tokenizer.num_items).items():
+        (folder / baseline).mkdir(exist_ok=True)
+        write_ranks(folder / baseline, rows["user_id"][:], ranks)
 
 
 def train(data: Path, output: Path, recipe: dict, seed: int) -> Bert4RecTrainer:
@@ -148,17 +145,17 @@ def spread(values: list[float]) -> str:
 
 
 def add_row(
-    name: str, data: Path, protocol: Protocol, floors: Mapping[str, Mapping[str, float]], cells: Sequence[str]
+    name: str, data: Path, protocol: Protocol, baselines: Mapping[str, Mapping[str, float]], cells: Sequence[str]
 ) -> None:
-    """In place of a row of the same run, on as many threads; below those of its log, or with floors at the end."""
+    """In place of a row of the same run, on as many threads; below those of its log, or with baselines at the end."""
     log = f"{name} ({checksum(data)})"
     lines = (TABLE.read_text("utf-8") if TABLE.is_file() else HEADER).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("|---")) + 1
     end = next((number for number, line in enumerate(lines) if number >= first and line[:1] != "|"), len(lines))
     of_log = [number for number in range(first, end) if lines[number].startswith((f"| {log} |", f"| **{log}** |"))]
     rows = [] if of_log else [f"| **{log}** | {protocol} | | | | | | | |"]
-    for floor, metrics in {} if of_log else floors.items():
-        rows.append(f"| {log} | {floor} | | | | {metrics['HR@10']:.4f} | {metrics['NDCG@10']:.4f} | | |")
+    for baseline, metrics in {} if of_log else baselines.items():
+        rows.append(f"| {log} | {baseline} | | | | {metrics['HR@10']:.4f} | {metrics['NDCG@10']:.4f} | | |")
     rows.append(f"| {' | '.join([log, *cells])} |")
     same = [
         number
@@ -214,7 +211,7 @@ def main() -> None:
     runs = [run(data, folder / f"{stem}-{seed}", recipe, seed) for seed in seeds]
     if not state.is_main_process:
         return
-    rank_floors(folder, data)
+    rank_baselines(folder, data)
     launcher = f"torchrun --nproc_per_node {state.num_processes} " if state.num_processes > 1 else ""
     epochs, validated = f"{statistics.mean(run['epochs'] for run in runs):.0f}", runs[0]["validation"] is not None
     if validated:
@@ -232,7 +229,7 @@ def main() -> None:
         f"`{launcher}benchmarks/quality.py {log_file(options.log)}{given} --seeds {options.seeds}`, "
         f"{machine(torch.get_num_threads(), state.num_processes)}",
     ]
-    add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["floors"], cells)
+    add_row(name, data, Protocol(**runs[0]["protocol"]), runs[0]["baselines"], cells)
 
 
 if __name__ == "__main__":

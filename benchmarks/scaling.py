@@ -41,12 +41,13 @@ from bert4rec_hf import (
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     ItemIndex,
-    losses,
     prepare,
     read_prepared,
     training_rows,
 )
-from bert4rec_hf.splits import HISTORIES_FILE, stream_training_rows
+from bert4rec_hf.data.histories import HISTORIES_FILE
+from bert4rec_hf.data.rows import stream_training_rows
+from bert4rec_hf.model import losses
 
 TABLE = Path(__file__).with_suffix(".md")
 LENGTHS, ITEMS = (50, 100, 200, 500, 1000), 3416
@@ -301,7 +302,7 @@ def plan(
     batch_size: int = 16_384,
     item_loss: str = "sampled_softmax",
     optim: str = "adamw_torch_fused",
-    logits_at_once: int = losses.LOGITS_AT_ONCE,
+    logits_at_once: int = losses.MAX_LOGITS_PER_CHUNK,
     gpu: Gpu = A100,
 ) -> dict[str, float]:
     """Bytes on each GPU, and seconds of a step and of an epoch with a window of each user.
@@ -455,7 +456,7 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         "most that the package chooses itself, need their learning rate found. Between nodes a link is some ten times "
         "slower.",
         "- **Loss.** The sampled softmax. The full one makes so few labels' logits at a time that moving the table's "
-        "gradient costs most; `losses.LOGITS_AT_ONCE` is what to raise on a GPU with the memory for it.",
+        "gradient costs most; `losses.MAX_LOGITS_PER_CHUNK` is what to raise on a GPU with the memory for it.",
         f"- **Optimizer.** With AdamW the item table takes {adamw:.0f} bytes a number, 8 of them moments. A second "
         f"moment of one number a row would leave {row_wise:.1f}, {1 - row_wise / adamw:.0%} less, but no `optim` of "
         f"Transformers has that. Above two million items take `--optim adafactor`, {factored:.1f} bytes: a second "

@@ -34,8 +34,8 @@ from bert4rec_hf import (
     ranking_rows,
     read_prepared,
 )
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
-from bert4rec_hf.runs import load_model
+from bert4rec_hf.hub.load import load_model
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 
 TABLE = Path(__file__).parent / "serving.md"
 HEADER = "# Serving\n\nWritten by `benchmarks/serving.py`, which says what is measured.\n"

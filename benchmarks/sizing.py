@@ -9,7 +9,7 @@ on the meta device, which allocates nothing. In fp32, with AdamW.
 import torch
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 
 GIB = 2**30
 BATCH, MASK_RATIO = 128, 0.2

@@ -22,7 +22,7 @@ import peers
 from quality import HERE, log_name, prepared
 from tables import CPU, machine, write_section
 
-from bert4rec_hf.splits import read_prepared
+from bert4rec_hf.data.histories import read_prepared
 
 TABLE = HERE / "speed.md"
 HEADER = (

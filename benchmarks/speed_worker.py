@@ -77,8 +77,9 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
     from transformers import pipeline
 
     from bert4rec_hf import Bert4RecTrainingArguments
+    from bert4rec_hf.data.histories import read_prepared
+    from bert4rec_hf.data.rows import training_rows
     from bert4rec_hf.runs import train_prepared
-    from bert4rec_hf.splits import read_prepared, training_rows
 
     windows, rows_of = ("newest", "whole") if shape["newest"] else ("proportional", "proportional")
     rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows=rows_of))

@@ -37,12 +37,13 @@ from bert4rec_hf import (
     Bert4RecTrainingArguments,
     DataCollatorForMaskedItemPrediction,
 )
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.data.histories import Histories
+from bert4rec_hf.data.rows import training_rows
 from bert4rec_hf.defaults import default_architecture
-from bert4rec_hf.losses import softmax_loss
-from bert4rec_hf.modeling_bert4rec import Bert4RecRotaryEmbedding, rotate
-from bert4rec_hf.splits import Histories, training_rows
-from bert4rec_hf.trainer import keep_freed_memory
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.model.losses import softmax_loss
+from bert4rec_hf.model.modeling_bert4rec import Bert4RecRotaryEmbedding, rotate
+from bert4rec_hf.training.trainer import keep_freed_memory
 
 BATCH, LENGTH, ITEMS, EVENTS, HIDDEN_SIZES = 32, 200, 3416, 1_000_000, (64, 256)
 DTYPE = torch.bfloat16 if "avx512_bf16" in CPU else torch.float32

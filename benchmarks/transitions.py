@@ -21,10 +21,11 @@ from quality import write_ranks
 from torch.utils.data import DataLoader
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, keep_transitions
-from bert4rec_hf.data_collator import DataCollatorForMaskedItemPrediction
+from bert4rec_hf.data.data_collator import DataCollatorForMaskedItemPrediction
+from bert4rec_hf.data.histories import Histories, read_prepared
+from bert4rec_hf.data.rows import ranking_rows
 from bert4rec_hf.defaults import default_transition_weight
-from bert4rec_hf.metrics import ranking_metrics
-from bert4rec_hf.splits import Histories, ranking_rows, read_prepared
+from bert4rec_hf.evaluation.metrics import ranking_metrics
 
 
 def ranks_of(
@@ -66,9 +67,10 @@ def main() -> None:
     weights = options.weights or [default_transition_weight(num_events, num_items)]
     for weight, repeat_weight in itertools.product(weights, options.repeat_weights or [config.repeat_weight]):
         if options.number:
-            model.decoder.next_ids.zero_()  # or items would keep their own where the new ones weigh nothing
+            # Else items would keep their own where the new ones weigh nothing.
+            model.decoder.history_scores.successor_ids.zero_()
             keep_transitions(model, histories, num_items, weight=weight)
-        model.config.repeat_weight = model.decoder.repeat_weight = repeat_weight
+        model.config.repeat_weight = model.decoder.history_scores.repeat_weight = repeat_weight
         start = time.process_time()
         user_ids, ranks = ranks_of(model, histories, tokenizer, options.part)
         seconds, metrics = time.process_time() - start, ranking_metrics(ranks)

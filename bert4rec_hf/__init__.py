@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_bert4rec import Bert4RecConfig
-from .data_collator import DataCollatorForMaskedItemPrediction
-from .modeling_bert4rec import Bert4RecForMaskedItemPrediction, Bert4RecModel
-from .pipeline import SequentialRecommendationPipeline
-from .tokenization_bert4rec import Bert4RecTokenizer
+from .data.data_collator import DataCollatorForMaskedItemPrediction
+from .model.configuration_bert4rec import Bert4RecConfig
+from .model.modeling_bert4rec import Bert4RecForMaskedItemPrediction, Bert4RecModel
+from .model.pipeline import SequentialRecommendationPipeline
+from .model.tokenization_bert4rec import Bert4RecTokenizer
 from .version import __version__
 
 AutoConfig.register(Bert4RecConfig.model_type, Bert4RecConfig)
@@ -26,32 +26,34 @@ PIPELINE_REGISTRY.register_pipeline(
 
 # Imported when first used: they bring datasets, or Ibis and DuckDB.
 _LATER = {
-    "Bert4RecTrainer": "trainer",
-    "Bert4RecTrainingArguments": "trainer",
-    "ItemIndex": "item_index",
-    "Protocol": "metrics",
-    "compute_metrics": "metrics",
-    "cooccurrence_vectors": "cooccurrence",
-    "keep_transitions": "cooccurrence",
-    "start_from_cooccurrence": "cooccurrence",
-    "convert_config": "convert",
-    "convert_from_recbole": "convert",
-    "convert_to_recbole": "convert",
+    "Bert4RecTrainer": "training.trainer",
+    "Bert4RecTrainingArguments": "training.arguments",
+    "ItemIndex": "serving.item_index",
+    "PrepareOptions": "data.prepare_options",
+    "Protocol": "evaluation.protocol",
+    "baseline_ranks": "evaluation.baselines",
+    "compute_metrics": "evaluation.metrics",
+    "convert_config": "convert.recbole_settings",
+    "convert_from_recbole": "convert.recbole",
+    "convert_to_recbole": "convert.recbole",
+    "cooccurrence_vectors": "data.counting",
     "evaluate_prepared": "runs",
-    "floors": "metrics",
-    "histories": "preparation",
-    "export_onnx": "export",
-    "prepare": "preparation",
-    "preprocess_logits_for_metrics": "metrics",
-    "publish_code": "publish",
-    "ranking_metrics": "metrics",
-    "ranking_rows": "splits",
-    "read_log": "logs",
-    "read_prepared": "splits",
-    "stream_training_rows": "splits",
-    "tokenize_histories": "splits",
+    "export_onnx": "serving.onnx_export",
+    "histories": "data.preparation",
+    "keep_transitions": "training.initialization",
+    "prepare": "data.preparation",
+    "preprocess_logits_for_metrics": "evaluation.metrics",
+    "publish_code": "hub.publish_code",
+    "ranking_metrics": "evaluation.metrics",
+    "ranking_rows": "data.rows",
+    "read_log": "data.logs",
+    "read_prepared": "data.histories",
+    "start_from_cooccurrence": "training.initialization",
+    "stream_training_rows": "data.rows",
+    "tokenize_histories": "data.histories",
     "train_prepared": "runs",
-    "training_rows": "splits",
+    "training_rows": "data.rows",
+    "floors": "evaluation.baselines",
 }
 
 __all__ = [
@@ -63,9 +65,11 @@ __all__ = [
     "Bert4RecTrainingArguments",
     "DataCollatorForMaskedItemPrediction",
     "ItemIndex",
+    "PrepareOptions",
     "Protocol",
     "SequentialRecommendationPipeline",
     "__version__",
+    "baseline_ranks",
     "compute_metrics",
     "convert_config",
     "convert_from_recbole",
@@ -91,17 +95,24 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .convert import convert_config, convert_from_recbole, convert_to_recbole
-    from .cooccurrence import cooccurrence_vectors, keep_transitions, start_from_cooccurrence
-    from .export import export_onnx
-    from .item_index import ItemIndex
-    from .logs import read_log
-    from .metrics import Protocol, compute_metrics, floors, preprocess_logits_for_metrics, ranking_metrics
-    from .preparation import histories, prepare
-    from .publish import publish_code
+    from .convert.recbole import convert_from_recbole, convert_to_recbole
+    from .convert.recbole_settings import convert_config
+    from .data.counting import cooccurrence_vectors
+    from .data.histories import read_prepared, tokenize_histories
+    from .data.logs import read_log
+    from .data.preparation import histories, prepare
+    from .data.prepare_options import PrepareOptions
+    from .data.rows import ranking_rows, stream_training_rows, training_rows
+    from .evaluation.baselines import baseline_ranks, floors
+    from .evaluation.metrics import compute_metrics, preprocess_logits_for_metrics, ranking_metrics
+    from .evaluation.protocol import Protocol
+    from .hub.publish_code import publish_code
     from .runs import evaluate_prepared, train_prepared
-    from .splits import ranking_rows, read_prepared, stream_training_rows, tokenize_histories, training_rows
-    from .trainer import Bert4RecTrainer, Bert4RecTrainingArguments
+    from .serving.item_index import ItemIndex
+    from .serving.onnx_export import export_onnx
+    from .training.arguments import Bert4RecTrainingArguments
+    from .training.initialization import keep_transitions, start_from_cooccurrence
+    from .training.trainer import Bert4RecTrainer
 else:
 
     def __getattr__(name: str) -> Any:

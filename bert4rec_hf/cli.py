@@ -25,7 +25,8 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from .configuration_bert4rec import DERIVED_FIELDS, UNK_TOKEN_ID, Bert4RecConfig
+from .data.prepare_options import PrepareOptions
+from .model.configuration_bert4rec import DERIVED_FIELDS, UNK_TOKEN_ID, Bert4RecConfig
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -116,58 +117,9 @@ class _Parser(HfArgumentParser):
 
 @dataclass
 class PrepareArguments:
-    """The options of `preparation.prepare`."""
+    """Where `prepare` writes to; how is for `PrepareOptions`."""
 
     output: str = field(metadata={"help": "The folder to write."})
-    user_column: str | None = field(default=None, metadata={"help": "Default user_id."})
-    item_column: str | None = field(default=None, metadata={"help": "Default item_id."})
-    time_column: str | None = field(default=None, metadata={"help": "Default timestamp."})
-    sequence_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Orders events of the same time, or all where there is no time; default there: position, if the "
-            "log has it."
-        },
-    )
-    rating_column: str | None = field(default=None, metadata={"help": "Default rating; for --min_rating."})
-    min_rating: float | None = field(default=None, metadata={"help": "Leave out events rated lower."})
-    min_user_events: int = field(default=1, metadata={"help": "Leave out users with fewer events."})
-    min_item_events: int = field(default=1, metadata={"help": "Leave out items with fewer events."})
-    duplicates: str = field(
-        default="keep",
-        metadata={
-            "choices": ["keep", "drop", "drop_consecutive", "drop_identical"],
-            "help": "A user's repeated events of an item: keep all, the first, the first of each run, or of those of "
-            "the same time one.",
-        },
-    )
-    event_columns: list[str] | None = field(
-        default=None, metadata={"action": "extend", "help": "Columns to carry along."}
-    )
-    split: str = field(
-        default="leave-one-out",
-        metadata={
-            "choices": ["leave-one-out", "temporal", "none"],
-            "help": "How targets are held out; none: all events train, for a model that serves.",
-        },
-    )
-    validation: bool = field(
-        default=True, metadata={"help": "Hold out validation targets too; false: only those of the test."}
-    )
-    validation_cut: str | None = field(
-        default=None, metadata={"help": "Temporal split: a share of the events, a time or an ISO date; default 0.8."}
-    )
-    test_cut: str | None = field(default=None, metadata={"help": "Likewise, of the test part; default 0.9."})
-    item_titles: str | None = field(
-        default=None, metadata={"help": "CSV or Parquet file with the item column and a column title."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Of the model's input; chosen from the log if left out."}
-    )
-    filter_seen_items: bool | None = field(
-        default=None,
-        metadata={"help": "Never recommend a user's past items; chosen from the log if left out."},
-    )
 
 
 @dataclass
@@ -305,28 +257,28 @@ def _architecture_arguments() -> type:
 
 def prepare(arguments: Sequence[str]) -> None:
     """A raw log -> a prepared folder."""
-    parser = _Parser(PrepareArguments, prog="bert4rec prepare", description=prepare.__doc__)
+    parser = _Parser((PrepareArguments, PrepareOptions), prog="bert4rec prepare", description=prepare.__doc__)
     parser.add_argument("log", help="CSV or Parquet file, a glob pattern, or a dataset's name: ml-100k.")
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
-    (options, rest) = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    words = parser.with_recipe(arguments)
+    where, options, rest = parser.parse_args_into_dataclasses(words)
 
-    if options.rating_column is not None and options.min_rating is None:
+    if options.min_rating is None and any(word.split("=")[0] == "--rating_column" for word in words):
         parser.error(
             f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add that"
         )
-    _prepare(rest.log, options)
-    print(f"wrote {options.output}; next: bert4rec train --data {shlex.quote(options.output)} --output_dir MODEL")
+    _prepare(rest.log, where.output, options)
+    print(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
 
 
-def _prepare(log: str, options: PrepareArguments) -> None:
+def _prepare(log: str, output: str, options: PrepareOptions) -> None:
     """Prepare a log, and print what it is and what was chosen for it."""
     import duckdb
 
-    from . import preparation
+    from .data import preparation
 
-    given = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
     try:
-        prepared = preparation.prepare(log, **given)
+        prepared = preparation.prepare(log, output, options)
     except duckdb.Error as error:
         raise OSError(f"DuckDB could not prepare {log}: {error}") from error
     except RuntimeError as error:
@@ -379,8 +331,9 @@ def _prepare(log: str, options: PrepareArguments) -> None:
 
 def train(arguments: Sequence[str]) -> None:
     """A prepared folder, or a log -> a model folder, which every checkpoint is too."""
-    from .runs import check_output, train_prepared
-    from .trainer import Bert4RecTrainingArguments
+    from .runs import train_prepared
+    from .training.arguments import Bert4RecTrainingArguments
+    from .training.resume import check_output
 
     parser = _Parser(
         (TrainArguments, Bert4RecTrainingArguments, _architecture_arguments()),
@@ -409,7 +362,7 @@ def train(arguments: Sequence[str]) -> None:
                 if Path(data).exists():
                     parser.error(f"{data}, where {log} would be prepared, is there already: train on it, --data {data}")
                 try:
-                    _prepare(log, PrepareArguments(output=data))
+                    _prepare(log, data, PrepareOptions())
                 except FileNotFoundError as error:
                     raise FileNotFoundError(f"{error}, or a prepared folder") from error
                 except ValueError as error:
@@ -430,13 +383,13 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Rank held-out targets with a model and with the floors; the numbers go into the model folder."""
+    """Rank held-out targets with a model and with the baselines; the numbers go into the model folder."""
     parser = _Parser(EvaluateArguments, prog="bert4rec evaluate", description=evaluate.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .model_card import read_evaluations
+    from .hub.model_card import read_evaluations
     from .runs import evaluate_prepared
 
     record = evaluate_prepared(rest.model, **vars(options))
@@ -466,8 +419,8 @@ def recommend(arguments: Sequence[str]) -> None:
     if options.batch_size < 1:
         parser.error(f"--batch_size must be at least 1; got {options.batch_size}")
 
-    from .bulk import recommend_file
-    from .runs import load_model
+    from .hub.load import load_model
+    from .serving.bulk import recommend_file
 
     model = load_model(rest.model)
     if options.device is not None:
@@ -516,8 +469,8 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .export import export_onnx
-    from .runs import load_model
+    from .hub.load import load_model
+    from .serving.onnx_export import export_onnx
 
     try:
         export_onnx(load_model(rest.model), options.output, top_k=options.top_k)
@@ -533,7 +486,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) of defaults.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .convert import convert_from_recbole, convert_to_recbole, read_items
+    from .convert.recbole import convert_from_recbole, convert_to_recbole, read_items
 
     if options.to == "recbole":
         convert_to_recbole(rest.checkpoint, options.output)
@@ -543,7 +496,7 @@ def convert(arguments: Sequence[str]) -> None:
         parser.error("the following arguments are required: --items, since a checkpoint has no raw item ids")
     titles = None
     if options.item_titles is not None:
-        from .logs import read_titles
+        from .data.logs import read_titles
 
         titles = read_titles(options.item_titles, "item_id", read_items(options.items))
     model = convert_from_recbole(
@@ -561,8 +514,8 @@ def convert_config(arguments: Sequence[str]) -> None:
     if options.output is not None and Path(options.output).exists():
         parser.error(f"{options.output} is there already; choose another --output")
 
-    from .convert import config_recipe
-    from .model_card import write_file
+    from .convert.recbole_settings import config_recipe
+    from .files import write_file
 
     text = config_recipe(rest.settings)
     if options.output is None:
@@ -623,12 +576,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def format_evaluation(record: dict[str, Any]) -> str:
-    """A table of the model's metrics and those of the floors, under their protocol."""
-    from .metrics import Protocol, shown_metrics
+    """A table of the model's metrics and those of the baselines, under their protocol."""
+    from .evaluation.metrics import shown_metrics
+    from .evaluation.protocol import Protocol
 
     widths = {name: max(13, len(name) + 2) for name in shown_metrics(record["metrics"])}
     protocol = Protocol(**record["protocol"])
-    tables = {"": {"model": record["metrics"]} | record["floors"]} | record.get("groups", {})
+    tables = {"": {"model": record["metrics"]} | record["baselines"]} | record.get("groups", {})
     width = max(len(title) for table in tables.values() for title in table)
     lines = [str(protocol), " " * width + "".join(f"{name:>{wide}}" for name, wide in widths.items())]
     for heading, table in tables.items():

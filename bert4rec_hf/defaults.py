@@ -1,20 +1,21 @@
-"""What follows from the log where nothing is said; docs/defaults.md has the rules side by side, and what they give."""
+"""Defaults derived from the log; docs/defaults.md has the rules side by side, and what they give."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Of the model's input.
+# Input lengths that are chosen from.
 LENGTH_CHOICES = (50, 100, 200)
-# Share of events that are of an item which the user had before.
+# Share of repeated events below which seen items are filtered.
 FILTER_SEEN_BELOW = 0.05
-
-# Training events from which a model is 128 wide; events an item below which items are rare: then it is 256 wide, unless
-# they are too many for that, and has much dropout; width of its heads.
-WIDE_FROM = 500_000
-RARE_BELOW = 30
-TOO_MANY_ITEMS = 100_000
+# Number of training events from which on a model is 128 wide.
+WIDE_FROM_EVENTS = 500_000
+# Items are rare below this number of events an item. The model is then 256 wide, with high dropout.
+RARE_BELOW_EVENTS_PER_ITEM = 30
+# Number of items above which a model keeps no transitions, and is not 256 wide.
+LARGE_CATALOGUE = 100_000
+# Width of an attention head.
 HEAD_WIDTH = 32
-# Where seen items are kept.
+# Weight of repeats where seen items are kept.
 REPEAT_WEIGHT = 1.0
 
 
@@ -41,8 +42,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         given: Fields that are told, from which the others follow.
     """
     are_rare = _are_rare(num_events, num_items)
-    hidden_size = 64 if num_events < WIDE_FROM else 128
-    if are_rare and num_items <= TOO_MANY_ITEMS:
+    hidden_size = 64 if num_events < WIDE_FROM_EVENTS else 128
+    if are_rare and num_items <= LARGE_CATALOGUE:
         hidden_size = 256
     hidden_size = given.get("hidden_size", hidden_size)
     chosen: dict[str, Any] = {
@@ -66,12 +67,12 @@ def default_start_with_mean(num_events: int, num_items: int) -> bool:
 
     It saves small logs two thirds of their epochs; large ones end no better, and rare items worse.
     """
-    return num_events < WIDE_FROM and not _are_rare(num_events, num_items)
+    return num_events < WIDE_FROM_EVENTS and not _are_rare(num_events, num_items)
 
 
 def default_num_transitions(num_items: int) -> int:
     """Of each item: 64, and none where items are too many."""
-    return 64 if num_items <= TOO_MANY_ITEMS else 0
+    return 64 if num_items <= LARGE_CATALOGUE else 0
 
 
 def default_transition_weight(num_events: int, num_items: int) -> float:
@@ -104,4 +105,4 @@ def default_learning_rate(hidden_size: int) -> float:
 
 
 def _are_rare(num_events: int, num_items: int) -> bool:
-    return num_events < RARE_BELOW * num_items
+    return num_events < RARE_BELOW_EVENTS_PER_ITEM * num_items

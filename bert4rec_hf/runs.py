@@ -11,55 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets import Dataset
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
-from .cooccurrence import keep_transitions, start_from_cooccurrence
+from .data.histories import PREPARATION_FILE, Histories, check_prepared, read_prepared
+from .data.rows import ranking_rows, sampled_candidates, training_rows
 from .defaults import default_architecture, default_num_transitions, default_start_with_mean
-from .metrics import (
-    Protocol,
-    floors,
-    personal_popularity_ranks,
-    popularity_ranks,
-    ranking_metrics,
-    result_metrics,
-    sampled_metrics,
-    transition_ranks,
-)
-from .model_card import RECIPE_FILE, add_evaluation, read_evaluations, write_model_card
-from .modeling_bert4rec import Bert4RecForMaskedItemPrediction
-from .report import check_report_folder, evaluation_report, write_report
-from .splits import (
-    PREPARATION_FILE,
-    Histories,
-    check_prepared,
-    ranking_rows,
-    read_prepared,
-    sampled_candidates,
-    training_rows,
-)
-from .tokenization_bert4rec import Bert4RecTokenizer
-from .trainer import Bert4RecTrainer, Bert4RecTrainingArguments, BestCheckpointHere, BriefProgress
+from .evaluation.baselines import baseline_ranks, personal_popularity_ranks, popularity_ranks, transition_ranks
+from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
+from .evaluation.protocol import Protocol
+from .evaluation.report import check_report_folder, evaluation_report, write_report
+from .hub.load import load_model
+from .hub.model_card import add_evaluation, read_evaluations, write_model_card
+from .model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
+from .model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
+from .model.tokenization_bert4rec import Bert4RecTokenizer
+from .training.arguments import Bert4RecTrainingArguments
+from .training.initialization import keep_transitions, start_from_cooccurrence
+from .training.progress import BriefProgress
+from .training.resume import BestCheckpointHere, check_output, check_resumable, last_checkpoint
+from .training.trainer import Bert4RecTrainer
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint's optimizer and scheduler have in them.
-OF_THE_OPTIMIZER = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-
-
 # A model and its tokenizer, the histories in its token ids, the content of preparation.json.
-OnHistories = tuple[Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, Histories, dict[str, Any]]
+ModelAndData = tuple[Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, Histories, dict[str, Any]]
 
 
 def train_prepared(
@@ -73,15 +51,15 @@ def train_prepared(
 ) -> Bert4RecTrainer:
     """From a prepared folder to a model folder, `args.output_dir`.
 
-    Warns at the end of a run that is under-trained, no better than a floor, or no better than the model that it went on
-    from. Where nobody has a validation target (`--split none`, `--validation false`), nothing is evaluated, and the
-    last step is the model.
+    Warns at the end of a run that is under-trained, no better than a baseline, or no better than the model that it
+    went on from. Where nobody has a validation target (`--split none`, `--validation false`), nothing is evaluated, and
+    the last step is the model.
 
     Args:
         data: The prepared folder.
         args: `resume_from_checkpoint` is a checkpoint's folder, or "last", which True stands for as well.
         model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
-        publish_code: Whether the folder gets our code, see `publish.publish_code`.
+        publish_code: Whether the folder gets our code, see `publish_code`.
         callbacks: As the Trainer takes them.
         architecture: Fields of `Bert4RecConfig`, for a new model; the others as `default_architecture` has them.
 
@@ -117,15 +95,17 @@ def train_prepared(
         filter_seen_items=config.filter_seen_items,
         max_length=config.max_position_embeddings,
     )
-    protocol, of_floors = None, {}
+    protocol, baseline_metrics = None, {}
     if len(validation):
         protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
-        of_floors = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
+        baseline_metrics = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
         if default_num_transitions(tokenizer.num_items):
-            of_floors["transitions"] = ranking_metrics(transition_ranks(validation, histories, tokenizer.num_items))
+            baseline_metrics["transitions"] = ranking_metrics(
+                transition_ranks(validation, histories, tokenizer.num_items)
+            )
         if not config.filter_seen_items:
             ranks = personal_popularity_ranks(validation, histories, tokenizer.num_items)
-            of_floors["personal popularity"] = ranking_metrics(ranks)
+            baseline_metrics["personal popularity"] = ranking_metrics(ranks)
     else:
         logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
         args = copy(args)  # another run with these may have some
@@ -151,7 +131,7 @@ def train_prepared(
         eval_dataset=validation,
         processing_class=tokenizer,
         protocol=protocol,
-        floors=of_floors,
+        baselines=baseline_metrics,
         preparation=preparation,
         publish_code=publish_code,
     )
@@ -162,7 +142,7 @@ def train_prepared(
     checkpoint = args.resume_from_checkpoint or None
     if checkpoint is not None:
         if checkpoint == "last" or checkpoint is True:
-            checkpoint = _last_checkpoint(Path(args.output_dir))
+            checkpoint = last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
                 logger.warning("going on from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer, preparation)
@@ -179,7 +159,7 @@ def train_prepared(
     return trainer
 
 
-def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, architecture: dict[str, Any]) -> OnHistories:
+def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, architecture: dict[str, Any]) -> ModelAndData:
     histories, tokenizer, preparation = read_prepared(data)
     given = {
         "max_position_embeddings": preparation["max_length"],
@@ -195,7 +175,7 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
     return model, tokenizer, histories, preparation
 
 
-def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, architecture: dict[str, Any]) -> OnHistories:
+def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, architecture: dict[str, Any]) -> ModelAndData:
     """A model that goes on, with the items of the log that are new to it."""
     model = load_model(folder)
     policy = architecture.pop("filter_seen_items", None)  # of serving, no weights depend on it
@@ -240,14 +220,14 @@ def evaluate_prepared(
     disable_tqdm: bool = False,
     report: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Rank the targets of a prepared folder with a model and with the floors.
+    """Rank the targets of a prepared folder with a model and with the baselines.
 
     Args:
         model: A model folder or Hub id.
         data: The prepared folder.
         part: "validation" or "test".
-        protocol: "full", or "paper": among 100 items drawn by popularity, see `splits.sampled_candidates`, with
-            metrics whose names say so, and no floors.
+        protocol: "full", or "paper": among 100 items drawn by popularity, see `rows.sampled_candidates`, with
+            metrics whose names say so, and no baselines.
         per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
         report: A folder for report.json, report.md, report.png and each user's rank, see `report.write_report`; the
             full protocol only.
@@ -256,8 +236,8 @@ def evaluate_prepared(
         ValueError: If a folder is not what it should be, if nobody has a target, or for a report of sampled ranks.
 
     Returns:
-        The record {source, protocol, metrics, floors}, and groups if users without a past are among them. It is written
-        into the model's folder as well if that is a local one.
+        The record {source, protocol, metrics, baselines}, and groups if users without a past are among them. It is
+        written into the model's folder as well if that is a local one.
     """
     check_prepared(data)
     if report is not None:
@@ -306,13 +286,13 @@ def evaluate_prepared(
         )
         metrics = measure(rankings["model"])
     else:
-        rankings |= floors(rows, histories, tokenizer.num_items)
+        rankings |= baseline_ranks(rows, histories, tokenizer.num_items)
         metrics = result_metrics(prediction.metrics, "test")
     record: dict[str, Any] = {
         "source": os.path.basename(preparation["source"]),
         "protocol": described.as_dict(),
         "metrics": metrics,
-        "floors": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
+        "baselines": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
     }
     has_past = np.asarray(rows["history_length"]) > 0
     if not has_past.all():
@@ -369,105 +349,3 @@ def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[st
             "%s was trained on another preparation, of %s (%s): if that is the same log, or one that goes on, what it "
             "trained on may hold targets of this one", model, trained["source"], "; ".join(other),
         )  # fmt: skip
-
-
-def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
-    """A model folder or Hub id; raises ValueError for a folder that is none."""
-    if os.path.isdir(model):
-        config = Path(model) / "config.json"
-        kind = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
-        if kind != Bert4RecConfig.model_type:
-            found = f"its config.json says model_type {kind!r}" if kind else "it has no config.json with a model_type"
-            raise ValueError(f"{model} is not a BERT4Rec model folder ({found}): make one with bert4rec train")
-    try:
-        return Bert4RecForMaskedItemPrediction.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"{model} is neither a model folder nor a model that the Hub gives: {error}") from error
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest that is whole: its state is written last."""
-    steps = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    newest = max((int(step) for step in steps if step.isdecimal()), default=None)
-    return None if newest is None else str(folder / f"checkpoint-{newest}")
-
-
-def check_resumable(
-    checkpoint: str | None,
-    args: TrainingArguments,
-    config: Bert4RecConfig,
-    tokenizer: Bert4RecTokenizer,
-    preparation: Mapping[str, Any],
-) -> None:
-    """Raise if a run cannot go on from a checkpoint as it is asked to.
-
-    That is, if it is none, is of another model or log, is beyond the end of the run, or would go on with its own
-    optimizer in spite of what is asked for.
-    """
-    if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
-        where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
-        raise ValueError(
-            f"{where} is no checkpoint to resume from: name its folder, or leave --resume_from_checkpoint out"
-        )
-    if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
-        other = ["another catalogue"]
-    else:
-        own = Path(checkpoint) / PREPARATION_FILE
-        trained = json.loads(own.read_text("utf-8")) if own.is_file() else preparation
-        other = [f"other {name}" for name in ("split", "filters", "statistics") if trained[name] != preparation[name]]
-    if other:
-        raise ValueError(
-            f"{checkpoint} was trained on a log with {' and '.join(other)}: resume with the --data (and "
-            "--model_name_or_path) that it began with, or go on to new data with --model_name_or_path in another "
-            "--output_dir"
-        )
-    began = Bert4RecConfig.from_pretrained(checkpoint)
-    other = [
-        f"{name}={getattr(began, name)}, not {getattr(config, name)}"
-        for name in Bert4RecConfig.__annotations__
-        if getattr(began, name) != getattr(config, name)
-    ]
-    if other:
-        raise ValueError(f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its architecture")
-    recipe = Path(checkpoint) / RECIPE_FILE
-    recorded = yaml.safe_load(recipe.read_text("utf-8")) if recipe.is_file() else {}
-    asked = args.to_dict()
-    other = [
-        f"{name}={recorded[name]}, not {asked[name]}"
-        for name in OF_THE_OPTIMIZER
-        if name in recorded and recorded[name] != asked[name]
-    ]
-    if other:
-        raise ValueError(
-            f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its optimizer; to go on with another, "
-            "give the checkpoint as --model_name_or_path, and another --output_dir"
-        )
-    if not any(Path(checkpoint).glob("optimizer*")) and not args.deepspeed:
-        raise ValueError(
-            f"{checkpoint} has the model only (save_only_model), not the optimizer to resume with: give it as "
-            "--model_name_or_path, and another --output_dir"
-        )
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    # At its last step a run would take one more before it notices.
-    is_beyond = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
-    if is_beyond:
-        raise ValueError(
-            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, at or beyond the end that was asked "
-            f"for (num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
-        )
-
-
-def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:
-    """Raise if a new training run would write over something."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another --output_dir")
-    names = sorted(path.name for path in folder.iterdir())
-    checkpoints = [name for name in names if name.startswith("checkpoint-")]
-    if not names or (resume_from_checkpoint and checkpoints):
-        return
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    hint = ", or go on with --resume_from_checkpoint last" if _last_checkpoint(folder) else ""
-    raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")

@@ -23,7 +23,7 @@ from bert4rec_hf import (
     Bert4RecTrainingArguments,
     Protocol,
 )
-from bert4rec_hf.splits import tokenize_histories
+from bert4rec_hf.data.histories import tokenize_histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -107,7 +107,7 @@ def test_a_run_that_is_there_is_not_another_recipes_and_a_row_stands_once(tmp_pa
     monkeypatch.setattr(quality, "TABLE", tmp_path / "quality.md")
     for minutes, threads in (("1", "`x`, 1 thread"), ("2", "`x`, 2 threads"), ("3", "`x`, 1 thread")):
         cells = ["x, seed 42", minutes, threads]
-        quality.add_row("log", data, Protocol(**record["protocol"]), record["floors"], cells)
+        quality.add_row("log", data, Protocol(**record["protocol"]), record["baselines"], cells)
     lines = (tmp_path / "quality.md").read_text().splitlines()
     assert [line.split(" | ", 1)[1] for line in lines if "| x, seed 42 |" in line] == [
         "x, seed 42 | 3 | `x`, 1 thread |", "x, seed 42 | 2 | `x`, 2 threads |",

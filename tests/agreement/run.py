@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import torch
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, histories, ranking_metrics, read_log
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
-from bert4rec_hf.losses import IGNORE_INDEX
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.model.losses import IGNORE_INDEX
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "lineage"))

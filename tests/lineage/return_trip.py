@@ -18,8 +18,9 @@ import torch
 from transformers import set_seed
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
-from bert4rec_hf.configuration_bert4rec import FIRST_ITEM_ID
-from bert4rec_hf.convert import ARCHITECTURE, convert_from_recbole, convert_to_recbole
+from bert4rec_hf.convert.recbole import convert_from_recbole, convert_to_recbole
+from bert4rec_hf.convert.recbole_settings import ARCHITECTURE
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent.parent.parent / "shared" / "fixtures"

@@ -1,0 +1,296 @@
+"""Checkpoints of RecBole's and hopwise's BERT4Rec, in and out."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import file_beside, folder_beside
+from ..hub.load import load_model
+from ..hub.model_card import write_model_card
+from ..model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
+from ..model.modeling_bert4rec import SPECIAL_TOKEN_LOGIT, Bert4RecForMaskedItemPrediction
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from .recbole_settings import ARCHITECTURE, FILTERS, ITEM_LOSSES, SETTINGS
+from .safe_pickle import read_pickle, strings
+
+logger = logging.getLogger(__name__)
+
+# Their names of layers, and ours.
+LAYER_NAMES = {
+    "multi_head_attention.query": "attention.query",
+    "multi_head_attention.key": "attention.key",
+    "multi_head_attention.value": "attention.value",
+    "multi_head_attention.dense": "attention.output",
+    "multi_head_attention.LayerNorm": "attention_norm",
+    "feed_forward.dense_1": "feed_forward.inner",
+    "feed_forward.dense_2": "feed_forward.outer",
+    "feed_forward.LayerNorm": "feed_forward_norm",
+}
+OTHER_NAMES = {"LayerNorm": "model.embeddings.norm", "output_ffn": "head.dense", "output_ln": "head.norm"}
+ITEMS, POSITIONS, BIAS = "item_embedding.weight", "position_embedding.weight", "output_bias"
+
+
+def convert_from_recbole(
+    checkpoint: str | os.PathLike,
+    items: str | os.PathLike | Sequence[str],
+    output: str | os.PathLike,
+    *,
+    drop_oldest_item: bool = True,
+    titles: Mapping[Any, str] | None = None,
+) -> Bert4RecForMaskedItemPrediction:
+    """A model folder whose scores are those of a checkpoint of RecBole 1.0 to 1.2 or hopwise.
+
+    The pickle in a checkpoint is read by an unpickler that runs nothing; see `read_pickle`.
+
+    Args:
+        checkpoint: The .pth file that their trainer saved.
+        items: The raw item ids, which a checkpoint lacks, in the order of their internal ids, from 1: a sequence;
+            or a file: their saved dataset (.pth), an atomic file (.inter), JSON (a list), or text, one id a line.
+        output: The model folder, which must not exist or be empty.
+        drop_oldest_item: As RecBole 1.2 and hopwise do, leave out a history's oldest item before the [MASK] is
+            appended, although there may be room. False: scores of histories shorter than the window differ from
+            theirs. Their older layout never drops it.
+        titles: By raw id.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If a file is not what it should be, holds code, or the number of items is another.
+    """
+    output = Path(output).resolve()  # a link to an empty folder is that folder
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already and not an empty folder; choose another --output")
+    state, settings = read_checkpoint(checkpoint)
+    has_head = BIAS in state
+    filters = [name for name, none in FILTERS.items() if settings.get(name, none) not in (None, none)]
+    if filters and str(items).endswith(".inter"):
+        raise ValueError(
+            f"{checkpoint} was trained with {', '.join(filters)}, by which internal ids come in another order than in "
+            f"one file: {items} does not tell it; give RecBole's saved dataset (save_dataset: True)"
+        )
+    raw_ids = read_items(items, str(settings.get("ITEM_ID_FIELD") or "item_id"))
+    num_items = state[ITEMS].shape[0] - 2  # without [PAD] and [MASK]
+    if len(raw_ids) != num_items:
+        raise ValueError(
+            f"{checkpoint} has {num_items:,} items, {_name(items)} has {len(raw_ids):,}: give the items of the log as "
+            "it was trained on, after its filters; RecBole's saved dataset (save_dataset: True) has them"
+        )
+    num_positions = state[POSITIONS].shape[0]
+    tokenizer = Bert4RecTokenizer.from_items(
+        raw_ids,
+        titles=titles,
+        model_max_length=num_positions,
+        sort=False,
+        drop_oldest_item=has_head and drop_oldest_item,
+    )
+    try:
+        config = Bert4RecConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=num_positions,
+            item_loss=ITEM_LOSSES[settings["loss_type"]],
+            pad_in_softmax=True,
+            **ARCHITECTURE | {"prediction_head": has_head},
+            **{ours: settings[theirs] for theirs, ours in SETTINGS.items()},
+        )
+        model = Bert4RecForMaskedItemPrediction(config)
+        model.load_state_dict(_our_state(state, len(tokenizer)))
+    except Exception as error:  # of settings that are no numbers, and of weights of another shape
+        raise ValueError(f"{checkpoint} has settings or weights that make no BERT4Rec: {error}") from error
+    with folder_beside(output, last_file="config.json") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_model_card(folder)
+    return model.eval()
+
+
+def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> None:
+    """A file that RecBole 1.2 and hopwise take: `load_state_dict(torch.load(file)["state_dict"])`.
+
+    It has "state_dict"; "config", the settings that their model must be made with; and "item_id", the raw ids in the
+    order of their internal ids, [PAD] first.
+
+    Args:
+        model: A folder or Hub id of a model with the paper's architecture: positions learned from the start,
+            post-normalisation, prediction head.
+        output: The file; it must not exist.
+
+    Raises:
+        ValueError: If the architecture is not theirs.
+    """
+    output = Path(output)
+    if output.exists():
+        raise ValueError(f"{output} is there already; choose another --output")
+    ours = load_model(model)
+    config, tokenizer = ours.config, Bert4RecTokenizer.from_pretrained(model)
+    architecture = ARCHITECTURE | {"tie_word_embeddings": True}
+    wrong = [
+        f"{name}={getattr(config, name)!r}" for name, value in architecture.items() if getattr(config, name) != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"RecBole's BERT4Rec has {', '.join(f'{name}={value!r}' for name, value in architecture.items())}; {model} "
+            f"has {', '.join(wrong)}, which cannot be converted"
+        )
+    if not tokenizer.drop_oldest_item:
+        logger.warning(
+            "RecBole leaves out the oldest item of every history: its scores of histories that are shorter than the "
+            "window will differ from those of %s",
+            model,
+        )
+    state = ours.state_dict()
+    table, bias = state["model.embeddings.item_embeddings.weight"], state["decoder.bias"].clone()
+    if not config.pad_in_softmax:
+        bias[PAD_TOKEN_ID] = SPECIAL_TOKEN_LOGIT
+    # [PAD], the items, [MASK]; there is no unknown item.
+    rows = torch.tensor([PAD_TOKEN_ID, *range(FIRST_ITEM_ID, len(tokenizer)), MASK_TOKEN_ID])
+    theirs = {
+        ITEMS: table[rows],
+        POSITIONS: state["model.embeddings.position_embeddings.weight"],
+        BIAS: bias[rows[:-1]],
+    }
+    theirs |= {name: state[_our_name(name)] for name in _their_names(config.num_hidden_layers)}
+    settings = {name: getattr(config, field) for name, field in SETTINGS.items()}
+    loss_type = {"bpr": "BPR"}.get(config.item_loss, "CE")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "state_dict": {name: value.contiguous() for name, value in theirs.items()},
+        "config": settings | {"loss_type": loss_type, "MAX_ITEM_LIST_LENGTH": config.max_position_embeddings},
+        "item_id": ["[PAD]", *tokenizer.items],
+    }
+    with file_beside(output) as beside:
+        try:
+            torch.save(content, beside)
+        except RuntimeError as error:
+            raise OSError(f"cannot write {output}: {error}") from error
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict and settings of a RecBole or hopwise BERT4Rec checkpoint.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    content = read_pickle(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    settings = getattr(content.get("config") if isinstance(content, dict) else None, "state", None)
+    settings = settings.get("final_config_dict") if isinstance(settings, dict) else None
+    if not isinstance(state, dict) or not isinstance(settings, dict):
+        raise ValueError(f"{path} is no checkpoint of RecBole or hopwise: it has no state_dict with a Config beside it")
+    if settings.get("model") != "BERT4Rec":
+        raise ValueError(f"{path} holds the model {settings.get('model')!r}; expected BERT4Rec")
+    missing = [name for name in [*SETTINGS, "loss_type"] if name not in settings]
+    if missing:
+        raise ValueError(f"the settings in {path} lack {', '.join(missing)}")
+    sizes = [settings[name] for name in ("n_layers", "n_heads", "hidden_size", "inner_size")]
+    if not all(type(size) is int and 0 < size < 2**20 for size in sizes) or settings["n_layers"] > len(state):
+        raise ValueError(f"n_layers, n_heads, hidden_size and inner_size in {path} must be sizes; got {sizes}")
+    if str(settings["loss_type"]) not in ITEM_LOSSES:
+        raise ValueError(f"loss_type in {path} must be one of {', '.join(ITEM_LOSSES)}; got {settings['loss_type']!r}")
+    expected = {ITEMS, POSITIONS, *_their_names(settings["n_layers"])}
+    if BIAS in state:
+        expected.add(BIAS)
+    else:  # the older layout, without a head
+        expected -= {name for name in expected if name.startswith("output_")}
+    if state.keys() != expected or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        odd = sorted(map(str, state.keys() ^ expected))
+        raise ValueError(f"{path} is no BERT4Rec that is known here: its weights differ in {', '.join(odd[:5])}")
+    if state[ITEMS].dim() != 2 or state[POSITIONS].dim() != 2:
+        raise ValueError(f"the tables in {path} must have two dimensions")
+    if state[ITEMS].shape[1] != settings["hidden_size"]:
+        raise ValueError(f"hidden_size in {path} is {settings['hidden_size']}, its items have {state[ITEMS].shape[1]}")
+    return state, settings
+
+
+def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "item_id") -> list[str]:
+    """Raw item ids in the order of the internal ids, from 1; see `convert_from_recbole`.
+
+    Args:
+        items: As there; or the file that `convert_to_recbole` wrote.
+        item_column: Of an atomic file.
+
+    Raises:
+        ValueError: If the file has none.
+    """
+    if not isinstance(items, (str, os.PathLike)):
+        raw_ids = list(items)
+    elif Path(items).suffix == ".pth":
+        content = read_pickle(items)
+        if isinstance(content, dict) and isinstance(content.get("item_id"), list):
+            return content["item_id"][1:]
+        tables = getattr(content, "state", None)
+        tables = tables if isinstance(tables, dict) else {}
+        tokens = tables.get("field2id_token")
+        if not isinstance(tokens, dict):
+            raise ValueError(f"{items} is no dataset that RecBole or hopwise saved: it has no field2id_token")
+        try:
+            fields = {strings(field)[0]: stored for field, stored in tokens.items()}
+            raw_ids = strings(fields[tables.get("iid_field", "item_id")])
+        except Exception as error:  # a damaged file can hold anything
+            raise ValueError(f"{items} has no item ids that can be read: {error}") from error
+    else:
+        try:
+            if Path(items).suffix == ".inter":
+                raw_ids = _items_of_atomic_file(Path(items), item_column)
+            elif Path(items).suffix == ".json":
+                raw_ids = json.loads(Path(items).read_text("utf-8-sig"))
+            else:
+                raw_ids = [line for line in Path(items).read_text("utf-8-sig").split("\n") if line]
+        except (json.JSONDecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {items}: {error}") from error
+        if not isinstance(raw_ids, list):
+            raise ValueError(f"{items} must hold a list of item ids; got {type(raw_ids).__name__}")
+    return raw_ids[1:] if raw_ids[:1] == ["[PAD]"] else raw_ids
+
+
+def _items_of_atomic_file(path: Path, item_column: str) -> list[str]:
+    """In the order of their first appearance, which is that of their internal ids."""
+    with path.open(encoding="utf-8-sig") as file:
+        header = file.readline().rstrip("\r\n").split("\t")
+        names = [name.partition(":")[0] for name in header]
+        if item_column not in names:
+            raise ValueError(f"{path} has no column {item_column}:token; its header is {' '.join(header)!r}")
+        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+        short = next((number for number, row in enumerate(rows, start=2) if len(row) < len(header)), None)
+        if short is not None:
+            raise ValueError(f"line {short} of {path} has fewer columns than its header")
+        return list(dict.fromkeys(row[names.index(item_column)] for row in rows))
+
+
+def _name(items: Any) -> str:
+    return str(items) if isinstance(items, (str, os.PathLike)) else "the given list"
+
+
+def _their_names(num_layers: int) -> list[str]:
+    """All but the tables."""
+    layers = [f"trm_encoder.layer.{number}.{name}" for number in range(num_layers) for name in LAYER_NAMES]
+    return [f"{name}.{part}" for name in [*OTHER_NAMES, *layers] for part in ("weight", "bias")]
+
+
+def _our_name(name: str) -> str:
+    name, part = name.rsplit(".", 1)
+    if name in OTHER_NAMES:
+        return f"{OTHER_NAMES[name]}.{part}"
+    _, _, number, name = name.split(".", 3)
+    return f"model.layers.{number}.{LAYER_NAMES[name]}.{part}"
+
+
+def _our_state(state: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
+    """Rows [PAD], items, [MASK] -> [PAD], [MASK], [UNK], items."""
+    theirs = state[ITEMS].float()
+    table = torch.cat((theirs[:1], theirs[-1:], torch.zeros_like(theirs[:1]), theirs[1:-1]))
+    bias = torch.zeros(vocab_size)
+    if BIAS in state:
+        bias[PAD_TOKEN_ID], bias[FIRST_ITEM_ID:] = state[BIAS][0], state[BIAS][1:]
+    ours = {_our_name(name): value for name, value in state.items() if name not in (ITEMS, POSITIONS, BIAS)}
+    return ours | {
+        "model.embeddings.item_embeddings.weight": table,
+        "model.embeddings.position_embeddings.weight": state[POSITIONS],
+        "decoder.weight": table,
+        "decoder.bias": bias,
+    }

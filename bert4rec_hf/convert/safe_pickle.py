@@ -1,0 +1,132 @@
+"""Pickles of RecBole and hopwise, read without running or importing anything that stands in them."""
+
+import copyreg
+import math
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Inert:
+    """What stands in place of any object but a container, number or string: what the pickle says of it."""
+
+    args: tuple = ()
+    state: Any = None
+
+    def __new__(cls, *args: Any) -> "Inert":
+        inert = super().__new__(cls)
+        inert.args = args
+        return inert
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+# What stands in their files. None of it is imported.
+KNOWN_MODULES = ("recbole", "hopwise", "pandas")
+KNOWN_NAMES = {
+    ("yaml.loader", "FullLoader"), ("logging", "getLogger"), ("builtins", "slice"), ("torch", "device"),
+    ("torch", "float32"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor_v2"),
+    ("numpy", "dtype"), ("numpy", "ndarray"),
+}  # fmt: skip
+NUMPY_MODULES, NUMPY_NAMES = ("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar", "_reconstruct")
+STORAGES = {
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64,
+}  # fmt: skip
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Builds containers, numbers and strings; a known name is `Inert`, any other an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (
+            module.partition(".")[0] in KNOWN_MODULES
+            or (module, name) in KNOWN_NAMES
+            or (module == "torch" and name in STORAGES)
+            or (module in NUMPY_MODULES and name in NUMPY_NAMES)
+        ):
+            return type(name, (Inert,), {})
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of RecBole or hopwise needs")
+
+    def persistent_load(self, identifier: Any) -> Any:
+        if not (isinstance(identifier, tuple) and identifier[:1] == ("storage",)):
+            raise pickle.UnpicklingError("it has a persistent object that is no tensor's storage")
+        return Inert(identifier)
+
+
+def read_pickle(path: str | os.PathLike) -> Any:
+    """What `torch.save` or `pickle.dump` wrote, without running or importing anything that stands in it.
+
+    `torch.load(weights_only=True)` cannot read pickle protocol 4, which RecBole and hopwise write. Here tensors in a
+    "state_dict" are read; all other objects of names that stand in their files are `Inert`; other names are an error.
+
+    Raises:
+        ValueError: If it is no such file, is damaged, or names anything else.
+    """
+    copyreg.clear_extension_cache()  # whose entries would not be looked up by `find_class`
+    try:
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                if file.read(4) == b"PK\3\4":
+                    raise pickle.UnpicklingError("it is not whole; fetch it again")
+                file.seek(0)
+                return InertUnpickler(file).load()
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            folder = name.removesuffix("data.pkl")
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise pickle.UnpicklingError("it is compressed, which torch.save does not do")
+            if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+                raise pickle.UnpicklingError("it was saved on a machine of another byte order")
+            with archive.open(name) as file:
+                content = InertUnpickler(file).load()
+            if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+                state = content["state_dict"].items()
+                content["state_dict"] = {name: _tensor(value, archive, folder) for name, value in state}
+            return content
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"cannot read {path} as a checkpoint of RecBole or hopwise: {error}") from error
+
+
+def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:
+    """Of the arguments of `torch._utils._rebuild_tensor_v2`, whose storage is a persistent id."""
+    storage, offset, size, stride, *_ = stored.args
+    _, dtype, key, *_ = storage.args[0]
+    if len(size) > 2:
+        raise pickle.UnpicklingError("a tensor in it has more than two dimensions")
+    values = torch.frombuffer(bytearray(archive.read(f"{folder}data/{int(key)}")), dtype=STORAGES[dtype.__name__])
+    number = math.prod(size)
+    contiguous = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
+    if tuple(stride) != contiguous or not 0 <= offset <= offset + number <= len(values):
+        raise pickle.UnpicklingError("a tensor in it is not what torch.save writes of weights")
+    return values[offset : offset + number].reshape(size).clone()
+
+
+def strings(stored: Any) -> list[str]:
+    """Of a string, a list, or of numpy's strings and arrays of strings as they are pickled."""
+    if isinstance(stored, list):
+        return [string for value in stored for string in strings(value)]
+    if not isinstance(stored, Inert):
+        return [str(stored)]
+    if type(stored).__name__ == "scalar":
+        (dtype, data), number = stored.args, 1
+    else:
+        _, (number,), dtype, _, data = stored.state
+    if dtype.args[0].startswith("U") and dtype.state[1] == "<" and number >= 0:
+        return np.frombuffer(data, f"<U{int(dtype.args[0][1:])}", count=number).tolist()
+    if not isinstance(data, list) or number < 0:
+        raise ValueError(f"an array of type {dtype.args[0]}")
+    return strings(data)

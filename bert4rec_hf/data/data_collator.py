@@ -1,0 +1,187 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""Masking and sampled negatives for training, padding for ranking."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
+from ..model.losses import IGNORE_INDEX
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+
+
+@dataclass
+class DataCollatorForMaskedItemPrediction:
+    """Mask items of histories for training; pad evaluation rows as they are.
+
+    A row is a mapping with `input_ids`: a list, numpy array or torch tensor of token ids of any length. Rows that
+    have `labels` too are evaluation rows (`ranking_rows` makes them) and are not masked; their `exclude_ids` and
+    `candidate_ids` are padded with 0.
+
+    Random numbers come from torch's global generator, which the Trainer seeds and data-loader workers get anew
+    every epoch: equal seeds give equal masks, epochs and workers differ.
+
+    Args:
+        tokenizer: The catalogue.
+        mask_ratio: Probability of each item to become [MASK] (Sun et al. 2019, section 3.6), always [MASK], never
+            a random item. Every row that has items gets at least one.
+        last_item_ratio: Share of rows whose only mask is their last item, as in serving.
+        max_predictions: Most masks of a row; of more, a random part stays. None: no limit.
+        max_length: Longest row; None: the tokenizer's `model_max_length`.
+        random_windows: Of a longer history, take a random window instead of the newest items.
+        num_negatives: Items drawn for each training batch, with which all its labels are compared by the item
+            losses that are not the full softmax; 0: none.
+        negative_sampling: "uniform": each item at most once, all of them if `num_negatives` is larger than the
+            catalogue; "popularity": in proportion to the tokenizer's training counts, with replacement.
+
+    Returns:
+        When called: `input_ids`, `attention_mask`, `labels` (batch, length), `label_positions` (batch, most
+        labels of a row) padded with -1; of evaluation rows that have them, `exclude_ids` and `candidate_ids`. For
+        training rows with `num_negatives`, `negative_ids` (K,); by popularity, `negative_log_probabilities` (K,), of
+        each to be drawn, and `positive_log_probabilities` (batch, most labels of a row), of each label to be among the
+        K, 0 where there is none; a label that the counts lack is taken as counted once.
+
+    Raises:
+        TypeError: If a row has raw item ids, or numbers that are no integers.
+        ValueError: If a ratio is out of range, a token id is not of the tokenizer's, or the counts are missing.
+    """
+
+    tokenizer: Bert4RecTokenizer
+    mask_ratio: float = 0.2
+    last_item_ratio: float = 0.0
+    max_predictions: int | None = None
+    max_length: int | None = None
+    random_windows: bool = True
+    num_negatives: int = 0
+    negative_sampling: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded; got {self.mask_ratio}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {self.max_length}")
+        if self.max_predictions is not None and self.max_predictions < 1:
+            raise ValueError(f"max_predictions must be at least 1; got {self.max_predictions}")
+        if not 0 <= self.last_item_ratio <= 1:
+            raise ValueError(f"last_item_ratio must lie between 0 and 1; got {self.last_item_ratio}")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives must be at least 0; got {self.num_negatives}")
+        if self.negative_sampling not in ("uniform", "popularity"):
+            raise ValueError(f"negative_sampling must be uniform or popularity; got {self.negative_sampling!r}")
+        if self.num_negatives and self.negative_sampling == "popularity":
+            counts = np.asarray(self.tokenizer.counts or [], np.int64)
+            if not counts.sum():
+                raise ValueError(
+                    "negative_sampling popularity needs the items' training counts, which this tokenizer lacks: call "
+                    "tokenizer.set_counts, or choose uniform"
+                )
+            self._cumulative_counts = counts.cumsum()
+            probabilities = counts.clip(min=1) / counts.sum()
+            self._log_of_draw = np.log(probabilities).astype(np.float32)
+            self._log_among_draws = np.log(1 - (1 - probabilities) ** self.num_negatives).astype(np.float32)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [_token_ids(feature["input_ids"]) for feature in features]
+        if "labels" in features[0]:
+            return self._evaluation_batch(features, rows)
+        random = np.random.default_rng(int(torch.randint(2**62, (1,))))
+        input_ids = _pad([self._window(row, random) for row in rows], PAD_TOKEN_ID)
+        self._check_ids(input_ids)
+        is_item = input_ids >= FIRST_ITEM_ID
+        masked = is_item & (random.random(input_ids.shape) < self.mask_ratio)
+        if self.max_predictions is not None:
+            places = np.where(masked, random.random(input_ids.shape), 2.0).argsort(axis=1).argsort(axis=1)
+            masked &= places < self.max_predictions
+        last = np.where(is_item, np.arange(input_ids.shape[1]), -1).max(axis=1)
+        order = random.random(input_ids.shape)
+        only_last = random.random(len(rows)) < self.last_item_ratio
+        masked[only_last] = False
+        # A row that chance has left without a mask gets one; a row may be chosen to have its last item only.
+        needed = np.flatnonzero(~masked.any(axis=1) & (last >= 0))
+        anywhere = np.where(is_item[needed], order[needed], -1.0).argmax(axis=1)
+        masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True
+        label_positions = _pad([row.nonzero()[0] for row in masked], -1)
+        batch = self._batch(
+            input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
+            attention_mask=input_ids != PAD_TOKEN_ID,
+            labels=np.where(masked, input_ids, IGNORE_INDEX),
+            label_positions=label_positions,
+        )
+        if not self.num_negatives:
+            return batch
+        labels = np.take_along_axis(input_ids, label_positions.clip(min=0), axis=1)
+        return batch | self._negatives(np.where(label_positions < 0, IGNORE_INDEX, labels), random)
+
+    def _negatives(self, labels: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Drawn for labels (batch, P)."""
+        num_items = self.tokenizer.num_items
+        if self.negative_sampling == "uniform":
+            items = random.choice(num_items, min(self.num_negatives, num_items), replace=False, shuffle=False)
+            return self._batch(negative_ids=items + FIRST_ITEM_ID)
+        draws = random.integers(self._cumulative_counts[-1], size=self.num_negatives)
+        items = self._cumulative_counts.searchsorted(draws, side="right")
+        positive = self._log_among_draws[labels.clip(FIRST_ITEM_ID) - FIRST_ITEM_ID]
+        return self._batch(negative_ids=items + FIRST_ITEM_ID) | {
+            "negative_log_probabilities": torch.from_numpy(self._log_of_draw[items]),
+            "positive_log_probabilities": torch.from_numpy(np.where(labels == IGNORE_INDEX, 0, positive)),
+        }
+
+    def _window(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        max_length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
+        spare = len(row) - max_length
+        if spare <= 0:
+            return row
+        start = random.integers(spare + 1) if self.random_windows else spare
+        return row[start : start + max_length]
+
+    def _evaluation_batch(
+        self, features: Sequence[Mapping[str, Any]], rows: list[np.ndarray]
+    ) -> dict[str, torch.Tensor]:
+        labels = [np.asarray(feature["labels"], dtype=np.int64) for feature in features]
+        # Not found by the label, which is -100 for a target that the catalogue lacks: such rows are ranked as well.
+        is_mask = [row == MASK_TOKEN_ID for row in rows]
+        input_ids = _pad(rows, PAD_TOKEN_ID)
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": input_ids != PAD_TOKEN_ID,
+            "labels": _pad(labels, IGNORE_INDEX),
+            "label_positions": _pad([row.nonzero()[0] for row in is_mask], -1),
+        }
+        self._check_ids(batch["input_ids"])
+        self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))
+        for name in {"exclude_ids", "candidate_ids"} & features[0].keys():
+            batch[name] = _pad([np.asarray(feature[name], dtype=np.int64) for feature in features], 0)
+            self._check_ids(batch[name])
+        return self._batch(**batch)
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.size and not 0 <= ids.min() <= ids.max() < len(self.tokenizer):
+            raise ValueError(
+                f"token ids must lie between 0 and {len(self.tokenizer) - 1}, the tokenizer's last; got "
+                f"{ids.min()} to {ids.max()}: make them with this tokenizer"
+            )
+
+    @staticmethod
+    def _batch(**arrays: np.ndarray) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
+
+
+def _token_ids(row: Any) -> np.ndarray:
+    row = np.asarray(row)
+    if len(row) and row.dtype.kind not in "iu":
+        raise TypeError(
+            f"input_ids must be token ids, integers; got {row[0]!r}: tokenizer.item_ids_to_token_ids makes them of raw "
+            "item ids"
+        )
+    return row.astype(np.int64, copy=False)
+
+
+def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """(rows, longest row), filled up on the right; at least one column, without which no model or Trainer can do."""
+    padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
+    for filled, row in zip(padded, rows, strict=True):
+        filled[: len(row)] = row
+    return padded

@@ -1,0 +1,512 @@
+"""From a raw interaction log to one history a user, split for training, validation and test (Ibis).
+
+Two tables matter. The *log* has one row an event: user, item, and a time or a sequence number. The
+*histories* have one row a user: the item ids in order of time, and three integers that say which part of
+them trains and which positions are the targets of validation and test. Whatever the protocol, the history
+of a target is all that lies before its position.
+"""
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import ibis
+import ibis.expr.types as ir
+import pyarrow.parquet as pq
+
+from ..defaults import default_filter_seen_items, default_max_length
+from ..files import folder_beside
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from .histories import HISTORIES_FILE, PREPARATION_FILE
+from .logs import SOURCE_ROW, connect, first_lines, read_log, read_titles
+from .named_datasets import NAMED_DATASETS, fetch
+from .prepare_options import PrepareOptions
+from .splits import (
+    DEFAULT_TEST_CUT,
+    DEFAULT_VALIDATION_CUT,
+    collect_histories,
+    event_order,
+    k_core,
+    plain_time,
+    resolve_cuts,
+    stored_table,
+)
+
+logger = logging.getLogger(__name__)
+
+RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_position", "test_position"}
+WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
+ROW_GROUP_SIZE = 16_384
+# A history that is longer, and a larger share of all events, is warned of: it may be no person's.
+SUSPICIOUS_HISTORY_LENGTH, SUSPICIOUS_SHARE_OF_EVENTS = 10_000, 0.01
+
+
+def histories(log: ir.Table, options: PrepareOptions | None = None, **changes: Any) -> ir.Table:
+    """One history a user, from an Ibis table of events on DuckDB or Spark.
+
+    Events are ordered by time, then by the sequence column if one is named, else by their row in the source
+    where `read_log` noted it, else by a hash of the event. Never by item id: half the events of MovieLens
+    100K share their predecessor's second, and a model would learn the sort.
+
+    Args:
+        log: One row an event.
+        options: How to read and split the log. None: the defaults.
+        changes: Fields of `PrepareOptions` that differ from `options`; `item_titles`, `max_length` and
+            `filter_seen_items` change nothing here.
+
+    Returns:
+        Sorted by user_id: user_id (string), item_id (array<string>), timestamp (array, if there is a time),
+        an array for each of the event columns, train_end (int32: so many leading events train),
+        validation_position and test_position (int32 or null: index of the target in item_id).
+
+    Raises:
+        TypeError: If the log is no Ibis table, or a name is no option.
+        ValueError: If a column is missing, serves twice or has the wrong type, nulls or empty ids; if there is only
+            one user, or none left after the filter; if a cut leaves no event on one of its sides, or is given where
+            nothing is cut.
+    """
+    table, _ = _histories(log, PrepareOptions.of(options, changes))
+    return table
+
+
+def prepare(source: Any, output: str | Path, options: PrepareOptions | None = None, **changes: Any) -> dict[str, Any]:
+    """Write the prepared folder: histories.parquet, the tokenizer (the catalogue) and preparation.json.
+
+    Everything is written beside `output` and moved there when complete. A folder that an earlier call has
+    written is replaced; files in it that are not ours stay.
+
+    Args:
+        source: A log as `read_log` takes it (a path, a pattern, a data frame), an Ibis table of events, or the name of
+            one of `NAMED_DATASETS`.
+        output: The folder to write.
+        options: How to read and split the log. None: the defaults.
+        changes: Fields of `PrepareOptions` that differ from `options`, as in
+            `prepare("events.csv", "data", split="temporal")`.
+
+    Returns:
+        The content of preparation.json.
+
+    Raises:
+        TypeError: If a name is no option.
+        ValueError: As `read_log` and `histories`; also if no user has a target, if `output` holds something
+            else, or if the titles fit no item.
+    """
+    options = PrepareOptions.of(options, changes)
+    output = Path(output)
+    _check_output(output)
+    item_titles = options.item_titles
+    if isinstance(source, ir.Table):
+        log, source = source, "ibis.Table"
+    elif isinstance(source, str) and source in NAMED_DATASETS and not os.path.exists(source):
+        dataset = fetch(source)
+        item_titles = dataset.items if item_titles is None else item_titles
+        log = read_log(dataset.log)
+    else:
+        log = read_log(source, id_columns=(options.user_column, options.item_column))
+    if not isinstance(source, str | Path):
+        source = f"{type(source).__module__.split('.')[0]}.{type(source).__name__}"
+    table, origin = _histories(log, options)
+    with folder_beside(output, last_file=PREPARATION_FILE, own_files=_files_to_replace) as folder:
+        _write_parquet(table, folder / HISTORIES_FILE)
+        del table, log  # gives back the memory of the events before the statistics are counted
+
+        written = connect().read_parquet(glob.escape(str(folder / HISTORIES_FILE)), hive_partitioning=False)
+        catalogue = _item_counts(written, options.split, options.min_item_events)
+        statistics = _statistics(written, catalogue, options.split) | origin["statistics"]
+        longest = statistics["history_length"]["max"]
+        if longest > SUSPICIOUS_HISTORY_LENGTH and longest > SUSPICIOUS_SHARE_OF_EVENTS * statistics["num_events"]:
+            user = written.filter(written.item_id.length() == longest).user_id.max().to_pyarrow().as_py()
+            logger.warning(
+                "user %s has %s of %s events: if that is no person (a bot, a user id that stands for nobody known), "
+                "leave it out of the log", user, f"{longest:,}", f"{statistics['num_events']:,}",
+            )  # fmt: skip
+        if options.split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
+            raise ValueError(
+                f"none of the {statistics['num_users']} users has a target: leave-one-out needs "
+                f"{2 + options.validation} events of a user, the longest history has {longest}; loosen --min_rating, "
+                "--min_item_events or --duplicates, or use --split temporal"
+            )
+        max_length = options.max_length
+        if max_length is None:
+            max_length = default_max_length(statistics["history_length"]["p75"])
+        filter_seen_items = options.filter_seen_items
+        if filter_seen_items is None:
+            filter_seen_items = default_filter_seen_items(statistics["share_repeated_events"])
+        preparation = {
+            "source": str(source),
+            "columns": {
+                "user_column": options.user_column,
+                "item_column": options.item_column,
+                "time_column": origin["time_column"],
+                "sequence_column": origin["sequence_column"],
+                "rating_column": None if options.min_rating is None else options.rating_column,
+                "event_columns": list(options.event_columns),
+            },
+            "filters": {
+                "min_rating": options.min_rating,
+                "min_user_events": options.min_user_events,
+                "min_item_events": options.min_item_events,
+                "duplicates": options.duplicates,
+            },
+            "split": origin["split"],
+            "max_length": max_length,
+            "filter_seen_items": filter_seen_items,
+            "statistics": statistics,
+        }
+        _save_catalogue(folder, catalogue, read_titles(item_titles, options.item_column, catalogue), max_length)
+        # Names what is ours, so that a later call replaces that and nothing else.
+        preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
+        (folder / PREPARATION_FILE).write_text(json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return preparation
+
+
+def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[str, Any]]:
+    """The histories, and what only the log can tell: statistics of the source, the split with its cuts."""
+    if not isinstance(log, ir.Table):
+        raise TypeError(
+            f"expected an Ibis table of events, got {type(log).__name__}: read_log makes one of files and data frames"
+        )
+    time_column, sequence_column, min_rating = options.time_column, options.sequence_column, options.min_rating
+    split = options.split
+    if time_column == "timestamp" and time_column not in log.columns:  # the default, and a log that has no time
+        if sequence_column is None and "position" in log.columns:
+            sequence_column = "position"
+        if sequence_column is not None:
+            time_column = None
+    if split == "temporal" and time_column is None:
+        raise ValueError("a temporal split needs a time column (--time_column); a sequence has no common clock")
+
+    try:  # a CSV file is parsed only now
+        if log.limit(1).count().execute() == 0:
+            raise ValueError("the log has columns but no events")
+        events = _normalize(
+            log,
+            user_column=options.user_column,
+            item_column=options.item_column,
+            time_column=time_column,
+            sequence_column=sequence_column,
+            rating_column=None if min_rating is None else options.rating_column,
+            event_columns=options.event_columns,
+        )
+        events = stored_table(events)
+    except duckdb.Error as error:
+        raise ValueError(f"cannot read the log: {first_lines(error)}") from error
+    named = {
+        "user_id": options.user_column,
+        "item_id": options.item_column,
+        "timestamp": time_column,
+        "_sequence": sequence_column,
+    }
+    statistics = _source_statistics(events, {name: column for name, column in named.items() if column})
+
+    nobody_left = (
+        f"no user is left of {statistics['num_source_users']} ({statistics['num_source_events']} events) "
+        f"after the filter (min_rating={min_rating}, min_user_events={options.min_user_events}, "
+        f"min_item_events={options.min_item_events}); loosen --min_user_events, --min_item_events or --min_rating"
+    )
+    if min_rating is not None:
+        rated = events._rating >= min_rating
+        if events._rating.type().is_floating():
+            rated &= ~events._rating.isnan()  # which is greater than any number, to DuckDB and Spark
+        events = events.filter(rated).drop("_rating")
+        if events.count().execute() == 0:
+            raise ValueError(nobody_left)
+    events = _drop_duplicates(events, options.duplicates)
+    cuts = None
+    if split == "temporal":
+        given = [(options.validation_cut, DEFAULT_VALIDATION_CUT)] if options.validation else []
+        given.append((options.test_cut, DEFAULT_TEST_CUT))
+        cuts = resolve_cuts(events, *(default if cut is None else cut for cut, default in given))
+    training = events if cuts is None else events.filter(events.timestamp < cuts[0])
+    users, items = k_core(training, options.min_user_events, options.min_item_events)
+    if users is not None and users.count().execute() == 0:
+        raise ValueError(nobody_left)
+
+    description: dict[str, Any] = {"name": split}
+    if split != "none":
+        description["validation"] = options.validation
+    if cuts is not None:
+        table = collect_histories(events, options.event_columns, len(cuts), cuts, users)
+        names = ("validation_cut", "test_cut")[-len(cuts) :]
+        description |= {name: plain_time(cut) for name, cut in zip(names, cuts, strict=True)}
+    else:
+        if users is not None:
+            events = events.semi_join(users, "user_id").semi_join(items, "item_id")
+        num_targets = 0 if split == "none" else 1 + options.validation
+        table = collect_histories(events, options.event_columns, num_targets)
+    return table, {
+        "statistics": statistics,
+        "split": description,
+        "time_column": time_column,
+        "sequence_column": sequence_column,
+    }
+
+
+def _normalize(
+    log: ir.Table,
+    *,
+    user_column: str,
+    item_column: str,
+    time_column: str | None,
+    sequence_column: str | None,
+    rating_column: str | None,
+    event_columns: Sequence[str],
+) -> ir.Table:
+    """The log under our names: user_id, item_id, timestamp, _sequence, _tie, _rating, the event columns."""
+    wanted = [
+        ("--user_column", user_column),
+        ("--item_column", item_column),
+        ("--time_column", time_column),
+        ("--sequence_column", sequence_column),
+        ("--rating_column", rating_column),
+        *(("--event_columns", column) for column in event_columns),
+    ]
+    known = [column for column in log.columns if column != SOURCE_ROW]
+    for option, column in wanted:
+        if column is not None and column not in known:
+            unordered = option == "--time_column" and sequence_column is None
+            raise ValueError(
+                f"the log has no column {column!r}; its columns (a CSV file's first line) are "
+                f"{', '.join(known)}; name the right one with {option}"
+                f"{', or a column that orders the events with --sequence_column' if unordered else ''}"
+            )
+    for first, second in combinations(wanted[:4], 2):
+        # A time may be its own sequence, which changes nothing.
+        if first[1] == second[1] and first[0] in ("--user_column", "--item_column"):
+            raise ValueError(f"{first[0]} and {second[0]} must be different columns; got {first[1]!r} for both")
+    reserved = RESERVED_COLUMNS | WORKING_COLUMNS
+    if reserved.intersection(event_columns) or len(set(event_columns)) < len(event_columns):
+        raise ValueError(
+            f"event columns must differ from each other and from {', '.join(sorted(reserved))}; "
+            f"got {', '.join(event_columns)}"
+        )
+    if time_column is None and sequence_column is None:
+        raise ValueError("the order of events is unknown; name a --time_column or a --sequence_column")
+
+    columns: dict[str, ir.Column] = {}
+    for name, column in (("user_id", user_column), ("item_id", item_column)):
+        kind = log[column].type()
+        if not (kind.is_string() or kind.is_integer() or kind.is_uuid()):
+            raise ValueError(f"ids must be text or integers; column {column!r} is {kind}: convert it first")
+        columns[name] = log[column].cast("string")
+    for name, column in (("timestamp", time_column), ("_sequence", sequence_column)):
+        if column is None:
+            continue
+        if "TIMESTAMPTZ_NS" in str(log[column].type()):  # pandas' own, which Ibis does not know
+            log = log.mutate(log[column].cast("timestamp('UTC')").name(column))
+        kind = log[column].type()
+        if not (kind.is_numeric() or kind.is_timestamp() or kind.is_date()) or kind.is_boolean():
+            raise ValueError(
+                f"column {column!r} orders the events and must hold numbers or timestamps; it is "
+                f"{kind}: convert it to a number (seconds since 1970, say) or to ISO timestamps such as "
+                "2024-01-31T12:00:00"
+            )
+        columns[name] = log[column].cast("timestamp") if kind.is_date() else log[column]
+        if kind.is_decimal() and name == "timestamp":  # which neither JSON nor numpy has
+            columns[name] = log[column].cast("int64" if kind.scale == 0 else "float64")
+    columns |= {column: log[column] for column in event_columns}
+    if sequence_column is None and SOURCE_ROW in log.columns:
+        columns["_tie"] = log[SOURCE_ROW]
+    else:
+        # md5, not the backend's own hash: the same order on every backend and in every version of it. Only
+        # events of one user and one time are compared, and DuckDB keeps 12 characters without a heap.
+        texts = [column.cast("string").fill_null("\x1e") for column in columns.values()]
+        columns["_tie"] = ibis.literal("\x1f").join(texts).hexdigest("md5").left(12)
+    if rating_column is not None:
+        if not log[rating_column].type().is_numeric():
+            raise ValueError(f"min_rating needs numbers; column {rating_column!r} is {log[rating_column].type()}")
+        columns["_rating"] = log[rating_column]
+    return log.select(**columns)
+
+
+def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, int]:
+    """Numbers of users, items, events and duplicate rows; raises for nulls, empty ids and a lone user.
+
+    Args:
+        events: The normalized log.
+        named: The columns that must be filled, by our name, with their name in the log.
+    """
+    missing = {}
+    for name in named:
+        column = events[name]
+        gap = column.isnull()
+        if column.type().is_string():
+            gap = gap | (column == "")
+        elif column.type().is_floating():
+            gap = gap | column.isnan() | column.isinf()
+        missing[name] = gap.sum()
+    row = events.aggregate(
+        num_events=events.count(),
+        num_users=events.user_id.nunique(),
+        num_items=events.item_id.nunique(),
+        **missing,
+    )
+    row = row.to_pyarrow().to_pylist()[0]
+    for name, column in named.items():
+        if row[name]:
+            what = "not finite" if events[name].type().is_floating() else "empty"
+            raise ValueError(
+                f"column {column!r} is null or {what} in {row[name]} of {row['num_events']} rows; "
+                "fill or remove these rows first"
+            )
+    if row["num_users"] == 1:
+        raise ValueError(
+            f"the log has one user only ({row['num_events']} events); expected the events of many users: "
+            "is --user_column the right one?"
+        )
+    num_distinct = events.select(*named).distinct().count().execute()
+    return {
+        "num_source_users": row["num_users"],
+        "num_source_items": row["num_items"],
+        "num_source_events": row["num_events"],
+        "num_duplicate_rows": row["num_events"] - int(num_distinct),
+    }
+
+
+def _drop_duplicates(events: ir.Table, duplicates: str) -> ir.Table:
+    order = list(event_order(events).values())
+    if duplicates in ("drop", "drop_identical"):
+        same = [events.user_id, events.item_id]
+        if duplicates == "drop_identical":
+            same += [events[name] for name in ("timestamp", "_sequence") if name in events.columns]
+        earlier = ibis.row_number().over(group_by=same, order_by=order)
+        kept = events.mutate(_earlier=earlier).filter(ibis._._earlier == 0)
+        return stored_table(kept.drop("_earlier"))
+    if duplicates == "drop_consecutive":
+        previous = events.item_id.lag().over(group_by=events.user_id, order_by=order)
+        kept = events.mutate(_previous=previous).filter(
+            ibis._._previous.isnull() | (ibis._._previous != ibis._.item_id)
+        )
+        return stored_table(kept.drop("_previous"))
+    return events
+
+
+def _item_counts(table: ir.Table, split: str, min_item_events: int) -> dict[str, int]:
+    """The catalogue, sorted by item id: how often each item occurs in the training part.
+
+    After a temporal split it has the items of the training part that the filter keeps. These are the frequent
+    ones, since an item outside a k-core has too few events with the users inside it.
+    """
+    training = table.select(item_id=table.item_id[: table.train_end].unnest())
+    counted = training.group_by("item_id").aggregate(number=training.count())
+    if split == "temporal":
+        counted = counted.filter(counted.number >= min_item_events)
+    counted = counted.to_pyarrow()
+    counts = dict(zip(counted["item_id"].to_pylist(), counted["number"].to_pylist(), strict=True))
+    if split == "leave-one-out":
+        every = table.select(item_id=table.item_id.unnest()).distinct().to_pyarrow()["item_id"].to_pylist()
+        counts = dict.fromkeys(every, 0) | counts
+    return dict(sorted(counts.items()))
+
+
+def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> dict[str, Any]:
+    """What preparation.json says of the histories; a cold target has no event in the training part."""
+    length = table.item_id.length()
+    repeated = length - table.item_id.unique().length()
+    tied = length - (table.timestamp.unique().length() if "timestamp" in table.columns else length)
+    row = table.aggregate(
+        num_users=table.count(),
+        num_events=length.sum(),
+        minimum=length.min(),
+        median=length.quantile(0.5),
+        mean=length.mean(),
+        p75=length.quantile(0.75),
+        p90=length.quantile(0.9),
+        maximum=length.max(),
+        repeated=repeated.sum(),
+        tied=tied.sum(),
+        train_users=(table.train_end > 0).sum(),
+        validation=table.validation_position.count(),
+        test=table.test_position.count(),
+        without_past=(table.test_position == 0).sum(),
+    )
+    row = row.to_pyarrow().to_pylist()[0]
+    tested = table.filter(table.test_position.notnull())
+    targets = tested.select(item_id=tested.item_id[tested.test_position]).to_pyarrow()["item_id"].to_pylist()
+    num_cold = sum(not catalogue.get(item) for item in targets)
+    statistics = {
+        "num_users": row["num_users"],
+        "num_items": len(catalogue),
+        "num_events": row["num_events"],
+        "num_training_users": row["train_users"],
+        "num_training_events": sum(catalogue.values()),
+        "history_length": {
+            "min": row["minimum"],
+            "median": row["median"],
+            "mean": row["mean"],
+            "p75": row["p75"],
+            "p90": row["p90"],
+            "max": row["maximum"],
+        },
+        "share_repeated_events": row["repeated"] / row["num_events"],
+        "share_tied_times": row["tied"] / row["num_events"] if "timestamp" in table.columns else None,
+        "share_cold_targets": num_cold / len(targets) if targets else 0.0,
+        "num_validation_targets": row["validation"],
+        "num_test_targets": row["test"],
+    }
+    if split == "temporal":
+        statistics["num_test_users_without_past"] = row["without_past"]
+    return statistics
+
+
+def _write_parquet(table: ir.Table, path: Path) -> None:
+    if table.get_backend().name == "duckdb":
+        table.to_parquet(path, compression="zstd", row_group_size=ROW_GROUP_SIZE)
+        return
+    schema = table.schema().to_pyarrow()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in table.to_pyarrow_batches(chunk_size=ROW_GROUP_SIZE):
+            writer.write_batch(batch.cast(schema))
+
+
+def _save_catalogue(
+    folder: Path, catalogue: Mapping[str, int], titles: Mapping[str, str] | None, max_length: int
+) -> None:
+    tokenizer = Bert4RecTokenizer.from_items(
+        list(catalogue), titles=titles, counts=dict(catalogue), model_max_length=max_length
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _check_output(output: Path) -> None:
+    """Raise unless the folder is missing, empty, or an earlier one of ours."""
+    if output.is_dir():
+        names = sorted(path.name for path in output.iterdir())
+        # It has a copy of preparation.json, and the catalogue of its weights under the names of ours.
+        if any(name == "config.json" or name.endswith(".safetensors") for name in names):
+            raise ValueError(f"{output} is a model folder; choose another --output")
+        if names and (os.path.ismount(output) or not os.access(output.resolve().parent, os.W_OK)):
+            raise ValueError(
+                f"{output} is not empty and cannot be replaced, being a volume or in a folder that you may not write: "
+                f"choose a folder in it, --output {output / 'data'}"
+            )
+        if not names or _own_files(output) is not None:
+            return
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    elif output.exists():
+        shown = "a file"
+    else:
+        return
+    raise ValueError(f"{output} exists and holds something else ({shown}); choose another --output")
+
+
+def _own_files(folder: Path) -> set[str] | None:
+    """The files that an earlier call wrote into a folder; None if the folder is not one of ours."""
+    if not (folder / HISTORIES_FILE).is_file():
+        return None
+    try:
+        return set(json.loads((folder / PREPARATION_FILE).read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files_to_replace(folder: Path) -> set[str]:
+    """The files of an earlier call; raises as `_check_output`, since the folder may have changed in the meantime."""
+    _check_output(folder)
+    return _own_files(folder) or set()

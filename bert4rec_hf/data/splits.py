@@ -1,0 +1,167 @@
+"""Which events train and which are targets: the k-core, the cuts in time, one history a user (Ibis)."""
+
+import weakref
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from itertools import pairwise
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+
+DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9  # shares of the events
+
+
+def stored_table(table: ir.Table) -> ir.Table:
+    """The table, computed once and dropped when nothing refers to it any more."""
+    connection = table.get_backend()
+    if connection.name != "duckdb":
+        return table.cache()
+    # Ibis 12 cannot drop what `cache` made if sqlglot is 30.18 or later (ibis-project/ibis issue 12101).
+    name = ibis.util.gen_name("bert4rec")
+    stored = connection.create_table(name, table, temp=True)
+    weakref.finalize(stored.op(), connection.raw_sql, f'DROP TABLE IF EXISTS "{name}"').atexit = False
+    return stored
+
+
+def event_order(events: ir.Table) -> dict[str, ir.Column]:
+    """The columns that order a user's events, first things first."""
+    return {name: events[name] for name in ("timestamp", "_sequence", "_tie") if name in events.columns}
+
+
+def k_core(
+    events: ir.Table, min_user_events: int, min_item_events: int
+) -> tuple[ir.Table, ir.Table] | tuple[None, None]:
+    """The k-core: tables of the users and items that have enough events with each other (None: no filter).
+
+    Only the two small tables are kept from round to round, so that a large log is not copied.
+    """
+    if min_user_events <= 1 and min_item_events <= 1:
+        return None, None
+    users = stored_table(events.select("user_id").distinct())
+    num_users, num_items = int(users.count().execute()), -1
+    while True:
+        items = _frequent(events.semi_join(users, "user_id"), "item_id", min_item_events)
+        users = _frequent(events.semi_join(items, "item_id"), "user_id", min_user_events)
+        sizes = int(users.count().execute()), int(items.count().execute())
+        if sizes == (num_users, num_items):
+            return users, items
+        num_users, num_items = sizes
+
+
+def _frequent(events: ir.Table, column: str, minimum: int) -> ir.Table:
+    counted = events.group_by(column).aggregate(number=events.count())
+    return stored_table(counted.filter(counted.number >= minimum).select(column))
+
+
+def resolve_cuts(events: ir.Table, *cuts: float | str | date) -> list[Any]:
+    """The cuts, of validation and test or of test alone, as values of the time column.
+
+    Raises if a part of the split would have no events.
+    """
+    num_events = int(events.count().execute())
+    values = [_cut_value(events, num_events, cut) for cut in cuts]
+    if len(values) == 2 and not values[0] < values[1]:
+        raise ValueError(
+            f"validation_cut must lie before test_cut; {cuts[0]} and {cuts[1]} mean the times "
+            f"{plain_time(values[0])} and {plain_time(values[1])}"
+        )
+    time = events.timestamp
+    before = {f"before_{number}": (time < value).sum() for number, value in enumerate(values)}
+    row = events.aggregate(**before, first=time.min(), last=time.max()).to_pyarrow().to_pylist()[0]
+    edges = [0, *(row[name] for name in before), num_events]
+    parts = [after - before for before, after in pairwise(edges)]
+    if not all(parts):
+        between = f", {parts[1]} between" if len(values) == 2 else ""
+        first, last = plain_time(row["first"]), plain_time(row["last"])
+        raise ValueError(
+            f"cuts at {' and '.join(str(plain_time(value)) for value in values)} leave {parts[0]} events "
+            f"before{between} and {parts[-1]} after them; expected some in each. The log goes from {first} to {last} "
+            "(where times are numbers, a date is seconds since 1970, or a finer unit); choose other --validation_cut "
+            "and --test_cut"
+        )
+    return values
+
+
+def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
+    """A share, a value, or a date as a value of the time column."""
+    kind = events.timestamp.type()
+    if isinstance(cut, str):
+        try:
+            cut = float(cut) if any(mark in cut for mark in ".eE") else int(cut)
+        except ValueError:
+            try:
+                cut = datetime.fromisoformat(cut)
+            except ValueError:
+                raise ValueError(
+                    "a cut is a share of the events between 0 and 1, a value of the time column or an "
+                    f"ISO date; got {cut!r}"
+                ) from None
+    if isinstance(cut, date):
+        moment = cut if isinstance(cut, datetime) else datetime(cut.year, cut.month, cut.day)
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        if not kind.is_timestamp():
+            seconds, last = int(moment.timestamp()), events.timestamp.max().to_pyarrow().as_py()
+            # Of seconds, milli-, micro- and nanoseconds, the finest in which the date is not behind the log's end.
+            return seconds * max((unit for unit in (1, 10**3, 10**6, 10**9) if seconds * unit <= last), default=1)
+        return moment if kind.timezone else moment.replace(tzinfo=None)
+    if 0 < cut < 1:
+        # Exact, where a quantile would interpolate between two times.
+        times = events.select("timestamp").order_by("timestamp").limit(1, offset=int(cut * num_events + 1e-9))
+        return times.timestamp.max().to_pyarrow().as_py()
+    if kind.is_timestamp():
+        raise ValueError(f"the time column is {kind}: a cut is a share between 0 and 1 or an ISO date; got {cut!r}")
+    return cut
+
+
+def collect_histories(
+    events: ir.Table,
+    event_columns: Sequence[str],
+    num_targets: int,
+    cuts: Sequence[Any] | None = None,
+    users: ir.Table | None = None,
+) -> ir.Table:
+    """One row a user, with the positions of the split: the last events, or temporal if cuts are given.
+
+    Args:
+        events: What is to be in the histories.
+        event_columns: As in `histories`.
+        num_targets: Of a user: 2 for validation and test, 1 for test, or 0.
+        cuts: As many, in this order.
+        users: With cuts: the users that train (None: all).
+    """
+    # A sorted array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
+    fields = event_order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
+    before = {f"_before_{number}": (events.timestamp < cut).sum() for number, cut in enumerate(cuts or ())}
+    table = events.group_by("user_id").aggregate(
+        _events=ibis.struct(fields).collect(), _number=events.count(), **before
+    )
+    table = table.mutate(_events=table._events.sort())
+
+    nothing = ibis.null("int32")
+    if cuts is None:
+        has_targets = table._number > num_targets
+        ends = [table._number - number for number in range(num_targets, -1, -1)]  # of training part and targets
+        train_end = has_targets.ifelse(ends[0], table._number)
+        positions = [has_targets.ifelse(end.cast("int32"), nothing) for end in ends[:-1]]
+    else:
+        if users is not None:
+            table = table.left_join(users.select(_trains="user_id"), [("user_id", "_trains")])
+        ends = [*(table[name] for name in before), table._number]
+        train_end = ends[0] if users is None else table._trains.notnull().ifelse(ends[0], 0)
+        positions = [(after > end).ifelse(end.cast("int32"), nothing) for end, after in pairwise(ends)]
+    validation_position, test_position = ([nothing] * 2 + positions)[-2:]
+    names = [name for name in ("item_id", "timestamp", *event_columns) if name in fields]
+    arrays = {name: table._events.map(lambda event, name=name: event[name]) for name in names}
+    return table.select(
+        "user_id",
+        **arrays,
+        train_end=train_end.cast("int32"),
+        validation_position=validation_position,
+        test_position=test_position,
+    ).order_by("user_id")
+
+
+def plain_time(value: Any) -> Any:
+    """A time as JSON has it."""
+    return value.isoformat() if isinstance(value, date) else value

@@ -1,0 +1,14 @@
+"""Colours and PNG output that the learning curve and the report share."""
+
+import io
+from typing import Any
+
+# Okabe and Ito's, which the colour-blind tell apart.
+BLUE, VERMILION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#767676"
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as the content of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()

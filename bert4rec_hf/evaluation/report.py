@@ -1,0 +1,322 @@
+"""Where a model is good and what it shows: metrics of groups of users, and the popularity of its recommendations."""
+
+import io
+import itertools
+import json
+import os
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from ..data.histories import Histories
+from ..data.rows import list_values, target_ids_of
+from ..files import write_file
+from ..model.configuration_bert4rec import FIRST_ITEM_ID
+from ..model.losses import IGNORE_INDEX
+from .metrics import COVERAGE_CUTOFF, ranking_metrics
+from .plotting import BLUE, GREEN, ORANGE, VERMILION, png
+from .protocol import Protocol
+
+REPORT_FILES = ("report.json", "report.md", "report.png", "ranks.parquet")
+# Numbers of events before the target; each group goes up to the next.
+LENGTH_EDGES = (0, 1, 5, 10, 20, 50, 100, 200)
+# Shares of the training events.
+HEAD_SHARE, TORSO_SHARE = 0.5, 0.8
+ITEM_GROUPS = ("head", "torso", "tail", "no training event")
+UNKNOWN_GROUP = "not in the catalogue"
+SYSTEM_COLOURS = (BLUE, GREEN, ORANGE, VERMILION)
+# From dark to light, as the groups are ordered.
+GROUP_COLOURS = ("#08306B", "#4292C6", "#C6DBEF", "#D0D0D0")
+
+
+def check_report_folder(folder: str | os.PathLike) -> None:
+    """Raise ValueError if a report would lie among, or over, files that are no report's."""
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; --report takes a folder of its own")
+    names = sorted(path.name for path in folder.iterdir())
+    # What `write_file` was writing when a run was killed is ours too.
+    half_written = {name for name in names if name.startswith((".report.", ".ranks.")) and name.endswith(".new")}
+    others = [name for name in names if name not in REPORT_FILES and name not in half_written]
+    if others or (names and not _is_report(folder / "report.json")):
+        raise ValueError(
+            f"{folder} holds something else than a report ({(others or ['no report.json of bert4rec'])[0]}); give "
+            "--report a folder of its own"
+        )
+
+
+def item_groups(counts: np.ndarray) -> np.ndarray:
+    """Head, torso and tail of a catalogue, by training events.
+
+    An item is head if the items that are more frequent than it hold less than `HEAD_SHARE` of all events, torso if
+    they hold less than `TORSO_SHARE`, else tail. So the head are the fewest items that hold half of the events, and
+    items of equal frequency stand in one group.
+
+    Args:
+        counts: (items,) training events.
+
+    Returns:
+        (items,) places in `ITEM_GROUPS`; the last is that of items without any event.
+    """
+    values, places, sizes = np.unique(counts, return_inverse=True, return_counts=True)
+    above = 1 - (values * sizes).cumsum() / max(counts.sum(), 1)
+    # Rounding must not move an item over a limit that it reaches.
+    groups = (above > HEAD_SHARE - 1e-9).astype(int) + (above > TORSO_SHARE - 1e-9)
+    groups[values == 0] = 3
+    return groups[places]
+
+
+def evaluation_report(
+    rows: Dataset,
+    histories: Histories,
+    rankings: Mapping[str, np.ndarray],
+    recommended: np.ndarray,
+    protocol: Protocol,
+    num_items: int,
+) -> dict[str, Any]:
+    """Metrics of groups of users, and what is recommended.
+
+    Args:
+        rows: Of `ranking_rows`.
+        histories: Those of the rows; their training part says how popular an item is.
+        rankings: (users,) ranks by name, those of the model and of `baseline_ranks`.
+        recommended: (users, 10) token ids of the model's recommendations; below 3 where there are fewer.
+        protocol: Of the ranks.
+        num_items: Of the catalogue.
+
+    Returns:
+        protocol; overall, the slice of all users; slices, by "history length", the events before the target, and by
+        "popularity of the target", each a list of {name, num_users, systems}, where systems holds for each ranking
+        HR@10, NDCG@10, its standard error over users (None of a single user), and MRR; groups without users are left
+        out. items: for each of `ITEM_GROUPS` its number of items and share of the training events. recommendations:
+        of model, popularity and the targets, average_popularity (mean number of training events of what is shown),
+        shares of `ITEM_GROUPS`, and, but for the targets, coverage@10 and gini, the inequality of how often each item
+        of the catalogue is shown (0: equally often, 1: one item alone).
+    """
+    trained = histories.item_ids[histories.is_trained()]
+    counts = np.bincount(trained, minlength=num_items + FIRST_ITEM_ID)[FIRST_ITEM_ID:]
+    groups = item_groups(counts)
+    targets = target_ids_of(rows)
+    known = targets != IGNORE_INDEX
+    target_groups = np.where(known, groups[np.where(known, targets - FIRST_ITEM_ID, 0)], len(ITEM_GROUPS))
+    length_groups = np.searchsorted(LENGTH_EDGES, np.asarray(rows["history_length"]), side="right") - 1
+    length_names = [
+        str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(LENGTH_EDGES)
+    ]
+    sizes = np.bincount(groups, minlength=len(ITEM_GROUPS))
+    events = np.bincount(groups, weights=counts, minlength=len(ITEM_GROUPS)) / max(counts.sum(), 1)
+    shown = {"model": recommended, "popularity": popular_items(rows, counts), "targets": targets[:, None]}
+    return {
+        "protocol": protocol.as_dict(),
+        "overall": _slice("all users", rankings, np.ones(len(rows), bool)),
+        "slices": {
+            "history length": _slices(rankings, length_groups, [*length_names, f"{LENGTH_EDGES[-1]}+"]),
+            "popularity of the target": _slices(rankings, target_groups, [*ITEM_GROUPS, UNKNOWN_GROUP]),
+        },
+        "items": {
+            name: {"num_items": int(size), "share_of_training_events": float(share)}
+            for name, size, share in zip(ITEM_GROUPS, sizes, events, strict=True)
+        },
+        "recommendations": {
+            name: _exposure(token_ids, counts, groups, name != "targets") for name, token_ids in shown.items()
+        },
+    }
+
+
+def popular_items(rows: Dataset, counts: np.ndarray) -> np.ndarray:
+    """(users, 10) token ids that popularity recommends, without each row's `exclude_ids`; 0 where there are fewer.
+
+    Args:
+        rows: Of `ranking_rows`.
+        counts: (items,) training events; of equally frequent items the first come first.
+    """
+    order = np.argsort(-counts, kind="stable")
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    excluded, lengths = list_values(rows, "exclude_ids")
+    users = np.repeat(np.arange(len(rows)), lengths)
+    # Of each user's excluded places in ascending order, the free places that each has before it.
+    ascending = np.sort(users * len(order) + places[excluded - FIRST_ITEM_ID]) - users * len(order)
+    free_before = ascending - (np.arange(len(users)) - np.repeat(lengths.cumsum() - lengths, lengths))
+    shown = np.zeros((len(rows), COVERAGE_CUTOFF), np.int64)
+    for number in range(min(COVERAGE_CUTOFF, len(order))):
+        place = number + np.bincount(users[free_before <= number], minlength=len(rows))
+        there = place < len(order)
+        shown[there, number] = order[place[there]] + FIRST_ITEM_ID
+    return shown
+
+
+def write_report(folder: str | os.PathLike, report: Mapping[str, Any], rows: Dataset, ranks: np.ndarray) -> None:
+    """report.json, report.md, report.png and ranks.parquet; raises ValueError as `check_report_folder`.
+
+    Args:
+        folder: A folder of the report's own.
+        report: As `evaluation_report` makes it.
+        rows: Of `ranking_rows`.
+        ranks: (users,) of the model, for ranks.parquet: user_id and rank, 0 for a miss.
+    """
+    check_report_folder(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")  # first: it tells whose folder this is
+    write_file(folder / "report.md", format_report(report))
+    write_file(folder / "report.png", plot_report(report))
+    content = io.BytesIO()
+    user_ids = rows.with_format("arrow")["user_id"][:]
+    pq.write_table(pa.table({"user_id": user_ids, "rank": pa.array(ranks, pa.int32())}), content)
+    write_file(folder / "ranks.parquet", content.getvalue())
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The tables, in Markdown."""
+    protocol, items = Protocol(**report["protocol"]), report["items"]
+    systems = list(report["overall"]["systems"])
+    parts = ["# Evaluation report", f"{protocol}. {protocol.describe_misses()}"]
+    parts.append("NDCG@10 ± its standard error over users; HR@10 and MRR of the model.")
+    header = ["users", *(f"{name}, NDCG@10" for name in systems), "model, HR@10", "model, MRR"]
+    for title, slices in {"all users": [report["overall"]], **report["slices"]}.items():
+        table = []
+        for part in slices:
+            model = part["systems"]["model"]
+            cells = [_with_error(part["systems"][name]) for name in systems]
+            cells += [f"{model['HR@10']:.4f}", f"{model['MRR']:.4f}"]
+            table.append([part["name"], f"{part['num_users']:,}", *cells])
+        parts.append(_table(["" if title == "all users" else title, *header], table))
+    parts.append("![Report](report.png)")
+    parts.append(
+        f"The first {COVERAGE_CUTOFF} recommendations of all users, and what the users took. Average popularity is the "
+        "mean number of training events of an item; Gini is 0 if all items are shown equally often."
+    )
+    table = [
+        [
+            name,
+            f"{shown['average_popularity']:,.1f}",
+            *(f"{shown['shares'][group]:.1%}" for group in ITEM_GROUPS),
+            *(f"{shown[key]:.4f}" if key in shown else "" for key in (f"coverage@{COVERAGE_CUTOFF}", "gini")),
+        ]
+        for name, shown in report["recommendations"].items()
+    ]
+    names = ["average popularity", *ITEM_GROUPS, f"coverage@{COVERAGE_CUTOFF}", "Gini"]
+    parts.append(_table(["shown by", *names], table))
+    parts.append(
+        f"An item is head if the items more frequent than it hold less than {HEAD_SHARE:.0%} of the training events, "
+        f"torso if they hold less than {TORSO_SHARE:.0%}, else tail."
+    )
+    table = [
+        [name, f"{group['num_items']:,}", f"{group['share_of_training_events']:.1%}"] for name, group in items.items()
+    ]
+    parts.append(_table(["items", "number", "share of the training events"], table))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_report(report: Mapping[str, Any]) -> bytes:
+    """As PNG: NDCG@10 by slice, model beside baselines, and head, torso and tail of what is shown."""
+    from matplotlib.figure import Figure  # heavy, and needed here alone
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure.suptitle(str(Protocol(**report["protocol"])), fontsize=9, wrap=True)
+    parts: Any = figure.subfigures(2, 1)
+    above, below = parts
+    systems = list(report["overall"]["systems"])
+    for panel, (title, slices) in zip(above.subplots(1, 2), report["slices"].items(), strict=True):
+        for number, (name, colour, marker) in enumerate(zip(systems, SYSTEM_COLOURS, "os^D", strict=False)):
+            found = [part["systems"][name] for part in slices]
+            places = np.arange(len(slices)) + (number - (len(systems) - 1) / 2) * 0.14  # side by side
+            errors = [metrics["NDCG@10_standard_error"] or 0.0 for metrics in found]
+            panel.errorbar(
+                places, [metrics["NDCG@10"] for metrics in found], errors,
+                fmt=marker, color=colour, markersize=6, capsize=2, label=name,
+            )  # fmt: skip
+        labels = [f"{textwrap.fill(part['name'], 11)}\nn={part['num_users']:,}" for part in slices]
+        panel.set_xticks(range(len(slices)), labels, fontsize=8)
+        panel.set_title(f"NDCG@10 ± standard error, by {title}", fontsize=10)
+        panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])  # a marker at 0 is seen whole
+        panel.grid(axis="y", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    above.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(systems), fontsize=8)
+    items, shown = report["items"], report["recommendations"]
+    num_items = max(sum(group["num_items"] for group in items.values()), 1)
+    bars = {
+        "items of the catalogue": {name: group["num_items"] / num_items for name, group in items.items()},
+        "training events": {name: group["share_of_training_events"] for name, group in items.items()},
+        "targets": shown["targets"]["shares"],
+        f"top {COVERAGE_CUTOFF} of the model": shown["model"]["shares"],
+        f"top {COVERAGE_CUTOFF} of popularity": shown["popularity"]["shares"],
+    }
+    panel, left = below.subplots(), np.zeros(len(bars))
+    for group, colour in zip(ITEM_GROUPS, GROUP_COLOURS, strict=True):
+        widths = np.array([shares[group] for shares in bars.values()])
+        drawn = panel.barh(list(bars), widths, left=left, color=colour, label=group)
+        texts = [f"{width:.0%}" if width >= 0.04 else "" for width in widths]
+        text_colour = "white" if group in ("head", "torso") else "black"
+        panel.bar_label(drawn, texts, label_type="center", color=text_colour, fontsize=9)
+        left += widths
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1)
+    panel.set_xticks([])
+    panel.spines[:].set_visible(False)
+    below.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(ITEM_GROUPS), fontsize=8)
+    coverage, gini = shown["model"][f"coverage@{COVERAGE_CUTOFF}"], shown["model"]["gini"]
+    panel.set_title(f"Popularity of what is shown; the model: coverage@10 {coverage:.4f}, Gini {gini:.4f}", fontsize=10)
+    return png(figure)
+
+
+def _slices(rankings: Mapping[str, np.ndarray], groups: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+    """One slice for each group that has users, in the order of the names."""
+    return [_slice(names[group], rankings, groups == group) for group in np.unique(groups)]
+
+
+def _slice(title: str, rankings: Mapping[str, np.ndarray], users: np.ndarray) -> dict[str, Any]:
+    systems: dict[str, dict[str, float | None]] = {}
+    for system, ranks in rankings.items():
+        ranks = ranks[users]
+        metrics = ranking_metrics(ranks)
+        gains = np.where((ranks > 0) & (ranks <= 10), 1 / np.log2(np.maximum(ranks, 1) + 1), 0.0)
+        error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
+        systems[system] = {name: metrics[name] for name in ("HR@10", "NDCG@10", "MRR")}
+        systems[system]["NDCG@10_standard_error"] = error
+    return {"name": title, "num_users": int(users.sum()), "systems": systems}
+
+
+def _exposure(token_ids: np.ndarray, counts: np.ndarray, groups: np.ndarray, catalogue: bool) -> dict[str, Any]:
+    """What was shown, of token ids of any shape; those below 3 are nothing."""
+    items = token_ids[token_ids >= FIRST_ITEM_ID] - FIRST_ITEM_ID
+    number = max(len(items), 1)
+    shares = np.bincount(groups[items], minlength=len(ITEM_GROUPS)) / number
+    found: dict[str, Any] = {
+        "average_popularity": float(counts[items].sum() / number),
+        "shares": {name: float(share) for name, share in zip(ITEM_GROUPS, shares, strict=True)},
+    }
+    if catalogue:
+        shown = np.sort(np.bincount(items, minlength=len(counts)))
+        places = np.arange(1, len(shown) + 1)
+        gini = 2 * (places * shown).sum() / (len(shown) * number) - (len(shown) + 1) / len(shown)
+        found |= {f"coverage@{COVERAGE_CUTOFF}": float((shown > 0).mean()), "gini": float(gini)}
+    return found
+
+
+def _with_error(metrics: Mapping[str, Any]) -> str:
+    error = metrics["NDCG@10_standard_error"]
+    return f"{metrics['NDCG@10']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report.json of ours."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"protocol", "slices", "recommendations"} <= content.keys()

@@ -1,0 +1,312 @@
+"""evaluation.json and README.md of a model folder; the card is written from the folder's own files."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..data.histories import PREPARATION_FILE
+from ..data.named_datasets import NAMED_DATASETS
+from ..data.prepare_options import PrepareOptions
+from ..evaluation.metrics import COVERAGE_CUTOFF, shown_metrics
+from ..evaluation.protocol import Protocol
+from ..files import write_file
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+
+EVALUATION_FILE = "evaluation.json"
+TRAINING_FILE = "training.json"
+CURVE_FILE = "learning_curve.png"
+RECIPE_FILE = "recipe.yaml"
+MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
+TAGS = ("bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf")
+THIS_FOLDER = "path-or-hub-id-of-this-folder"
+SHOWN_RECIPE = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
+    "item_initialization", "num_transitions", "repeat_weight", "mask_ratio", "train_windows", "hidden_size",
+    "num_hidden_layers", "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob",
+    "max_position_embeddings", "position_embedding_type", "normalization", "item_loss", "seed",
+)  # fmt: skip
+# So many evaluations of a run in its table, the chosen one besides; training.json has all.
+SHOWN_EVALUATIONS = 10
+SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
+
+
+def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of evaluation.json: source, protocol, metrics, baselines; none if there is no file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = Path(folder) / EVALUATION_FILE
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and evaluate again") from error
+
+
+def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Write a record into evaluation.json, in the place of one of the same log under the same protocol."""
+
+    def key(record: Mapping[str, Any]) -> tuple[Any, Any]:
+        return record.get("source"), record["protocol"]
+
+    records = [old for old in read_evaluations(folder) if key(old) != key(record)]
+    write_file(Path(folder) / EVALUATION_FILE, json.dumps([*records, dict(record)], indent=2) + "\n")
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    tokenizer: Bert4RecTokenizer | None = None,
+    **metadata: Any,
+) -> None:
+    """README.md for a stranger: use, metrics under their protocol, limits, commands; one without `MARK` is left alone.
+
+    Args:
+        folder: The model folder.
+        repo_id: Where it is or will be on the Hub; None: as the card has it.
+        tokenizer: The folder's, which takes seconds to read where items are a million; None: it is read.
+        metadata: Fields of `ModelCardData`, such as license. What the card's metadata has already stays.
+    """
+    folder = Path(folder)
+    old_text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
+    if old_text and MARK not in old_text:
+        return
+    old = ModelCard(old_text, ignore_metadata_errors=True).data if old_text else ModelCardData()
+    shown_id = SNIPPET_MODEL.search(old_text)
+    repo_id = repo_id or (shown_id[1] if shown_id else THIS_FOLDER)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    recipe_path, preparation_path = folder / RECIPE_FILE, folder / PREPARATION_FILE
+    recipe = yaml.safe_load(recipe_path.read_text("utf-8")) if recipe_path.is_file() else {}
+    preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = Bert4RecTokenizer.from_pretrained(folder)
+    records = read_evaluations(folder)
+
+    kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}
+    given = {name: value for name, value in metadata.items() if value is not None}
+    tags = given.get("tags") or []
+    written = {
+        "library_name": "transformers",
+        "tags": [*TAGS, *kept.get("tags", []), *([tags] if isinstance(tags, str) else tags)],
+        "pipeline_tag": "other",
+        "model_name": given.get("model_name") or old.get("model_name") or "BERT4Rec",
+        "eval_results": _results(records, preparation) or None,
+    }
+    if preparation and preparation["source"] in NAMED_DATASETS:
+        written["datasets"] = [preparation["source"]]
+    if "model_name_or_path" in recipe:
+        written["base_model"] = recipe["model_name_or_path"]
+    data = ModelCardData(**(kept | given | written))
+
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        MARK,
+        f"# {written['model_name']}",
+        _introduction(config, recipe, preparation),
+    ]
+    parts += [_usage(repo_id, tokenizer)]
+    if records:
+        parts.append("## Metrics")
+        parts += [_metrics_table(record, preparation) for record in records]
+    if (folder / TRAINING_FILE).is_file():
+        parts.append(_training(json.loads((folder / TRAINING_FILE).read_text("utf-8"))))
+    parts.append(_limits(config, tokenizer, records))
+    if recipe:
+        parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
+    parts.append(
+        "Architecture: Sun et al., [BERT4Rec](https://arxiv.org/abs/1904.06690), CIKM 2019. Written by bert4rec_hf."
+    )
+    write_file(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
+
+
+def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | None) -> list[EvalResult]:
+    """Every stored metric of the model, for the Hub's model-index."""
+    trained_on = preparation["source"] if preparation else "interactions"
+    results = []
+    for record in records:
+        data_name = Path(record.get("source") or trained_on).stem
+        protocol = Protocol(**record["protocol"])
+        groups = record.get("groups", {})
+        parts = {"": record["metrics"]} | {f"; {group}": ranked["model"] for group, ranked in groups.items()}
+        results += [
+            EvalResult(
+                task_type="sequential-recommendation",
+                task_name="Sequential recommendation",
+                # The Hub takes no other characters here.
+                dataset_type=re.sub(r"[^\w.-]+", "-", data_name, flags=re.ASCII).strip("-") or "interactions",
+                dataset_name=data_name,
+                dataset_config=f"{protocol}{part}",
+                dataset_split=protocol.part,
+                metric_type=name,
+                metric_value=round(value, 6),
+            )
+            for part, metrics in parts.items()
+            for name, value in metrics.items()
+        ]
+    return results
+
+
+def _introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
+    text = (
+        f"Next-item recommendation over {config['vocab_size'] - 3:,} items from histories of up to "
+        f"{config['max_position_embeddings'] - 1} items. Items that a user has had are "
+        f"{'not ' if config['filter_seen_items'] else ''}recommended again, unless told otherwise."
+    )
+    if config.get("num_transitions"):
+        text += (
+            f" A score is the Transformer's, and what the log tells of the {config['num_transitions']} items that most "
+            "call for being shown after each of a history's newest."
+        )
+    if config.get("repeat_weight"):
+        text += f" What the history has n times scores {config['repeat_weight']:g} times ln(1 + n) more."
+    if preparation:
+        statistics, source = preparation["statistics"], preparation["source"]
+        text += (
+            f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users "
+            f"in `{source}`."
+        )
+        if "model_name_or_path" in recipe:
+            text += f" It went on from `{recipe['model_name_or_path']}`, which was trained before."
+        if _holds_nothing_out(preparation):
+            text += " Nothing was held out: these are all events that there were, and nothing is left to evaluate on."
+        if source in NAMED_DATASETS:
+            text += f" {NAMED_DATASETS[source].license} Cite {NAMED_DATASETS[source].citation}."
+    return text
+
+
+def _holds_nothing_out(preparation: Mapping[str, Any]) -> bool:
+    return preparation.get("split", {}).get("name") == "none"
+
+
+def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
+    """A snippet that works when pasted, with the two most frequent items as history."""
+    items, comment = ["item id", "newer item id"], ""
+    if tokenizer is not None:
+        counts = tokenizer.counts or [0] * tokenizer.num_items
+        places = sorted(range(len(counts)), key=lambda place: -counts[place])[:2]
+        items = [tokenizer.items[place] for place in places]
+        titles = [" ".join((tokenizer.title(item) or "").split()) for item in items]
+        comment = f"  # {'; '.join(titles)}" if all(titles) else ""
+    history = json.dumps(items, ensure_ascii=False)
+    return f"""With the Python package `bert4rec_hf` installed:
+
+```python
+import bert4rec_hf  # makes the pipeline known
+from transformers import pipeline
+
+recommend = pipeline("sequential-recommendation", model="{repo_id}")
+history = {history}{comment}
+for item in recommend(history, top_k=5):  # oldest item first; unknown items are left out
+    print(item)
+```"""
+
+
+def _limits(config: Mapping[str, Any], tokenizer: Bert4RecTokenizer | None, records: list[dict[str, Any]]) -> str:
+    lines = [
+        "The catalogue is fixed: an item that it lacks is left out of histories and never recommended; a user without "
+        "a history gets one answer for all."
+    ]
+    if tokenizer is not None and tokenizer.counts is not None:
+        num_cold = sum(count == 0 for count in tokenizer.counts)
+        lines[0] += f" {num_cold:,} of {tokenizer.num_items:,} items have no training event: their scores mean nothing."
+    coverage = next((record["metrics"].get(f"coverage@{COVERAGE_CUTOFF}") for record in reversed(records)), None)
+    lines.append(
+        "It learns from what people did, and with it the popularity bias of the log."
+        + (
+            f" The first {COVERAGE_CUTOFF} recommendations of all evaluated users together show {coverage:.1%} of the "
+            "catalogue."
+            if coverage is not None
+            else ""
+        )
+    )
+    lines.append(
+        "The metrics replay a log: the one item that a user had next counts as right, all others as wrong, whatever "
+        "people were shown at the time. They do not say what people would choose if they were shown these "
+        "recommendations."
+    )
+    if any(record["protocol"]["split"].startswith("leave-one-out") for record in records):
+        lines.append(
+            "Leave-one-out trains on events later than other users' targets; a temporal split is closer to use."
+        )
+    lines.append("Scores are logits: they order the items of one answer and are no probabilities.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _reproduction(
+    repo_id: str,
+    recipe: Mapping[str, Any],
+    preparation: Mapping[str, Any] | None,
+    tokenizer: Bert4RecTokenizer | None,
+) -> str:
+    commands = [] if repo_id == THIS_FOLDER else [f"hf download {shlex.quote(repo_id)} {RECIPE_FILE} --local-dir ."]
+    if preparation:
+        words = ["bert4rec", "prepare", preparation["source"], "--output", "data"]
+        split = {"split" if name == "name" else name: value for name, value in preparation["split"].items()}
+        options = preparation["columns"] | preparation["filters"] | split
+        if tokenizer is not None and tokenizer.titles is not None and preparation["source"] not in NAMED_DATASETS:
+            options["item_titles"] = "TITLES"
+        for name, value in options.items():
+            if value not in (None, [], getattr(PrepareOptions, name, None)):
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        commands.append(shlex.join(words))
+    commands.append(f"bert4rec train --data data --output_dir model --config {RECIPE_FILE}")
+    if not preparation or not _holds_nothing_out(preparation):
+        commands.append("bert4rec evaluate model --data data")
+    names = SHOWN_RECIPE + (SAMPLED_LOSS_RECIPE if recipe.get("item_loss", "softmax") != "softmax" else ())
+    shown = {name: recipe[name] for name in names if name in recipe}
+    return (
+        "## Reproduce\n\n```bash\n"
+        + "\n".join(commands)
+        + f"\n```\n\nOf `{RECIPE_FILE}`, which has all arguments:\n\n```yaml\n"
+        + f"{yaml.safe_dump(shown, sort_keys=False)}```"
+    )
+
+
+def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
+    protocol, source = Protocol(**record["protocol"]), record.get("source")
+    other = f"Of `{source}`: " if source and preparation and source != os.path.basename(preparation["source"]) else ""
+    rows = {"**this model**": record["metrics"]} | record.get("baselines", {})
+    for group, ranked in record.get("groups", {}).items():
+        rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
+    names = shown_metrics(record["metrics"])
+    lines = [f"| | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    for title, metrics in rows.items():
+        cells = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return f"{other}{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    evaluations, step = record["evaluations"], record["chosen_step"]
+    lines = [
+        f"These weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
+        f"Validation under: {Protocol(**record['protocol'])}. Every metric of every evaluation: `{TRAINING_FILE}`."
+    ]
+    lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
+    lines.append(f"![Learning curve]({CURVE_FILE})")
+    stride = -(-len(evaluations) // SHOWN_EVALUATIONS)
+    shown = [
+        evaluation
+        for place, evaluation in enumerate(reversed(evaluations))
+        if place % stride == 0 or evaluation["step"] == step
+    ]
+    names = {"training_loss": "training loss", "loss": "validation loss", "HR@10": "HR@10", "NDCG@10": "NDCG@10"}
+    table = [f"| epoch | step | {' | '.join(names.values())} |", f"|---|---{'|---' * len(names)}|"]
+    for evaluation in reversed(shown):
+        numbers = [evaluation.get(name) for name in names]
+        cells = [f"{evaluation['epoch']:.4g}", f"{evaluation['step']:,}"]
+        cells += ["" if number is None else f"{number:.4f}" for number in numbers]
+        bold = "**" if evaluation["step"] == step else ""
+        table.append("".join(f"| {bold}{cell}{bold if cell else ''} " for cell in cells) + "|")
+    return "## Training\n\n" + "\n\n".join([*lines, "\n".join(table)])
+
+
+# Where a card's snippet names the model.
+SNIPPET_MODEL = re.compile(r'model="(.+?)"')

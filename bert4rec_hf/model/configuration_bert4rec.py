@@ -1,0 +1,141 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""The architecture of BERT4Rec, and the item loss that `forward(labels=...)` computes."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+# Special tokens come first, then the items.
+PAD_TOKEN_ID, MASK_TOKEN_ID, UNK_TOKEN_ID, FIRST_ITEM_ID = range(4)
+# Fields that follow from the catalogue, and are nobody's choice.
+DERIVED_FIELDS = ("vocab_size", "pad_token_id", "mask_token_id", "unk_token_id", "tie_word_embeddings")
+
+
+@strict
+class Bert4RecConfig(PreTrainedConfig):
+    r"""
+    Configuration of a BERT4Rec model (Sun et al., CIKM 2019, https://arxiv.org/abs/1904.06690).
+
+    The defaults are a small model with rotary positions and pre-normalisation, which learns in a fraction of the
+    steps of the paper's. The paper's architecture is `position_embedding_type="learned_from_start"`,
+    `normalization="post"`, `prediction_head=True`.
+
+    Args:
+        vocab_size (`int`, defaults to 1003):
+            Number of token ids: the special tokens 0, 1, 2 and the items from 3 on.
+        hidden_size (`int`, defaults to 64):
+            Width of the item embeddings and of the encoder.
+        num_hidden_layers (`int`, defaults to 2):
+            Number of Transformer layers.
+        num_attention_heads (`int`, defaults to 2):
+            Number of attention heads; divides `hidden_size`.
+        intermediate_size (`int`, defaults to 256):
+            Width of the feed-forward layers.
+        hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the feed-forward layers: any name in `transformers.ACT2FN`.
+        gated_feed_forward (`bool`, defaults to `False`):
+            Whether the feed-forward layers multiply their inner states with the activation of another projection
+            (Shazeer 2020, https://arxiv.org/abs/2002.05202), half as many weights more: `intermediate_size` is then
+            usually two thirds of what it would be.
+        hidden_dropout_prob (`float`, defaults to 0.1):
+            Dropout of the embeddings and of the output of every sublayer.
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout of the attention weights. Above 0 it costs the fast attention kernels on CPU.
+        max_position_embeddings (`int`, defaults to 200):
+            Longest input, the [MASK] at its end included.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights.
+        layer_norm_eps (`float`, defaults to 1e-12):
+            Epsilon of the layer normalisations.
+        position_embedding_type (`str`, defaults to `"rotary"`):
+            `"rotary"` (RoPE, https://arxiv.org/abs/2104.09864), `"learned_from_start"`: one vector for the first
+            item, one for the second …, or `"learned_from_end"`: counted back from the newest.
+        rope_theta (`float`, defaults to 10000.0):
+            Base of the rotary frequencies.
+        normalization (`str`, defaults to `"pre"`):
+            `"pre"`: a LayerNorm before each sublayer and one after the last; `"post"`: after the embeddings and
+            after each residual connection, as in BERT.
+        prediction_head (`bool`, defaults to `False`):
+            Whether a dense layer, GELU and LayerNorm stand between encoder and item table (equation 7).
+        item_loss (`str`, defaults to `"softmax"`):
+            What `forward(labels=...)` computes in training: `"softmax"` is the cross-entropy over all items,
+            `"sampled_softmax"`, `"bpr"` and `"gbce"` compare the label with sampled items, see losses.py.
+        gbce_calibration (`float`, defaults to 0.75):
+            The t of `"gbce"`, between 0, binary cross-entropy, and 1, the least overconfident.
+        num_transitions (`int`, defaults to 0):
+            Of each item, with how many of those that followed it in the log it keeps a score, 0 for none, as in the
+            paper. Transition scores are counted, not learnt, and added wherever items are ranked, see
+            `keep_transitions`.
+        repeat_weight (`float`, defaults to 0.0):
+            What having had an item n times adds to its score wherever items are ranked: this times ln(1 + n). 0 for
+            nothing, as in the paper.
+        pad_in_softmax (`bool`, defaults to `False`):
+            Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
+            not recommended.
+        filter_seen_items (`bool`, defaults to `False`):
+            The serving policy: whether the items of a user's history are never recommended. The item loss leaves
+            them out as well then, so that the model learns nothing about repeats.
+    """
+
+    model_type = "bert4rec"
+    keys_to_ignore_at_inference = ["prediction_states"]
+
+    vocab_size: int = 1003
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 256
+    hidden_act: str = "gelu"
+    gated_feed_forward: bool = False
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    max_position_embeddings: int = 200
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-12
+    position_embedding_type: Literal["rotary", "learned_from_start", "learned_from_end"] = "rotary"
+    rope_theta: float | int = 10000.0
+    normalization: Literal["pre", "post"] = "pre"
+    prediction_head: bool = False
+    item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
+    gbce_calibration: float | int = 0.75
+    num_transitions: int = 0
+    repeat_weight: float | int = 0.0
+    pad_in_softmax: bool = False
+    filter_seen_items: bool = False
+    pad_token_id: int | None = PAD_TOKEN_ID
+    mask_token_id: int | None = MASK_TOKEN_ID
+    unk_token_id: int | None = UNK_TOKEN_ID
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, fixed in (("pad", PAD_TOKEN_ID), ("mask", MASK_TOKEN_ID), ("unk", UNK_TOKEN_ID)):
+            given = getattr(self, f"{name}_token_id")
+            if given not in (fixed, None):
+                raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}")
+        if self.num_transitions < 0:
+            raise ValueError(f"num_transitions must be at least 0; got {self.num_transitions}")
+        if not 0 <= self.gbce_calibration <= 1:
+            raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads; got {self.hidden_size} and "
+                f"{self.num_attention_heads}: choose for example hidden_size="
+                f"{(self.hidden_size // self.num_attention_heads + 1) * self.num_attention_heads}"
+            )
+        if self.position_embedding_type == "rotary" and self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError(
+                "rotary positions need heads of an even width; got hidden_size / num_attention_heads = "
+                f"{self.hidden_size} / {self.num_attention_heads}: choose other sizes or learned positions"
+            )
+        if self._auto_class is None:
+            # They name code in the folder that was read, see hub/publish_code.py, and would be wrong in a copy without it.
+            # Only classes that are that code themselves, loaded by `trust_remote_code`, need them.
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
+        super().__post_init__(**kwargs)

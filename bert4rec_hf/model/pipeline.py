@@ -1,0 +1,293 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""`pipeline("sequential-recommendation", model=folder)`: raw item ids in; raw item ids, titles, scores out."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from transformers import Pipeline
+from transformers.dynamic_module_utils import custom_object_save
+
+from .configuration_bert4rec import UNK_TOKEN_ID
+from .tokenization_bert4rec import Bert4RecTokenizer, is_history
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_SHOWN = 3  # items that the warning about unknown ones names
+
+
+class SequentialRecommendationPipeline(Pipeline):
+    """Recommendations in the user's own item ids.
+
+        recommend = pipeline("sequential-recommendation", model="path-or-hub-id")
+        recommend(["318", "50", "296"], top_k=5)
+
+    Takes one history (a flat list of item ids, oldest first), or many: a list of lists gives a list, a generator or
+    a dataset an iterator. In place of a list of ids a mapping may stand, with `history` (or `item_id`, as in
+    histories.parquet) and optionally `exclude` and `candidates`, in place of the call's. An empty list is a history
+    of which nothing is known.
+
+    Args (of the call, or of `pipeline(...)`):
+        top_k: Number of items.
+        filter_seen_items: Whether the items of the whole history are left out; None: as the folder says.
+        exclude: Item ids never to recommend.
+        candidates: Item ids to choose from; None: the catalogue. Those that it lacks are left out, with a warning.
+        index: An `ItemIndex` of the model, for approximate search where no candidates are given.
+        batch_size: Histories at once.
+
+    Returns:
+        A list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)} for each history, best
+        first; fewer than `top_k` if fewer items are left.
+
+    Raises:
+        ValueError: If `top_k` is below 1, or the catalogue has none of the candidates.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    tokenizer: Bert4RecTokenizer
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model.eval()  # one that has just been trained is not
+        if len(self.tokenizer) != self.model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(self.tokenizer)} token ids, the model {self.model.config.vocab_size}: give "
+                "the tokenizer of the model's folder; model.add_items(tokenizer, items) lets both grow together"
+            )
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        unknown: list[str] = []  # the first few, which `preprocess` notes
+        if isinstance(inputs, Mapping) or _is_one_history(inputs):
+            answer, num_unknown = super().__call__(_AsOne(inputs, unknown), **kwargs)
+            _warn(num_unknown, unknown)
+            return answer
+        if not isinstance(inputs, list | tuple):
+            return self._answers(super().__call__((_AsOne(row, unknown) for row in inputs), **kwargs), unknown)
+        # So that histories of a batch are of like length, and little is padding.
+        order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
+        rows = (_AsOne(inputs[place], unknown) for place in order)
+        answers = self._answers(super().__call__(rows, **kwargs), unknown)
+        return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+
+    @staticmethod
+    def _answers(
+        outputs: Iterable[tuple[list[dict[str, Any]], int]], unknown: Sequence[str]
+    ) -> Iterator[list[dict[str, Any]]]:
+        total = 0
+        for answer, num_unknown in outputs:
+            total += num_unknown
+            yield answer
+        _warn(total, unknown)
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        filter_seen_items: bool | None = None,
+        exclude: Iterable[str | int] | None = None,
+        candidates: Iterable[str | int] | None = None,
+        index: Any = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess = {
+            "filter_seen_items": filter_seen_items,
+            "exclude_ids": None if exclude is None else self._exclude_ids(exclude),
+            "candidate_ids": None,
+        }
+        if candidates is not None:
+            preprocess["candidate_ids"], lacking = self._candidate_ids(candidates)
+            _warn(len(lacking), lacking[:UNKNOWN_SHOWN])
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
+            raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
+        forward = {"top_k": None if top_k is None else int(top_k), "index": index}
+        return (
+            {name: value for name, value in preprocess.items() if value is not None},
+            {name: value for name, value in forward.items() if value is not None},
+            {},
+        )
+
+    def preprocess(
+        self,
+        inputs: Any,
+        filter_seen_items: bool | None = None,
+        exclude_ids: Iterable[int] = (),
+        candidate_ids: Sequence[int] = (),
+    ) -> dict[str, torch.Tensor]:
+        unknown: list[str] = []
+        lacking: list[str] = []
+        if isinstance(inputs, _AsOne):
+            inputs, unknown = inputs.history, inputs.unknown
+        if isinstance(inputs, Mapping):
+            names = [name for name in ("history", "item_id") if name in inputs]
+            if not names:
+                raise ValueError(f"a mapping needs the key history, a list of item ids; got {', '.join(inputs)}")
+            of_the_call = [name for name in ("top_k", "filter_seen_items") if name in inputs]
+            if of_the_call:
+                raise ValueError(f"{of_the_call[0]} is for all histories of a call: give it beside them")
+            if inputs.get("exclude") is not None:
+                exclude_ids = self._exclude_ids(inputs["exclude"])
+            if inputs.get("candidates") is not None:
+                candidate_ids, lacking = self._candidate_ids(inputs["candidates"])
+            inputs = inputs[names[0]]
+        if filter_seen_items is None:
+            filter_seen_items = self.model.config.filter_seen_items
+        items = _item_list("a history", inputs)
+        token_ids = self.tokenizer.item_ids_to_token_ids(items)
+        history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
+        if len(history) < len(items):
+            lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
+        if lacking and len(unknown) < UNKNOWN_SHOWN:
+            unknown[:] = list(dict.fromkeys([*unknown, *lacking]))[:UNKNOWN_SHOWN]
+        excluded = {*exclude_ids, *history} if filter_seen_items else set(exclude_ids)
+        input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
+        return {
+            "input_ids": torch.tensor([input_ids]),
+            "attention_mask": torch.ones(1, len(input_ids), dtype=torch.long),
+            # At least one column, since Transformers cannot pad rows without any on the left.
+            "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
+            "candidate_ids": torch.tensor([candidate_ids or [0]]),
+            "num_unknown": torch.tensor([len(lacking)]),
+        }
+
+    def _exclude_ids(self, exclude: Iterable[str | int]) -> list[int]:
+        # An item that the catalogue lacks is never recommended anyway.
+        return self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude))
+
+    def _candidate_ids(self, candidates: Iterable[str | int]) -> tuple[list[int], list[str]]:
+        """The token ids of those in the catalogue, and the others."""
+        candidates = _item_list("candidates", candidates)
+        token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
+        lacking = [str(item) for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
+        if not candidates:
+            raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
+        if len(lacking) == len(candidates):
+            raise ValueError(
+                f"the catalogue has none of the {len(candidates)} candidates, the first is {lacking[0]!r}; its own "
+                f"look like {self.tokenizer.items[0]!r}"
+            )
+        return [token_id for token_id in dict.fromkeys(token_ids) if token_id != UNK_TOKEN_ID], lacking
+
+    def _forward(
+        self, model_inputs: dict[str, torch.Tensor], top_k: int = 10, index: Any = None
+    ) -> dict[str, torch.Tensor]:
+        inputs = dict(model_inputs)
+        num_unknown = inputs.pop("num_unknown")
+        top_k = min(top_k, self.model.config.vocab_size)
+        # Rows with and without candidates may share a batch.
+        chooses = (inputs["candidate_ids"] > 0).any(dim=1)
+        scores = torch.full((len(chooses), top_k), -torch.inf, device=chooses.device)
+        item_ids = torch.zeros_like(scores, dtype=torch.long)
+        for rows in (chooses, ~chooses):
+            if rows.any():
+                part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
+                candidates = part.pop("candidate_ids")
+                if rows is chooses:  # their vectors are looked up once where all choose from the same
+                    part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
+                if rows is chooses or index is None:
+                    found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
+                else:
+                    found_scores, found_ids = self._nearest(index, top_k, **part)
+                scores[rows, : found_scores.shape[1]] = found_scores
+                item_ids[rows, : found_ids.shape[1]] = found_ids
+        return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+
+    def _nearest(
+        self, index: Any, top_k: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, exclude_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `model.recommend`, of the items that the index finds."""
+        if len(index) != self.tokenizer.num_items:
+            raise ValueError(
+                f"the index has {len(index)} items, the catalogue {self.tokenizer.num_items}: build it from this model"
+            )
+        states = self.model.mask_states(input_ids, attention_mask)
+        vectors = self.model.vectors_of(states)
+        # So many that enough are left without those that are excluded.
+        scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
+        if not self.model.decoder.history_scores.is_empty:
+            # Of which the index knows nothing: what it found is scored again, beside what the history adds to.
+            candidates = torch.cat((item_ids, self.model.history_item_ids(states)), dim=1).sort(dim=1).values
+            again = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) == 0
+            candidates = candidates.masked_fill(again, 0)
+            _, scores, item_ids = self.model.search(
+                states, top_k=top_k, candidate_ids=candidates, exclude_ids=exclude_ids
+            )
+            return scores, item_ids
+        excluded = (item_ids.unsqueeze(2) == exclude_ids.unsqueeze(1)).any(dim=2)
+        scores, columns = scores.masked_fill(excluded, -torch.inf).topk(min(top_k, scores.shape[1]))
+        return scores, item_ids.gather(1, columns).masked_fill(scores.isneginf(), 0)
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
+        """One history's recommendations, and how many of its items were unknown."""
+        shown = model_outputs["item_ids"][0] > 0
+        scores = model_outputs["scores"][0][shown].tolist()
+        items = self.tokenizer.token_ids_to_item_ids(model_outputs["item_ids"][0][shown].tolist())
+        answer: list[dict[str, Any]] = [
+            {"item_id": item, "score": score} for item, score in zip(items, scores, strict=True)
+        ]
+        if self.tokenizer.titles is not None:
+            answer = [
+                {"item_id": entry["item_id"], "title": self.tokenizer.title(entry["item_id"])} | entry
+                for entry in answer
+            ]
+        return answer, int(model_outputs["num_unknown"])
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the model folder; without the code of this class, which would ask for trust_remote_code.
+
+        Loaded by trust_remote_code, model and tokenizer write their code, and this class comes along.
+        """
+        if self.model.config._auto_class is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(self, save_directory)
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory, **kwargs)
+
+
+class _AsOne:
+    """A history on its way through `Pipeline.__call__`, which would take a list for a batch.
+
+    Args:
+        history: As it was given.
+        unknown: Of the whole call: the first items that the catalogue lacks.
+    """
+
+    def __init__(self, history: Any, unknown: list[str]):
+        self.history, self.unknown = history, unknown
+
+
+def _is_one_history(inputs: Any) -> bool:
+    if isinstance(inputs, str):
+        raise ValueError(f"expected a list of item ids; got the string {inputs!r}: did you mean [{inputs!r}]?")
+    if hasattr(inputs, "columns"):
+        raise ValueError("expected histories, got a table: give its column of item ids, as in frame['item_id']")
+    if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
+        return False
+    if len(inputs) == 0:
+        # An empty list or array is a history; an empty dataset has none.
+        return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
+    return not is_history(next(iter(inputs)))  # a pandas Series has labels, not places
+
+
+def _length(history: Any) -> int:
+    """Of one history of many; 0 where it is not known before it is read."""
+    if isinstance(history, Mapping):
+        history = history.get("history", history.get("item_id", ()))
+    return len(history) if hasattr(history, "__len__") else 0
+
+
+def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
+    """A list, since a generator would be used up by the first history."""
+    if isinstance(items, str):
+        raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
+    return list(items)
+
+
+def _warn(num_unknown: int, unknown: Sequence[str]) -> None:
+    if num_unknown:
+        examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""  # none where workers noted them
+        logger.warning("left out %d items that the catalogue lacks%s", num_unknown, examples)

@@ -1,0 +1,251 @@
+# Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
+"""Top-k and ranks over the catalogue: what is done with a model, as `GenerationMixin` has `generate`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from .losses import IGNORE_INDEX
+
+# Chunk size over the catalogue.
+CATALOGUE_CHUNK_SIZE = 2**16
+# Candidates that each history has of its own are chunked to this number of gathered values, a quarter of a GiB.
+MAX_GATHERED_VALUES = 2**26
+
+
+class RecommendationMixin:
+    """What is done with a trained model: recommend, rank, search; vectors of users and items.
+
+    For a `PreTrainedModel` with a `decoder` that has the item table, as `GenerationMixin` is for models that generate.
+    """
+
+    config: Any
+    decoder: Any
+    training: bool
+    __call__: Callable[..., Any]
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        top_k: int = 10,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best items at the [MASK] of each history.
+
+        Args:
+            input_ids: (batch, length) token ids with one [MASK], the position that is read.
+            attention_mask: (batch, length).
+            top_k: Number of items; at most as many as there are token ids (or candidates).
+            candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) or, for all alike, (1, E) token ids never to recommend, padded with 0.
+
+        Returns:
+            scores: (batch, k), logits in descending order; -inf where no item is left.
+            item_ids: (batch, k) token ids; 0 where no item is left.
+
+        Raises:
+            ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
+                is NaN.
+        """
+        states = self.mask_states(input_ids, attention_mask)
+        _, scores, item_ids = self.search(states, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
+        return scores, item_ids
+
+    @torch.no_grad()
+    def rank(
+        self,
+        input_ids: torch.Tensor,
+        target_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The place of each target in the list that `recommend` would give, from 1; a tie counts against it.
+
+        Args:
+            input_ids, attention_mask, candidate_ids, exclude_ids: As in `recommend`. A target is ranked among the
+                candidates whether it is one of them or not.
+            target_ids: (batch,) token ids; -100 for a target that the catalogue lacks.
+
+        Returns:
+            (batch,) ranks; 0 where the target would never be shown, excluded or not in the catalogue.
+
+        Raises:
+            ValueError: As `recommend`; if `target_ids` has another shape.
+        """
+        states = self.mask_states(input_ids, attention_mask)
+        ranks, _, _ = self.search(states, target_ids=target_ids, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
+        return ranks
+
+    @torch.no_grad()
+    def search(
+        self,
+        prediction_states: torch.Tensor,
+        *,
+        target_ids: torch.Tensor | None = None,
+        top_k: int | None = None,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
+
+        Args:
+            prediction_states: (batch, 1, width), from `forward`.
+            target_ids: As in `rank`; None: no ranks.
+            top_k: As in `recommend`; None: no items.
+            candidate_ids, exclude_ids: As in `recommend`.
+
+        Returns:
+            ranks (batch,), all 0 without targets; scores and item_ids (batch, k), with k = 0 without `top_k`.
+
+        Raises:
+            ValueError: If `top_k` is below 1, an id is not the model's, the targets are not one a history, or a score
+                is NaN.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        self._check_ids(exclude_ids)
+        self._check_ids(candidate_ids)
+        device, batch_size = prediction_states.device, len(prediction_states)
+        if exclude_ids is not None:
+            exclude_ids = exclude_ids.expand(batch_size, -1)
+        ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
+        scores = torch.empty(batch_size, 0, device=device)
+        item_ids = torch.empty(batch_size, 0, dtype=torch.long, device=device)
+        if target_ids is not None:
+            if target_ids.shape != (batch_size,):
+                raise ValueError(
+                    f"target_ids must have shape ({batch_size},), one for each history; got {tuple(target_ids.shape)}"
+                )
+            self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
+            target_ids = target_ids.unsqueeze(1)
+            if candidate_ids is not None:
+                # The first candidate is the target, once.
+                others = candidate_ids.expand(batch_size, -1)
+                others = others.masked_fill(others == target_ids, 0)
+                candidate_ids = torch.cat((target_ids.clamp(min=0), others), dim=1)
+            elif self.config.vocab_size > CATALOGUE_CHUNK_SIZE:
+                # From the same multiplication as the others' scores, so that it is equal to the bit.
+                for chunk_scores, chunk_ids in self._chunks(prediction_states, None, exclude_ids):
+                    target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+        chunks = self._chunks(prediction_states, candidate_ids, exclude_ids)
+        for number, (chunk_scores, chunk_ids) in enumerate(chunks):
+            if target_ids is not None:
+                if candidate_ids is None or number == 0:
+                    target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
+                # As floats: a sum of booleans makes a copy of them in 64 bits first.
+                reached = torch.ge(chunk_scores, target_scores, out=torch.empty_like(chunk_scores))
+                ranks += reached.sum(dim=1, keepdim=True).long()
+            if top_k is not None:
+                best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
+                best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
+                scores, item_ids = torch.cat((scores, best), dim=1), torch.cat((item_ids, best_ids), dim=1)
+                scores, columns = scores.topk(min(top_k, scores.shape[1]))
+                item_ids = item_ids.gather(1, columns)
+        ranks = ranks.masked_fill(target_scores.isneginf(), 0).squeeze(1)
+        return ranks, scores, item_ids.masked_fill(scores.isneginf(), 0)
+
+    @torch.no_grad()
+    def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores, but for `HistoryScores`."""
+        return self.vectors_of(self.mask_states(input_ids, attention_mask))
+
+    def vectors_of(self, prediction_states: torch.Tensor) -> torch.Tensor:
+        """`user_vectors` of the states that `mask_states` has made."""
+        states = prediction_states.squeeze(1).float()[:, : self.config.hidden_size]
+        return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
+
+    @torch.no_grad()
+    def item_vectors(self) -> torch.Tensor:
+        """(number of items, hidden size + 1), the bias last; row i is the item of token id i + 3."""
+        vectors = torch.cat((self.decoder.weight, self.decoder.bias.unsqueeze(1)), dim=1)
+        return vectors[FIRST_ITEM_ID:].float()
+
+    def history_item_ids(self, prediction_states: torch.Tensor) -> torch.Tensor:
+        """(batch, K) token ids, some twice, whose scores a history adds to, of states that `mask_states` has made."""
+        return self.decoder.history_scores.item_ids(prediction_states[:, 0, self.config.hidden_size :])
+
+    @torch.no_grad()
+    def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, 1, width of the states) at the last [MASK] of each history, for `search`."""
+        if self.training:
+            raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
+        self._check_ids(input_ids)
+        is_mask = input_ids.eq(MASK_TOKEN_ID)
+        if not is_mask.any(dim=1).all():
+            raise ValueError("every history needs a [MASK], the position to predict: see tokenizer.append_mask")
+        numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = (is_mask * numbers).argmax(dim=1, keepdim=True)
+        no_items = torch.empty(0, dtype=torch.long, device=input_ids.device)
+        return self(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prediction_positions=positions,
+            item_ids=no_items,
+            return_dict=True,
+        ).prediction_states
+
+    def _check_ids(self, ids: torch.Tensor | None) -> None:
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"token ids must lie between 0 and vocab_size - 1 = {self.config.vocab_size - 1}; got "
+                f"{int(ids.min())} to {int(ids.max())}: the tokenizer must be the one of the model's folder"
+            )
+
+    def _chunks(
+        self, states: torch.Tensor, candidate_ids: torch.Tensor | None, exclude_ids: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scores (batch, C) and their token ids (1 or batch, C), -inf where an item may not be shown."""
+        if candidate_ids is not None:
+            if exclude_ids is not None:
+                exclude_ids = exclude_ids.sort(dim=1).values
+            # Those of each row its own are looked up, a vector each.
+            at_once = CATALOGUE_CHUNK_SIZE
+            if candidate_ids.dim() == 2:
+                at_once = max(1, MAX_GATHERED_VALUES // (len(states) * states.shape[-1]))
+            for item_ids in candidate_ids.split(at_once, dim=-1):
+                scores = self(prediction_states=states, item_ids=item_ids, return_dict=True).logits.squeeze(1)
+                item_ids = item_ids.expand(len(states), -1)
+                forbidden = item_ids < FIRST_ITEM_ID
+                if exclude_ids is not None and exclude_ids.shape[1]:
+                    nearest = torch.searchsorted(exclude_ids, item_ids.contiguous()).clamp(max=exclude_ids.shape[1] - 1)
+                    forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
+                yield _finite(scores).masked_fill(forbidden, -torch.inf), item_ids
+            return
+        for start in range(0, self.config.vocab_size, CATALOGUE_CHUNK_SIZE):
+            end = min(start + CATALOGUE_CHUNK_SIZE, self.config.vocab_size)
+            chunk_ids = torch.arange(start, end, device=states.device)
+            output = self(prediction_states=states, item_ids=range(start, end), return_dict=True)
+            scores = _finite(output.logits.squeeze(1))
+            if start < FIRST_ITEM_ID:
+                scores[:, : FIRST_ITEM_ID - start] = -torch.inf
+            if exclude_ids is not None:
+                columns = exclude_ids - start
+                inside = (columns >= 0) & (columns < end - start)
+                ceiling = scores.new_full((), torch.inf).where(~inside, -torch.inf)
+                scores.scatter_reduce_(1, columns.where(inside, 0), ceiling, "amin")
+            yield scores, chunk_ids.unsqueeze(0)
+
+
+def _target_scores(
+    target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
+) -> torch.Tensor:
+    """Target scores (batch, 1), filled in where these have the target: one of a range, or the first candidate."""
+    columns = target_ids - item_ids[:, :1]
+    inside = (columns >= 0) & (columns < scores.shape[1])
+    found = scores.gather(1, columns.where(inside, 0)).masked_fill(~inside, -torch.inf)
+    return torch.maximum(target_scores, found)
+
+
+def _finite(scores: torch.Tensor) -> torch.Tensor:
+    if scores.numel() and scores.amax().isnan():  # the maximum of what has a NaN is NaN
+        raise ValueError("a score is NaN: the weights are not finite, training has diverged")
+    return scores

@@ -1,0 +1,121 @@
+"""Recommendations for a whole file of histories, streamed from Parquet to Parquet."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from ..files import file_beside
+from ..model.configuration_bert4rec import UNK_TOKEN_ID
+from ..model.pipeline import SequentialRecommendationPipeline
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+
+# Histories read, and recommendations written, per batch.
+ROWS_PER_BATCH = 8192
+COLUMNS = ["user_id", "item_id", "rank", "score"]
+
+
+def recommend_file(
+    pipe: SequentialRecommendationPipeline,
+    histories: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+) -> int:
+    """Write the recommendations of every history; memory does not grow with their number.
+
+    Args:
+        pipe: With its `top_k` and other options set.
+        histories: Parquet file with user_id and item_id (a list of item ids, oldest first), one history a row; nulls
+            are left out.
+        output: Parquet file of user_id, item_id, rank (from 1) and score, in the order of the input. Written beside
+            and moved there when complete. An earlier one is replaced, and nothing else.
+        batch_size: Histories at once.
+
+    Returns:
+        Number of histories.
+
+    Raises:
+        ValueError: If a column is missing or has another type, or if `output` is a folder, `histories` itself or
+            another file that is no output of an earlier call, or if none of the items of the first histories is known.
+    """
+    output = Path(output).resolve()  # of a link, what it leads to
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    try:
+        source = pq.ParquetFile(histories)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{histories} is not a Parquet file: {error}") from error
+    _check_output(output, histories)
+    schema = source.schema_arrow
+    for name in ("user_id", "item_id"):
+        if name not in schema.names:
+            raise ValueError(f"{histories} has no column {name}; expected user_id and item_id, got {schema.names}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{histories} has the column {name!r} twice; rename one of them")
+    if not (pa.types.is_list(schema.field("item_id").type) or pa.types.is_large_list(schema.field("item_id").type)):
+        raise ValueError(
+            f"item_id of {histories} must be a list, one history a row; got {schema.field('item_id').type}: make "
+            "histories from a log with bert4rec prepare"
+        )
+    kinds = (schema.field("user_id").type, pa.string(), pa.int32(), pa.float32())
+    result = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+    num_histories = source.metadata.num_rows
+
+    def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        with tqdm(total=num_histories, desc="recommending") as progress:
+            for part, batch in enumerate(source.iter_batches(ROWS_PER_BATCH, columns=["user_id", "item_id"])):
+                rows = [[item for item in items or () if item is not None] for items in batch["item_id"].to_pylist()]
+                if part == 0:
+                    _check_items(pipe.tokenizer, rows, histories)
+                # The pipeline makes batches of similar length of a list.
+                yield from zip(batch["user_id"].to_pylist(), pipe(rows, batch_size=batch_size), strict=True)
+                progress.update(len(rows))
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with file_beside(output) as beside, pq.ParquetWriter(beside, result, compression="zstd") as writer:
+        columns: list[list[Any]] = [[], [], [], []]
+        for user, answer in answers():
+            for rank, entry in enumerate(answer, start=1):
+                for column, value in zip(columns, (user, entry["item_id"], rank, entry["score"]), strict=True):
+                    column.append(value)
+            if len(columns[0]) >= ROWS_PER_BATCH:
+                writer.write_table(pa.table(columns, schema=result))
+                columns = [[], [], [], []]
+        writer.write_table(pa.table(columns, schema=result))
+    return num_histories
+
+
+def _check_items(tokenizer: Bert4RecTokenizer, rows: list[list[Any]], histories: str | os.PathLike) -> None:
+    """Raise if the catalogue has none of the items of the first histories."""
+    shown = list(dict.fromkeys(item for items in rows for item in items))
+    if shown and set(tokenizer.item_ids_to_token_ids(shown)) == {UNK_TOKEN_ID}:
+        raise ValueError(
+            f"the catalogue has none of the items of the first {len(rows):,} histories of {histories}, such as "
+            f"{shown[0]!r}; its own look like {tokenizer.items[0]!r}"
+        )
+
+
+def _check_output(output: Path, histories: str | os.PathLike) -> None:
+    """Raise unless the file is missing or an earlier output."""
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
+    if not output.exists():
+        if output.suffix in (".csv", ".json", ".jsonl", ".tsv"):
+            raise ValueError(f"the recommendations are a Parquet file; got the name {output}: let it end in .parquet")
+        return
+    if output.samefile(histories):
+        raise ValueError(f"{output} holds the histories themselves; choose another --output")
+    try:
+        names = pq.read_schema(output).names if output.is_file() else None
+    except pa.ArrowInvalid:
+        names = None
+    if names != COLUMNS:
+        raise ValueError(
+            f"{output} exists and is no Parquet file of {', '.join(COLUMNS)} that this command wrote; choose another "
+            "--output"
+        )

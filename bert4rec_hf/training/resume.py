@@ -1,0 +1,117 @@
+"""Whether a run may write into a folder, and whether it can go on from a checkpoint."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..data.histories import PREPARATION_FILE
+from ..hub.model_card import RECIPE_FILE
+from ..model.configuration_bert4rec import Bert4RecConfig
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+
+# Arguments that a checkpoint's optimizer and scheduler were made with.
+OPTIMIZER_ARGUMENTS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest that is whole: its state is written last."""
+    steps = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    newest = max((int(step) for step in steps if step.isdecimal()), default=None)
+    return None if newest is None else str(folder / f"checkpoint-{newest}")
+
+
+def check_resumable(
+    checkpoint: str | None,
+    args: TrainingArguments,
+    config: Bert4RecConfig,
+    tokenizer: Bert4RecTokenizer,
+    preparation: Mapping[str, Any],
+) -> None:
+    """Raise if a run cannot go on from a checkpoint as it is asked to.
+
+    That is, if it is none, is of another model or log, is beyond the end of the run, or would go on with its own
+    optimizer in spite of what is asked for.
+    """
+    if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+        where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
+        raise ValueError(
+            f"{where} is no checkpoint to resume from: name its folder, or leave --resume_from_checkpoint out"
+        )
+    if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
+        other = ["another catalogue"]
+    else:
+        own = Path(checkpoint) / PREPARATION_FILE
+        trained = json.loads(own.read_text("utf-8")) if own.is_file() else preparation
+        other = [f"other {name}" for name in ("split", "filters", "statistics") if trained[name] != preparation[name]]
+    if other:
+        raise ValueError(
+            f"{checkpoint} was trained on a log with {' and '.join(other)}: resume with the --data (and "
+            "--model_name_or_path) that it began with, or go on to new data with --model_name_or_path in another "
+            "--output_dir"
+        )
+    began = Bert4RecConfig.from_pretrained(checkpoint)
+    other = [
+        f"{name}={getattr(began, name)}, not {getattr(config, name)}"
+        for name in Bert4RecConfig.__annotations__
+        if getattr(began, name) != getattr(config, name)
+    ]
+    if other:
+        raise ValueError(f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its architecture")
+    recipe = Path(checkpoint) / RECIPE_FILE
+    recorded = yaml.safe_load(recipe.read_text("utf-8")) if recipe.is_file() else {}
+    asked = args.to_dict()
+    other = [
+        f"{name}={recorded[name]}, not {asked[name]}"
+        for name in OPTIMIZER_ARGUMENTS
+        if name in recorded and recorded[name] != asked[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its optimizer; to go on with another, "
+            "give the checkpoint as --model_name_or_path, and another --output_dir"
+        )
+    if not any(Path(checkpoint).glob("optimizer*")) and not args.deepspeed:
+        raise ValueError(
+            f"{checkpoint} has the model only (save_only_model), not the optimizer to resume with: give it as "
+            "--model_name_or_path, and another --output_dir"
+        )
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    # At its last step a run would take one more before it notices.
+    is_beyond = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
+    if is_beyond:
+        raise ValueError(
+            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, at or beyond the end that was asked "
+            f"for (num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
+        )
+
+
+def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:
+    """Raise if a new training run would write over something."""
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --output_dir")
+    names = sorted(path.name for path in folder.iterdir())
+    checkpoints = [name for name in names if name.startswith("checkpoint-")]
+    if not names or (resume_from_checkpoint and checkpoints):
+        return
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    hint = ", or go on with --resume_from_checkpoint last" if last_checkpoint(folder) else ""
+    raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")
+
+
+class BestCheckpointHere(TrainerCallback):
+    """After a run's folder was copied or moved, its best checkpoint is the one inside it, and not to be deleted."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_model_checkpoint is not None:
+            here = Path(args.output_dir) / Path(state.best_model_checkpoint).name
+            if here.is_dir():
+                state.best_model_checkpoint = str(here)

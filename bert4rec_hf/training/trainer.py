@@ -1,0 +1,472 @@
+"""`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping, Sized
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, PredictionOutput, TrainOutput, has_length
+from transformers.utils.hub import PushInProgress
+
+from ..data.data_collator import DataCollatorForMaskedItemPrediction
+from ..data.histories import PREPARATION_FILE
+from ..defaults import default_batch_size, default_learning_rate, default_mask_ratio
+from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, result_metrics, sampled_metrics
+from ..evaluation.protocol import Protocol
+from ..files import write_file
+from ..hub.model_card import (
+    CURVE_FILE,
+    EVALUATION_FILE,
+    RECIPE_FILE,
+    TRAINING_FILE,
+    add_evaluation,
+    read_evaluations,
+    write_model_card,
+)
+from ..hub.publish_code import publish_code as publish_code_into
+from ..hub.push import push_checkpoint
+from ..model.configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
+from ..model.losses import IGNORE_INDEX
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from .arguments import Bert4RecTrainingArguments
+from .learning_curve import training_record, write_training
+from .sampler import SimilarLengthSampler, by_length, has_lengths, row_lengths
+
+logger = logging.getLogger(__name__)
+
+# Arguments left out of recipes: specific to a machine or a run, or implied by others.
+ARGUMENTS_LEFT_OUT_OF_RECIPES = {
+    "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
+    "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
+    "greater_is_better", "eval_on_start",
+}  # fmt: skip
+# Arguments that only `train_prepared` reads.
+ARGUMENTS_OF_TRAIN_PREPARED = {"item_initialization", "train_windows", "window_step"}
+# Model size in bytes up to which freed memory is kept: the gaps that a larger model leaves cost more than they save.
+KEEP_FREED_MEMORY_BELOW_BYTES = 2**27
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+class ItemLabelSmoother(LabelSmoother):
+    """Transformers' own, over items: the logits of special tokens are so low that their mean would be all of it."""
+
+    def __call__(self, model_output: Any, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        items = {"logits": model_output["logits"][..., FIRST_ITEM_ID:]}
+        labels = torch.where(labels < FIRST_ITEM_ID, IGNORE_INDEX, labels - FIRST_ITEM_ID)
+        return super().__call__(items, labels, *args, **kwargs)
+
+
+class Bert4RecTrainer(Trainer):
+    """The Transformers Trainer, evaluating with `search`, the function that serves.
+
+    Evaluation rows come from `ranking_rows`. Metrics are those of `ranking_metrics` and coverage@10, the share of
+    the catalogue that stands in anybody's ten recommendations. `predict` returns ranks and those recommendations.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init: As in `Trainer`; the
+            collator is made from `Bert4RecTrainingArguments` if it is None.
+        protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
+        baselines: Metrics of rankings without a model on the evaluation rows, or their ranks, by name, to stand in the
+            learning curve.
+        preparation: The content of preparation.json, kept in the model folder.
+        publish_code: Whether every folder that is saved gets our code, see `publish_code`.
+
+    Raises:
+        ValueError: Without a collator and what it is made from, `Bert4RecTrainingArguments` and a `processing_class`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Bert4RecTokenizer | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        *,
+        protocol: Protocol | None = None,
+        baselines: Mapping[str, Mapping[str, float] | np.ndarray] | None = None,
+        preparation: Mapping[str, Any] | None = None,
+        publish_code: bool = False,
+        **kwargs: Any,
+    ):
+        if model is None and model_init is None:
+            raise ValueError("expected a model or a model_init that makes one")
+        self.model_init = model_init
+        config: Bert4RecConfig = (self.call_model_init() if model is None else model).config
+        if processing_class is not None and len(processing_class) != config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: make it with "
+                "Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) lets both grow together"
+            )
+        self.chooses_learning_rate = isinstance(args, Bert4RecTrainingArguments) and args.learning_rate is None
+        if isinstance(args, Bert4RecTrainingArguments):
+            args = _chosen(args, config, train_dataset)
+            if "compute_metrics" not in kwargs:
+                args.check_metric(eval_dataset)
+        if args is not None and args.n_gpu > 1:
+            # DataParallel, which the Trainer would take, gives each GPU a part of the negatives of a batch.
+            logger.warning("one of %d GPUs is used; accelerate launch -m bert4rec_hf train uses all", args.n_gpu)
+            args._n_gpu = 1
+        self.collates_by_args = data_collator is None
+        if data_collator is None:
+            data_collator = _collator(args, config, processing_class)
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            **{"compute_metrics": self.compute_ranking_metrics} | kwargs,
+        )
+        if isinstance(args, Bert4RecTrainingArguments) and args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if self.args.label_smoothing_factor:
+            if config.item_loss != "softmax":
+                raise ValueError(f"label_smoothing_factor is for item_loss softmax alone; got {config.item_loss}")
+            if config.filter_seen_items:
+                logger.warning("with label_smoothing_factor the loss is over all items, seen ones among them")
+            self.label_smoother: LabelSmoother | None = ItemLabelSmoother(self.args.label_smoothing_factor)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            keep_inputs_and_outputs_in_float32(plugin)
+        self.protocol = protocol
+        self.baselines = {
+            name: found if isinstance(found, Mapping) else ranking_metrics(found)
+            for name, found in (baselines or {}).items()
+        }
+        self.preparation = preparation
+        self.publish_code = publish_code
+        self.evaluation: dict[str, Any] | None = None
+        self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.evaluated_step = None
+        if self.args.device.type == "cpu" and self.model.get_memory_footprint() < KEEP_FREED_MEMORY_BELOW_BYTES:
+            keep_freed_memory()
+        return super().train(*args, **kwargs)
+
+    def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
+        found = prediction.predictions
+        if not isinstance(found, tuple) or np.ndim(found[0]) != 1:
+            raise ValueError("expected evaluation rows of ranking_rows, which have exclude_ids")
+        ranks, recommended = found
+        num_shown = np.unique(recommended[recommended > 0]).size
+        num_items = self.model.config.vocab_size - FIRST_ITEM_ID
+        return ranking_metrics(ranks) | {f"coverage@{COVERAGE_CUTOFF}": num_shown / num_items}
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """Loss a row, (ranks, recommended token ids), targets: no scores leave the step."""
+        if prediction_loss_only or "exclude_ids" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        self.ranks_sampled = "candidate_ids" in inputs
+        targets = inputs["labels"].amax(dim=1)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # No scores here: `search` makes them, of a part of the catalogue at a time.
+            outputs = model(**inputs, item_ids=targets[:0])
+            ranks, _, recommended = self.accelerator.unwrap_model(model).search(
+                outputs.prediction_states,
+                target_ids=targets,
+                top_k=COVERAGE_CUTOFF,
+                exclude_ids=inputs["exclude_ids"],
+                candidate_ids=inputs.get("candidate_ids"),
+            )
+        # The Trainer takes the mean over rows, of which those whose target the catalogue lacks have no loss.
+        is_known = targets != IGNORE_INDEX
+        return outputs.loss.detach() * is_known.float().mean(), (ranks, recommended), targets
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """With a trial's masking and, for its width, learning rate too, in a search over hyperparameters."""
+        if trial is not None and self.chooses_learning_rate:
+            self.args.learning_rate = None
+        super()._hp_search_setup(trial)
+        if self.collates_by_args:
+            self.data_collator = _collator(self.args, self.model.config, self.processing_class)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        args = getattr(self, "args", None)  # not there yet when the first model is made
+        if args is not None and args.learning_rate is None:
+            args.learning_rate = default_learning_rate(model.config.hidden_size)
+        return model
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if self.args.world_size > 1 and not has_length(dataloader):
+            raise ValueError(
+                "several processes cannot tell the last rows of a stream from those that fill up its last batch: "
+                "evaluate on a datasets.Dataset"
+            )
+        self.ranks_sampled = False
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # of `prediction_step` above
+            num_known = max(1, int((output.label_ids != IGNORE_INDEX).sum()))
+            output.metrics[f"{metric_key_prefix}_loss"] *= len(output.label_ids) / num_known
+        if (
+            self.ranks_sampled
+            and self.compute_metrics == self.compute_ranking_metrics
+            and isinstance(output.predictions, tuple)
+        ):
+            for name in result_metrics(output.metrics, metric_key_prefix).keys() - {"loss"}:
+                del output.metrics[f"{metric_key_prefix}_{name}"]
+            for name, value in sampled_metrics(output.predictions[0]).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # The protocol is that of the trainer's own rows, all of them: of several sets, each is evaluated by itself.
+        if self.protocol is not None and eval_dataset is None and not isinstance(self.eval_dataset, dict):
+            source = {"source": os.path.basename(self.preparation["source"])} if self.preparation else {}
+            self.evaluation = source | {
+                "protocol": self.protocol.as_dict(),
+                "metrics": result_metrics(metrics, metric_key_prefix),
+            }
+            self.evaluated_step = self.state.global_step
+        return metrics
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_global_step != self.evaluated_step:
+            self.evaluated_step = None
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        # Nor the item table: an item that no batch has would shrink all the same.
+        tables = ("item_embeddings.weight", "decoder.weight")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(tables)]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_lengths(rows):
+            return super()._get_train_sampler(train_dataset)
+        lengths = np.minimum(row_lengths(rows), self.model.config.max_position_embeddings)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # Of all processes together: they wait for one another at every step.
+        return SimilarLengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        output = super().predict(test_dataset, *args, **kwargs)
+        if not self._is_sorted(test_dataset):
+            return output
+        places = np.argsort(by_length(test_dataset))  # of the rows among what was predicted
+
+        def in_order(found: Any) -> Any:
+            if isinstance(found, tuple):
+                return tuple(in_order(part) for part in found)
+            return None if found is None else found[places]
+
+        return output._replace(predictions=in_order(output.predictions), label_ids=in_order(output.label_ids))
+
+    def _is_sorted(self, rows: Any) -> bool:
+        """Whether rows are evaluated by length; somebody's own metrics may need them in their order."""
+        return has_lengths(rows) and self.compute_metrics == self.compute_ranking_metrics
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # So that little is padding; all processes share the batches of any one sampler.
+        return by_length(eval_dataset).tolist() if self._is_sorted(eval_dataset) else SequentialSampler(eval_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        old_weights = _weights_digest(folder) if self.args.should_save else None
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        # A pickle with this machine's paths, and the Hub token if it was an argument; the recipe says the same.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
+        if self.preparation is not None:
+            preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
+            write_file(folder / PREPARATION_FILE, json.dumps(preparation, indent=2, ensure_ascii=False) + "\n")
+        if _weights_digest(folder) != old_weights:
+            (folder / EVALUATION_FILE).unlink(missing_ok=True)  # numbers of other weights
+            (folder / TRAINING_FILE).unlink(missing_ok=True)
+            (folder / CURVE_FILE).unlink(missing_ok=True)
+        protocols = [record["protocol"] for record in read_evaluations(folder)]
+        is_of_these_weights = self.evaluated_step == self.state.global_step
+        if self.evaluation is not None and is_of_these_weights and self.evaluation["protocol"] not in protocols:
+            add_evaluation(folder, self.evaluation)
+        training = self.training_record()
+        if training is not None:
+            write_training(folder, training)
+        if self.publish_code:
+            publish_code_into(folder)
+        write_model_card(folder, self.hub_model_id, self.processing_class)
+
+    def training_record(self) -> dict[str, Any] | None:
+        """How the run went up to now, see `learning_curve.training_record`; None without evaluations or protocol."""
+        if self.protocol is None:
+            return None
+        best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
+        return training_record(self.state, self.args, self.protocol, self.baselines, best or self.state.global_step)
+
+    def recipe(self) -> dict[str, Any]:
+        """All arguments and the architecture, as `bert4rec train --config` takes them.
+
+        Without a preparation, model and rows are somebody's own, and what `train_prepared` makes them of is left out.
+        """
+        left_out = (
+            ARGUMENTS_LEFT_OUT_OF_RECIPES
+            if self.preparation is not None
+            else ARGUMENTS_LEFT_OUT_OF_RECIPES | ARGUMENTS_OF_TRAIN_PREPARED
+        )
+        arguments = {
+            name: value
+            for name, value in self.args.to_dict().items()
+            if value is not None
+            and name not in left_out
+            and not name.startswith(("hub_", "_"))
+            and self.args.__dataclass_fields__.get(name) is not None
+            and self.args.__dataclass_fields__[name].init
+        }
+        config = self.model.config
+        architecture = {
+            name: getattr(config, name)
+            for name in Bert4RecConfig.__annotations__
+            if name not in DERIVED_FIELDS and hasattr(config, name)
+        }
+        precision = self.accelerator.mixed_precision  # which an Accelerate configuration may have set
+        arguments |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+        # The command line knows only whether, where TrainingArguments have made the words "all" and "no" of it.
+        arguments["include_num_input_tokens_seen"] = arguments["include_num_input_tokens_seen"] != "no"
+        origin = config._name_or_path  # of a model that goes on; a folder's name would mean another one elsewhere
+        if origin and not os.path.exists(origin):
+            arguments["model_name_or_path"] = origin
+        return json.loads(json.dumps(arguments | architecture, default=str))
+
+    def create_model_card(
+        self,
+        *,
+        model_name: str | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md of the output folder from what the folder says.
+
+        `push_to_hub` calls this with the arguments that it does not know itself: `push_to_hub(license="mit")`.
+        """
+        if self.is_world_process_zero():
+            metadata = {"model_name": model_name, "license": license, "language": language, "tags": tags}
+            write_model_card(self.args.output_dir, self.hub_model_id, self.processing_class, **metadata)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the checkpoint, which is a model folder, as the model; and as `hub_strategy` says, whole beside it."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        # Old checkpoints are deleted after this: nothing may still be reading them.
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        jobs = push_checkpoint(Path(checkpoint_folder), self.hub_model_id, self.args, self.state.global_step)
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        pushed, self.push_in_progress = getattr(self, "push_in_progress", None), None
+        for error in (job.exception() for job in (pushed.jobs if pushed else ())):
+            if error is not None:  # training goes on, and ends with a push of the whole
+                logger.warning("a checkpoint could not be pushed: %s", error)
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        # As above: with save_total_limit=1, the last checkpoint is deleted here.
+        self._finish_current_push()
+        return super()._finalize_training(*args)
+
+
+def _chosen(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> Bert4RecTrainingArguments:
+    """A copy with what was left out chosen, since another run with these arguments may choose otherwise."""
+    args = copy(args)
+    if args.mask_ratio is None:
+        are_stored = has_lengths(rows) and len(rows)
+        lengths = np.minimum(row_lengths(rows), config.max_position_embeddings) if are_stored else np.inf
+        args.mask_ratio = default_mask_ratio(float(np.mean(lengths)))
+    if args.learning_rate is None:
+        args.learning_rate = default_learning_rate(config.hidden_size)
+    if args.per_device_train_batch_size is None:
+        batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
+        args.per_device_train_batch_size = max(1, batch_size // args.world_size)
+    return args
+
+
+def _collator(
+    args: TrainingArguments | None, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer | None
+) -> DataCollatorForMaskedItemPrediction:
+    if not isinstance(args, Bert4RecTrainingArguments):
+        raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
+    if tokenizer is None:
+        raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
+    assert args.mask_ratio is not None  # for the type checker: it is chosen by now
+    return DataCollatorForMaskedItemPrediction(
+        tokenizer,
+        mask_ratio=args.mask_ratio,
+        last_item_ratio=args.last_item_ratio,
+        max_predictions=args.max_predictions,
+        max_length=config.max_position_embeddings,
+        random_windows=args.train_windows != "newest",
+        num_negatives=0 if config.item_loss == "softmax" else args.num_negatives,
+        negative_sampling=args.negative_sampling,
+    )
+
+
+def keep_inputs_and_outputs_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Let FSDP2's mixed precision leave inputs and outputs as they are: token ids and scores among them.
+
+    Its weights are in half precision all the same, and so is what is computed with them.
+    """
+    policy: Any = plugin.mixed_precision_policy
+    if plugin.fsdp_version == 2 and policy is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for what is allocated next, in the whole process; elsewhere this does nothing.
+
+    Large tensors are given back to the system otherwise, at every step, and each of their pages is faulted in anew.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_MAX, 0)
+
+
+def _weights_digest(folder: Path) -> str:
+    """The same for the same weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

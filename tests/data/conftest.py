@@ -1,0 +1,18 @@
+"""Fixtures of the prepared folder."""
+
+import pytest
+
+import bert4rec_hf.data.preparation
+import bert4rec_hf.data.splits
+
+
+@pytest.fixture
+def saved_catalogues(monkeypatch):
+    """What would go to the tokenizer, so that these tests are about the log alone."""
+    saved = []
+    monkeypatch.setattr(
+        bert4rec_hf.data.preparation,
+        "_save_catalogue",
+        lambda folder, catalogue, titles, max_length: saved.append((catalogue, titles, max_length)),
+    )
+    return saved

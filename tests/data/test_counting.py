@@ -1,0 +1,276 @@
+"""The vectors from which a new model's item table starts, and the transitions that it keeps."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, tokenize_histories
+from bert4rec_hf.data import counting as cooccurrence
+from bert4rec_hf.data.counting import (
+    NEIGHBOUR_POWER,
+    NEIGHBOUR_WINDOW,
+    SUCCESSOR_WINDOW,
+    VECTOR_RMS,
+    cooccurrence_vectors,
+)
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
+from bert4rec_hf.training.initialization import keep_transitions, start_from_cooccurrence
+
+
+def made(rows: list[str], held_out: int = 0):
+    """Histories of one-letter items, of which the last `held_out` do not train, and the catalogue in order."""
+    tokenizer = Bert4RecTokenizer.from_items(sorted(set("".join(rows))), model_max_length=10)
+    table = pa.table({
+        "user_id": [str(number) for number in range(len(rows))],
+        "item_id": [list(row) for row in rows],
+        "train_end": pa.array([len(row) - held_out for row in rows], pa.int32()),
+        "validation_position": pa.array([None] * len(rows), pa.int32()),
+        "test_position": pa.array([None] * len(rows), pa.int32()),
+    })  # fmt: skip
+    return tokenize_histories(table, tokenizer), tokenizer.num_items
+
+
+def mutual_information(rows: list[str]) -> np.ndarray:
+    """(items, items), pair by pair."""
+    names = sorted(set("".join(rows)))
+    counts = np.zeros((len(names), len(names)))
+    for row in rows:
+        for (i, first), (j, second) in combinations(enumerate(row), 2):
+            if j - i <= NEIGHBOUR_WINDOW and first != second:
+                counts[names.index(first), names.index(second)] += 1
+                counts[names.index(second), names.index(first)] += 1
+    powers = counts.sum(axis=1) ** NEIGHBOUR_POWER
+    expected = np.outer(counts.sum(axis=1), powers / powers.sum())
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.log(counts / expected), 0)
+
+
+def test_products_are_the_positive_mutual_information():
+    rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"]
+    histories, num_items = made(rows)
+    information = mutual_information(rows)
+    vectors = cooccurrence_vectors(histories, num_items, num_items).double().numpy()
+    # Of left and right singular vectors the left ones, each side with the root of the singular values.
+    left, singular, _ = np.linalg.svd(information)
+    expected = (left * singular) @ left.T
+    scale = np.sqrt((left**2 * singular).mean()) / VECTOR_RMS
+    assert vectors @ vectors.T * scale**2 == pytest.approx(expected, abs=1e-4)
+    assert np.sqrt((vectors**2).mean()) == pytest.approx(VECTOR_RMS)
+
+
+def test_items_that_stand_together_have_like_vectors_whatever_the_width():
+    chance = np.random.default_rng(0)
+    rows = ["".join(chance.choice(list(group), 8)) for group in ("abcde", "fghij") for _ in range(50)]
+    histories, num_items = made(rows)
+    for hidden_size in (4, 64):
+        vectors = torch.nn.functional.normalize(cooccurrence_vectors(histories, num_items, hidden_size))
+        products = vectors @ vectors.T
+        assert vectors.shape == (10, hidden_size)
+        assert products[:5, :5].min() > products[:5, 5:].max() + 0.2
+
+
+def test_a_new_model_recommends_what_stands_near_the_items_of_a_history():
+    chance = np.random.default_rng(0)
+    rows = ["".join(chance.choice(list(group), 8)) for group in ("abcde", "fghij") for _ in range(50)]
+    histories, num_items = made([*rows, "k"])
+    torch.manual_seed(0)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
+    alone = model.get_input_embeddings().weight[-1].clone()
+    start_from_cooccurrence(model, histories, num_items)
+    assert torch.equal(model.get_input_embeddings().weight[-1], alone)
+    assert torch.equal(
+        model.get_input_embeddings().weight[FIRST_ITEM_ID:-1], cooccurrence_vectors(histories, num_items, 64)[:-1]
+    )
+    past = torch.tensor([[0, 1, 2], [7, 6, 5]]) + FIRST_ITEM_ID
+    input_ids = torch.cat((past, torch.full((2, 1), MASK_TOKEN_ID)), dim=1)
+    _, best = model.recommend(input_ids, top_k=2, exclude_ids=past)
+    assert [set(row) for row in (best - FIRST_ITEM_ID).tolist()] == [{3, 4}, {8, 9}]
+
+
+def test_a_model_in_half_precision_gets_the_vectors_too():
+    histories, num_items = made(["abcabd", "badcba"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).bfloat16()
+    start_from_cooccurrence(model, histories, num_items, with_mean=False)
+    expected = cooccurrence_vectors(histories, num_items, 64).bfloat16()
+    assert torch.equal(model.get_input_embeddings().weight[FIRST_ITEM_ID:], expected)
+
+
+def test_the_first_layer_hands_on_the_mean_of_a_history():
+    histories, num_items = made(["abcabd", "badcba", "efefgh"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
+    start_from_cooccurrence(model, histories, num_items)
+    attention = model.model.layers[0].attention
+    torch.nn.init.zeros_(attention.query.weight)
+    states = torch.randn(2, 5, 64)
+    handed_on, _ = attention(states)
+    assert torch.allclose(handed_on, states.mean(dim=1, keepdim=True).expand_as(states), atol=1e-5)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    start_from_cooccurrence(model, histories, num_items, with_mean=False, seed=1)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"model.embeddings.item_embeddings.weight", "decoder.weight"}
+
+
+def kept(model: Bert4RecForMaskedItemPrediction) -> list[list[tuple[int, float]]]:
+    """Of each item, from 0 on, those that follow it and what they add."""
+    tables = (
+        model.decoder.history_scores.successor_ids[FIRST_ITEM_ID:].tolist(),
+        model.decoder.history_scores.successor_scores[FIRST_ITEM_ID:].tolist(),
+    )
+    return [
+        [(item - FIRST_ITEM_ID, score) for item, score in zip(*row, strict=True) if item]
+        for row in zip(*tables, strict=True)
+    ]
+
+
+def test_transitions_are_the_strongest_of_what_followed_an_item():
+    rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij", "abab", "z"]
+    histories, num_items = made([row + "xy" for row in rows], held_out=2)
+    names = sorted(set("".join(rows) + "xy"))
+    counts: Counter = Counter()
+    for row in rows:
+        for (i, first), (j, second) in combinations(enumerate(row), 2):
+            if j - i <= SUCCESSOR_WINDOW and first != second:
+                counts[names.index(first), names.index(second)] += 0.5 ** (j - i - 1)
+    of_first, of_second = Counter(), Counter()
+    for (first, second), count in counts.items():
+        of_first[first] += count
+        of_second[second] += count
+    powers = {item: count**NEIGHBOUR_POWER for item, count in of_second.items()}
+    expected: list[list[tuple[int, float]]] = [[] for _ in names]
+    for (first, second), count in counts.items():
+        information = math.log(count / of_first[first] / powers[second] * sum(powers.values()))
+        if information > 0:
+            expected[first].append((second, 0.3 * information * math.log(1 + count)))
+    for number in (3, 12):
+        config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=number)
+        model = Bert4RecForMaskedItemPrediction(config)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        for _ in range(2):  # what is there already is replaced
+            keep_transitions(model, histories, num_items, weight=0.3)
+        for row, strongest in zip(kept(model), expected, strict=True):
+            scores = sorted((score for _, score in strongest), reverse=True)[:number]
+            assert [score for _, score in row] == pytest.approx(scores, rel=1e-4)
+            assert len({item for item, _ in row}) == len(row)
+            for item, score in row:
+                assert dict(strongest)[item] == pytest.approx(score, rel=1e-4)
+        changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+        assert changed == {"decoder.history_scores.successor_ids", "decoder.history_scores.successor_scores"}
+    assert max(map(len, expected)) > 3
+    assert not model.decoder.history_scores.successor_ids[1:FIRST_ITEM_ID].any()
+
+
+def test_a_history_without_items_gets_what_is_most_popular_of_late():
+    rows = ["abcdefghij", "jihgfedcba", *["jklmnopqra"] * 3, *["jklmnopqrb"] * 2, "c"]
+    histories, num_items = made(rows)
+    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=5)
+    model = Bert4RecForMaskedItemPrediction(config).eval()
+    keep_transitions(model, histories, num_items)
+    names = sorted(set("".join(rows)))
+    _, best = model.recommend(torch.tensor([[MASK_TOKEN_ID]]), top_k=3)
+    # The last of each ten, without times, and the only one: a 4 times, b 2 times, c and j once.
+    assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()] == ["a", "b", "c"]
+
+
+def test_a_log_of_single_events_has_no_transitions():
+    histories, num_items = made(["a", "b", "cc"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=2))
+    keep_transitions(model, histories, num_items)
+    assert kept(model) == [[], [], []]
+
+
+def test_no_vector_is_longer_than_so_many_times_the_others(monkeypatch):
+    histories, num_items = made(["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"])
+    free = cooccurrence_vectors(histories, num_items, 8)
+    monkeypatch.setattr(cooccurrence, "MAX_NORM_RATIO", 1.0)
+    cut = cooccurrence_vectors(histories, num_items, 8)
+    lengths, longest = free.norm(dim=1), VECTOR_RMS * 8**0.5
+    assert lengths.max() > longest * 1.2
+    assert torch.allclose(cut.norm(dim=1), lengths.clamp(max=longest))
+    assert torch.equal(cut[lengths < longest], free[lengths < longest])
+
+
+def test_items_of_different_users_have_nothing_in_common():
+    histories, num_items = made(["ab"] * 3 + ["cd"] * 3)
+    products = cooccurrence_vectors(histories, num_items, 8) @ cooccurrence_vectors(histories, num_items, 8).T
+    assert products[:2, 2:].abs().max() < 1e-6
+
+
+def test_only_the_training_part_counts():
+    histories, num_items = made(["abx", "bay"], held_out=1)
+    vectors = cooccurrence_vectors(histories, num_items, 8)
+    assert vectors[:2].any(dim=1).all()
+    assert not vectors[2:].any()
+
+
+def test_an_item_beside_nothing_but_itself_has_no_vector():
+    histories, num_items = made(["aaa", "b"])
+    assert not cooccurrence_vectors(histories, num_items, 8).any()
+
+
+def test_equal_seeds_give_equal_vectors_and_leave_other_random_numbers_alone(monkeypatch):
+    of_devices = []
+    histories, num_items = made(["abcabd", "badcba", "efefgh"])
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", of_devices.append)
+    vectors = [cooccurrence_vectors(histories, num_items, 8, seed=seed) for seed in (1, 1, 2)]
+    assert torch.rand(1) == expected
+    assert not of_devices
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.allclose(vectors[0], vectors[2])
+    products = [found @ found.T for found in vectors]
+    assert torch.allclose(products[0], products[2], atol=1e-5)
+
+
+def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
+    monkeypatch.setattr(cooccurrence, "MAX_COUNTED_EVENTS", 200)
+    rows = [chr(97 + number % 20) + chr(117 + number % 5) for number in range(400)]
+    histories, num_items = made(rows)
+    vectors = cooccurrence_vectors(histories, num_items, 8)
+    assert vectors.any()
+    assert not torch.equal(vectors, cooccurrence_vectors(histories, num_items, 8, seed=1))
+    assert math.isfinite(vectors.sum())
+
+
+def test_a_model_that_goes_on_keeps_the_transitions_of_items_that_its_new_log_lacks():
+    histories, num_items = made(["abcd", "bacd", "abdc"])
+    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=8)
+    model = Bert4RecForMaskedItemPrediction(config)
+    keep_transitions(model, histories, num_items)
+    assert int(model.decoder.history_scores.successor_ids.max()) < config.vocab_size  # there are fewer than eight items
+    assert model.decoder.history_scores.successor_ids[PAD_TOKEN_ID].count_nonzero() <= num_items
+    before = model.decoder.history_scores.successor_ids.clone(), model.decoder.history_scores.successor_scores.clone()
+    histories = replace(histories, train_end=np.full(3, 2))  # a and b alone
+    keep_transitions(model, histories, num_items)
+    a, b, c, d = range(FIRST_ITEM_ID, FIRST_ITEM_ID + 4)
+    for old, new in zip(
+        before, (model.decoder.history_scores.successor_ids, model.decoder.history_scores.successor_scores), strict=True
+    ):
+        assert torch.equal(old[[c, d]], new[[c, d]])
+        assert not torch.equal(old[[a, b]], new[[a, b]])
+    assert sorted(model.decoder.history_scores.successor_ids[a].tolist()) == [0] * 7 + [b]
+
+
+def test_a_model_without_room_for_transitions_is_told_so():
+    histories, num_items = made(["abc", "abd"])
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID))
+    with pytest.raises(ValueError, match=r"Bert4RecConfig\(num_transitions=64\)"):
+        keep_transitions(model, histories, num_items)
+
+
+def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch, caplog):
+    chance = np.random.default_rng(0)
+    histories, num_items = made(["".join(map(chr, chance.integers(97, 137, 12))) for _ in range(80)])
+    expected = cooccurrence_vectors(histories, num_items, 16, seed=1)
+    monkeypatch.setattr(cooccurrence, "SPARSE_FACTORISATION_FROM_ITEMS", num_items - 1)
+    found = cooccurrence_vectors(histories, num_items, 16, seed=1)
+    assert "takes a minute" in caplog.text
+    torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-5, rtol=1e-3)
+    assert torch.equal(found, cooccurrence_vectors(histories, num_items, 16, seed=1))

@@ -1,0 +1,365 @@
+"""Reading logs: formats, ids, columns, times, and what is refused."""
+
+from datetime import datetime
+from decimal import Decimal
+
+import duckdb
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+from logs_on_disk import HEADER, TEMPORAL, items_of, rows_of, write_csv
+
+import bert4rec_hf.data.preparation
+import bert4rec_hf.data.splits
+from bert4rec_hf.data.logs import SOURCE_ROW, read_log, read_titles
+from bert4rec_hf.data.preparation import histories, prepare
+
+
+def test_the_files_of_a_glob_follow_one_another_by_name(tmp_path):
+    write_csv(tmp_path / "day-2.csv", [("a", "late", 1), ("b", "x", 1)])
+    write_csv(tmp_path / "day-1.csv", [("a", "early", 1)])
+    assert items_of(read_log(tmp_path / "day-*.csv"))["a"] == ["early", "late"]
+    for day, item in ((1, "early"), (2, "late")):
+        pq.write_table(
+            pa.table({"user_id": ["a", "b"], "item_id": [item, "x"], "timestamp": [1, 1]}),
+            tmp_path / f"day-{day}.parquet",
+        )
+    assert items_of(read_log(tmp_path / "day-*.parquet"))["a"] == ["early", "late"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_row_numbers_follow_the_source_where_several_threads_read_it(tmp_path, kind):
+    number = 1_000_000
+    duckdb.sql(f"SET threads = 4; COPY (SELECT i % 7 AS user_id, i AS item_id FROM range({number}) t(i)) "
+               f"TO '{tmp_path}/log.{kind}'")  # fmt: skip
+    log = read_log(f"{tmp_path}/log.{kind}")
+    log.get_backend().raw_sql("SET threads = 4")
+    log = bert4rec_hf.data.splits.stored_table(log)
+    assert log.filter(log.item_id.cast("int64") == log[SOURCE_ROW]).count().execute() == number
+
+
+def test_ids_in_csv_are_kept_exactly(tmp_path, saved_catalogues):
+    items = [
+        "007",
+        "9007199254740993",
+        "12345678901234567890",
+        " lead",
+        "trail ",
+        'say "hi"',
+        "a,b",
+        "née",
+        "漢字",
+    ]
+    items += [
+        "line\nbreak",
+        "[MASK]",
+        "[PAD]",
+        "NULL",
+        "NA",
+        "1.0",
+        "true",
+        "2020-01-01",
+        "O'Neil",
+        "\t",
+        "a;b|c",
+    ]
+    rows = [("01", item, time) for time, item in enumerate(items)] + [("1", "007", 0)]
+    log = write_csv(tmp_path / "log.csv", rows)
+    assert items_of(log) == {"01": items, "1": ["007"]}
+    prepare(log, tmp_path / "out")
+    assert list(saved_catalogues[0][0]) == sorted(items)
+
+
+def test_int64_ids_in_parquet_become_exact_text(tmp_path):
+    item = 2**53 + 1
+    path = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"user_id": [1, 2**63 - 1], "item_id": [item, -1], "timestamp": [1, 1]}), path)
+    assert items_of(path) == {"1": [str(item)], str(2**63 - 1): ["-1"]}
+
+
+def test_no_line_of_a_csv_file_is_a_comment(tmp_path):
+    users = ["1", "2", "#3", "#4"]
+    log = write_csv(tmp_path / "log.csv", [(user, f"i{time}", time) for user in users for time in range(5)])
+    assert items_of(log) == {user: [f"i{time}" for time in range(5)] for user in users}
+    titles = write_csv(tmp_path / "titles.csv", [(item, "T" + item) for item in users], ("item_id", "title"))
+    assert read_titles(titles, "item_id", users) == {item: "T" + item for item in users}
+
+
+def test_parquet_files_whose_ids_differ_in_type_are_refused(tmp_path):
+    def write(name, items, column="item_id"):
+        pq.write_table(pa.table({"user_id": ["a", "b"], column: items, "timestamp": [1, 1]}), tmp_path / name)
+
+    write("1.parquet", pa.array([7, 8]))
+    for column in ("item_id", "Item_ID"):  # one column, to DuckDB
+        write("2.parquet", pa.array(["007", "08"]), column)
+        with pytest.raises(ValueError, match=r"'item_id' .*int64 in .*1.parquet and string in .*2.parquet: write"):
+            read_log(tmp_path / "*.parquet")
+    write("2.parquet", pa.array([9, 9], pa.uint16()).dictionary_encode())
+    assert items_of(read_log(tmp_path / "*.parquet")) == {"a": ["7", "9"], "b": ["8", "9"]}
+    write("1.parquet", pa.array(["07", "8"], pa.large_string()))
+    write("2.parquet", pa.array(["9", "9"]).dictionary_encode())
+    assert items_of(read_log(tmp_path / "*.parquet")) == {"a": ["07", "9"], "b": ["8", "9"]}
+    (tmp_path / "2.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="cannot read"):
+        read_log(tmp_path / "*.parquet")
+
+
+def test_values_of_other_types_in_later_parquet_files_are_not_rounded_to_that_of_the_first(tmp_path):
+    def read(first, second):
+        for name, times in (("1", first), ("2", second)):
+            columns = {"user_id": [1, 2], "item_id": [f"{name}a", f"{name}b"], "timestamp": times, "rating": times}
+            pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        return read_log(tmp_path / "*.parquet")
+
+    log = read(pa.array([11, 9]), pa.array([10.6, 8.4]))
+    assert items_of(log) == {"1": ["2a", "1a"], "2": ["2b", "1b"]}
+    assert items_of(log, min_rating=9) == {"1": ["2a", "1a"], "2": ["1b"]}
+    assert items_of(log, min_rating=10.7) == {"1": ["1a"]}
+    day, later = datetime(2024, 1, 1), datetime(2024, 1, 1, 10)
+    log = read(pa.array([later, day], pa.timestamp("us")), pa.array([day.date(), later.date()]))
+    assert items_of(log)["1"] == ["2a", "1a"]
+    log = read(pa.array([day.date()] * 2), pa.array([later, day], pa.timestamp("us")))
+    assert [time for row in rows_of(log) for time in row["timestamp"] if row["user_id"] == "1"] == [day, later]
+    pq.write_table(pa.table({"user_id": [1], "item_id": ["c"], "timestamp": [1]}), tmp_path / "3.parquet")
+    with pytest.raises(ValueError, match=r"3.parquet lacks the column 'rating', which .*1.parquet has"):
+        read_log(tmp_path / "*.parquet")
+
+
+MANY_TIMES = {
+    "whole numbers": ("1", "900000.4 900000.3", ["z1", "z0"]),
+    "dates": ("2024-08-01", "2024-08-25T10:30 2024-08-25T10:00", ["z1", "z0"]),
+    "another year first": ("2024-08-01 10:00:00", "22/04/24T10:00:00", "string"),
+    "a time zone": ("2024-08-01 10:00:00", "2024-08-25T10:00:00+05:00", "string"),
+    "a word": ("1", "noon", "string"),
+}
+
+
+@pytest.mark.parametrize(("time", "last", "expected"), MANY_TIMES.values(), ids=MANY_TIMES)
+def test_values_behind_very_many_others_count_as_well(tmp_path, time, last, expected):
+    path = tmp_path / "log.csv"
+    rows = [f"z,z{number},{value.replace('T', ' ')}\n" for number, value in enumerate(last.split())]
+    path.write_text("user_id,item_id,timestamp\n" + f"a,x,{time}\n" * 500_000 + "".join(rows))
+    if expected == "string":
+        with pytest.raises(ValueError, match="string"):
+            rows_of(path)
+    else:
+        assert items_of(path)["z"] == expected
+
+
+def test_other_separators_byte_order_mark_and_gzip_are_read(tmp_path):
+    rows = "user_id\titem_id\ttimestamp\n01\tx, y\t1\n2\tz\t1\n"
+    path = tmp_path / "log.tsv"
+    path.write_text(rows, "utf-8-sig")
+    assert items_of(path) == {"01": ["x, y"], "2": ["z"]}
+    import gzip
+
+    packed = tmp_path / "log.csv.gz"
+    packed.write_bytes(gzip.compress(rows.replace(", ", " ").replace("\t", ";").encode()))
+    assert items_of(packed) == {"01": ["x y"], "2": ["z"]}
+
+
+def test_a_dataset_is_a_log():
+    rows = {"user_id": ["a", "a", "b"], "item_id": ["01", "2", "3"], "timestamp": [2, 1, 1]}
+    assert items_of(read_log(Dataset.from_dict(rows).select([0, 2, 1]))) == {"a": ["2", "01"], "b": ["3"]}
+    with pytest.raises(TypeError, match="got DatasetDict"):
+        read_log(DatasetDict(train=Dataset.from_dict(rows)))
+
+
+def test_timestamps_and_dates_stay_timestamps(tmp_path):
+    rows = [
+        ("a", "x", "2024-01-02 10:00:00"),
+        ("a", "y", "2024-01-01 10:00:00"),
+        ("b", "x", "2024-01-01 00:00:00"),
+    ]
+    result = histories(read_log(write_csv(tmp_path / "log.csv", rows)))
+    assert result.schema()["timestamp"].value_type.is_timestamp()
+    assert result.to_pyarrow()["item_id"][0].as_py() == ["y", "x"]
+    dates = write_csv(tmp_path / "dates.csv", [(user, item, time[:10]) for user, item, time in rows])
+    assert items_of(dates)["a"] == ["y", "x"]
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0, (6, 8)), (1, (0.6, 0.8))])
+def test_decimal_times_become_numbers(tmp_path, saved_catalogues, scale, expected):
+    users, items, times = zip(*TEMPORAL, strict=True)
+    times = pa.array([Decimal(time).scaleb(-scale) for time in times], pa.decimal128(18, scale))
+    pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": times}), tmp_path / "log.parquet")
+    cuts = {"split": "temporal", "validation_cut": 0.6, "test_cut": 0.8}  # 6 and 8 of 11 events before
+    split = prepare(tmp_path / "log.parquet", tmp_path / "out", **cuts)["split"]
+    assert (split["validation_cut"], split["test_cut"]) == expected
+    kind = pq.read_schema(tmp_path / "out" / "histories.parquet").field("timestamp").type.value_type
+    assert kind == (pa.float64() if scale else pa.int64())
+
+
+def test_titles_come_from_a_mapping_or_a_file(tmp_path, saved_catalogues):
+    log = write_csv(
+        tmp_path / "log.csv",
+        [("a", item, time) for time, item in enumerate(("01", "2", "3"))] + [("b", "2", 1)],
+    )
+    prepare(log, tmp_path / "out", item_titles={"01": "One", "4": "Four"})
+    titles = write_csv(tmp_path / "titles.csv", [("01", "One, the first"), ("2", "Zwölf")], ("item_id", "title"))
+    prepare(log, tmp_path / "out", item_titles=titles)
+    assert [saved[1] for saved in saved_catalogues] == [{"01": "One"}, {"01": "One, the first", "2": "Zwölf"}]
+    with pytest.raises(ValueError, match="none of the 1 titles belongs to an item of the catalogue"):
+        prepare(log, tmp_path / "out", item_titles={"1": "One"})
+    with pytest.raises(ValueError, match="has no column 'title'"):
+        prepare(log, tmp_path / "out", item_titles=log)
+
+
+def test_a_missing_column_is_named_with_the_columns_there_are_and_the_option(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1)], ("user", "item_id", "timestamp"))
+    with pytest.raises(ValueError, match=r"no column 'user_id'.*user, item_id, timestamp.*--user_column"):
+        rows_of(log)
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1)], ("user_id", "item_id", "when"))
+    with pytest.raises(ValueError, match=r"no column 'timestamp'.*--time_column, or .* --sequence_column"):
+        rows_of(log)
+    with pytest.raises(ValueError, match="order of events is unknown"):
+        rows_of(log, time_column=None)
+
+
+@pytest.mark.parametrize(("column", "position"), [("user_id", 0), ("item_id", 1), ("timestamp", 2)])
+def test_nulls_are_counted_and_refused(tmp_path, column, position):
+    rows = [["a", "x", 1], ["b", "y", 2], ["b", "z", 3]]
+    rows[1][position] = rows[2][position] = None
+    with pytest.raises(ValueError, match=f"column '{column}' is null or empty in 2 of 3 rows"):
+        rows_of(write_csv(tmp_path / "log.csv", rows))
+
+
+def test_empty_ids_float_ids_and_not_a_number_times_are_refused(tmp_path):
+    path = tmp_path / "log.parquet"
+
+    def refused(user, item, time, message):
+        pq.write_table(pa.table({"user_id": user, "item_id": item, "timestamp": time}), path)
+        with pytest.raises(ValueError, match=message):
+            rows_of(path)
+
+    refused(["a", "b"], ["x", ""], [1, 2], "column 'item_id' is null or empty in 1 of 2 rows")
+    refused(["a", "b"], [1.0, 2.0], [1, 2], "ids must be text or integers; column 'item_id' is float64")
+    refused(["a", "b"], ["x", "y"], [1.0, float("nan")], "column 'timestamp' is null or not finite in 1 of 2 rows")
+    refused(["a", "b"], ["x", "y"], [float("inf"), 1.0], "column 'timestamp' is null or not finite in 1 of 2 rows")
+
+
+def test_a_time_column_of_text_is_refused(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", "3 March"), ("b", "x", "4 March")])
+    with pytest.raises(ValueError, match=r"'timestamp' orders the events.*it is string: convert it to a number"):
+        rows_of(log)
+
+
+def test_files_that_are_no_log_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*or a glob pattern$"):
+        read_log(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        read_log(f"{tmp_path}/*.csv")
+    with pytest.raises(ValueError, match="is a folder; name its files"):
+        read_log(tmp_path)
+    path = tmp_path / "log.csv"
+    for content, message in (
+        (b"", "is empty"),
+        (b"\n\n", "first line of .* is blank"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "neither UTF-8 CSV nor Parquet"),
+        (b"user_id,item_id,timestamp\ra,x,1\rb,y,1\r", r"no CSV header .*expected lines that end with .*convert"),
+        (b"PAR1 and no more", "cannot read"),
+        (b"user_id,item_id,timestamp\n", "columns but no events"),
+        (b"user_id,item_id,timestamp\na,x,1\na,x\nb,y,1,2\n", "cannot read"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            rows_of(path)
+    write_csv(path, [("a", "x", 1)])
+    write_csv(tmp_path / "other.csv", [("a", "x", 1)], ("user_id", "timestamp", "item_id"))
+    with pytest.raises(ValueError, match="has another header"):
+        read_log(tmp_path / "*.csv")
+
+
+def test_the_tokenizer_is_written_with_titles_counts_and_length(tmp_path):
+    tokenization = pytest.importorskip("bert4rec_hf.tokenization_bert4rec")
+    log = write_csv(
+        tmp_path / "log.csv",
+        [("a", item, time) for time, item in enumerate(("[MASK]", "b", "c"))] + [("d", "b", 1)],
+    )
+    preparation = prepare(log, tmp_path / "out", item_titles={"b": "Bee"}, max_length=7)
+    assert "tokenizer.json" in preparation["files"]
+    tokenizer = tokenization.Bert4RecTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == 7
+    assert len(tokenizer) == 3 + 3
+
+
+def test_a_data_frame_or_an_arrow_table_is_prepared_as_its_file_is(tmp_path):
+    rows = [("b", "007", 3), ("a", "z", 1), ("a", "x", 1), ("a", "y", 1), ("b", "é", 1), ("c", "x", 2)]  # ties
+    frame = pandas.DataFrame(rows, columns=HEADER).sample(frac=1, random_state=0)
+    write_csv(tmp_path / "log.csv", frame.itertuples(index=False))
+    expected = rows_of(tmp_path / "log.csv")
+    for source in (frame, pa.Table.from_pandas(frame)):
+        assert rows_of(read_log(source)) == expected
+    preparation = prepare(frame, tmp_path / "frame")
+    assert preparation["source"] == "pandas.DataFrame"
+    assert pq.read_table(tmp_path / "frame" / "histories.parquet").to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: prepare(["a.csv", "b.csv"], "out"), "got list: for several files give a pattern"),
+        (lambda: histories(pandas.DataFrame()), "expected an Ibis table of events, got DataFrame: read_log makes one"),
+        (
+            lambda: histories(read_log(pandas.DataFrame({"a": [1]})), event_columns="rating"),
+            r"got 'rating': did you mean \['rating'\]",
+        ),
+    ],
+)
+def test_what_is_no_log_is_a_type_error_that_says_what_is(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_titles_that_a_data_frame_lacks_are_no_titles(tmp_path, saved_catalogues, caplog):
+    log = write_csv(tmp_path / "log.csv", [(user, item, time) for user in "ab" for time, item in enumerate("xyz")])
+    prepare(log, tmp_path / "out", item_titles={"x": "An x", "y": float("nan"), "z": None})
+    assert saved_catalogues[0][1] == {"x": "An x"}
+    assert "2 of 3 items have no title" in caplog.text
+
+
+def test_pandas_own_times_with_a_zone_are_times(tmp_path):
+    times = pandas.to_datetime(["2024-01-02", "2024-01-01", "2024-01-03"], utc=True).as_unit("ns")
+    frame = pandas.DataFrame({"user_id": list("aab"), "item_id": list("xyz"), "timestamp": times})
+    frame.to_parquet(tmp_path / "log.parquet")
+    for log in (read_log(frame), read_log(tmp_path / "log.parquet")):
+        assert items_of(log) == {"a": ["y", "x"], "b": ["z"]}
+
+
+def test_a_date_whose_year_comes_first_is_a_date_in_any_column_and_others_stay_text(tmp_path):
+    rows = [("a", "x", "2024/04/22", "24/04/22"), ("b", "y", "2024/04/21", "21/04/22")]
+    log = read_log(write_csv(tmp_path / "log.csv", rows, header=(*HEADER, "born")))
+    assert log.timestamp.type().is_date()
+    assert log.born.type().is_string()
+    assert items_of(log) == {"a": ["x"], "b": ["y"]}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_files_name_is_no_pattern_and_its_folders_are_no_columns(tmp_path, kind):
+    folder = tmp_path / "user_id=acme" / "timestamp=2026-01-31"
+    folder.mkdir(parents=True)
+    for name, user in (("log[1]", "right"), ("log1", "wrong")):
+        path = write_csv(folder / f"{name}.csv", [(user, "a", 2), (user, "b", 1)])
+        if kind == "parquet":
+            pandas.read_csv(path).to_parquet(path.with_suffix(".parquet"))
+    one, both = (read_log(source).to_pyarrow() for source in (folder / f"log[1].{kind}", f"{folder}/log*.{kind}"))
+    assert (one["user_id"].to_pylist(), one["timestamp"].to_pylist()) == (["right"] * 2, [2, 1])
+    assert both["user_id"].to_pylist() == ["wrong"] * 2 + ["right"] * 2
+
+
+def test_the_output_folder_may_be_named_like_a_partition_of_a_table(tmp_path):
+    log = write_csv(tmp_path / "log.csv", [(user, item, time) for user in "ab" for time, item in enumerate("xyz")])
+    assert prepare(log, tmp_path / "item_id=[x]" / "data")["statistics"]["num_users"] == 2
+
+
+def test_of_several_titles_of_an_item_one_is_taken_whatever_the_order_and_it_is_said(tmp_path, caplog):
+    for number, rows in enumerate(([("x", "A"), ("x", "B"), ("y", "C")], [("y", "C"), ("x", "B"), ("x", "A")])):
+        file = write_csv(tmp_path / f"items{number}.csv", rows, header=("item_id", "title"))
+        assert read_titles(file, "item_id", ["x", "y"]) == {"x": "B", "y": "C"}
+        assert "has 1 titles too many" in caplog.text
+        caplog.clear()
+    same = write_csv(tmp_path / "same.csv", [("x", "A"), ("x", "A")], header=("item_id", "title"))
+    assert read_titles(same, "item_id", ["x"]) == {"x": "A"}
+    assert caplog.text == ""

@@ -1,0 +1,269 @@
+"""Losses, labels and what a training step computes."""
+
+import pytest
+import torch
+from small_models import (
+    ARCHITECTURES,
+    FIRST,
+    MASK,
+    NUM_ITEMS,
+    PAD,
+    PLAIN,
+    VOCAB,
+    HostWaitsForDeviceError,
+    NoSynchronization,
+    gradients,
+    make_model,
+    training_batch,
+)
+
+import bert4rec_hf.model.modeling_bert4rec as modeling
+from bert4rec_hf import (
+    Bert4RecTokenizer,
+    DataCollatorForMaskedItemPrediction,
+)
+from bert4rec_hf.model.losses import softmax_loss
+
+# The second row's label is the first of its row, lest a padded position, read as 0, find nothing there.
+LABEL_POSITIONS = torch.tensor([[1, 2], [0, -1]])
+
+
+def test_label_positions_change_neither_loss_nor_gradients(model):
+    model.train()
+    batch = training_batch()
+    loss = model(**batch).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    loss_at_positions = model(**batch, label_positions=LABEL_POSITIONS).loss
+    loss_at_positions.backward()
+    torch.testing.assert_close(loss_at_positions, loss, atol=1e-6, rtol=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+    assert loss > 0.5
+    assert expected["model.layers.0.attention.query.weight"].abs().max() > 1e-4
+
+
+def test_no_logits_are_made_in_training_with_labels(model):
+    model.train()
+    assert model(**training_batch()).logits is None
+    assert model(**training_batch(), label_positions=LABEL_POSITIONS).logits is None
+
+
+@PLAIN
+def test_evaluation_returns_the_logits_and_the_loss_of_training(model):
+    trained = model.train()(**training_batch()).loss
+    model.eval()
+    outputs = model(**training_batch())
+    assert outputs.logits.shape == (2, 4, VOCAB)
+    torch.testing.assert_close(outputs.loss, trained)
+    at_positions = model(**training_batch(), label_positions=LABEL_POSITIONS)
+    torch.testing.assert_close(at_positions.loss, trained)
+    assert at_positions.logits.shape == (2, 2, VOCAB)
+    torch.testing.assert_close(at_positions.logits[0, 1], outputs.logits[0, 2])
+
+
+def test_logits_without_labels_cover_all_positions_and_special_tokens_have_minus_10000(model):
+    outputs = model(input_ids=training_batch()["input_ids"])
+    assert outputs.loss is None
+    assert outputs.logits.shape == (2, 4, VOCAB)
+    assert (outputs.logits[..., :FIRST] == -1e4).all()
+    assert outputs.logits[..., FIRST:].abs().max() < 1e3
+    some = model(input_ids=training_batch()["input_ids"], item_ids=torch.tensor([2, 7, 3]))
+    torch.testing.assert_close(some.logits, outputs.logits[..., [2, 7, 3]])
+
+
+@pytest.mark.parametrize(
+    "label_positions",
+    [None, torch.empty((2, 0), dtype=torch.long), torch.full((2, 3), -1)],
+    ids=["labels-only", "no-positions", "padded-positions"],
+)
+@pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)], ids=["counted", "int", "tensor"])
+def test_a_batch_with_nothing_to_predict_has_loss_0_and_zero_gradients(model, label_positions, num_items_in_batch):
+    model.train()
+    input_ids = torch.tensor([[5, 9, 17], [11, PAD, PAD]])
+    loss = model(
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, -100),
+        label_positions=label_positions,
+        num_items_in_batch=num_items_in_batch,
+    ).loss
+    assert loss == 0
+    loss.backward()
+    # count_nonzero counts NaN.
+    assert {name: int(gradient.count_nonzero()) for name, gradient in gradients(model).items()} == dict.fromkeys(
+        gradients(model), 0
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_empty_row_leaves_loss_and_gradients_as_they_are(model, attention):
+    model.set_attn_implementation(attention)
+    model.train()
+    batch = training_batch()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    longer = {
+        "input_ids": torch.cat((batch["input_ids"], torch.full((1, 4), PAD))),
+        "labels": torch.cat((batch["labels"], torch.full((1, 4), -100))),
+        "label_positions": torch.cat((LABEL_POSITIONS, torch.full((1, 2), -1))),
+    }
+    model(**longer).loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_of_empty_histories_has_loss_0(model):
+    model.train()
+    tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
+    batch = DataCollatorForMaskedItemPrediction(tokenizer)([{"input_ids": []}, {"input_ids": []}])
+    assert batch["input_ids"].tolist() == [[PAD], [PAD]]
+    loss = model(**batch).loss
+    assert loss == 0
+    loss.backward()
+    assert not any(gradient.count_nonzero() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["int", "tensor"])
+def test_losses_of_two_halves_add_up_to_that_of_the_whole(model, as_tensor):
+    model.train()
+    batch = training_batch()
+    count = torch.tensor(3) if as_tensor else 3
+    halves = [
+        model(**{name: values[row : row + 1] for name, values in batch.items()}, num_items_in_batch=count).loss
+        for row in range(2)
+    ]
+    torch.testing.assert_close(sum(halves), model(**batch).loss)
+    assert halves[0] > 0.1
+    assert halves[1] > 0.1
+
+
+@PLAIN
+def test_the_loss_is_the_cross_entropy_over_items_alone(model):
+    batch = training_batch()
+    outputs = model(**batch)
+    states = outputs.prediction_states[[0, 0, 1], [1, 2, 0]]
+    items = model.get_input_embeddings().weight[FIRST:]
+    logits = states @ items.T + model.decoder.bias[FIRST:]
+    by_hand = logits.exp().sum(dim=1).log() - logits[range(3), [5 - FIRST, 17 - FIRST, 3 - FIRST]]
+    torch.testing.assert_close(outputs.loss, by_hand.mean())
+    # The PAD row, were it in the softmax, would show.
+    with torch.no_grad():
+        model.decoder.bias[:FIRST] = 50.0
+    torch.testing.assert_close(model(**batch).loss, outputs.loss)
+
+
+@pytest.mark.parametrize("positions", [None, LABEL_POSITIONS], ids=["labels-only", "label-positions"])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@PLAIN
+def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
+    model.config.filter_seen_items = True
+    model.train(training)
+    # Item 9 is seen in both rows; in the second it is a label as well.
+    input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
+    labels = torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])
+    loss = model(input_ids=input_ids, labels=labels, label_positions=positions).loss
+    model.eval()
+    logits = model(input_ids=input_ids).logits[[0, 0, 1], [1, 2, 0]]
+    alternatives = torch.ones(3, VOCAB, dtype=torch.bool)
+    alternatives[:, :FIRST] = False
+    alternatives[[[0, 0], [1, 1], [2, 2]], [[9, 11], [9, 11], [12, 12]]] = False
+    sums = logits.masked_fill(~alternatives, -torch.inf).logsumexp(dim=1)
+    torch.testing.assert_close(loss, (sums - logits[range(3), [5, 17, 9]]).mean())
+
+
+def test_the_softmax_loss_has_a_known_value():
+    # Two items, scores ln 3 and 0: probabilities 3/4 and 1/4.
+    loss = softmax_loss(
+        hidden_states=torch.tensor([[1.0], [1.0], [1.0]]),
+        item_weight=torch.tensor([[3.0], [1.0]]).log(),
+        item_bias=torch.zeros(2),
+        labels=torch.tensor([0, 1, -100]),
+    )
+    torch.testing.assert_close(loss, (torch.tensor(4 / 3).log() + torch.tensor(4.0).log()) / 2)
+
+
+@pytest.mark.parametrize("rows", [[[3, 4, 5, 6], [7, 8], []], [[3, 4, 5], [8, 7, 6]]], ids=["padded", "unpadded"])
+def test_a_training_step_never_waits_for_the_device(model, rows):
+    model.config.hidden_dropout_prob = 0.1
+    model.train()
+    tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
+    batch = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5)([{"input_ids": row} for row in rows])
+    with NoSynchronization():
+        loss = model(**batch, num_items_in_batch=torch.tensor(4)).loss
+        loss.backward()
+    assert loss > 0
+    # Labels alone are found by a boolean index: the guard above does notice such things.
+    del batch["label_positions"]
+    with NoSynchronization(), pytest.raises(HostWaitsForDeviceError):
+        model(**batch)
+
+
+# The old name, which the oldest supported transformers knows.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_gradient_checkpointing_gives_the_same_gradients():
+    # With dropout, whose random numbers must be the same in the second forward.
+    for options in ARCHITECTURES.values():
+        model = make_model(**options, **{"hidden_dropout_prob": 0.2}).train()
+        found = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing == checkpointing
+            model.zero_grad()
+            torch.manual_seed(3)
+            model(**training_batch(), label_positions=LABEL_POSITIONS).loss.backward()
+            found.append(gradients(model))
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+        assert found[0]["model.layers.0.feed_forward.inner.weight"].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    dropout = modeling.Bert4RecDropout(p)
+    states = torch.full((1001, 999), 2.0, requires_grad=True)  # no multiple of four
+    dropped = dropout(states)
+    kept = dropped != 0
+    error = (p * (1 - p) / states.numel()) ** 0.5
+    assert (~kept).double().mean().item() == pytest.approx(p, abs=5 * error + 2**-17)
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 2 / (1 - p)), rtol=2e-2, atol=0)
+    # Neighbours, which come from one random number, are dropped independently.
+    both = (~kept[:, 1:] & ~kept[:, :-1]).double().mean().item()
+    assert both == pytest.approx(p * p, abs=5 * error + 2**-16)
+    (gradient,) = torch.autograd.grad(dropped.sum(), states)
+    assert torch.equal(gradient, dropped / 2)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(states), dropped)
+    assert dropout(states.bfloat16()).dtype == torch.bfloat16
+    assert dropout.eval()(states) is states
+
+
+@pytest.mark.parametrize("item_loss", ["softmax", "sampled_softmax"])
+def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkeypatch, item_loss):
+    model = make_model(item_loss=item_loss, filter_seen_items=True).train()
+    tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
+    negatives = {} if item_loss == "softmax" else {"num_negatives": 5}
+    collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5, **negatives)
+    batch = collator([{"input_ids": row} for row in ([3, 4, 5, 6, 7, 8, 9], [7, 8], [])])
+    assert (batch["label_positions"] < 0).any()
+    found = []
+    for eager_on_cpu in (True, False):
+        monkeypatch.setattr(modeling, "_is_eager_on_cpu", lambda states, answer=eager_on_cpu: answer)
+        loss = model(**batch).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[0][0] > 0
+
+
+def test_special_tokens_are_no_labels(model):
+    input_ids = torch.tensor([[MASK, MASK, MASK, MASK]])
+    with torch.no_grad():
+        of_padded, of_ignored = (
+            model(input_ids=input_ids, labels=torch.tensor([[*labels, 9]])).loss
+            for labels in ((0, 1, 2), (-100, -100, -100))
+        )
+    assert torch.equal(of_padded, of_ignored)

@@ -1,0 +1,159 @@
+"""Models that go on from others, and models that serve."""
+
+import json
+import shutil
+
+import torch
+import yaml
+from chain_runs import SMALL, arguments, assert_equal_weights
+from transformers import pipeline
+
+from bert4rec_hf import (
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    Bert4RecTrainer,
+    prepare,
+    read_prepared,
+    training_rows,
+)
+from bert4rec_hf.cli import main
+from bert4rec_hf.defaults import default_transition_weight
+from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf.training.initialization import keep_transitions
+
+
+def test_a_model_keeps_transitions_of_its_log_and_one_that_goes_on_those_of_its_new_one(chain, tmp_path):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    first = train_prepared(data, arguments(tmp_path / "first", max_steps=1), **sizes).model
+    assert first.config.num_transitions == 64
+    weight = default_transition_weight(int(histories.is_training().sum()), tokenizer.num_items)
+    expected = Bert4RecForMaskedItemPrediction(first.config)
+    keep_transitions(expected, histories, tokenizer.num_items, weight=weight)
+    loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "first")
+    loaded.decoder.history_scores.successor_scores.zero_()
+    loaded.save_pretrained(tmp_path / "first")
+    on = train_prepared(data, arguments(tmp_path / "on", max_steps=1), model_name_or_path=tmp_path / "first").model
+    for model in (first, on):
+        assert torch.equal(model.decoder.history_scores.successor_ids, expected.decoder.history_scores.successor_ids)
+        assert torch.equal(
+            model.decoder.history_scores.successor_scores, expected.decoder.history_scores.successor_scores
+        )
+    assert expected.decoder.history_scores.successor_scores.any()
+    assert (
+        train_prepared(
+            data, arguments(tmp_path / "none", max_steps=1), **SMALL
+        ).model.decoder.history_scores.successor_ids
+        is None
+    )
+
+
+def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was_evaluated(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "evaluated"), **SMALL)
+    prepare(data.parent / "log.csv", tmp_path / "all", split="none")
+    recipe = ["--config", str(tmp_path / "evaluated" / "recipe.yaml"), "--data", str(tmp_path / "all")]
+    assert main(["train", *recipe, "--output_dir", str(tmp_path / "served")]) == 0
+    assert "no validation targets: nothing is evaluated, the last step is the model" in caplog.text
+    names = {path.name for path in (tmp_path / "served").iterdir() if path.is_file()}
+    assert names == {path.name for path in (tmp_path / "evaluated").iterdir() if path.is_file()} - {
+        "evaluation.json", "training.json", "learning_curve.png",
+    }  # fmt: skip
+    assert_equal_weights(tmp_path / "served", next((tmp_path / "served").glob("checkpoint-*")))
+    assert yaml.safe_load((tmp_path / "served" / "recipe.yaml").read_text())["num_train_epochs"] == 2
+    card = (tmp_path / "served" / "README.md").read_text()
+    assert "Trained on 6,020 events of 301 users in `log.csv`. Nothing was held out" in card
+    assert "--split none" in card
+    assert "bert4rec evaluate" not in card
+    assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
+    assert "nothing stops early" not in caplog.text
+    train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
+    assert "nothing stops early: all 2 epochs" in caplog.text
+
+
+def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tmp_path, caplog):
+    data, _ = chain
+    prepare(data.parent / "log.csv", tmp_path / "all", split="none")
+    train_prepared(tmp_path / "all", arguments(tmp_path / "served", max_steps=1), **SMALL)
+    (tmp_path / "next.csv").write_text((data.parent / "log.csv").read_text())
+    prepare(tmp_path / "next.csv", tmp_path / "next")
+    prepare(tmp_path / "next.csv", tmp_path / "next all", split="none")
+    told = "served was trained on all events of log.csv: those that next.csv has too are no test of it"
+    train_prepared(tmp_path / "next all", arguments(tmp_path / "on", max_steps=1), tmp_path / "served")
+    assert told not in caplog.text
+    for test in (
+        lambda: evaluate_prepared(tmp_path / "served", tmp_path / "next", use_cpu=True),
+        lambda: train_prepared(tmp_path / "next", arguments(tmp_path / "onward", max_steps=1), tmp_path / "served"),
+    ):
+        caplog.clear()
+        test()
+        assert told in caplog.text
+
+
+def test_a_model_may_go_on_week_by_week_where_a_cut_keeps_its_training_before_the_targets(chain, tmp_path, caplog):
+    data, _ = chain
+    log = data.parent / "log.csv"
+    prepare(log, tmp_path / "first week", split="temporal", validation_cut=10, test_cut=12)
+    shutil.copy(log, tmp_path / "renamed.csv")
+    prepare(tmp_path / "renamed.csv", tmp_path / "second week", split="temporal", validation_cut=14, test_cut=16)
+    train_prepared(tmp_path / "first week", arguments(tmp_path / "first", max_steps=1), **SMALL)
+    train_prepared(tmp_path / "second week", arguments(tmp_path / "second", max_steps=1), tmp_path / "first")
+    evaluate_prepared(tmp_path / "first", tmp_path / "second week", use_cpu=True)
+    assert "another preparation" not in caplog.text
+    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # of which it has trained on targets
+    assert "second was trained on another preparation, of renamed.csv (split {" in caplog.text
+
+
+def test_a_model_that_goes_on_is_told_apart_from_where_it_began(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model", num_train_epochs=8), **SMALL)
+    prepare(data.parent / "log.csv", tmp_path / "data", filter_seen_items=True, max_length=7)
+    worse = {"learning_rate": 5.0, "warmup_steps": 0, "max_steps": 6, "eval_steps": 3, "save_steps": 3}
+    trainer = train_prepared(tmp_path / "data", arguments(tmp_path / "on", **worse), tmp_path / "model")
+    evaluations = json.loads((tmp_path / "on" / "training.json").read_text())["evaluations"]
+    assert evaluations[0]["step"] == 0
+    assert evaluations[0]["NDCG@10"] > max(found["NDCG@10"] for found in evaluations[1:])
+    assert "no better than at its start: validation NDCG@10 was 0." in caplog.text
+    assert "was prepared with filter_seen_items True, the model goes on with its own, False" in caplog.text
+    assert "was prepared for length 7, the model goes on with its own, 50" in caplog.text
+    assert trainer.model.config.filter_seen_items is False
+    caplog.clear()
+    trainer = train_prepared(
+        tmp_path / "data", arguments(tmp_path / "filtered", max_steps=1), tmp_path / "model", filter_seen_items=True
+    )
+    assert trainer.model.config.filter_seen_items is True
+    assert "filter_seen_items" not in caplog.text
+
+
+def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "old", num_train_epochs=1), **SMALL)
+    lines = ["user_id,item_id,timestamp"]
+    lines += [
+        f"{user},{item},{time}" for user in range(9) for time, item in enumerate(("AAA", "item 3", "item 4", "zz"))
+    ]
+    (tmp_path / "log.csv").write_text("\n".join(lines) + "\n")
+    prepare(tmp_path / "log.csv", tmp_path / "new data")
+    train_prepared(tmp_path / "new data", arguments(tmp_path / "new", num_train_epochs=1), tmp_path / "old")
+    old = Bert4RecTokenizer.from_pretrained(tmp_path / "old")
+    new = Bert4RecTokenizer.from_pretrained(tmp_path / "new")
+    assert new.items == [*old.items, "AAA", "zz"]
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "new")
+    assert model.config.vocab_size == len(new) == model.decoder.bias.shape[0]
+    # A folder is no part of a recipe, by which another model is trained; what the Hub has is.
+    assert "model_name_or_path" not in yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
+    model.config._name_or_path = "somebody/chain"
+    rows = read_prepared(data, new)[0]
+    trainer = Bert4RecTrainer(
+        model, arguments(tmp_path / "hub"), eval_dataset=training_rows(rows), processing_class=new
+    )
+    trainer.save_model()
+    assert trainer.recipe()["model_name_or_path"] == "somebody/chain"
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "base_model: somebody/chain" in card
+    before = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "old")
+    # An item that the new log lacks has moved only a little.
+    old_row = before.decoder.weight[old.item_ids_to_token_ids(["item 7"])[0]]
+    new_row = model.decoder.weight[new.item_ids_to_token_ids(["item 7"])[0]]
+    assert torch.nn.functional.cosine_similarity(old_row, new_row, dim=0) > 0.9

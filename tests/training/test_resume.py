@@ -1,0 +1,155 @@
+"""Checkpoints, and runs that go on from them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from chain_runs import SMALL, arguments, assert_equal_weights
+from transformers import TrainerCallback, pipeline, set_seed
+
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTrainer,
+    DataCollatorForMaskedItemPrediction,
+    prepare,
+    read_prepared,
+    training_rows,
+)
+from bert4rec_hf.runs import train_prepared
+
+
+def test_a_checkpoint_is_a_full_model_folder(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model"), **SMALL)
+    checkpoint = next((tmp_path / "model").glob("checkpoint-*"))
+    assert pipeline("sequential-recommendation", model=str(checkpoint), device="cpu")(["item 3"], top_k=2)
+    for name in ("README.md", "recipe.yaml", "evaluation.json", "preparation.json", "items.json"):
+        assert (checkpoint / name).is_file()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "NDCG@10" in card
+    assert "leave-one-out, validation; all 25 items ranked" in card
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_unbroken_runs_weights(chain, tmp_path):
+    data, _ = chain
+    options = {
+        "num_train_epochs": 3, "save_strategy": "epoch", "eval_strategy": "no", "load_best_model_at_end": False,
+        "save_total_limit": None,
+    }  # fmt: skip
+    train_prepared(data, arguments(tmp_path / "whole", **options), **SMALL)
+    checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert len(checkpoints) == 3
+    shutil.copytree(checkpoints[0], tmp_path / "resumed" / checkpoints[0].name)
+    train_prepared(data, arguments(tmp_path / "resumed", resume_from_checkpoint="last", **options), **SMALL)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
+    for step in (7, 99):  # of which the saving was interrupted
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir()
+        shutil.copy(tmp_path / "run" / "config.json", tmp_path / "run" / f"checkpoint-{step}")
+    options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
+    trainer = train_prepared(data, arguments(tmp_path / "run", **options), **SMALL)
+    assert trainer.state.global_step == 20
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-10'}" in caplog.text
+
+
+class RowsSeen(TrainerCallback):
+    """Collates like the collator and notes which rows came."""
+
+    def __init__(self, collator):
+        self.collator, self.rows = collator, []
+
+    def __call__(self, features):
+        self.rows += [tuple(feature["input_ids"]) for feature in features]
+        return self.collator(features)
+
+
+def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "log.csv").write_text((data.parent / "log.csv").read_text().replace("item 7", "item seven"))
+    prepare(tmp_path / "log.csv", tmp_path / "other data")
+
+    def resume(data, message, **options):
+        given = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
+        fields = {name: options.pop(name) for name in ("hidden_size", "item_loss") if name in options}
+        with pytest.raises(ValueError, match=message):
+            train_prepared(data, arguments(tmp_path / "run", **(given | options)), **(SMALL | fields))
+
+    resume(data, "has hidden_size=32, not 16; num_attention_heads=1, not 2: a run that is resumed", hidden_size=16)
+    resume(data, "has item_loss=softmax, not bpr", item_loss="bpr")
+    resume(data, r"has learning_rate=0\.\d+, not 1e-05: a run that is resumed keeps its optimizer", learning_rate=1e-5)
+    resume(data, r"has weight_decay=0\.0, not 0\.1: .*give the checkpoint as --model_name_or_path", weight_decay=0.1)
+    resume(tmp_path / "other data", "was trained on a log with another catalogue: resume with the --data")
+    lines = (data.parent / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text("\n".join(line for line in lines if not line.startswith("300,")) + "\n")
+    prepare(tmp_path / "log.csv", tmp_path / "fewer users")
+    resume(tmp_path / "fewer users", "was trained on a log with other statistics: resume with the --data")
+    prepare(data.parent / "log.csv", tmp_path / "other split", validation=False)
+    resume(tmp_path / "other split", "was trained on a log with other split and other statistics")
+    resume(data, r"is at epoch 1, step 10, at or beyond the end .*max_steps=10.*ask for more", max_steps=10)
+    resume(
+        data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5
+    )
+    resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+    model_only = tmp_path / "checkpoint-10"
+    shutil.copytree(tmp_path / "run" / "checkpoint-10", model_only, ignore=shutil.ignore_patterns("optimizer*"))
+    resume(data, "has the model only .*give it as --model_name_or_path", resume_from_checkpoint=str(model_only))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_copied_run_goes_on_from_its_own_best_checkpoint(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    for state in (tmp_path / "copy").glob("checkpoint-*/trainer_state.json"):  # none that comes is better
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"best_metric": 1.0}))
+    options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
+    trainer = train_prepared(data, arguments(tmp_path / "copy", **options), **SMALL)
+    assert Path(trainer.state.best_model_checkpoint).parent == tmp_path / "copy"
+    assert Path(trainer.state.best_model_checkpoint).is_dir()
+
+
+def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_epoch_has_another_order(
+    chain, tmp_path
+):
+    data, _ = chain
+    histories, tokenizer, _ = read_prepared(data)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6 and not resumed
+
+    seen = []
+    for resumed in (False, True):
+        collator = RowsSeen(DataCollatorForMaskedItemPrediction(tokenizer))
+        set_seed(3)
+        trainer = Bert4RecTrainer(
+            Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL)),
+            arguments(tmp_path, num_train_epochs=2, eval_strategy="no", save_steps=3, load_best_model_at_end=False),
+            data_collator=collator,
+            train_dataset=training_rows(histories),
+            processing_class=tokenizer,
+            callbacks=[Stop()],
+        )
+        trainer.train(resume_from_checkpoint=True if resumed else None)
+        seen.append(collator.rows)
+    # The loader reads one batch ahead, which the stopped run has not trained on.
+    rows = seen[0][: 6 * 32] + seen[1]
+    everything = sorted(map(tuple, training_rows(histories)["input_ids"]))
+    first, second = rows[: len(everything)], rows[len(everything) :]
+    assert sorted(first) == sorted(second) == everything
+    assert first != second
+
+
+def test_where_no_checkpoint_is_kept_the_last_step_is_the_model(chain, tmp_path):
+    data, _ = chain
+    trainer = train_prepared(data, arguments(tmp_path / "run", max_steps=20, save_strategy="no"), **SMALL)
+    assert trainer.evaluated_step == 20 == json.loads((tmp_path / "run" / "training.json").read_text())["chosen_step"]
+    assert list((tmp_path / "run").glob("checkpoint-*")) == []
