@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bert4rec_hf.convert.recbole.safe_pickle import read_pickle
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 from transformers import pipeline, set_seed
@@ -27,6 +26,7 @@ from transformers import pipeline, set_seed
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 from bert4rec_hf.cli import main
 from bert4rec_hf.convert.recbole import convert_from_recbole, convert_to_recbole, read_checkpoint, read_items
+from bert4rec_hf.convert.safe_pickle import read_pickle
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 
 FIXTURES = Path(__file__).parent.parent.parent.parent / "shared" / "fixtures"
