@@ -135,7 +135,7 @@ class Bert4RecConfig(PreTrainedConfig):
                 f"{self.hidden_size} / {self.num_attention_heads}: choose other sizes or learned positions"
             )
         if self._auto_class is None:
-            # They name code in the folder that was read, see hub/publish_code.py, and would be wrong in a copy without it.
+            # They name code in the folder that was read (hub/publish_code.py), and would be wrong in a copy without it.
             # Only classes that are that code themselves, loaded by `trust_remote_code`, need them.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
         super().__post_init__(**kwargs)
