@@ -3,7 +3,7 @@
     python benchmarks/ablations.py LOG --recipe recipes/ml-100k.yaml --seeds 3 [--output FOLDER]
 
 LOG is as benchmarks/quality.py takes it. Validation only, so that test stays unread. Writes its part of
-benchmarks/ablations.md; what has been measured is kept in FOLDER and not measured again.
+benchmarks/results/ablations.md; what has been measured is kept in FOLDER and not measured again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from quality import log_file, log_name, named_seeds, prepared, spread, train
 
 from bert4rec_hf.evaluation.protocol import Protocol
 
-TABLE = Path(__file__).parent / "ablations.md"
+TABLE = Path(__file__).resolve().parent / "results" / "ablations.md"
 HEADER = """# Ablations
 
 One change at a time to a recipe, by `benchmarks/ablations.py`; validation targets, the best of ten evaluations, the

@@ -8,7 +8,7 @@ A step: 32 histories of length 50, hidden size 64, 2 layers, mask ratio .2, Adam
 1 / rank; each loss in a process of its own. A whole run: what `bert4rec train` does, from a prepared log of a million
 items and 4.5 million events to the model folder, but for three steps only; each in a process of its own. Quality: LOG
 as benchmarks/quality.py takes it, validation NDCG@10 after so many epochs of the defaults with each loss. Each writes
-its section of benchmarks/large_catalogues.md.
+its section of benchmarks/results/large_catalogues.md.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from bert4rec_hf.runs import train_prepared
 
 BATCH, LENGTH, MASK_RATIO, NUM_NEGATIVES, STEPS = 32, 50, 0.2, 1000, 5
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
-TABLE = Path(__file__).with_suffix(".md")
+TABLE = Path(__file__).resolve().parent / "results" / "large_catalogues.md"
 HEADER = "# Large catalogues\n\nWritten by `benchmarks/large_catalogues.py`.\n"
 SAMPLED = {"item_loss": "sampled_softmax", "num_negatives": NUM_NEGATIVES}
 QUALITY: dict[str, dict] = {

@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_int8.py quickstart/model quickstart/data
 
-One thread each, in turns, batches of 64; writes benchmarks/onnx_int8.md.
+One thread each, in turns, batches of 64; writes benchmarks/results/onnx_int8.md.
 """
 
 import statistics
@@ -103,7 +103,7 @@ def main() -> None:
         f"{onnxruntime.__version__}, one thread, batches of {BATCH}, medians of {ROUNDS} rounds in turns. "
         f"{protocol}.\n\n" + "\n".join(lines) + "\n"
     )
-    (Path(__file__).parent / "onnx_int8.md").write_text(text, "utf-8")
+    (Path(__file__).resolve().parent / "results" / "onnx_int8.md").write_text(text, "utf-8")
     print(text)
 
 

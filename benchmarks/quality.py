@@ -6,7 +6,7 @@
 LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote. The table names a file by
 itself, NAME.parquet, or by the folder of NAME/interactions.parquet; where the files come from stands below it. Without
 a recipe, what is measured are the defaults. Validation chooses the checkpoint, test is read once; without validation
-its targets train, and the last step is the model. Adds a row to benchmarks/quality.md; the models stay in FOLDER, where
+its targets train, and the last step is the model. Adds a row to results/quality.md; the models stay in FOLDER, where
 a run that was interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py; so
 do the baselines' ranks. In two processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
 """
@@ -36,8 +36,8 @@ from bert4rec_hf.hub.model_card import CURVE_FILE
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 HERE = Path(__file__).parent
-TABLE = HERE / "quality.md"
-CURVES = HERE / "curves"
+TABLE = HERE / "results" / "quality.md"
+CURVES = HERE / "pictures"
 RANKS_FILE = "ranks.parquet"
 HEADER = """# Quality
 
@@ -218,7 +218,7 @@ def main() -> None:
         CURVES.mkdir(exist_ok=True)
         curve = CURVES / f"{name}-{stem}.png"
         shutil.copyfile(folder / f"{stem}-{seeds[0]}" / CURVE_FILE, curve)
-        epochs = f"[{epochs}]({CURVES.name}/{curve.name})"
+        epochs = f"[{epochs}](../{CURVES.name}/{curve.name})"
     cells = [
         f"{title}, {named_seeds(seeds)}",
         f"{runs[0]['parameters']:,}",

@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py
 
-Each point is a process of its own on one core. Writes benchmarks/scaling.md and scaling.png. On a machine that does
-nothing else. An index of a million items, which takes a quarter of an hour, is in benchmarks/serving.md.
+Each point is a process of its own on one core. Writes results/scaling.md and its picture. On a machine that does
+nothing else. An index of a million items, which takes a quarter of an hour, is in benchmarks/results/serving.md.
 """
 
 import functools
@@ -49,7 +49,8 @@ from bert4rec_hf.data.histories import HISTORIES_FILE
 from bert4rec_hf.data.rows import stream_training_rows
 from bert4rec_hf.model import losses
 
-TABLE = Path(__file__).with_suffix(".md")
+TABLE = Path(__file__).resolve().parent / "results" / "scaling.md"
+PICTURE = TABLE.parent.parent / "pictures" / "scaling.png"
 LENGTHS, ITEMS = (50, 100, 200, 500, 1000), 3416
 CATALOGUES = (10**3, 10**4, 10**5, 10**6)
 INDEXED = CATALOGUES[:-1]
@@ -507,8 +508,8 @@ def main() -> None:
         print(json.dumps(MEASURES[sys.argv[1]](**json.loads(sys.argv[2]))))
         return
     series = measured()
-    draw(series, TABLE.with_suffix(".png"))
-    TABLE.write_text(text(series, TABLE.with_suffix(".png").name), "utf-8")
+    draw(series, PICTURE)
+    TABLE.write_text(text(series, f"../pictures/{PICTURE.name}"), "utf-8")
 
 
 if __name__ == "__main__":

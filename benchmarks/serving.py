@@ -7,7 +7,7 @@ From token ids on, seen items filtered. What item and user vectors look like dec
 index finds and how long it looks for it; `expansion_search` trades one for the other. Without --model they are
 generated: items in clusters, histories of 50 items out of three of these, and an encoder that hands the mean of a
 history on. With --model they are a trained model's, and the histories those of test users, as long as they are. Writes
-its section of benchmarks/serving.md.
+its section of benchmarks/results/serving.md.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from bert4rec_hf import (
 from bert4rec_hf.hub.load import load_model
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 
-TABLE = Path(__file__).parent / "serving.md"
+TABLE = Path(__file__).resolve().parent / "results" / "serving.md"
 HEADER = "# Serving\n\nWritten by `benchmarks/serving.py`, which says what is measured.\n"
 LENGTH, TOP_K = 50, 10
 CLUSTER_SIZE, CLUSTERS_OF_A_USER = 100, 3

@@ -4,7 +4,7 @@
 
 LOG is as benchmarks/quality.py takes it. Each run is a process of its own in the system's own environment, made in
 FOLDER/environments once (benchmarks/speed_worker.py says with which settings it runs). Writes the shape's section of
-benchmarks/speed.md, anew after every round. On a machine that does nothing else.
+benchmarks/results/speed.md, anew after every round. On a machine that does nothing else.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tables import CPU, machine, write_section
 
 from bert4rec_hf.data.histories import read_prepared
 
-TABLE = HERE / "speed.md"
+TABLE = HERE / "results" / "speed.md"
 HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )

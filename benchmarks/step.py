@@ -5,7 +5,7 @@
 32 generated histories of length 200, 3,416 items, 64 and 256 wide, otherwise what a new model has by default; mask
 ratio .2, seen items filtered, bfloat16 where the processor has it, one thread; freed memory is kept, as the Trainer
 keeps it. Operations are useful work only: no padding, last layer and loss at the labels. The goals are a step of at
-most 1.3 times their sum, and 50,000 histories masked a second. Writes benchmarks/step.md. On a machine that does
+most 1.3 times their sum, and 50,000 histories masked a second. Writes results/step.md. On a machine that does
 nothing else.
 """
 
@@ -315,7 +315,9 @@ def main() -> None:
         masked, read = collation_rates(rows, collator, batch_size)
         section.append(f"| {batch_size:,} | {masked:,.0f} | {read:,.0f} |")
     print(*section, sep="\n")
-    (Path(__file__).parent / "step.md").write_text("\n".join([*lines, "", *section]) + "\n", "utf-8")
+    (Path(__file__).resolve().parent / "results" / "step.md").write_text(
+        "\n".join([*lines, "", *section]) + "\n", "utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each peer stops as it does by default, or in the first epoch that ends after so many minutes. All are judged alike, as
 hopwise does it: validation targets, all items ranked, seen items not filtered. Seconds are those of training alone,
-without evaluation; settings: benchmarks/speed_worker.py. Writes a section of benchmarks/speed.md.
+without evaluation; settings: benchmarks/speed_worker.py. Writes a section of benchmarks/results/speed.md.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def default_filter_seen_items(share_repeated_events: float) -> bool:
 
 
 def default_architecture(num_events: int, num_items: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `Bert4RecConfig`, what a new model has unless it is told; benchmarks/ablations.md has what it rests on.
+    """Of `Bert4RecConfig`, what a new model has unless it is told (benchmarks/results/ablations.md).
 
     64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
     at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
