@@ -117,7 +117,7 @@ class _Parser(HfArgumentParser):
 
 @dataclass
 class PrepareArguments:
-    """Where `prepare` writes to; how is for `PrepareOptions`."""
+    """The output folder of `prepare`. Its other options are those of `PrepareOptions`."""
 
     output: str = field(metadata={"help": "The folder to write."})
 

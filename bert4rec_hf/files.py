@@ -64,7 +64,7 @@ def folder_beside(
         elif is_empty or own_files is None:
             others = [path.name for path in destination.iterdir() if path not in folder.parents]
             if others:
-                raise ValueError(f"{destination} was empty and now holds {others[0]}; choose another --output")
+                raise ValueError(f"{destination} was empty and now holds {others[0]}: choose another --output")
             for path in sorted(folder.iterdir(), key=lambda path: path.name == last_file):
                 os.rename(path, destination / path.name)
         else:

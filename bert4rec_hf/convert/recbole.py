@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..files import file_beside, folder_beside
+from ..files import files_beside, folder_beside
 from ..hub.load import load_model
 from ..hub.model_card import write_model_card
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
@@ -157,15 +157,15 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
     theirs |= {name: state[_our_name(name)] for name in _their_names(config.num_hidden_layers)}
     settings = {name: getattr(config, field) for name, field in SETTINGS.items()}
     loss_type = {"bpr": "BPR"}.get(config.item_loss, "CE")
-    output.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "state_dict": {name: value.contiguous() for name, value in theirs.items()},
         "config": settings | {"loss_type": loss_type, "MAX_ITEM_LIST_LENGTH": config.max_position_embeddings},
         "item_id": ["[PAD]", *tokenizer.items],
     }
-    with file_beside(output) as beside:
+    # The file has its own name in the temporary folder, because torch.save writes the name into it.
+    with files_beside(output.parent) as folder:
         try:
-            torch.save(content, beside)
+            torch.save(content, folder / output.name)
         except RuntimeError as error:
             raise OSError(f"cannot write {output}: {error}") from error
 

@@ -21,27 +21,31 @@ class PrepareOptions:
         item_column: Text or integers; cast to text.
         time_column: Numbers or timestamps; None for a log that has only a sequence column. Decimals become int64 or,
             if they have decimal places, float64.
-        sequence_column: Numbers or timestamps that order the events of the same time (or all events, if there
-            is no time). Then shuffling the rows of the log changes nothing. None, where the log has no column
-            "timestamp", nor another named: "position", if it has that.
-        rating_column: Needed for `min_rating` only.
+        sequence_column: Numbers or timestamps that order the events of the same time, or all events if there is no
+            time. With it, the order of the log's rows does not matter. None: no sequence; but a log without the
+            default column "timestamp" is ordered by its column "position", if it has one.
+        rating_column: Column that `min_rating` filters by.
         min_rating: Events rated lower, or not rated (null or NaN), are left out.
-        min_user_events: Users with fewer events are left out,
-        min_item_events: and items with fewer, in turns until nothing changes (the k-core).
-        duplicates: "keep"; "drop": a user's later events of the same item are left out; "drop_consecutive":
-            an event is left out if the user's event just before it has the same item; "drop_identical": of events of
-            the same user, item, time and sequence all but one are left out, as a log may have that was sent twice.
+        min_user_events: Users with fewer events are left out. Users and items are filtered in turns until nothing
+            changes (the k-core).
+        min_item_events: Items with fewer events are left out.
+        duplicates: What happens to a user's repeated events of an item. "keep": all stay. "drop": the first stays.
+            "drop_consecutive": an event is left out if the user's event just before it has the same item.
+            "drop_identical": of events with the same user, item, time and sequence one stays. A log that was sent
+            twice has such events.
         event_columns: Columns of the log to carry along.
-        split: "leave-one-out": a user's last item is the test target, the second last that of validation,
-            unless the user has fewer than 3 events. The k-core is that of the whole log. "temporal": one cut
-            in time for all users; the targets are each user's first event at or after the cut. The k-core is
-            that of the events before the validation cut; it decides who trains, all users and events stay.
-            "none": no targets, all events train: for a model that serves, once a split has told how good it is.
-        validation: False: no validation targets; what they are taken from trains, a temporal split has one cut.
-        validation_cut: Of a temporal split: a share of all events between 0 and 1, or a value of the time column, or
-            an ISO date (in UTC; a column of numbers is taken as seconds since 1970, or as milli-, micro- or
-            nanoseconds if the numbers are that large). Events before it train. None: 0.8.
-        test_cut: Likewise; None: 0.9.
+        split: How targets are held out. "leave-one-out": a user's last item is the test target, and the second last
+            the validation target. Users with fewer than 3 events train only. The k-core is that of the whole log.
+            "temporal": one cut in time for all users. A user's target is the first event at or after the cut. The
+            k-core is that of the events before the validation cut. It decides who trains; all users and events stay.
+            "none": no targets, all events train. This is for a model that serves, after a split has told how good it
+            is.
+        validation: Whether validation targets are held out. False: these events train, and a temporal split has one
+            cut.
+        validation_cut: Cut of a temporal split; events before it train. A share of all events between 0 and 1, a
+            value of the time column, or an ISO date in UTC. If times are numbers, a date means seconds since 1970, or
+            milli-, micro- or nanoseconds if the numbers are that large. None: 0.8.
+        test_cut: Cut of the test part, given like `validation_cut`. None: 0.9.
         item_titles: Titles by raw item id, or a CSV or Parquet file with `item_column` and a column `title`.
         max_length: Longest input of the model. None: `default_max_length`.
         filter_seen_items: Whether serving leaves out a user's past items. None: `default_filter_seen_items`.

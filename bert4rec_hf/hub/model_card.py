@@ -26,13 +26,15 @@ RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
 TAGS = ("bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf")
 THIS_FOLDER = "path-or-hub-id-of-this-folder"
+# The place in a card's code that names the model.
+SNIPPET_MODEL = re.compile(r'model="(.+?)"')
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
     "item_initialization", "num_transitions", "repeat_weight", "mask_ratio", "train_windows", "hidden_size",
     "num_hidden_layers", "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob",
     "max_position_embeddings", "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
-# So many evaluations of a run in its table, the chosen one besides; training.json has all.
+# Number of evaluations in the table of a run, beside the chosen one; training.json has all.
 SHOWN_EVALUATIONS = 10
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
 
@@ -306,7 +308,3 @@ def _training(record: Mapping[str, Any]) -> str:
         bold = "**" if evaluation["step"] == step else ""
         table.append("".join(f"| {bold}{cell}{bold if cell else ''} " for cell in cells) + "|")
     return "## Training\n\n" + "\n\n".join([*lines, "\n".join(table)])
-
-
-# Where a card's snippet names the model.
-SNIPPET_MODEL = re.compile(r'model="(.+?)"')

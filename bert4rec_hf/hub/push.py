@@ -13,13 +13,16 @@ RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_
 
 
 def push_checkpoint(checkpoint: Path, repo_id: str, args: TrainingArguments, step: int) -> list[Future[Any]]:
-    """Upload a checkpoint, which is a model folder, as the model; and as `hub_strategy` says, whole beside it.
+    """Upload a checkpoint, which is a model folder, as the repository's model.
+
+    With the strategies "checkpoint" and "all_checkpoints", the whole checkpoint is uploaded into a folder as well, so
+    that the run can be resumed from there.
 
     Args:
-        checkpoint: The folder; nothing may delete it before the uploads have ended.
+        checkpoint: The folder. It must stay until the uploads have ended.
         repo_id: The model's repository.
         args: Their `hub_strategy`, `hub_token` and `hub_revision` are used.
-        step: For the commit message.
+        step: The training step, for the commit message.
 
     Returns:
         The uploads, which run in the background.

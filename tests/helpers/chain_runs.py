@@ -6,10 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bert4rec_hf import (
-    Bert4RecForMaskedItemPrediction,
-    Bert4RecTrainingArguments,
-)
+from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainingArguments
 
 # Without transitions, which know these logs before anything is learnt.
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_transitions": 0}

@@ -6,10 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bert4rec_hf.model.modeling_bert4rec as modeling
-from bert4rec_hf import (
-    Bert4RecConfig,
-    Bert4RecForMaskedItemPrediction,
-)
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
 
 PAD, MASK, FIRST = 0, 1, 3
 NUM_ITEMS = 37

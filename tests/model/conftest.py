@@ -3,9 +3,7 @@
 import pytest
 from small_models import ARCHITECTURES, WITH_HISTORY, make_model
 
-from bert4rec_hf import (
-    Bert4RecForMaskedItemPrediction,
-)
+from bert4rec_hf import Bert4RecForMaskedItemPrediction
 
 
 @pytest.fixture(params=[*ARCHITECTURES.values(), *WITH_HISTORY.values()], ids=[*ARCHITECTURES, *WITH_HISTORY])

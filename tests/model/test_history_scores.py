@@ -4,11 +4,7 @@ import pytest
 import torch
 from small_models import FIRST, MASK, NUM_ITEMS, PAD, VOCAB, make_model
 
-from bert4rec_hf import (
-    Bert4RecConfig,
-    Bert4RecForMaskedItemPrediction,
-    Bert4RecTokenizer,
-)
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 from bert4rec_hf.model.history_scores import NUM_NEWEST_ITEMS, item_counts, newest_items
 
 

@@ -20,11 +20,7 @@ from small_models import (
 )
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from bert4rec_hf import (
-    Bert4RecConfig,
-    Bert4RecForMaskedItemPrediction,
-    Bert4RecTokenizer,
-)
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 
 
 def test_padding_on_either_side_gives_the_same_scores(model):

@@ -18,10 +18,7 @@ from small_models import (
 )
 
 import bert4rec_hf.model.modeling_bert4rec as modeling
-from bert4rec_hf import (
-    Bert4RecTokenizer,
-    DataCollatorForMaskedItemPrediction,
-)
+from bert4rec_hf import Bert4RecTokenizer, DataCollatorForMaskedItemPrediction
 from bert4rec_hf.model.losses import softmax_loss
 
 # The second row's label is the first of its row, lest a padded position, read as 0, find nothing there.

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 from chain_runs import write_chain
 
-from bert4rec_hf import (
-    prepare,
-)
+from bert4rec_hf import prepare
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,7 @@ import pytest
 from chain_runs import SMALL, arguments, free_port
 from transformers import pipeline
 
-from bert4rec_hf import (
-    Bert4RecConfig,
-    Bert4RecForMaskedItemPrediction,
-    Bert4RecTrainer,
-    read_prepared,
-    training_rows,
-)
+from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainer, read_prepared, training_rows
 from bert4rec_hf.runs import evaluate_prepared
 
 
