@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-mutations lint notebooks clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations lint notebooks clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -42,6 +42,10 @@ test-lineage: $(VENV)/installed-dev
 test-agreement: $(VENV)/installed-dev
 	$(BIN)/python tests/agreement/run.py $(VENV)/agreement
 
+# LoRA by PEFT, torchao's quantised weights, Accelerate's offloading.
+test-adapters: $(VENV)/adapters/installed
+	$(VENV)/adapters/bin/python -m pytest tests/adapters
+
 # Mistakes, made one after another in a copy of the package: a test must notice each.
 test-mutations: $(VENV)/installed-dev
 	$(BIN)/python tests/mutations.py
@@ -63,6 +67,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/adapters/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)/adapters
+	$(VENV)/adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" \
+		peft==0.21.2 torchao==0.18.0
 	touch $@
 
 clean:

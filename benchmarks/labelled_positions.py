@@ -35,13 +35,18 @@ def measure(way: str) -> None:
     batch = DataCollatorForMaskedItemPrediction(tokenizer)([{"input_ids": row} for row in rows])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer))).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    item_labels = torch.where(batch["labels"] < 0, -100, batch["labels"] - FIRST_ITEM_ID).flatten()
+    labels = torch.where(batch["labels"] < 0, -100, batch["labels"] - FIRST_ITEM_ID)
+    is_label = batch["masked_positions"] >= 0
+    item_labels = torch.full(batch["input_ids"].shape, -100)
+    rows_of_labels = torch.arange(BATCH).unsqueeze(1).expand_as(labels)[is_label]
+    item_labels[rows_of_labels, batch["masked_positions"][is_label]] = labels[is_label]
+    item_labels = item_labels.flatten()
 
     def loss() -> torch.Tensor:
         if way == "labelled positions":
             return model(**batch).loss
         states = model.head(model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state)
-        weight, bias = model.decoder.weight[FIRST_ITEM_ID:], model.decoder.bias[FIRST_ITEM_ID:]
+        weight, bias = model.get_input_embeddings().weight[FIRST_ITEM_ID:], model.item_bias.weight[FIRST_ITEM_ID:]
         return softmax_loss(states.flatten(0, 1), weight, bias, item_labels)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -78,7 +78,7 @@ def main() -> None:
             for name, answer in answers.items():
                 start = time.perf_counter()
                 found = [
-                    answer({key: batch[key] for key in ("input_ids", "attention_mask", "exclude_ids")})
+                    answer({key: batch[key] for key in ("input_ids", "attention_mask", "history_ids", "exclude_ids")})
                     for batch in batches
                 ]
                 seconds[name].append(time.perf_counter() - start)

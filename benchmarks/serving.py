@@ -84,12 +84,12 @@ def histories_of(data: str, model: str, batch: int) -> Iterator[Batch]:
     histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model))
     length = tokenizer.model_max_length
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True, max_length=length)
-    rows = rows.select_columns(["input_ids", "labels", "exclude_ids"])
+    rows = rows.select_columns(["input_ids", "labels", "history_ids", "exclude_ids"])
     collator = DataCollatorForMaskedItemPrediction(tokenizer, max_length=length)
     random = torch.Generator().manual_seed(batch)
     while True:
         for found in DataLoader(rows, batch, shuffle=True, drop_last=True, collate_fn=collator, generator=random):
-            yield {name: found[name] for name in ("input_ids", "attention_mask", "exclude_ids")}
+            yield {name: found[name] for name in ("input_ids", "attention_mask", "history_ids", "exclude_ids")}
 
 
 def percentiles(seconds: list[float]) -> str:

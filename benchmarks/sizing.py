@@ -41,7 +41,7 @@ def kept_bytes(model: Bert4RecForMaskedItemPrediction, length: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(input_ids, torch.ones_like(input_ids), prediction_positions=positions)
+        model.model(input_ids, torch.ones_like(input_ids), masked_positions=positions)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -43,7 +43,6 @@ from bert4rec_hf.defaults import default_architecture
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 from bert4rec_hf.model.losses import softmax_loss
 from bert4rec_hf.model.modeling_bert4rec import Bert4RecRotaryEmbedding, rotate
-from bert4rec_hf.training.trainer import keep_freed_memory
 
 BATCH, LENGTH, ITEMS, EVENTS, HIDDEN_SIZES = 32, 200, 3416, 1_000_000, (64, 256)
 DTYPE = torch.bfloat16 if "avx512_bf16" in CPU else torch.float32
@@ -127,7 +126,7 @@ def operations(
 ) -> list[Operation]:
     """What the step cannot do without; attention to each history from as many positions as it has labels on average."""
     model = copy.deepcopy(model)  # AdamW is going to change it
-    config, embeddings, decoder = model.config, model.model.embeddings, model.decoder
+    config, embeddings = model.config, model.model.embeddings
     layer: Any = model.model.layers[0]
     attention, feed_forward = (copy.deepcopy(module).to(dtype) for module in (layer.attention, layer.feed_forward))
     rows, length = batch["input_ids"].shape
@@ -171,9 +170,10 @@ def operations(
         ]
         found += [Operation(f"{name}, {where}", times[last], flop, run) for name, times, flop, run in parts]
 
-    seen = batch["input_ids"].unsqueeze(1).expand(-1, length, -1)[is_label] - FIRST_ITEM_ID
+    seen = batch["input_ids"].unsqueeze(1).expand(-1, is_label.shape[1], -1)[is_label] - FIRST_ITEM_ID
     labels = batch["labels"][is_label] - FIRST_ITEM_ID
-    table = [tensor[FIRST_ITEM_ID:].detach().requires_grad_() for tensor in (decoder.weight, decoder.bias)]
+    tables = embeddings.item_embeddings.weight, model.item_bias.weight
+    table = [tensor[FIRST_ITEM_ID:].detach().requires_grad_() for tensor in tables]
 
     def item_softmax(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         with autocast(dtype):
@@ -224,7 +224,7 @@ def step_section(
     total = sum(part.times * each for part, each in zip(parts, of_parts, strict=True))
     flop = sum(part.times * part.flop for part in parts)
     rate, best = flop / of_step / 1e6, 2 * SQUARE**3 / of_square / 1e6
-    computed, num_labels = batch["label_positions"].numel(), int((batch["labels"] >= 0).sum())
+    computed, num_labels = batch["masked_positions"].numel(), int((batch["labels"] >= 0).sum())
     lines = [
         f"## {model.config.hidden_size} wide",
         "",
@@ -288,7 +288,6 @@ def collation_rates(rows: Dataset, collator: DataCollatorForMaskedItemPrediction
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    keep_freed_memory()
     collator = make_collator()
     batch = collator(list(make_rows(BATCH)))
     lines = [

@@ -34,12 +34,13 @@ def ranks_of(
     """The users with a target in a part and its ranks, as `evaluate_prepared` counts them."""
     policy, length = model.config.filter_seen_items, model.config.max_position_embeddings
     rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
-    columns = rows.select_columns(["input_ids", "labels", "exclude_ids"])
+    columns = rows.select_columns(["input_ids", "labels", "history_ids", "exclude_ids"])
     ranks = [
         model.rank(
             batch["input_ids"],
             batch["labels"].amax(dim=1),
             batch["attention_mask"],
+            history_ids=batch["history_ids"],
             exclude_ids=batch["exclude_ids"],
         )
         for batch in DataLoader(columns, 64, collate_fn=DataCollatorForMaskedItemPrediction(tokenizer))
@@ -68,9 +69,9 @@ def main() -> None:
     for weight, repeat_weight in itertools.product(weights, options.repeat_weights or [config.repeat_weight]):
         if options.number:
             # Else items would keep their own where the new ones weigh nothing.
-            model.decoder.history_scores.successor_ids.zero_()
+            model.history_scores.successor_ids.zero_()
             keep_transitions(model, histories, num_items, weight=weight)
-        model.config.repeat_weight = model.decoder.history_scores.repeat_weight = repeat_weight
+        model.config.repeat_weight = repeat_weight
         start = time.process_time()
         user_ids, ranks = ranks_of(model, histories, tokenizer, options.part)
         seconds, metrics = time.process_time() - start, ranking_metrics(ranks)

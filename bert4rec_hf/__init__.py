@@ -21,7 +21,7 @@ PIPELINE_REGISTRY.register_pipeline(
     "sequential-recommendation",
     pipeline_class=SequentialRecommendationPipeline,
     pt_model=AutoModelForMaskedLM,
-    type="multimodal",
+    type="text",
 )
 
 # Imported when first used: they bring datasets, or Ibis and DuckDB.
@@ -42,7 +42,6 @@ _LATER = {
     "histories": "data.preparation",
     "keep_transitions": "training.initialization",
     "prepare": "data.preparation",
-    "preprocess_logits_for_metrics": "evaluation.metrics",
     "publish_code": "hub.publish_code",
     "ranking_metrics": "evaluation.metrics",
     "ranking_rows": "data.rows",
@@ -50,6 +49,7 @@ _LATER = {
     "read_prepared": "data.histories",
     "start_from_cooccurrence": "training.initialization",
     "stream_training_rows": "data.rows",
+    "target_ranks": "evaluation.metrics",
     "tokenize_histories": "data.histories",
     "train_prepared": "runs",
     "training_rows": "data.rows",
@@ -81,7 +81,6 @@ __all__ = [
     "histories",
     "keep_transitions",
     "prepare",
-    "preprocess_logits_for_metrics",
     "publish_code",
     "ranking_metrics",
     "ranking_rows",
@@ -89,6 +88,7 @@ __all__ = [
     "read_prepared",
     "start_from_cooccurrence",
     "stream_training_rows",
+    "target_ranks",
     "tokenize_histories",
     "train_prepared",
     "training_rows",
@@ -104,7 +104,7 @@ if TYPE_CHECKING:
     from .data.prepare_options import PrepareOptions
     from .data.rows import ranking_rows, stream_training_rows, training_rows
     from .evaluation.baselines import baseline_ranks, floors
-    from .evaluation.metrics import compute_metrics, preprocess_logits_for_metrics, ranking_metrics
+    from .evaluation.metrics import compute_metrics, ranking_metrics, target_ranks
     from .evaluation.protocol import Protocol
     from .hub.publish_code import publish_code
     from .runs import evaluate_prepared, train_prepared

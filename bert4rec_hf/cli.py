@@ -156,6 +156,9 @@ class EvaluateArguments:
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Histories ranked at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Show no progress bar; there is none where standard error is no terminal."}
+    )
     report: str | None = field(
         default=None,
         metadata={

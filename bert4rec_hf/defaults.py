@@ -50,6 +50,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
         "num_transitions": default_num_transitions(num_items),
+        "transition_weight": default_transition_weight(num_events, num_items),
         "repeat_weight": 0.0 if given.get("filter_seen_items", False) else REPEAT_WEIGHT,
     }
     if hidden_size % HEAD_WIDTH == 0:

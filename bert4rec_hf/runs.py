@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -64,7 +65,7 @@ def train_prepared(
         architecture: Fields of `Bert4RecConfig`, for a new model; the others as `default_architecture` has them.
 
     Returns:
-        The trainer, with the best model.
+        The trainer, with the best model. Its `hyperparameter_search` starts each trial from a model as this run did.
 
     Raises:
         TypeError: If the architecture has a name that is no field of `Bert4RecConfig`.
@@ -81,13 +82,8 @@ def train_prepared(
     check_prepared(data)
     args.check_metric()
     set_seed(args.seed)
-    if model_name_or_path is None:
-        model, tokenizer, histories, preparation = _new_model(data, args, architecture)
-    else:
-        model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, architecture)
+    model, tokenizer, histories, preparation = _model_and_data(data, args, model_name_or_path, architecture)
     config = model.config
-    if config.num_transitions:  # of a model that goes on, those of its new log
-        keep_transitions(model, histories, tokenizer.num_items, seed=args.seed)
     validation = ranking_rows(
         histories,
         tokenizer,
@@ -156,7 +152,27 @@ def train_prepared(
     if training is not None and trainer.is_world_process_zero():
         for warning in training["warnings"]:
             logger.warning(warning)
+    # From now on each `train` starts anew, as a search over hyperparameters needs it.
+    trainer.model_init = lambda: _model_and_data(data, args, model_name_or_path, architecture)[0]
     return trainer
+
+
+def _model_and_data(
+    data: str | os.PathLike,
+    args: Bert4RecTrainingArguments,
+    model_name_or_path: str | os.PathLike | None,
+    architecture: Mapping[str, Any],
+) -> ModelAndData:
+    """A model before training: a new one, or one that goes on."""
+    if model_name_or_path is None:
+        model, tokenizer, histories, preparation = _new_model(data, args, dict(architecture))
+    else:
+        model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, dict(architecture))
+    if model.config.num_transitions:
+        # A model that goes on gets the transitions of its new log, and their weight.
+        weight = model.config.transition_weight if model_name_or_path is None else None
+        keep_transitions(model, histories, tokenizer.num_items, weight=weight, seed=args.seed)
+    return model, tokenizer, histories, preparation
 
 
 def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, architecture: dict[str, Any]) -> ModelAndData:
@@ -269,7 +285,7 @@ def evaluate_prepared(
                 nowhere,
                 per_device_eval_batch_size=per_device_eval_batch_size,
                 use_cpu=use_cpu,
-                disable_tqdm=disable_tqdm,
+                disable_tqdm=disable_tqdm or not sys.stderr.isatty(),
                 eval_strategy="no",
                 save_strategy="no",
             ),

@@ -52,7 +52,7 @@ for epoch in range(5):
     model.eval()
     ranks = []
     for batch in target_loader:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "exclude_ids")}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "history_ids", "exclude_ids")}
         found = accelerator.unwrap_model(model).rank(target_ids=batch["labels"].amax(dim=1), **inputs)
         ranks.append(accelerator.gather_for_metrics(found).cpu())
     metrics = ranking_metrics(np.concatenate(ranks))

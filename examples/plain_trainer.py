@@ -1,5 +1,7 @@
 """BERT4Rec with the plain Transformers Trainer: our model, collator and metrics, their training loop.
 
+The ranks are those of the network among all items; `Bert4RecTrainer` ranks as serving does.
+
 bert4rec prepare ml-100k --output data
 python examples/plain_trainer.py data model
 """
@@ -13,16 +15,16 @@ from bert4rec_hf import (
     Bert4RecForMaskedItemPrediction,
     DataCollatorForMaskedItemPrediction,
     compute_metrics,
-    preprocess_logits_for_metrics,
     ranking_rows,
     read_prepared,
+    target_ranks,
     training_rows,
 )
 
 data, output_dir = sys.argv[1:3]
 histories, tokenizer, preparation = read_prepared(data)
 set_seed(42)
-config = Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50, filter_seen_items=True)
+config = Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=50)
 trainer = Trainer(
     Bert4RecForMaskedItemPrediction(config),
     TrainingArguments(
@@ -30,15 +32,14 @@ trainer = Trainer(
         num_train_epochs=5,
         learning_rate=2e-3,
         per_device_train_batch_size=32,
-        label_names=["labels", "exclude_ids"],  # seen items travel along with the labels
         eval_strategy="epoch",
     ),
     data_collator=DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.2, max_length=50),
     train_dataset=training_rows(histories),
-    eval_dataset=ranking_rows(histories, tokenizer, "validation", filter_seen_items=True, max_length=50),
+    eval_dataset=ranking_rows(histories, tokenizer, "validation", filter_seen_items=False, max_length=50),
     processing_class=tokenizer,
     compute_metrics=compute_metrics,
-    preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    preprocess_logits_for_metrics=target_ranks,
 )
 trainer.train()
 trainer.save_model()

@@ -20,8 +20,9 @@ from pathlib import Path
 # Names that differ between checkouts, as the newer one has them.
 RENAMED = {
     "floors": "baselines",
-    "decoder.next_ids": "decoder.history_scores.successor_ids",
-    "decoder.next_scores": "decoder.history_scores.successor_scores",
+    "decoder.history_scores.successor_ids": "history_scores.successor_ids",
+    "decoder.history_scores.successor_scores": "history_scores.successor_scores",
+    "decoder.bias": "item_bias.weight",
 }
 # Run with the checkout's code; prints what the model folder answers.
 SCORES = """
@@ -41,8 +42,9 @@ answers["index"] = pipe(histories, index=ItemIndex.build(pipe.model))
 if onnx_file != "none":
     batch = pipe.tokenizer(histories, padding=True, return_tensors="np")
     nothing = np.zeros((len(histories), 1), np.int64)
-    found = onnxruntime.InferenceSession(onnx_file).run(
-        None, {**dict(batch), "exclude_ids": nothing, "candidate_ids": nothing})
+    session = onnxruntime.InferenceSession(onnx_file)
+    given = {**dict(batch), "history_ids": batch["input_ids"], "exclude_ids": nothing, "candidate_ids": nothing}
+    found = session.run(None, {part.name: given[part.name] for part in session.get_inputs()})
     answers["onnx"] = [part.tolist() for part in found]
 batch = pipe.tokenizer(histories, padding=True, return_tensors="pt")
 answers["ranks"] = pipe.model.rank(target_ids=torch.tensor([3, 4, 5, 6]), **batch).tolist()

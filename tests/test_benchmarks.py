@@ -314,6 +314,6 @@ def test_the_plan_counts_what_an_optimizer_keeps_of_the_item_table(tmp_path, opt
     rows = Dataset.from_dict({"input_ids": [[3, 4, 5, 6]] * 4})
     trainer = Bert4RecTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
-    state = trainer.optimizer.optimizer.state[model.decoder.weight]
+    state = trainer.optimizer.optimizer.state[model.get_input_embeddings().weight]
     kept = sum(value.numel() for value in state.values() if getattr(value, "ndim", 0))
     assert kept == scaling.OPTIMIZER_STATE[optim](len(tokenizer), 8)

@@ -128,7 +128,7 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
         raise ValueError(f"{output} is there already; choose another --output")
     ours = load_model(model)
     config, tokenizer = ours.config, Bert4RecTokenizer.from_pretrained(model)
-    architecture = ARCHITECTURE | {"tie_word_embeddings": True}
+    architecture = ARCHITECTURE
     wrong = [
         f"{name}={getattr(config, name)!r}" for name, value in architecture.items() if getattr(config, name) != value
     ]
@@ -144,7 +144,7 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
             model,
         )
     state = ours.state_dict()
-    table, bias = state["model.embeddings.item_embeddings.weight"], state["decoder.bias"].clone()
+    table, bias = state["model.embeddings.item_embeddings.weight"], state["item_bias.weight"].clone()
     if not config.pad_in_softmax:
         bias[PAD_TOKEN_ID] = SPECIAL_TOKEN_LOGIT
     # [PAD], the items, [MASK]; there is no unknown item.
@@ -291,6 +291,5 @@ def _our_state(state: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, 
     return ours | {
         "model.embeddings.item_embeddings.weight": table,
         "model.embeddings.position_embeddings.weight": state[POSITIONS],
-        "decoder.weight": table,
-        "decoder.bias": bias,
+        "item_bias.weight": bias,
     }

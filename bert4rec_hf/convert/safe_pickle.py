@@ -1,12 +1,12 @@
 """Pickles of RecBole and hopwise, read without running or importing anything that stands in them."""
 
-import copyreg
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -74,14 +74,13 @@ def read_pickle(path: str | os.PathLike) -> Any:
     Raises:
         ValueError: If it is no such file, is damaged, or names anything else.
     """
-    copyreg.clear_extension_cache()  # whose entries would not be looked up by `find_class`
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 if file.read(4) == b"PK\3\4":
                     raise pickle.UnpicklingError("it is not whole; fetch it again")
                 file.seek(0)
-                return InertUnpickler(file).load()
+                return _load(file)
         with zipfile.ZipFile(path) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             folder = name.removesuffix("data.pkl")
@@ -90,7 +89,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
             if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
                 raise pickle.UnpicklingError("it was saved on a machine of another byte order")
             with archive.open(name) as file:
-                content = InertUnpickler(file).load()
+                content = _load(file)
             if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
                 state = content["state_dict"].items()
                 content["state_dict"] = {name: _tensor(value, archive, folder) for name, value in state}
@@ -99,6 +98,14 @@ def read_pickle(path: str | os.PathLike) -> Any:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"cannot read {path} as a checkpoint of RecBole or hopwise: {error}") from error
+
+
+def _load(file: IO[bytes]) -> Any:
+    # An extension code may name an object that this process has loaded, which `find_class` would not see.
+    if any(operation.name.startswith("EXT") for operation, _, _ in pickletools.genops(file)):
+        raise pickle.UnpicklingError("it has an extension code, which no checkpoint of RecBole or hopwise needs")
+    file.seek(0)
+    return InertUnpickler(file).load()
 
 
 def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:

@@ -20,8 +20,6 @@ NEIGHBOUR_POWER = 0.75
 VECTOR_RMS = 0.05
 # Vectors are clipped to this multiple of the typical norm, so that ubiquitous items do not dominate.
 MAX_NORM_RATIO = 10.0
-# Weight of log-popularity for empty histories; large enough to outweigh the network.
-EMPTY_HISTORY_POPULARITY_WEIGHT = 20.0
 # Greatest distance between an item and its successor.
 SUCCESSOR_WINDOW = 3
 # Number of events that are counted. Of a larger log, whole histories are drawn at random.
@@ -84,7 +82,7 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
 
 
 def transitions(
-    histories: Histories, num_items: int, number: int, *, weight: float = 1.0, seed: int = 0
+    histories: Histories, num_items: int, number: int, *, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each item those that most call for being shown after it, and how strongly.
 
@@ -96,11 +94,10 @@ def transitions(
     Args:
         histories, num_items, seed: As in `cooccurrence_vectors`.
         number: K, of each item.
-        weight: What scores are multiplied with, but for those of a history without items.
 
     Returns:
         (num_items + 3, K) token ids, int32, and (num_items + 3, K) scores, float32, by token id, the strongest first; 0
-        where there are no more. Those of [PAD] are of a history without items.
+        where there are no more. Those of [PAD] are for a history without items: ln(1 + popularity).
     """
     keys, counts = [], []
     for distance, (first, second) in enumerate(_pairs(histories, SUCCESSOR_WINDOW, seed)):
@@ -109,7 +106,7 @@ def transitions(
     unique, places = torch.unique(torch.cat(keys), return_inverse=True)
     count = torch.zeros(len(unique)).index_add_(0, places, torch.cat(counts))
     first, second = unique // num_items, unique % num_items
-    scores = weight * _positive_information(first, second, count, num_items) * count.log1p()
+    scores = _positive_information(first, second, count, num_items) * count.log1p()
     # The strongest of an item first; how many are before one of the same item is its column.
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(first[order], stable=True)]
@@ -126,7 +123,7 @@ def transitions(
     successor_ids[places] = (second[kept] + FIRST_ITEM_ID).int()
     successor_scores[places] = scores[kept]
     successor_ids[PAD_TOKEN_ID] = popular.where(popularity > 0, 0).int()
-    successor_scores[PAD_TOKEN_ID] = EMPTY_HISTORY_POPULARITY_WEIGHT * popularity.log1p()
+    successor_scores[PAD_TOKEN_ID] = popularity.log1p()
     return successor_ids, successor_scores
 
 

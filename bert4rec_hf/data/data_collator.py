@@ -18,8 +18,8 @@ class DataCollatorForMaskedItemPrediction:
     """Mask items of histories for training; pad evaluation rows as they are.
 
     A row is a mapping with `input_ids`: a list, numpy array or torch tensor of token ids of any length. Rows that
-    have `labels` too are evaluation rows (`ranking_rows` makes them) and are not masked; their `exclude_ids` and
-    `candidate_ids` are padded with 0.
+    have `labels` too are evaluation rows (`ranking_rows` makes them) and are not masked; their `history_ids`,
+    `exclude_ids` and `candidate_ids` are padded with 0. Other columns are left out.
 
     Random numbers come from torch's global generator, which the Trainer seeds and data-loader workers get anew
     every epoch: equal seeds give equal masks, epochs and workers differ.
@@ -38,11 +38,12 @@ class DataCollatorForMaskedItemPrediction:
             catalogue; "popularity": in proportion to the tokenizer's training counts, with replacement.
 
     Returns:
-        When called: `input_ids`, `attention_mask`, `labels` (batch, length), `label_positions` (batch, most
-        labels of a row) padded with -1; of evaluation rows that have them, `exclude_ids` and `candidate_ids`. For
-        training rows with `num_negatives`, `negative_ids` (K,); by popularity, `negative_log_probabilities` (K,), of
-        each to be drawn, and `positive_log_probabilities` (batch, most labels of a row), of each label to be among the
-        K, 0 where there is none; a label that the counts lack is taken as counted once.
+        When called: `input_ids` and `attention_mask` (batch, length); `masked_positions` (batch, P), where P is the
+        largest number of masks in a row, padded with -1, and `labels` (batch, P) there, padded with -100. For
+        evaluation rows that have them, `history_ids`, `exclude_ids` and `candidate_ids`, (batch, longest). For training
+        rows with `num_negatives`, `negative_ids` (K,); by popularity, also `negative_log_probabilities` (K,), of each
+        negative to be drawn, and `positive_log_probabilities` (batch, P), of each label to be among the K draws, 0
+        where there is none. A label that the counts lack is taken as counted once.
 
     Raises:
         TypeError: If a row has raw item ids, or numbers that are no integers.
@@ -103,17 +104,15 @@ class DataCollatorForMaskedItemPrediction:
         needed = np.flatnonzero(~masked.any(axis=1) & (last >= 0))
         anywhere = np.where(is_item[needed], order[needed], -1.0).argmax(axis=1)
         masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True
-        label_positions = _pad([row.nonzero()[0] for row in masked], -1)
+        masked_positions = _pad([row.nonzero()[0] for row in masked], -1)
+        labels = _at(input_ids, masked_positions)
         batch = self._batch(
             input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
             attention_mask=input_ids != PAD_TOKEN_ID,
-            labels=np.where(masked, input_ids, IGNORE_INDEX),
-            label_positions=label_positions,
+            labels=labels,
+            masked_positions=masked_positions,
         )
-        if not self.num_negatives:
-            return batch
-        labels = np.take_along_axis(input_ids, label_positions.clip(min=0), axis=1)
-        return batch | self._negatives(np.where(label_positions < 0, IGNORE_INDEX, labels), random)
+        return batch | self._negatives(labels, random) if self.num_negatives else batch
 
     def _negatives(self, labels: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
         """Drawn for labels (batch, P)."""
@@ -141,18 +140,21 @@ class DataCollatorForMaskedItemPrediction:
         self, features: Sequence[Mapping[str, Any]], rows: list[np.ndarray]
     ) -> dict[str, torch.Tensor]:
         labels = [np.asarray(feature["labels"], dtype=np.int64) for feature in features]
-        # Not found by the label, which is -100 for a target that the catalogue lacks: such rows are ranked as well.
-        is_mask = [row == MASK_TOKEN_ID for row in rows]
+        # The label does not say where the [MASK] is: it is -100 for a target that the catalogue lacks, and such rows
+        # are ranked as well.
+        masked_positions = _pad([(row == MASK_TOKEN_ID).nonzero()[0] for row in rows], -1)
         input_ids = _pad(rows, PAD_TOKEN_ID)
         batch = {
             "input_ids": input_ids,
             "attention_mask": input_ids != PAD_TOKEN_ID,
-            "labels": _pad(labels, IGNORE_INDEX),
-            "label_positions": _pad([row.nonzero()[0] for row in is_mask], -1),
+            "labels": _at(_pad(labels, IGNORE_INDEX), masked_positions),
+            "masked_positions": masked_positions,
         }
         self._check_ids(batch["input_ids"])
         self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))
-        for name in {"exclude_ids", "candidate_ids"} & features[0].keys():
+        for name in ("history_ids", "exclude_ids", "candidate_ids"):
+            if name not in features[0]:
+                continue
             batch[name] = _pad([np.asarray(feature[name], dtype=np.int64) for feature in features], 0)
             self._check_ids(batch[name])
         return self._batch(**batch)
@@ -177,6 +179,11 @@ def _token_ids(row: Any) -> np.ndarray:
             "item ids"
         )
     return row.astype(np.int64, copy=False)
+
+
+def _at(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Values (batch, length) at positions (batch, P), `IGNORE_INDEX` where the position is -1."""
+    return np.where(positions < 0, IGNORE_INDEX, np.take_along_axis(values, positions.clip(min=0), axis=1))
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:

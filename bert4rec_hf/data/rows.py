@@ -109,7 +109,8 @@ def ranking_rows(
 
     Returns:
         user_id; input_ids ending with [MASK]; labels, -100 but for the target in the [MASK]'s place, and there
-        too if the catalogue lacks the target; exclude_ids; history_length, the number of events before the target.
+        too if the catalogue lacks the target; history_ids, the known items before the target, uncut; exclude_ids;
+        history_length, the number of events before the target.
 
     Raises:
         ValueError: If `part` is neither.
@@ -120,12 +121,13 @@ def ranking_rows(
     positions = histories.target_positions[part][users]
     starts = histories.offsets[users]
     targets = histories.item_ids[starts + positions]
-    rows, exclude_ids = [], []
+    rows, history_ids, exclude_ids = [], [], []
     for start, position in zip(starts, positions, strict=True):
         past = histories.item_ids[start : start + position]
         past = past[past != UNK_TOKEN_ID]
         row = np.array(tokenizer.append_mask(past.tolist(), max_length), np.int32)
         rows.append(row)
+        history_ids.append(past)
         exclude_ids.append(np.unique(past) if filter_seen_items else np.zeros(0, np.int32))
     input_ids = _lists(rows)
     labels = np.full(len(input_ids.values), IGNORE_INDEX, np.int32)
@@ -135,6 +137,7 @@ def ranking_rows(
         "user_id": histories.user_id.filter(pa.array(histories.target_positions[part] >= 0)),
         "input_ids": input_ids,
         "labels": pa.ListArray.from_arrays(input_ids.offsets, pa.array(labels)),
+        "history_ids": _lists(history_ids),
         "exclude_ids": _lists(exclude_ids),
         "history_length": pa.array(positions, pa.int32()),
     }

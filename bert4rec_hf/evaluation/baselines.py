@@ -1,19 +1,24 @@
 """Rankings without a trained model, reported beside every model's metrics."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import nn
 
 from ..data.counting import transitions
 from ..data.histories import Histories
 from ..data.rows import list_values, target_ids_of
 from ..defaults import default_num_transitions
-from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
-from ..model.history_scores import NUM_NEWEST_ITEMS
+from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
+from ..model.history_scores import HistoryScores, Pairs, values_of
 from ..model.losses import IGNORE_INDEX
+
+# Rows ranked at once.
+ROWS_PER_BATCH = 256
+# Scaled so that popularity (< 1) only breaks ties.
+SCALE_OVER_POPULARITY = 1e6
 
 
 def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.ndarray]:
@@ -41,17 +46,18 @@ def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[
         histories.item_ids[:-1][follows].astype(np.int64) * size + histories.item_ids[1:][follows], return_counts=True
     )
     starts = np.searchsorted(pairs, np.arange(size + 1) * size)
-    next_items = pairs % size
+    next_items = torch.from_numpy(pairs % size)
+    values = torch.from_numpy(counts)
 
-    def following(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        last = past[-1] if len(past) else PAD_TOKEN_ID
-        after = slice(starts[last], starts[last + 1])
-        return next_items[after], counts[after]
+    def following(history_ids: torch.Tensor) -> Pairs:
+        last = history_ids[:, -1].tolist()
+        after = [slice(starts[item], starts[item + 1]) for item in last]
+        return _padded([next_items[part] for part in after]), _padded([values[part] for part in after])
 
     ranks = {
-        "popularity": _frequency_ranks(rows, histories.item_ids[training], num_items),
+        "popularity": popularity_ranks(rows, histories, num_items),
         "recent popularity": _frequency_ranks(rows, recent, num_items),
-        "last-item co-occurrence": _boosted_ranks(rows, histories, size, following),
+        "last-item co-occurrence": _history_ranks(rows, histories, num_items, following),
     }
     if default_num_transitions(num_items):
         ranks["transitions"] = transition_ranks(rows, histories, num_items)
@@ -65,33 +71,23 @@ floors = baseline_ranks
 
 
 def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
-    """(users,) ranks by what the defaults add to a model's scores: what followed the newest items in the training part.
+    """(users,) ranks by the transitions that the defaults add to a model's scores, without a network.
 
     Ties are broken by popularity.
     """
-    successor_ids, successor_scores = (
-        table.numpy() for table in transitions(histories, num_items, default_num_transitions(num_items))
-    )
-
-    def following(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        newest = past[: -NUM_NEWEST_ITEMS - 1 : -1]
-        if not len(newest):
-            newest = np.array([PAD_TOKEN_ID])
-        weights = 0.5 ** np.arange(len(newest))
-        found, places = np.unique(successor_ids[newest], return_inverse=True)
-        # Scaled so that popularity (< 1) only breaks ties.
-        return found, 1e6 * np.bincount(places.ravel(), (successor_scores[newest] * weights[:, None]).ravel())
-
-    return _boosted_ranks(rows, histories, num_items + FIRST_ITEM_ID, following)
+    config = Bert4RecConfig(
+        vocab_size=num_items + FIRST_ITEM_ID, num_transitions=default_num_transitions(num_items), hidden_size=2,
+        num_attention_heads=1,
+    )  # fmt: skip
+    scores = HistoryScores(config)
+    scores.successor_ids, scores.successor_scores = transitions(histories, num_items, config.num_transitions)
+    return _history_ranks(rows, histories, num_items, scores)
 
 
 def personal_popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
     """(users,) ranks of the baseline "personal popularity" alone, see `baseline_ranks`."""
-
-    def own(past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return np.unique(past, return_counts=True)
-
-    return _boosted_ranks(rows, histories, num_items + FIRST_ITEM_ID, own)
+    scores = HistoryScores(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, repeat_weight=1.0))
+    return _history_ranks(rows, histories, num_items, scores)
 
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
@@ -99,22 +95,51 @@ def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.
     return _frequency_ranks(rows, histories.item_ids[histories.is_trained()], num_items)
 
 
-def _boosted_ranks(
-    rows: Dataset, histories: Histories, size: int, boosts: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+def _history_ranks(
+    rows: Dataset, histories: Histories, num_items: int, scores: Callable[[torch.Tensor], Pairs]
 ) -> np.ndarray:
-    """(users,) ranks of the targets by popularity and what `boosts` makes of a history, see `_Scores.rank`."""
-    popularity = _Scores.of(histories.item_ids[histories.is_trained()], size)
-    values, lengths = list_values(rows, "exclude_ids")
-    excluded = np.split(values, lengths.cumsum()[:-1]) if len(rows) else []
-    columns = rows.with_format("arrow")
-    starts = histories.offsets[pc.index_in(columns["user_id"][:], histories.user_id).to_numpy()]
-    ends = starts + columns["history_length"][:].to_numpy()
-    ranks = np.zeros(len(rows), np.int64)
-    for row, (start, end, target, had) in enumerate(zip(starts, ends, target_ids_of(rows), excluded, strict=True)):
-        if target != IGNORE_INDEX and not (had == target).any():
-            past = histories.item_ids[start:end]  # of which a row holds the newest part
-            ranks[row] = popularity.rank(target, had, *boosts(past[past >= FIRST_ITEM_ID]))
-    return ranks
+    """(users,) ranks of the targets by what a history adds to some items, ties broken by popularity.
+
+    No item is looked at but those pairs and the excluded ones: `search`, which scores the whole catalogue, would take
+    hours for a million users and items.
+
+    Args:
+        scores: From histories (batch, length), padded with 0 in front, to `Pairs`.
+    """
+    counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=num_items + FIRST_ITEM_ID)
+    popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than any pair adds
+    ascending = popularity[FIRST_ITEM_ID:].sort().values
+    columns = [_tensors(rows, name) for name in ("history_ids", "exclude_ids")]
+    targets, ranks = torch.from_numpy(target_ids_of(rows)).long(), []
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        part = slice(start, start + ROWS_PER_BATCH)
+        history_ids, exclude_ids = (_padded(column[part]) for column in columns)
+        target_ids = targets[part].clamp(min=0).unsqueeze(1)
+        paired_ids, values = scores(history_ids)
+        pairs = paired_ids, SCALE_OVER_POPULARITY * values.double()
+
+        def score(item_ids: torch.Tensor, pairs: Pairs = pairs) -> torch.Tensor:
+            return popularity[item_ids] + values_of(pairs, item_ids)
+
+        least = score(target_ids)
+        found = len(ascending) - torch.searchsorted(ascending, least.squeeze(1))
+        found += ((popularity[paired_ids] + pairs[1] >= least) & (paired_ids > 0)).sum(1)
+        found -= ((popularity[paired_ids] >= least) & (paired_ids > 0)).sum(1)
+        found -= ((score(exclude_ids) >= least) & (exclude_ids > 0)).sum(1)
+        is_shown = (targets[part] != IGNORE_INDEX) & ~(exclude_ids == target_ids).any(1)
+        ranks.append(found * is_shown)
+    return torch.cat([torch.zeros(0, dtype=torch.long), *ranks]).numpy()
+
+
+def _tensors(rows: Dataset, name: str) -> list[torch.Tensor]:
+    """The rows of a list column."""
+    values, lengths = list_values(rows, name)
+    return list(torch.from_numpy(values.copy()).long().split(lengths.tolist()))
+
+
+def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(rows, longest), padded with 0 in front; at least one column."""
+    return nn.utils.rnn.pad_sequence([torch.zeros(1, dtype=torch.long), *parts], True, 0, padding_side="left")[1:]
 
 
 def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.ndarray:
@@ -129,38 +154,3 @@ def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.
     ranks[targets == IGNORE_INDEX] = 0
     ranks[users[excluded == targets[users]]] = 0
     return ranks
-
-
-@dataclass
-class _Scores:
-    """Scores of all items below 1, to which a few items add more; ranks without looking at every item."""
-
-    scores: np.ndarray
-    ascending: np.ndarray
-
-    @classmethod
-    def of(cls, item_ids: np.ndarray, size: int) -> "_Scores":
-        counts = np.bincount(item_ids, minlength=size)
-        scores = counts / (counts.max() + 1)
-        return cls(scores, np.sort(scores[FIRST_ITEM_ID:]))
-
-    def rank(self, target: int, excluded: np.ndarray, boosted: np.ndarray, boosts: np.ndarray) -> int:
-        """Items that score at least as high as the target, itself included, without the excluded ones.
-
-        Args:
-            target: Token id.
-            excluded: Token ids, each once.
-            boosted: Token ids in ascending order, whose scores are higher
-            boosts: by this much.
-        """
-
-        def score(item_ids: np.ndarray) -> np.ndarray:
-            if not len(boosted):
-                return self.scores[item_ids]
-            nearest = np.searchsorted(boosted, item_ids).clip(max=len(boosted) - 1)
-            return self.scores[item_ids] + np.where(boosted[nearest] == item_ids, boosts[nearest], 0)
-
-        least = score(np.array([target]))[0]
-        unboosted = len(self.ascending) - np.searchsorted(self.ascending, least)
-        moved = (score(boosted) >= least).sum() - (self.scores[boosted] >= least).sum()
-        return int(unboosted + moved - (score(excluded) >= least).sum())

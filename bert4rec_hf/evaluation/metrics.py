@@ -53,43 +53,44 @@ def sampled_metrics(ranks: np.ndarray) -> dict[str, float]:
     return {f"sampled_{name}": metrics[name] for name in SAMPLED_METRICS}
 
 
-def preprocess_logits_for_metrics(
-    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """For a plain `transformers.Trainer`: the rank of each target, so that no scores are gathered.
+def target_ranks(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """The rank of each row's target, as the plain `transformers.Trainer`'s `preprocess_logits_for_metrics`.
 
-    Needs `TrainingArguments(label_names=["labels", "exclude_ids"])` and the rows of `ranking_rows`.
+    So no scores are gathered over an evaluation. The ranks are the network's alone, without `HistoryScores`, and
+    among all items: neither exclude_ids nor candidate_ids of the rows are read, since the plain Trainer hands over
+    logits and labels only. `Bert4RecTrainer` ranks as serving does.
 
     Args:
-        logits: (batch, P, vocab_size) at the `label_positions`.
-        labels: labels (batch, length) and exclude_ids (batch, E).
+        logits: (batch, positions, vocab size).
+        labels: (batch, positions) token ids; one of a row is its target, the others are -100.
 
     Returns:
-        (batch,) ranks as `Bert4RecForMaskedItemPrediction.rank` has them.
+        (batch,) ranks from 1, where a tie counts against the target; 0 for a row whose labels are all -100.
+
+    Raises:
+        ValueError: If logits and labels have different shapes.
     """
     scores = logits[0] if isinstance(logits, tuple) else logits
-    targets, exclude_ids = labels
-    places = targets.argmax(dim=1, keepdim=True)
-    if len(places) > 1 and exclude_ids.shape == places.shape and exclude_ids.any() and (exclude_ids == places).all():
-        raise ValueError('set TrainingArguments(label_names=["labels", "exclude_ids"]): got label_positions')
-    scores = scores[:, -1] if scores.shape[1] == 1 else scores[torch.arange(len(scores)), places[:, 0]]
-    targets = targets.amax(dim=1, keepdim=True)
-    scores = scores.scatter(1, exclude_ids.clamp(min=0), -torch.inf)  # padded with -100 across processes
-    scores[:, :FIRST_ITEM_ID] = -torch.inf
-    target_scores = scores.gather(1, targets.clamp(min=0))
-    ranks = (scores >= target_scores).sum(dim=1)
-    return ranks.masked_fill(target_scores.isneginf().squeeze(1), 0)
+    if scores.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"expected labels of shape {tuple(scores.shape[:-1])}, one for each position of the logits; got "
+            f"{tuple(labels.shape)}"
+        )
+    targets, places = labels.max(dim=1)
+    scores = scores[torch.arange(len(scores), device=scores.device), places, FIRST_ITEM_ID:]
+    target_scores = scores.gather(1, (targets - FIRST_ITEM_ID).clamp(min=0).unsqueeze(1))
+    return (scores >= target_scores).sum(dim=1).masked_fill(targets < FIRST_ITEM_ID, 0)
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """For a plain `transformers.Trainer`, after `preprocess_logits_for_metrics`.
+    """For a plain `transformers.Trainer`, after `target_ranks`.
 
     Raises:
         ValueError: If the predictions are no ranks.
     """
     if np.ndim(prediction.predictions) != 1:
         raise ValueError(
-            "expected ranks, one for each row: hand preprocess_logits_for_metrics to the plain Trainer as well; "
+            "expected ranks, one for each row: give the plain Trainer preprocess_logits_for_metrics=target_ranks too; "
             "Bert4RecTrainer has metrics of its own"
         )
     return ranking_metrics(prediction.predictions)

@@ -75,8 +75,12 @@ def write_model_card(
         repo_id: Where it is or will be on the Hub; None: as the card has it.
         tokenizer: The folder's, which takes seconds to read where items are a million; None: it is read.
         metadata: Fields of `ModelCardData`, such as license. What the card's metadata has already stays.
+
+    A folder that holds an adapter alone (PEFT) is no model folder, and gets no card.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        return
     old_text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
     if old_text and MARK not in old_text:
         return

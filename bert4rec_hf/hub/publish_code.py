@@ -24,7 +24,7 @@ CONFIG_ENTRIES: dict[str, Any] = {
         PUBLISHED_TASK: {
             "impl": "pipeline.SequentialRecommendationPipeline",
             "pt": ["AutoModelForMaskedLM"],
-            "type": "multimodal",
+            "type": "text",
         }
     },
 }

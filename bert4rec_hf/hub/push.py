@@ -1,47 +1,90 @@
-"""What is pushed to the Hub during training; at its end the Trainer pushes the whole model folder."""
+"""What is pushed to the Hub: the model folder after training, and checkpoints while it goes on."""
 
+import logging
+import os
+import shutil
+import tempfile
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import upload_folder
-from transformers import TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
+logger = logging.getLogger(__name__)
+
+# A pickle with the paths of the machine that trained.
+PRIVATE_FILES = ["training_args.bin"]
 # Files of a checkpoint that only the Trainer reads.
 RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
 
 
-def push_checkpoint(checkpoint: Path, repo_id: str, args: TrainingArguments, step: int) -> list[Future[Any]]:
-    """Upload a checkpoint, which is a model folder, as the repository's model.
-
-    With the strategies "checkpoint" and "all_checkpoints", the whole checkpoint is uploaded into a folder as well, so
-    that the run can be resumed from there.
+def push_folder(folder: str | os.PathLike, repo_id: str, **options: Any) -> Any:
+    """Upload a model folder, without its checkpoints, hidden files and `PRIVATE_FILES`.
 
     Args:
-        checkpoint: The folder. It must stay until the uploads have ended.
+        folder: The model folder.
         repo_id: The model's repository.
-        args: Their `hub_strategy`, `hub_token` and `hub_revision` are used.
-        step: The training step, for the commit message.
-
-    Returns:
-        The uploads, which run in the background.
+        options: Those of `huggingface_hub.upload_folder`.
     """
-    pushes: list[tuple[str | None, list[str] | None]] = [(None, RESUMING_FILES)]
-    if args.hub_strategy == HubStrategy.CHECKPOINT:
-        pushes.append(("last-checkpoint", None))
-    elif args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-        pushes.append((checkpoint.name, None))
-    return [
-        upload_folder(
-            repo_id=repo_id,
-            folder_path=checkpoint,
-            path_in_repo=path,
-            ignore_patterns=ignored,
-            commit_message=f"Training in progress, step {step}",
-            token=args.hub_token,
-            revision=args.hub_revision,
-            run_as_future=True,
-        )
-        for path, ignored in pushes
-    ]
+    ignored = ["_*", "checkpoint-*", *PRIVATE_FILES]
+    return upload_folder(repo_id=repo_id, folder_path=Path(folder), ignore_patterns=ignored, **options)
+
+
+class PushCheckpoints(TrainerCallback):
+    """Uploads each checkpoint, which is a model folder, as the repository's model, in the background.
+
+    With the strategies "checkpoint" and "all_checkpoints", the whole checkpoint is uploaded into a folder of the
+    repository as well, so that the run can be resumed from there. The Trainer's own uploads would leave out the card,
+    the evaluations and the recipe. Uploads read a copy, since the Trainer deletes old checkpoints.
+
+    Args:
+        trainer: Whose `hub_model_id` and arguments are used.
+        strategy: The arguments' `hub_strategy`.
+    """
+
+    def __init__(self, trainer: Any, strategy: HubStrategy | str):
+        self.trainer, self.strategy = trainer, HubStrategy(strategy)
+        self.uploads: list[Future[Any]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or self.strategy == HubStrategy.END or not checkpoint.is_dir():
+            return
+        self.finish()
+        pushes: list[tuple[str | None, list[str]]] = [(None, [*RESUMING_FILES, *PRIVATE_FILES])]
+        if self.strategy == HubStrategy.CHECKPOINT:
+            pushes.append(("last-checkpoint", PRIVATE_FILES))
+        elif self.strategy == HubStrategy.ALL_CHECKPOINTS:
+            pushes.append((checkpoint.name, PRIVATE_FILES))
+        for path, ignored in pushes:
+            copied = tempfile.mkdtemp()
+            shutil.copytree(checkpoint, copied, ignore=shutil.ignore_patterns(*ignored), dirs_exist_ok=True)
+            upload = upload_folder(
+                repo_id=self.trainer.hub_model_id,
+                folder_path=copied,
+                path_in_repo=path,
+                commit_message=f"Training in progress, step {state.global_step}",
+                token=args.hub_token,
+                revision=args.hub_revision,
+                run_as_future=True,
+            )
+            upload.add_done_callback(partial(_remove, copied))
+            self.uploads.append(upload)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the uploads. A failed one is a warning: the whole folder is pushed at the end of the run."""
+        for upload in self.uploads:
+            error = upload.exception()
+            if error is not None:
+                logger.warning("a checkpoint could not be pushed: %s", error)
+        self.uploads = []
+
+
+def _remove(folder: str, _: Future[Any]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -65,12 +65,16 @@ class Bert4RecConfig(PreTrainedConfig):
         gbce_calibration (`float`, defaults to 0.75):
             The t of `"gbce"`, between 0, binary cross-entropy, and 1, the least overconfident.
         num_transitions (`int`, defaults to 0):
-            Of each item, with how many of those that followed it in the log it keeps a score, 0 for none, as in the
-            paper. Transition scores are counted, not learnt, and added wherever items are ranked, see
-            `keep_transitions`.
+            Number of successors that are kept for each item, 0 for none, as in the paper. Transitions are counted in
+            the log, not learnt (`keep_transitions`), and added to the scores wherever items are ranked.
+        transition_weight (`float`, defaults to 1.0):
+            Weight of the transitions in the scores.
+        popularity_weight (`float`, defaults to 20.0):
+            Weight of log-popularity in the scores of an empty history, with `num_transitions`. It is large enough to
+            outweigh the network, which has hardly seen such a history.
         repeat_weight (`float`, defaults to 0.0):
-            What having had an item n times adds to its score wherever items are ranked: this times ln(1 + n). 0 for
-            nothing, as in the paper.
+            Weight of repeats in the scores: an item that the history has n times scores this times ln(1 + n) more. 0
+            for nothing, as in the paper.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
             not recommended.
@@ -101,6 +105,8 @@ class Bert4RecConfig(PreTrainedConfig):
     item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
     gbce_calibration: float | int = 0.75
     num_transitions: int = 0
+    transition_weight: float | int = 1.0
+    popularity_weight: float | int = 20.0
     repeat_weight: float | int = 0.0
     pad_in_softmax: bool = False
     filter_seen_items: bool = False
@@ -121,6 +127,13 @@ class Bert4RecConfig(PreTrainedConfig):
                 raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}")
         if self.num_transitions < 0:
             raise ValueError(f"num_transitions must be at least 0; got {self.num_transitions}")
+        for name in ("transition_weight", "popularity_weight", "repeat_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if not self.tie_word_embeddings:
+            raise ValueError(
+                "tie_word_embeddings must be true: the same item vectors are read for input and output; got False"
+            )
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")
         if self.hidden_size % self.num_attention_heads:

@@ -1,28 +1,35 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
 """What was counted in the log and is added to the network's scores: successors of the newest items, and repeats."""
 
-import math
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
-from .configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
+from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID, Bert4RecConfig
 
-# Number of newest items whose successors are scored. Each counts half as much as the one after it, so that the items
+# Number of newest items whose successors are scored. Each counts half as much as the one after it, so that all items
 # before these would have less than half a percent.
 NUM_NEWEST_ITEMS = 8
+# Pairs of a history before those of the same item are summed: fewer than this.
+MAX_PAIRS = 2**20
+
+# Token ids (batch, K) int64 and values (batch, K) float32. The ids of a row are unique and in ascending order; the
+# padding, (0, 0), comes first.
+Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
 class HistoryScores(nn.Module):
     """Scores that a history adds to some items, beside the network's.
 
-    With `config.num_transitions`, K: `successor_ids` (vocab size, K), the token ids of items that follow an item, each
-    once and padded with 0, and `successor_scores`, what they add to their scores. They are buffers, which are never
-    sharded, and may be read anywhere. With `config.repeat_weight`, w: an item that the history has n times scores
-    w ln(1 + n) more.
+    The sum over the features that `features` returns, each times its weight in the config, which is read at every call:
 
-    What a position needs to know of its history travels behind its hidden state, as float32 numbers (`encode`).
+    - `transitions` (`config.transition_weight`): what followed the newest items in the log. The mean over the newest
+      `NUM_NEWEST_ITEMS` items, where each item counts half as much as the next newer one.
+    - `popularity` (`config.popularity_weight`): how popular an item was of late, for a history without items.
+    - `repeats` (`config.repeat_weight`): ln(1 + n) for an item that the history has n times.
+
+    The counts are buffers, which FSDP never shards: `successor_ids` (vocab size, K) int32, the token ids of items that
+    follow an item, each once and padded with 0, and `successor_scores` (vocab size, K) float32. K is
+    `config.num_transitions`. The row of [PAD] holds the popular items. Both are None if K is 0.
     """
 
     successor_ids: torch.Tensor | None
@@ -30,15 +37,17 @@ class HistoryScores(nn.Module):
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
-        self.repeat_weight = config.repeat_weight
+        self.config = config
         shape = config.vocab_size, config.num_transitions
-        self.register_buffer("successor_ids", torch.zeros(shape, dtype=torch.int) if config.num_transitions else None)
-        self.register_buffer("successor_scores", torch.zeros(shape) if config.num_transitions else None)
+        # The dtype is explicit: in half precision, many items would have equal scores.
+        ids, scores = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.float32)
+        self.register_buffer("successor_ids", ids if config.num_transitions else None)
+        self.register_buffer("successor_scores", scores if config.num_transitions else None)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is added to the network's scores."""
-        return self.successor_ids is None and not self.repeat_weight
+        """Whether nothing is ever added to the network's scores."""
+        return self.successor_ids is None and not self.config.repeat_weight
 
     def resize(self, vocab_size: int) -> None:
         """Make room for new items, which have no successors."""
@@ -47,105 +56,136 @@ class HistoryScores(nn.Module):
             self.successor_ids = nn.functional.pad(self.successor_ids, added)
             self.successor_scores = nn.functional.pad(self.successor_scores, added)
 
-    def encode(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(batch, P, width): `newest_items` for successors, then `item_counts` for repeats.
+    def forward(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Pairs:
+        """The pairs of items and values to add to the network's scores.
 
         Args:
-            input_ids: (batch, length) token ids.
-            attention_mask: (batch, length), 0 for items that do not count. None: all count.
-            positions: (batch, P), each with the items before it as its history. None: all positions.
+            history_ids: (batch, length) token ids, oldest first. Special tokens are left out.
+            attention_mask: (batch, length), 0 for positions that do not count. None: all count.
+
+        Returns:
+            item_ids (batch, K) int64, unique and ascending in each row, and values (batch, K) float32. Padding,
+            (0, 0), comes first. Values of the same item are summed in a fixed order.
         """
-        found = []
+        config = self.config
+        item_ids = _items(history_ids, attention_mask)
+        found, most = [], 0
         if self.successor_ids is not None:
-            found.append(newest_items(input_ids, attention_mask, positions))
-        if self.repeat_weight:
-            found.append(item_counts(input_ids, attention_mask, positions))
-        return torch.cat(found, dim=2)
+            newest_ids, shares, is_start = newest_items(item_ids)
+            weights = shares * config.transition_weight + is_start * config.popularity_weight
+            found.append(self._successors(newest_ids, weights))
+            most += NUM_NEWEST_ITEMS
+        if config.repeat_weight:
+            repeated_ids, counts = item_counts(item_ids)
+            found.append((repeated_ids, counts.log1p() * config.repeat_weight))
+            most += 1
+        if not found:
+            return item_ids[:, :0], torch.zeros(item_ids.shape[0], 0, device=item_ids.device)
+        paired_ids, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return _sum_pairs(paired_ids, values, most)
 
-    def pairs(self, encoded: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Token ids (batch, P, K), each once in a pair of tensors, and what is added to their scores."""
+    def features(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Pairs]:
+        """The unweighted pairs by name, as the class describes them; arguments and shapes are those of `forward`."""
+        item_ids = _items(history_ids, attention_mask)
+        repeated_ids, counts = item_counts(item_ids)
+        features = {"repeats": _sum_pairs(repeated_ids, counts.log1p(), 1)}
         if self.successor_ids is not None:
-            newest, encoded = encoded[..., : 2 * NUM_NEWEST_ITEMS], encoded[..., 2 * NUM_NEWEST_ITEMS :]
-            item_ids, weights = newest[..., :NUM_NEWEST_ITEMS].long(), newest[..., NUM_NEWEST_ITEMS:]
-            for item in range(NUM_NEWEST_ITEMS):
-                yield (
-                    self.successor_ids[item_ids[..., item]].long(),
-                    self.successor_scores[item_ids[..., item]] * weights[..., item].unsqueeze(-1),
-                )
-        if self.repeat_weight:
-            item_ids, counts = encoded.unflatten(-1, (2, -1)).unbind(-2)  # an export would fix the length for chunk
-            yield item_ids.long(), self.repeat_weight * counts.log1p()
+            newest_ids, shares, is_start = newest_items(item_ids)
+            features["transitions"] = _sum_pairs(*self._successors(newest_ids, shares), NUM_NEWEST_ITEMS)
+            features["popularity"] = _sum_pairs(*self._successors(newest_ids, is_start), 1)
+        return features
 
-    def item_ids(self, encoded: torch.Tensor) -> torch.Tensor:
-        """(batch, P, K) token ids, some twice, whose scores a history adds to."""
-        return torch.cat([item_ids for item_ids, _ in self.pairs(encoded)], dim=-1)
+    def _successors(self, item_ids: torch.Tensor, weights: torch.Tensor) -> Pairs:
+        """The successors of weighted items (batch, N): (batch, N K) token ids, some repeatedly, and their values."""
+        assert self.successor_ids is not None  # for the type checker
+        values = self.successor_scores[item_ids].float() * weights.unsqueeze(2)
+        return self.successor_ids[item_ids].flatten(1).long(), values.flatten(1)
 
-    def add_to(self, scores: torch.Tensor, encoded: torch.Tensor, start: int) -> torch.Tensor:
-        """Add to scores (batch, P, C) of the token ids from `start` on, in place."""
-        # One pair after the other: each has an item once, so that sums are the same on every device.
-        for item_ids, values in self.pairs(encoded):
-            columns = item_ids - start
-            inside = (columns >= 0) & (columns < scores.shape[-1])
-            scores.scatter_add_(-1, columns.where(inside, 0), values.to(scores.dtype).where(inside, 0))
+
+def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The items whose successors are scored.
+
+    Args:
+        item_ids: (batch, length) token ids, oldest first; 0 where there is no item.
+
+    Returns:
+        newest_ids (batch, `NUM_NEWEST_ITEMS`), the newest first, [PAD] where there are no more; shares (same shape),
+        which halve from item to item and sum to 1, 0 for [PAD]; is_start (same shape), 1 in the first place of a
+        history without items, which begins with the successors of [PAD], else 0.
+    """
+    is_item = item_ids > 0
+    age = is_item.flip(1).cumsum(1).flip(1) - 1  # the number of items behind
+    places = age.where(is_item & (age < NUM_NEWEST_ITEMS), NUM_NEWEST_ITEMS)
+    # Other items all go into one more column, which is left out.
+    newest_ids = item_ids.new_zeros(item_ids.shape[0], NUM_NEWEST_ITEMS + 1).scatter(1, places, item_ids)[:, :-1]
+    exponents = torch.arange(NUM_NEWEST_ITEMS, device=item_ids.device)
+    shares = torch.pow(0.5, exponents) * (newest_ids > 0)
+    is_start = (exponents == 0) & (newest_ids == PAD_TOKEN_ID)
+    return newest_ids, shares / shares.sum(1, keepdim=True).clamp(min=1), is_start.float()
+
+
+def item_counts(item_ids: torch.Tensor) -> Pairs:
+    """How often each item stands in a history: (batch, length) token ids, 0 for none -> ids and counts, float32.
+
+    The ids are in ascending order. An item has its count in one place, and 0 in the others.
+    """
+    item_ids, _ = item_ids.sort(dim=1)
+    is_first, number = _runs(item_ids)
+    counts = torch.zeros(item_ids.shape, device=item_ids.device)
+    counts = counts.scatter_add(1, number, torch.ones_like(counts)).gather(1, number)
+    return item_ids, counts * (is_first & (item_ids > 0))
+
+
+def add_to_scores(scores: torch.Tensor, pairs: Pairs, start: int = 0) -> torch.Tensor:
+    """Add the values of pairs to scores (batch, C) of the token ids from `start` on, in place.
+
+    The ids of a row are unique, so that sums are the same on every device.
+    """
+    item_ids, values = pairs
+    if not item_ids.shape[1]:
         return scores
+    columns = item_ids - start
+    is_inside = (columns >= 0) & (columns < scores.shape[1])
+    return scores.scatter_add_(1, columns.where(is_inside, 0), values.to(scores.dtype).where(is_inside, 0))
 
 
-def newest_items(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
-) -> torch.Tensor:
-    """The items before some positions or all, whose successors are scored there.
-
-    Args:
-        input_ids, attention_mask, positions: As in `HistoryScores.encode`.
-
-    Returns:
-        (batch, P, 2 `NUM_NEWEST_ITEMS`): token ids, then their weights, of sum 1; 0 where there are no more items. If
-        there are none at all, [PAD] has the weight 1: its successors are what a history begins with.
-    """
-    is_item = _is_item(input_ids, attention_mask)
-    # Padded in front, so that each position has enough places before it.
-    input_ids = nn.functional.pad(input_ids, (NUM_NEWEST_ITEMS, 0))
-    is_item = nn.functional.pad(is_item, (NUM_NEWEST_ITEMS, 0)).unsqueeze(1)
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    positions = places[NUM_NEWEST_ITEMS:].unsqueeze(0) if positions is None else positions + NUM_NEWEST_ITEMS
-    distances = positions.unsqueeze(2) - places
-    nearness = (-distances).float().masked_fill(~is_item | (distances <= 0), -torch.inf)
-    nearness, found = nearness.topk(NUM_NEWEST_ITEMS, dim=2)
-    weights = (math.log(2) * nearness).softmax(dim=2).nan_to_num(0)  # none where there is no item
-    nothing = nn.functional.one_hot(torch.zeros_like(found[..., 0]), NUM_NEWEST_ITEMS).to(weights)
-    weights = weights + nothing * (nearness[..., :1] == -torch.inf)
-    item_ids = input_ids.unsqueeze(1).expand(-1, found.shape[1], -1).gather(2, found)
-    return torch.cat((item_ids.where(nearness > -torch.inf, 0).float(), weights), dim=2)
+def values_of(pairs: Pairs, item_ids: torch.Tensor) -> torch.Tensor:
+    """The values of some items, token ids (batch, C): (batch, C), 0 for an item that is in no pair."""
+    paired_ids, values = pairs
+    if not paired_ids.shape[1]:
+        return torch.zeros(item_ids.shape, device=item_ids.device)
+    places = torch.searchsorted(paired_ids, item_ids.contiguous()).clamp(max=paired_ids.shape[1] - 1)
+    return values.gather(1, places).where(paired_ids.gather(1, places) == item_ids, 0)
 
 
-def item_counts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor | None
-) -> torch.Tensor:
-    """How often each item of a history stands before some positions or all.
-
-    Args:
-        input_ids, attention_mask, positions: As in `HistoryScores.encode`.
-
-    Returns:
-        (batch, P, 2 length): the token ids, then their counts. An item that is there more than once has its count in
-        its first place, and 0 in the others.
-    """
-    is_item = _is_item(input_ids, attention_mask)
-    places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    positions = places.unsqueeze(0) if positions is None else positions
-    same = (input_ids.unsqueeze(2) == input_ids.unsqueeze(1)) & is_item.unsqueeze(2) & is_item.unsqueeze(1)
-    is_first = is_item & ~(same & (places < places.unsqueeze(1))).any(dim=2)
-    # Of each item, how often it stands before each place; not a product, which autocast would round.
-    before = nn.functional.pad(same.cumsum(dim=2, dtype=torch.int), (1, 0))
-    counts = before.gather(2, positions.unsqueeze(1).expand(*input_ids.shape, -1)).mT * is_first.unsqueeze(1)
-    return torch.cat((input_ids.unsqueeze(1).expand_as(counts), counts), dim=2).float()
-
-
-def _is_item(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(batch, length), of what is attended to."""
-    is_item = input_ids >= FIRST_ITEM_ID
+def _items(history_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """(batch, length) token ids, 0 in place of special tokens and of what is not attended to."""
+    is_item = history_ids >= FIRST_ITEM_ID
     if attention_mask is not None and attention_mask.dim() == 2:
         is_item = is_item & (attention_mask != 0)
-    return is_item
+    return history_ids.where(is_item, 0).long()
+
+
+def _runs(in_order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows in ascending order: where a run of equal numbers starts, and the number of its run, from 0."""
+    is_first = in_order != nn.functional.pad(in_order[:, :-1], (1, 0), value=-1)
+    return is_first, is_first.cumsum(1) - 1
+
+
+def _sum_pairs(item_ids: torch.Tensor, values: torch.Tensor, most: int) -> Pairs:
+    """`Pairs` of some in any order, in which an item of a row has values in up to `most` places."""
+    # The keys are unique, so that values of an item are always summed in the same order. ONNX has no stable sort.
+    places = torch.arange(item_ids.shape[1], device=item_ids.device)
+    keys = (item_ids.where(values != 0, 0) * MAX_PAIRS + places).sort(dim=1).values
+    item_ids = keys // MAX_PAIRS
+    values = values.gather(1, keys - item_ids * MAX_PAIRS)
+    distance = 1
+    while distance < most:  # after each step, a value is the sum of the next 2 * distance values of its run
+        is_same = item_ids[:, :-distance] == item_ids[:, distance:]
+        values = values + nn.functional.pad(values[:, distance:] * is_same, (0, distance))
+        distance *= 2
+    is_first, number = _runs(item_ids)
+    # The last run goes into the last column, so that the padding comes first.
+    columns = number + (item_ids.shape[1] - 1 - number[:, -1:])
+    summed = torch.zeros_like(values).scatter_add(1, columns, values * (is_first & (item_ids > 0)))
+    return torch.zeros_like(item_ids).scatter(1, columns, item_ids), summed

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+
 IGNORE_INDEX = -100
 # Logits are computed in chunks of this many values, a quarter of a GiB.
 MAX_LOGITS_PER_CHUNK = 2**26
@@ -39,15 +41,36 @@ def softmax_loss(
         A scalar; 0 with zero gradients if no label counts.
     """
     inputs = (hidden_states, item_weight, item_bias)
-    if not torch.is_grad_enabled():  # a view of a parameter asks for its gradient all the same
+    if not torch.is_grad_enabled():  # a view of a parameter requires a gradient even then
         inputs = (hidden_states.detach(), item_weight.detach(), item_bias.detach())
-    loss = _CrossEntropy.apply(*inputs, labels, excluded_ids)
+    needs_gradient = any(tensor.requires_grad for tensor in inputs)
+    loss, *_ = _CrossEntropy.apply(*inputs, labels, excluded_ids, needs_gradient)
     return _per_label(loss, labels, num_items_in_batch)
+
+
+def mask_seen(logits: torch.Tensor, seen_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits without the items that a history shows, which serving never recommends.
+
+    With `config.filter_seen_items`, the softmax loss is the cross-entropy of these logits.
+
+    Args:
+        logits: (batch, positions, vocab size).
+        seen_ids: (batch, length) token ids; special tokens among them have no effect.
+        labels: (batch, positions) token ids, `IGNORE_INDEX` where there is nothing to predict. A label keeps its
+            logit, even if the history shows it.
+
+    Returns:
+        The logits, -inf for each seen item.
+    """
+    # [MASK] has no part in the softmax anyway, so it can stand in for what is not excluded.
+    seen_ids = seen_ids.where(seen_ids >= FIRST_ITEM_ID, MASK_TOKEN_ID).unsqueeze(1).expand(*labels.shape, -1)
+    is_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen_ids, True)
+    return logits.masked_fill(is_seen.scatter(-1, labels.clamp(min=0).unsqueeze(-1), False), -torch.inf)
 
 
 @torch.no_grad()
 def _exclude(logits: torch.Tensor, labels: torch.Tensor, excluded_ids: torch.Tensor | None) -> None:
-    """Take items out of the softmax, in place; they have no gradient then, of which nothing needs to be recorded."""
+    """`mask_seen` in place, for a chunk of logits (N, items); the excluded items have no gradient."""
     if excluded_ids is not None:
         index = labels.clamp(min=0).unsqueeze(1)
         of_labels = logits.gather(1, index)
@@ -56,24 +79,28 @@ def _exclude(logits: torch.Tensor, labels: torch.Tensor, excluded_ids: torch.Ten
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum over labels, of some at a time: their gradient is made along with their loss, the logits forgotten."""
+    """The sum of the cross-entropies of all labels.
+
+    The gradient is computed together with the loss, a chunk of labels at a time, so that the logits of all labels are
+    never held at once.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden_states: torch.Tensor,
         item_weight: torch.Tensor,
         item_bias: torch.Tensor,
         labels: torch.Tensor,
         excluded_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
+        needs_gradient: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        """The loss, then the gradients of states, weight and bias if they are needed."""
         inputs = (hidden_states, item_weight, item_bias)
         dtype, precise = item_weight.dtype, torch.promote_types(item_weight.dtype, torch.float32)
         kind = hidden_states.device.type
         # float16 has no range for sums that are divided later.
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             dtype = torch.bfloat16
-        needs_gradient = any(ctx.needs_input_grad)
         gradients = [torch.zeros_like(tensor, dtype=precise) for tensor in inputs] if needs_gradient else []
         loss = hidden_states.new_zeros((), dtype=precise)
         num_labels = max(1, MAX_LOGITS_PER_CHUNK // len(item_weight))
@@ -95,13 +122,18 @@ class _CrossEntropy(torch.autograd.Function):
                     probabilities = probabilities.to(dtype)
                     gradients[0][part] = probabilities @ weight
                     gradients[1] += probabilities.T @ states[part]
-        ctx.save_for_backward(*gradients)
-        return loss
+        return loss, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Keep the gradients. It is a method of its own for `torch.func`, which needs one."""
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(gradient * of_loss for gradient in ctx.saved_tensors), None, None
+    def backward(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        return *(gradient * of_loss for gradient in ctx.saved_tensors), None, None, None
 
 
 def sampled_softmax_loss(
@@ -266,6 +298,63 @@ def _per_label(loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: tor
     if isinstance(num_items_in_batch, torch.Tensor):
         return loss / num_items_in_batch.to(loss.device).clamp(min=1)
     return loss / max(num_items_in_batch, 1)
+
+
+def item_loss(
+    name: str,
+    hidden_states: torch.Tensor,
+    item_weight: torch.Tensor,
+    item_bias: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    seen_ids: torch.Tensor | None = None,
+    negative_ids: torch.Tensor | None = None,
+    negative_log_probabilities: torch.Tensor | None = None,
+    positive_log_probabilities: torch.Tensor | None = None,
+    calibration: float = 0.75,
+) -> torch.Tensor:
+    """The item loss of a name, of token ids instead of rows.
+
+    Args:
+        name: "softmax", "sampled_softmax", "bpr" or "gbce".
+        hidden_states: (..., hidden size) at the labels.
+        item_weight, item_bias: (items, hidden size) and (items,); row i is the item of token id i + 3.
+        labels: (...) token ids; special tokens and `IGNORE_INDEX` count as nothing to predict.
+        num_items_in_batch: As in `softmax_loss`.
+        seen_ids: (..., length) token ids that are left out of a label's softmax and of its negatives. None: none.
+        negative_ids: (K,) or (..., K) token ids that a label is compared with; special tokens do not count.
+        negative_log_probabilities, positive_log_probabilities: For "sampled_softmax", see there; shaped like
+            `negative_ids` and `labels`.
+        calibration: For "gbce", see `gbce_loss`.
+
+    Raises:
+        ValueError: If a loss other than "softmax" gets no `negative_ids`, or they have another shape.
+    """
+    options: dict[str, Any] = {}
+    if seen_ids is not None:
+        options["excluded_ids"] = _rows(seen_ids) - FIRST_ITEM_ID
+    if name != "softmax":
+        if negative_ids is None:
+            raise ValueError(
+                f"item_loss {name!r} needs negative_ids: give num_negatives to DataCollatorForMaskedItemPrediction"
+            )
+        options["negative_ids"] = _rows(negative_ids) - FIRST_ITEM_ID
+    if name == "gbce":
+        options["calibration"] = calibration
+    if name == "sampled_softmax" and negative_log_probabilities is not None:
+        options["negative_log_probabilities"] = _rows(negative_log_probabilities)
+    if name == "sampled_softmax" and positive_log_probabilities is not None:
+        options["positive_log_probabilities"] = positive_log_probabilities.flatten()
+    labels = torch.where(labels < FIRST_ITEM_ID, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten()
+    return ITEM_LOSSES[name](
+        hidden_states.flatten(0, -2), item_weight, item_bias, labels, num_items_in_batch, **options
+    )
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """(batch, P, K) -> (batch P, K); (K,) as it is."""
+    return values if values.dim() == 1 else values.flatten(0, -2)
 
 
 ITEM_LOSSES: dict[str, Callable[..., torch.Tensor]] = {

@@ -3,11 +3,8 @@
 
 import contextlib
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +15,12 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID, Bert4RecConfig
 from .history_scores import HistoryScores
-from .losses import IGNORE_INDEX, ITEM_LOSSES
+from .losses import IGNORE_INDEX, item_loss
 from .recommendation import RecommendationMixin
 
 # Special tokens are no items: this logit takes them out of the softmax, and is finite in half precision.
@@ -39,11 +34,9 @@ class MaskedItemPredictionOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, returned with `labels`):
             The item loss in training, the full softmax in evaluation.
         logits (`torch.FloatTensor` of shape `(batch_size, positions, vocab_size)`):
-            Scores of the items, or of `item_ids` only; None while training with labels.
-        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, width)`):
-            What the item table is multiplied with, hidden size wide, and with `config.num_transitions` or
-            `config.repeat_weight` what the items before the position add, see `HistoryScores.encode`; None while
-            training with labels.
+            The network's scores in float32, without `HistoryScores`. None with `skip_logits`.
+        prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, hidden_size)`):
+            The states that the item vectors are multiplied with. None in training with labels.
         hidden_states, attentions (`tuple(torch.FloatTensor)`):
             With `output_hidden_states=True`, `output_attentions=True`.
     """
@@ -68,13 +61,51 @@ class Bert4RecDropout(nn.Dropout):
         return hidden_states * kept.mul_(2**16 / (2**16 - threshold))
 
 
+class ItemEmbeddings(nn.Embedding):
+    """The item vectors, for input and output alike. This `forward` is all that reads them.
+
+    So whatever wraps the module (LoRA, quantised weights, offloading, FSDP2) holds for the scores as well.
+    """
+
+    def forward(self, item_ids: torch.Tensor | range) -> torch.Tensor:
+        """(...) token ids -> (..., hidden size); a range -> a view of its rows, without a copy."""
+        if isinstance(item_ids, range):
+            return self.weight[item_ids.start : item_ids.stop]
+        return super().forward(item_ids)
+
+    @staticmethod
+    def takes_ranges(module: nn.Module) -> bool:
+        """Whether rows can be viewed: not where something wraps the module, which knows token ids alone."""
+        is_wrapped = type(module) is not ItemEmbeddings or "forward" in vars(module)
+        return not is_wrapped and type(module.weight) is nn.Parameter
+
+
+class ItemBias(nn.Module):
+    """The item biases, a module of their own so that offloading and FSDP2 bring them in."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, item_ids: torch.Tensor | range) -> torch.Tensor:
+        """(...) token ids -> (...)."""
+        if isinstance(item_ids, range):
+            return self.weight[item_ids.start : item_ids.stop]
+        return self.weight[item_ids]
+
+    def resize(self, vocab_size: int) -> None:
+        """Add biases of 0, or leave the last ones out."""
+        grown = nn.functional.pad(self.weight.detach(), (0, vocab_size - len(self.weight)))
+        self.weight = nn.Parameter(grown, requires_grad=self.weight.requires_grad)
+
+
 class Bert4RecEmbeddings(nn.Module):
-    """Item embeddings, with learned positions if the config asks for them."""
+    """Item vectors, plus learned positions if the config asks for them."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.config = config
-        self.item_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=PAD_TOKEN_ID)
+        self.item_embeddings = ItemEmbeddings(config.vocab_size, config.hidden_size)
         if config.position_embedding_type != "rotary":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = (
@@ -126,7 +157,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -155,7 +186,6 @@ class Bert4RecAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_positions: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states = hidden_states
         if query_positions is not None:
@@ -189,7 +219,6 @@ class Bert4RecAttention(nn.Module):
                 attention_mask,
                 scaling=self.head_dim**-0.5,
                 dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-                **kwargs,
             )
         return self.output(context.flatten(-2)), weights
 
@@ -228,10 +257,9 @@ class Bert4RecLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_positions: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         normed = self.attention_norm(hidden_states) if self.pre_normalization else hidden_states
-        attended, _ = self.attention(normed, attention_mask, rotary, query_positions, **kwargs)
+        attended, _ = self.attention(normed, attention_mask, rotary, query_positions)
         if query_positions is not None:
             hidden_states = _gather(hidden_states, query_positions)
         hidden_states = hidden_states + self.dropout(attended)
@@ -246,29 +274,28 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     config_class = Bert4RecConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Bert4RecEmbeddings", "Bert4RecLayer"]
+    _no_split_modules = ["Bert4RecLayer"]
+    # In half precision, scores that were counted would be rounded to equal ones.
+    _keep_in_fp32_modules_strict = {"history_scores"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Bert4RecLayer, "attentions": Bert4RecAttention}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, *args, **kwargs)
-        config = Path(save_directory) / "config.json"
-        for path in Path(save_directory).glob("*.safetensors") if config.is_file() else ():
-            shutil.copymode(config, path)  # safetensors 0.8 lets nobody but the owner read what it writes
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, ItemEmbeddings):
+            initialization.zeros_(module.weight[PAD_TOKEN_ID])
         if isinstance(module, HistoryScores) and module.successor_ids is not None:
             initialization.zeros_(module.successor_ids)
             initialization.zeros_(module.successor_scores)
-        if isinstance(module, Bert4RecDecoder) and self.config.item_loss == "gbce":
-            # Each item is as likely as any other then, and not as likely as not, as it would be with 0: what unlearns
-            # that first, with all items as negatives, unlearns most of where the item table started.
-            initialization.constant_(module.bias, -math.log(module.out_features - FIRST_ITEM_ID))
+        if isinstance(module, ItemBias):
+            # With gBCE each item starts as likely as any other, not as likely as not, which a bias of 0 would mean.
+            # Unlearning that, with all items as negatives, would destroy most of what the item vectors start with.
+            num_items = len(module.weight) - FIRST_ITEM_ID
+            initialization.constant_(module.weight, -math.log(num_items) if self.config.item_loss == "gbce" else 0.0)
 
 
 class Bert4RecModel(Bert4RecPreTrainedModel):
@@ -287,13 +314,12 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> ItemEmbeddings:
         return self.embeddings.item_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: ItemEmbeddings) -> None:
         self.embeddings.item_embeddings = value
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -301,8 +327,9 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        prediction_positions: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        masked_positions: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """
         Args:
@@ -310,8 +337,10 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             attention_mask: (batch, length), 0 for padding. None: everything but [PAD] is attended to.
             position_ids: (batch, length). None: counted over the attention mask, so that padding changes nothing.
             inputs_embeds: (batch, length, hidden size), in place of `input_ids`.
-            prediction_positions: (batch, P) positions that are wanted of the last layer, which computes no others:
-                the last hidden state is (batch, P, hidden size) then. None: all.
+            masked_positions: (batch, P) positions that the last layer computes, padded with -1. The last hidden state
+                is then (batch, P, hidden size). None: all positions.
+            output_attentions, output_hidden_states: Whether the output has the attention weights of all layers, and
+                their hidden states.
 
         Raises:
             ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the input is longer
@@ -341,17 +370,16 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         rotary = (
             None if self.rotary_embedding is None else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
         )
-        # Other kernels take no part of the queries, and none takes no queries.
+        # Other kernels cannot compute a part of the queries, and no kernel can compute none.
+        wanted = None if masked_positions is None else masked_positions.clamp(min=0)
         in_last_layer = (
-            prediction_positions is not None
-            and prediction_positions.shape[1] > 0
-            and self.config._attn_implementation in ("sdpa", "eager")
+            wanted is not None and wanted.shape[1] > 0 and self.config._attn_implementation in ("sdpa", "eager")
         )
         for layer in self.layers:
-            positions = prediction_positions if in_last_layer and layer is self.layers[-1] else None
-            hidden_states = layer(hidden_states, attention_mask, rotary, positions, **kwargs)
-        if prediction_positions is not None and not in_last_layer:
-            hidden_states = _gather(hidden_states, prediction_positions)
+            positions = wanted if in_last_layer and layer is self.layers[-1] else None
+            hidden_states = layer(hidden_states, attention_mask, rotary, positions)
+        if wanted is not None and not in_last_layer:
+            hidden_states = _gather(hidden_states, wanted)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def positions(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -377,97 +405,27 @@ class Bert4RecPredictionHead(nn.Module):
         return self.norm(self.activation(self.dense(hidden_states)))
 
 
-class Bert4RecDecoder(nn.Linear):
-    """The item table: all that reads its weights goes through `forward`, where FSDP and offloading bring them in.
+class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedModel):
+    """The encoder with scores of all items at any position: h · w(item) + b(item).
 
-    Beside it are the `HistoryScores`, which are added to the network's.
+    `HistoryScores`, which are counted and not learnt, are added where items are ranked (`RecommendationMixin`), never
+    here.
     """
 
-    def __init__(self, config: Bert4RecConfig):
-        super().__init__(config.hidden_size, config.vocab_size)
-        self.pad_in_softmax = config.pad_in_softmax
-        self.history_scores = HistoryScores(config)
-
-    def forward(
-        self,
-        states: torch.Tensor,
-        item_ids: torch.Tensor | range | None = None,
-        labels: torch.Tensor | None = None,
-        item_loss: str = "softmax",
-        num_items_in_batch: torch.Tensor | int | None = None,
-        loss_options: Mapping[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """The item loss with labels, else scores: (batch, P, width of the states) -> (batch, P, vocab size or C)."""
-        if labels is not None:
-            weight, bias = self.weight[FIRST_ITEM_ID:], self.bias[FIRST_ITEM_ID:]
-            if self.pad_in_softmax and item_loss == "softmax":  # last, so that items keep their rows
-                weight, bias = torch.cat((weight, self.weight[:1])), torch.cat((bias, self.bias[:1]))
-            return ITEM_LOSSES[item_loss](
-                states[..., : self.in_features].flatten(0, -2),
-                weight,
-                bias,
-                torch.where(labels < FIRST_ITEM_ID, IGNORE_INDEX, labels - FIRST_ITEM_ID).flatten(),
-                num_items_in_batch,
-                **(loss_options or {}),
-            )
-        precision: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if not self.training:
-            # Half precision would tie neighbours in the ranking, and ties count as misses.
-            states, precision = states.float(), torch.autocast(states.device.type, enabled=False)
-        with precision:
-            if item_ids is None:
-                scores = self._scores(states, slice(FIRST_ITEM_ID, None))
-                if not self.pad_in_softmax:
-                    return nn.functional.pad(scores, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
-                scores = nn.functional.pad(scores, (FIRST_ITEM_ID - 1, 0), value=SPECIAL_TOKEN_LOGIT)
-                return torch.cat((self._scores(states, slice(1)), scores), dim=-1)
-            if isinstance(item_ids, range):
-                scores = self._scores(states, slice(item_ids.start, item_ids.stop))
-                scores[..., : max(0, FIRST_ITEM_ID - item_ids.start)] = SPECIAL_TOKEN_LOGIT
-                return scores
-            scores = self._scores(states, item_ids)
-            return scores.masked_fill((item_ids < FIRST_ITEM_ID).unsqueeze(-2), SPECIAL_TOKEN_LOGIT)
-
-    def _scores(self, states: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-        """(batch, P, width of the states) with rows of the table, (C,) or each of the batch with its own (batch, C)."""
-        learnt, history = states[..., : self.in_features], states[..., self.in_features :]
-        weight, bias = self.weight[rows].to(states.dtype), self.bias[rows].to(states.dtype)
-        if bias.dim() == 1:
-            scores = nn.functional.linear(learnt, weight, bias)
-        else:
-            scores = learnt @ weight.mT + bias.unsqueeze(1)
-        if not history.shape[-1] or not scores.shape[-1]:
-            return scores
-        if isinstance(rows, slice):
-            return self.history_scores.add_to(scores, history, rows.start or 0)
-        added = self.history_scores.add_to(scores.new_zeros(*scores.shape[:-1], self.out_features), history, 0)
-        return scores + (added[..., rows] if rows.dim() == 1 else added.gather(2, rows.unsqueeze(1).expand_as(scores)))
-
-
-class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedModel):
-    """The encoder and the item table: scores of all items at any position."""
-
-    _tied_weights_keys = {"decoder.weight": "model.embeddings.item_embeddings.weight"}
+    # The loss divides by `num_items_in_batch`, which the Trainer hands over.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config)
         self.loss_type = "ForMaskedLM"  # of `loss_function`, for who calls it on logits; `forward` has the item losses
         self.model = Bert4RecModel(config)
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
-        self.decoder = Bert4RecDecoder(config)
-        if config.tie_word_embeddings:
-            # Tied, so in no file; without this the Trainer warns that a checkpoint lacks it.
-            self._keys_to_ignore_on_save = ["decoder.weight"]
+        self.item_bias = ItemBias(config.vocab_size)
+        self.history_scores = HistoryScores(config)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.decoder
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        # A resize hands over a plain nn.Linear.
-        self.decoder.weight, self.decoder.bias = value.weight, value.bias
-        self.decoder.history_scores.resize(value.out_features)
-        self.decoder.out_features = value.out_features
+    def get_output_embeddings(self) -> None:
+        """None: the output reads the input embeddings."""
 
     @can_return_tuple
     def forward(
@@ -477,102 +435,172 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_positions: torch.Tensor | None = None,
-        prediction_positions: torch.Tensor | None = None,
-        prediction_states: torch.Tensor | None = None,
-        item_ids: torch.Tensor | range | None = None,
-        exclude_ids: torch.Tensor | None = None,
-        candidate_ids: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         negative_ids: torch.Tensor | None = None,
         negative_log_probabilities: torch.Tensor | None = None,
         positive_log_probabilities: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        skip_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> MaskedItemPredictionOutput:
         """
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: As in `Bert4RecModel`.
-            labels: (batch, length) token ids to predict, -100 elsewhere; no special token is predicted. Where
-                `config.filter_seen_items` is true, the item loss leaves out the items that the label's own row shows.
-            label_positions: (batch, P) where `labels` has something to predict, padded with -1. With labels, head
-                and loss are computed there only, and nothing waits for the device to count them.
-            prediction_positions: (batch, P) where to compute the head. None: everywhere.
-            prediction_states: (batch, P, width) of an earlier call, in place of the input: the same
-                positions, scored for other `item_ids`.
-            item_ids: (C,) or (batch, C) token ids to score; or a range of them, whose rows of the item table are read
-                where they are and not looked up. None: all.
-            exclude_ids, candidate_ids: Not used here; evaluation rows carry them along, for `search`.
-            num_items_in_batch: Labels in all batches of one optimizer step, handed over by the Trainer.
-            negative_ids: (K,) or (batch, P, K) token ids that the labels are compared with in training, unless
-                `config.item_loss` is "softmax"; special tokens among them are not counted. P is the width of
-                `label_positions`, without those that of `labels`.
-            negative_log_probabilities: As `negative_ids`, for "sampled_softmax": of each to be drawn.
-            positive_log_probabilities: (batch, P), likewise: of each label to be among the draws.
+            labels: (batch, length) token ids to predict, or (batch, P) beside `masked_positions`; -100 where there is
+                nothing to predict. Special tokens are never predicted. In training, the loss is
+                `config.item_loss`; in evaluation, it is the cross-entropy of the logits. With
+                `config.filter_seen_items`, both leave out the items that the row shows (`mask_seen`).
+            masked_positions: (batch, P) positions whose logits are computed, padded with -1. None: all positions.
+                Training is fastest with them: nothing else of the last layer is computed.
+            num_items_in_batch: The number of labels in all batches of one optimizer step, which the loss is divided
+                by. None: the number of labels of this batch.
+            negative_ids: (K,) or (batch, P, K) token ids that labels are compared with in training, unless
+                `config.item_loss` is "softmax". Special tokens among them do not count. Without `masked_positions`, P
+                is the length.
+            negative_log_probabilities: Shaped like `negative_ids`, for "sampled_softmax": the log probability of each
+                negative to be drawn.
+            positive_log_probabilities: Shaped like `labels`, for "sampled_softmax": the log probability of each label
+                to be among the draws.
+            skip_logits: Whether to leave the logits out. None: in training with labels.
+            output_attentions, output_hidden_states: As in `Bert4RecModel`.
 
         Raises:
-            ValueError: As `Bert4RecModel`; if the item loss lacks its negatives, or they have another shape.
+            ValueError: As `Bert4RecModel`; if labels have another shape, or the item loss lacks its negatives, or they
+                have another shape.
         """
-        attentions = hidden_states = seen = None
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
         sampled = [negative_ids, negative_log_probabilities, positive_log_probabilities]
-        if labels is not None and label_positions is not None:
-            prediction_positions = label_positions.clamp(min=0)
-            labels = labels.gather(1, prediction_positions).masked_fill(label_positions < 0, IGNORE_INDEX)
-        if prediction_states is None:
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                prediction_positions=prediction_positions,
-                return_dict=True,
-                **kwargs,
-            )
-            hidden_states, attentions = outputs.hidden_states, outputs.attentions
-            states = outputs.last_hidden_state
-            if labels is not None and input_ids is not None and self.config.filter_seen_items:
-                seen = input_ids.unsqueeze(1).expand(*labels.shape, -1)
-            if labels is not None and self.training and (label_positions is None or _is_eager_on_cpu(states)):
-                # Without those positions that only rows with more labels have.
+        if labels is not None:
+            inputs = masked_positions if masked_positions is not None else input_ids
+            inputs = inputs_embeds if inputs is None else inputs
+            if inputs is not None and labels.shape != inputs.shape[:2]:
+                of_what = "input" if masked_positions is None else "masked_positions"
+                raise ValueError(
+                    f"labels must have the shape of the {of_what}, {tuple(inputs.shape[:2])}; got {tuple(labels.shape)}"
+                )
+            if masked_positions is not None:
+                labels = labels.masked_fill(masked_positions < 0, IGNORE_INDEX)
+        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            masked_positions=masked_positions,
+            return_dict=True,
+            **{name: value for name, value in recorded.items() if value is not None},  # else as the config says
+        )
+        states, loss = outputs.last_hidden_state, None
+        if labels is not None:
+            seen_ids = None
+            if input_ids is not None and self.config.filter_seen_items:
+                seen_ids = input_ids.unsqueeze(1).expand(*labels.shape, -1)
+            # Fewer states to compute; on a device, only where nothing would have to wait for their number.
+            if self.training and skip_logits and (masked_positions is None or _is_eager_on_cpu(states)):
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
-                seen = None if seen is None else seen[is_label]
+                seen_ids = None if seen_ids is None else seen_ids[is_label]
                 sampled = [_at_labels(values, is_label) for values in sampled]
-            prediction_states = self.head(states)
-            if not (self.decoder.history_scores.is_empty or self.training):
-                if input_ids is None:
-                    raise ValueError(
-                        "with num_transitions or repeat_weight, expected input_ids, whose items add to the scores"
-                    )
-                history = self.decoder.history_scores.encode(input_ids, attention_mask, prediction_positions)
-                # Not in half precision, which has no room for token ids.
-                prediction_states = torch.cat((prediction_states.float(), history), dim=-1)
-        loss = None
+        states = self.head(states)
         if labels is not None:
-            item_loss = self.config.item_loss if self.training else "softmax"
-            loss = self.decoder(
-                prediction_states,
-                labels=labels,
-                item_loss=item_loss,
-                num_items_in_batch=num_items_in_batch,
-                loss_options=self._loss_options(item_loss, seen, *sampled),
-            )
-            if self.training:
-                return MaskedItemPredictionOutput(loss=loss, hidden_states=hidden_states, attentions=attentions)
+            loss = self._loss(states, labels, num_items_in_batch, seen_ids, *sampled)
         return MaskedItemPredictionOutput(
             loss=loss,
-            logits=self.decoder(prediction_states, item_ids),
-            prediction_states=prediction_states,
-            hidden_states=hidden_states,
-            attentions=attentions,
+            logits=None if skip_logits else self._logits(states),
+            prediction_states=states if labels is None or not self.training else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
+
+    def _loss(
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        seen_ids: torch.Tensor | None,
+        negative_ids: torch.Tensor | None,
+        negative_log_probabilities: torch.Tensor | None,
+        positive_log_probabilities: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The item loss in training, the softmax loss in evaluation, of states (..., hidden size) and labels (...)."""
+        name = self.config.item_loss if self.training else "softmax"
+        with contextlib.nullcontext() if self.training else _in_float32(states):
+            vectors, biases = self._item_rows(range(FIRST_ITEM_ID, self.config.vocab_size))
+            if self.config.pad_in_softmax and name == "softmax":  # last, so that items keep their rows
+                pad_vector, pad_bias = self._item_rows(range(1))
+                vectors, biases = torch.cat((vectors, pad_vector)), torch.cat((biases, pad_bias))
+            if not self.training:
+                states, vectors, biases = states.float(), vectors.float(), biases.float()
+            return item_loss(
+                name,
+                states,
+                vectors,
+                biases,
+                labels,
+                num_items_in_batch,
+                seen_ids=seen_ids,
+                negative_ids=negative_ids,
+                negative_log_probabilities=negative_log_probabilities,
+                positive_log_probabilities=positive_log_probabilities,
+                calibration=self.config.gbce_calibration,
+            )
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, P, hidden size) -> (batch, P, vocab size), where special tokens have `SPECIAL_TOKEN_LOGIT`."""
+        logits = self._scores(states, range(FIRST_ITEM_ID, self.config.vocab_size))
+        if self.config.pad_in_softmax:
+            logits = nn.functional.pad(logits, (FIRST_ITEM_ID - 1, 0), value=SPECIAL_TOKEN_LOGIT)
+            logits = torch.cat((self._scores(states, range(1)), logits), dim=-1)
+        else:
+            logits = nn.functional.pad(logits, (FIRST_ITEM_ID, 0), value=SPECIAL_TOKEN_LOGIT)
+        if logits.requires_grad and not torch.compiler.is_compiling():
+            logits.register_hook(_check_special_tokens)
+        return logits
+
+    def _scores(self, states: torch.Tensor, item_ids: torch.Tensor | range) -> torch.Tensor:
+        """The network's scores of some items in float32.
+
+        Args:
+            states: (batch, P, hidden size).
+            item_ids: A range or (C,) token ids, or (batch, C) where each row has its own.
+
+        Returns:
+            (batch, P, C). In half precision, neighbours in the ranking would tie, and ties count as misses.
+        """
+        with _in_float32(states):
+            vectors, biases = self._item_rows(item_ids)
+            vectors, biases = vectors.float(), biases.float()
+            if biases.dim() == 1:
+                return nn.functional.linear(states.float(), vectors, biases)
+            return states.float() @ vectors.mT + biases.unsqueeze(1)
+
+    def _item_rows(self, item_ids: torch.Tensor | range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Item vectors (..., hidden size) and biases (...) of token ids."""
+        embeddings = self.get_input_embeddings()
+        if isinstance(item_ids, range) and not ItemEmbeddings.takes_ranges(embeddings):
+            # Of weights that Accelerate has offloaded, "meta" is the device; it brings ids to where it brings those.
+            device = None if self.device.type == "meta" else self.device
+            item_ids = torch.arange(item_ids.start, item_ids.stop, device=device)
+        return embeddings(item_ids), self.item_bias(item_ids)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> ItemEmbeddings:
+        """Grow item vectors, biases and counts; new items have a bias of 0 and no counts. `add_items` does more."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.item_bias.resize(self.config.vocab_size)
+        self.history_scores.resize(self.config.vocab_size)
+        return embeddings
 
     @torch.no_grad()
     def add_items(self, tokenizer: Any, items: Iterable[str | int], titles: Mapping[Any, str] | None = None) -> int:
-        """Grow the catalogue: tokenizer, item table and bias together.
+        """Grow the catalogue: tokenizer, item vectors and biases together.
 
         A new item starts as the mean of the old ones, so that it is recommended no more than an average item before
-        it is trained; transitions to it or from it, if the model has those, it has none. Token ids, weights and counts
-        of the old items stay as they are; titles given for them replace theirs.
+        it is trained. It has no transitions. Token ids, weights and counts of the old items stay as they are; titles
+        given for them replace theirs.
 
         Args:
             tokenizer: The model's `Bert4RecTokenizer`.
@@ -580,7 +608,7 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
             titles: By raw id.
 
         Returns:
-            How many items were new.
+            The number of new items.
 
         Raises:
             ValueError: If the tokenizer is not the model's.
@@ -591,36 +619,9 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         num_new = tokenizer.add_items(items, titles)
         if num_new:
             self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            tables = {id(table): table for table in (self.get_input_embeddings().weight, self.decoder.weight)}
-            for table in [*tables.values(), self.decoder.bias]:
+            for table in (self.get_input_embeddings().weight, self.item_bias.weight):
                 table[old_size:] = table[FIRST_ITEM_ID:old_size].mean(dim=0)
         return num_new
-
-    def _loss_options(
-        self,
-        item_loss: str,
-        seen: torch.Tensor | None,
-        negative_ids: torch.Tensor | None,
-        negative_log_probabilities: torch.Tensor | None,
-        positive_log_probabilities: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """What the item loss needs besides; `seen` are the visible token ids of each label's row, (…, length)."""
-        # What serving never recommends is no alternative to the label.
-        options: dict[str, Any] = {} if seen is None else {"excluded_ids": _rows(seen) - FIRST_ITEM_ID}
-        if item_loss == "softmax":
-            return options
-        if negative_ids is None:
-            raise ValueError(
-                f"item_loss {item_loss!r} needs negative_ids: give num_negatives to DataCollatorForMaskedItemPrediction"
-            )
-        options["negative_ids"] = _rows(negative_ids) - FIRST_ITEM_ID
-        if item_loss == "gbce":
-            options["calibration"] = self.config.gbce_calibration
-        if item_loss == "sampled_softmax" and negative_log_probabilities is not None:
-            options["negative_log_probabilities"] = _rows(negative_log_probabilities)
-        if item_loss == "sampled_softmax" and positive_log_probabilities is not None:
-            options["positive_log_probabilities"] = positive_log_probabilities.flatten()
-        return options
 
 
 def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -635,9 +636,18 @@ def _is_eager_on_cpu(states: torch.Tensor) -> bool:
     return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _rows(values: torch.Tensor) -> torch.Tensor:
-    """(batch, P, K) -> (batch P, K); (K,) as it is."""
-    return values if values.dim() == 1 else values.flatten(0, -2)
+def _in_float32(states: torch.Tensor) -> contextlib.AbstractContextManager:
+    """No autocast on the states' device."""
+    return torch.autocast(states.device.type, enabled=False)
+
+
+def _check_special_tokens(gradient: torch.Tensor) -> None:
+    """Raise if a loss of the logits has a gradient at [MASK] and [UNK], which take no part in the softmax."""
+    if gradient[..., PAD_TOKEN_ID + 1 : FIRST_ITEM_ID].any():
+        raise ValueError(
+            "a loss reads the logits of special tokens, which are no items: with label_smoothing_factor use "
+            "Bert4RecTrainer, which smooths over items alone; in a loss of your own read logits[..., 3:]"
+        )
 
 
 def _at_labels(values: torch.Tensor | None, is_label: torch.Tensor) -> torch.Tensor | None:
@@ -646,7 +656,7 @@ def _at_labels(values: torch.Tensor | None, is_label: torch.Tensor) -> torch.Ten
         return values
     if values.shape[:2] != is_label.shape:
         raise ValueError(
-            f"without label_positions, expected values for all {tuple(is_label.shape)} positions of labels; got shape "
-            f"{tuple(values.shape)}: hand the collator's label_positions over as well"
+            f"without masked_positions, expected values for all {tuple(is_label.shape)} positions of labels; got shape "
+            f"{tuple(values.shape)}: hand the collator's masked_positions over as well"
         )
     return values[is_label]

@@ -4,6 +4,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +17,11 @@ from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN_SHOWN = 3  # items that the warning about unknown ones names
+# Number of unknown items that the warning about them names.
+UNKNOWN_SHOWN = 3
+# What a request may say, and columns of histories.parquet that it may bring along.
+REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
+IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
 
 
 class SequentialRecommendationPipeline(Pipeline):
@@ -27,8 +32,8 @@ class SequentialRecommendationPipeline(Pipeline):
 
     Takes one history (a flat list of item ids, oldest first), or many: a list of lists gives a list, a generator or
     a dataset an iterator. In place of a list of ids a mapping may stand, with `history` (or `item_id`, as in
-    histories.parquet) and optionally `exclude` and `candidates`, in place of the call's. An empty list is a history
-    of which nothing is known.
+    histories.parquet) and optionally `exclude`, beside the call's, and `candidates`, in place of the call's. An empty
+    list is a history of which nothing is known.
 
     Args (of the call, or of `pipeline(...)`):
         top_k: Number of items.
@@ -43,7 +48,7 @@ class SequentialRecommendationPipeline(Pipeline):
         first; fewer than `top_k` if fewer items are left.
 
     Raises:
-        ValueError: If `top_k` is below 1, or the catalogue has none of the candidates.
+        ValueError: If `top_k` is below 1, the catalogue has none of the candidates, or a mapping has an unknown key.
     """
 
     _load_processor = False
@@ -72,7 +77,7 @@ class SequentialRecommendationPipeline(Pipeline):
             return self._answers(super().__call__((_AsOne(row, unknown) for row in inputs), **kwargs), unknown)
         # So that histories of a batch are of like length, and little is padding.
         order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
-        rows = (_AsOne(inputs[place], unknown) for place in order)
+        rows = [_AsOne(inputs[place], unknown) for place in order]
         answers = self._answers(super().__call__(rows, **kwargs), unknown)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
@@ -126,11 +131,9 @@ class SequentialRecommendationPipeline(Pipeline):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
                 raise ValueError(f"a mapping needs the key history, a list of item ids; got {', '.join(inputs)}")
-            of_the_call = [name for name in ("top_k", "filter_seen_items") if name in inputs]
-            if of_the_call:
-                raise ValueError(f"{of_the_call[0]} is for all histories of a call: give it beside them")
+            _check_keys(inputs)
             if inputs.get("exclude") is not None:
-                exclude_ids = self._exclude_ids(inputs["exclude"])
+                exclude_ids = [*exclude_ids, *self._exclude_ids(inputs["exclude"])]
             if inputs.get("candidates") is not None:
                 candidate_ids, lacking = self._candidate_ids(inputs["candidates"])
             inputs = inputs[names[0]]
@@ -149,6 +152,7 @@ class SequentialRecommendationPipeline(Pipeline):
             "input_ids": torch.tensor([input_ids]),
             "attention_mask": torch.ones(1, len(input_ids), dtype=torch.long),
             # At least one column, since Transformers cannot pad rows without any on the left.
+            "history_ids": torch.tensor([history or [0]]),
             "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
             "candidate_ids": torch.tensor([candidate_ids or [0]]),
             "num_unknown": torch.tensor([len(lacking)]),
@@ -186,40 +190,12 @@ class SequentialRecommendationPipeline(Pipeline):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
                 candidates = part.pop("candidate_ids")
-                if rows is chooses:  # their vectors are looked up once where all choose from the same
+                if rows is chooses:  # item vectors are looked up once where all choose from the same
                     part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
-                if rows is chooses or index is None:
-                    found_scores, found_ids = self.model.recommend(**part, top_k=top_k)
-                else:
-                    found_scores, found_ids = self._nearest(index, top_k, **part)
+                found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
         return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
-
-    def _nearest(
-        self, index: Any, top_k: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, exclude_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `model.recommend`, of the items that the index finds."""
-        if len(index) != self.tokenizer.num_items:
-            raise ValueError(
-                f"the index has {len(index)} items, the catalogue {self.tokenizer.num_items}: build it from this model"
-            )
-        states = self.model.mask_states(input_ids, attention_mask)
-        vectors = self.model.vectors_of(states)
-        # So many that enough are left without those that are excluded.
-        scores, item_ids = (found.to(vectors.device) for found in index.search(vectors, top_k + exclude_ids.shape[1]))
-        if not self.model.decoder.history_scores.is_empty:
-            # Of which the index knows nothing: what it found is scored again, beside what the history adds to.
-            candidates = torch.cat((item_ids, self.model.history_item_ids(states)), dim=1).sort(dim=1).values
-            again = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) == 0
-            candidates = candidates.masked_fill(again, 0)
-            _, scores, item_ids = self.model.search(
-                states, top_k=top_k, candidate_ids=candidates, exclude_ids=exclude_ids
-            )
-            return scores, item_ids
-        excluded = (item_ids.unsqueeze(2) == exclude_ids.unsqueeze(1)).any(dim=2)
-        scores, columns = scores.masked_fill(excluded, -torch.inf).topk(min(top_k, scores.shape[1]))
-        return scores, item_ids.gather(1, columns).masked_fill(scores.isneginf(), 0)
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
         """One history's recommendations, and how many of its items were unknown."""
@@ -258,6 +234,17 @@ class _AsOne:
 
     def __init__(self, history: Any, unknown: list[str]):
         self.history, self.unknown = history, unknown
+
+
+def _check_keys(request: Mapping[str, Any]) -> None:
+    """Raise for a key that would be ignored, such as one that is misspelled."""
+    for key in request:
+        if key in ("top_k", "filter_seen_items", "index", "batch_size"):
+            raise ValueError(f"{key} is for all histories of a call: give it beside them")
+        if key not in REQUEST_KEYS + IGNORED_KEYS:
+            nearest = get_close_matches(str(key), REQUEST_KEYS, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"a history may have {', '.join(REQUEST_KEYS)}"
+            raise ValueError(f"unknown key {key!r} beside a history: {hint}")
 
 
 def _is_one_history(inputs: Any) -> bool:

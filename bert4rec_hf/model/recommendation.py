@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
+from .history_scores import HistoryScores, Pairs, add_to_scores, values_of
 from .losses import IGNORE_INDEX
 
 # Chunk size over the catalogue.
@@ -18,13 +19,17 @@ MAX_GATHERED_VALUES = 2**26
 class RecommendationMixin:
     """What is done with a trained model: recommend, rank, search; vectors of users and items.
 
-    For a `PreTrainedModel` with a `decoder` that has the item table, as `GenerationMixin` is for models that generate.
+    An item's score is the network's, h · w(item) + b(item), plus what the history adds to it (`HistoryScores`).
+    For a `PreTrainedModel` with `history_scores`, `_item_rows` and `_scores`, as `GenerationMixin` is for models that
+    generate.
     """
 
     config: Any
-    decoder: Any
+    history_scores: HistoryScores
     training: bool
     __call__: Callable[..., Any]
+    _item_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    _scores: Callable[..., torch.Tensor]
 
     @torch.no_grad()
     def recommend(
@@ -32,18 +37,24 @@ class RecommendationMixin:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
+        history_ids: torch.Tensor | None = None,
         top_k: int = 10,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        index: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best items at the [MASK] of each history.
 
         Args:
             input_ids: (batch, length) token ids with one [MASK], the position that is read.
-            attention_mask: (batch, length).
+            attention_mask: (batch, length), 0 for padding. None: everything but [PAD] is attended to.
+            history_ids: (batch, H) token ids of the uncut histories, padded with 0, for `HistoryScores`: an item that
+                is repeated may lie before the input. None: the items of `input_ids`.
             top_k: Number of items; at most as many as there are token ids (or candidates).
             candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) or, for all alike, (1, E) token ids never to recommend, padded with 0.
+            index: An `ItemIndex` of the model, for approximate search where no candidates are given. What it finds is
+                scored exactly, together with the items that the history adds to.
 
         Returns:
             scores: (batch, k), logits in descending order; -inf where no item is left.
@@ -51,10 +62,15 @@ class RecommendationMixin:
 
         Raises:
             ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
-                is NaN.
+                is NaN; if the index has another number of items.
         """
         states = self.mask_states(input_ids, attention_mask)
-        _, scores, item_ids = self.search(states, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
+        history_ids = _uncut(input_ids, attention_mask, history_ids)
+        if index is not None and candidate_ids is None and len(states):
+            candidate_ids = self._nearest(index, states, history_ids, top_k, exclude_ids)
+        _, scores, item_ids = self.search(
+            states, history_ids, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids
+        )
         return scores, item_ids
 
     @torch.no_grad()
@@ -64,14 +80,15 @@ class RecommendationMixin:
         target_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
+        history_ids: torch.Tensor | None = None,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The place of each target in the list that `recommend` would give, from 1; a tie counts against it.
 
         Args:
-            input_ids, attention_mask, candidate_ids, exclude_ids: As in `recommend`. A target is ranked among the
-                candidates whether it is one of them or not.
+            input_ids, attention_mask, history_ids, candidate_ids, exclude_ids: As in `recommend`. A target is ranked
+                among the candidates whether it is one of them or not.
             target_ids: (batch,) token ids; -100 for a target that the catalogue lacks.
 
         Returns:
@@ -81,13 +98,20 @@ class RecommendationMixin:
             ValueError: As `recommend`; if `target_ids` has another shape.
         """
         states = self.mask_states(input_ids, attention_mask)
-        ranks, _, _ = self.search(states, target_ids=target_ids, candidate_ids=candidate_ids, exclude_ids=exclude_ids)
+        ranks, _, _ = self.search(
+            states,
+            _uncut(input_ids, attention_mask, history_ids),
+            target_ids=target_ids,
+            candidate_ids=candidate_ids,
+            exclude_ids=exclude_ids,
+        )
         return ranks
 
     @torch.no_grad()
     def search(
         self,
         prediction_states: torch.Tensor,
+        history_ids: torch.Tensor | None = None,
         *,
         target_ids: torch.Tensor | None = None,
         top_k: int | None = None,
@@ -97,7 +121,8 @@ class RecommendationMixin:
         """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
 
         Args:
-            prediction_states: (batch, 1, width), from `forward`.
+            prediction_states: (batch, 1, hidden size), from `mask_states` or `forward`.
+            history_ids: As in `recommend`; needed unless the model has no `HistoryScores`.
             target_ids: As in `rank`; None: no ranks.
             top_k: As in `recommend`; None: no items.
             candidate_ids, exclude_ids: As in `recommend`.
@@ -106,16 +131,20 @@ class RecommendationMixin:
             ranks (batch,), all 0 without targets; scores and item_ids (batch, k), with k = 0 without `top_k`.
 
         Raises:
-            ValueError: If `top_k` is below 1, an id is not the model's, the targets are not one a history, or a score
-                is NaN.
+            ValueError: If `top_k` is below 1, an id is not the model's, the targets are not one a history, a score is
+                NaN, or the histories are missing.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {top_k}")
-        self._check_ids(exclude_ids)
-        self._check_ids(candidate_ids)
+        for ids in (exclude_ids, candidate_ids, history_ids):
+            self._check_ids(ids)
+        if history_ids is None and not self.history_scores.is_empty:
+            raise ValueError("the model has transitions or repeats: give history_ids, whose items add to the scores")
+        _gather_weights(self)
         device, batch_size = prediction_states.device, len(prediction_states)
         if exclude_ids is not None:
             exclude_ids = exclude_ids.expand(batch_size, -1)
+        pairs = None if history_ids is None else self.history_scores(history_ids)
         ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
         scores = torch.empty(batch_size, 0, device=device)
@@ -134,9 +163,9 @@ class RecommendationMixin:
                 candidate_ids = torch.cat((target_ids.clamp(min=0), others), dim=1)
             elif self.config.vocab_size > CATALOGUE_CHUNK_SIZE:
                 # From the same multiplication as the others' scores, so that it is equal to the bit.
-                for chunk_scores, chunk_ids in self._chunks(prediction_states, None, exclude_ids):
+                for chunk_scores, chunk_ids in self._chunks(prediction_states, pairs, None, exclude_ids):
                     target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-        chunks = self._chunks(prediction_states, candidate_ids, exclude_ids)
+        chunks = self._chunks(prediction_states, pairs, candidate_ids, exclude_ids)
         for number, (chunk_scores, chunk_ids) in enumerate(chunks):
             if target_ids is not None:
                 if candidate_ids is None or number == 0:
@@ -155,43 +184,53 @@ class RecommendationMixin:
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, hidden size + 1): their dot products with `item_vectors` are the scores, but for `HistoryScores`."""
-        return self.vectors_of(self.mask_states(input_ids, attention_mask))
-
-    def vectors_of(self, prediction_states: torch.Tensor) -> torch.Tensor:
-        """`user_vectors` of the states that `mask_states` has made."""
-        states = prediction_states.squeeze(1).float()[:, : self.config.hidden_size]
-        return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
+        """(batch, hidden size + 1): the dot products with `item_vectors` are the scores without `HistoryScores`."""
+        return _with_one(self.mask_states(input_ids, attention_mask))
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
-        """(number of items, hidden size + 1), the bias last; row i is the item of token id i + 3."""
-        vectors = torch.cat((self.decoder.weight, self.decoder.bias.unsqueeze(1)), dim=1)
-        return vectors[FIRST_ITEM_ID:].float()
-
-    def history_item_ids(self, prediction_states: torch.Tensor) -> torch.Tensor:
-        """(batch, K) token ids, some twice, whose scores a history adds to, of states that `mask_states` has made."""
-        return self.decoder.history_scores.item_ids(prediction_states[:, 0, self.config.hidden_size :])
+        """(number of items, hidden size + 1), float32, the bias last; row i is the item of token id i + 3."""
+        _gather_weights(self)
+        vectors, biases = self._item_rows(range(FIRST_ITEM_ID, self.config.vocab_size))
+        return torch.cat((vectors, biases.unsqueeze(1)), dim=1).float()
 
     @torch.no_grad()
-    def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch, 1, width of the states) at the last [MASK] of each history, for `search`."""
+    def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, 1, hidden size) at the last [MASK] of each history, for `search`."""
         if self.training:
             raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
+        if not len(input_ids):
+            return torch.zeros(0, 1, self.config.hidden_size, device=input_ids.device)
         self._check_ids(input_ids)
-        is_mask = input_ids.eq(MASK_TOKEN_ID)
-        if not is_mask.any(dim=1).all():
+        if not input_ids.eq(MASK_TOKEN_ID).any(dim=1).all():
             raise ValueError("every history needs a [MASK], the position to predict: see tokenizer.append_mask")
-        numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
-        positions = (is_mask * numbers).argmax(dim=1, keepdim=True)
-        no_items = torch.empty(0, dtype=torch.long, device=input_ids.device)
         return self(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            prediction_positions=positions,
-            item_ids=no_items,
+            masked_positions=_mask_positions(input_ids),
+            skip_logits=True,
             return_dict=True,
         ).prediction_states
+
+    def _nearest(
+        self,
+        index: Any,
+        states: torch.Tensor,
+        history_ids: torch.Tensor,
+        top_k: int,
+        exclude_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(batch, C) candidates, each once: what an index finds, and the items that the history adds to."""
+        num_items = self.config.vocab_size - FIRST_ITEM_ID
+        if len(index) != num_items:
+            raise ValueError(f"the index has {len(index)} items, the catalogue {num_items}: build it from this model")
+        # Enough are left without those that are excluded.
+        num_excluded = 0 if exclude_ids is None else exclude_ids.shape[1]
+        _, found = index.search(_with_one(states), top_k + num_excluded)
+        paired, _ = self.history_scores(history_ids)
+        candidates = torch.cat((found.to(states.device), paired), dim=1).sort(dim=1).values
+        is_first = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) > 0
+        return candidates * is_first
 
     def _check_ids(self, ids: torch.Tensor | None) -> None:
         if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
@@ -201,7 +240,11 @@ class RecommendationMixin:
             )
 
     def _chunks(
-        self, states: torch.Tensor, candidate_ids: torch.Tensor | None, exclude_ids: torch.Tensor | None
+        self,
+        states: torch.Tensor,
+        pairs: Pairs | None,
+        candidate_ids: torch.Tensor | None,
+        exclude_ids: torch.Tensor | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Scores (batch, C) and their token ids (1 or batch, C), -inf where an item may not be shown."""
         if candidate_ids is not None:
@@ -212,19 +255,24 @@ class RecommendationMixin:
             if candidate_ids.dim() == 2:
                 at_once = max(1, MAX_GATHERED_VALUES // (len(states) * states.shape[-1]))
             for item_ids in candidate_ids.split(at_once, dim=-1):
-                scores = self(prediction_states=states, item_ids=item_ids, return_dict=True).logits.squeeze(1)
+                scores = self._scores(states, item_ids).squeeze(1)
                 item_ids = item_ids.expand(len(states), -1)
+                if pairs is not None:
+                    scores = scores + values_of(pairs, item_ids)
                 forbidden = item_ids < FIRST_ITEM_ID
                 if exclude_ids is not None and exclude_ids.shape[1]:
                     nearest = torch.searchsorted(exclude_ids, item_ids.contiguous()).clamp(max=exclude_ids.shape[1] - 1)
                     forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
-                yield _finite(scores).masked_fill(forbidden, -torch.inf), item_ids
+                _check_finite(scores)
+                yield scores.masked_fill(forbidden, -torch.inf), item_ids
             return
         for start in range(0, self.config.vocab_size, CATALOGUE_CHUNK_SIZE):
             end = min(start + CATALOGUE_CHUNK_SIZE, self.config.vocab_size)
             chunk_ids = torch.arange(start, end, device=states.device)
-            output = self(prediction_states=states, item_ids=range(start, end), return_dict=True)
-            scores = _finite(output.logits.squeeze(1))
+            scores = self._scores(states, range(start, end)).squeeze(1)
+            if pairs is not None:
+                add_to_scores(scores, pairs, start)
+            _check_finite(scores)
             if start < FIRST_ITEM_ID:
                 scores[:, : FIRST_ITEM_ID - start] = -torch.inf
             if exclude_ids is not None:
@@ -245,7 +293,38 @@ def _target_scores(
     return torch.maximum(target_scores, found)
 
 
-def _finite(scores: torch.Tensor) -> torch.Tensor:
-    if scores.numel() and scores.amax().isnan():  # the maximum of what has a NaN is NaN
+def _check_finite(scores: torch.Tensor) -> None:
+    if scores.numel() and scores.amax().isnan():  # the maximum is NaN where any score is
         raise ValueError("a score is NaN: the weights are not finite, training has diverged")
-    return scores
+
+
+def _mask_positions(input_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, 1): where the last [MASK] of each row is."""
+    numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (input_ids.eq(MASK_TOKEN_ID) * numbers).argmax(dim=1, keepdim=True)
+
+
+def _uncut(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, history_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The histories for `HistoryScores`: those that were given, or the items of the input before the [MASK]."""
+    if history_ids is not None or not input_ids.numel():
+        return input_ids if history_ids is None else history_ids
+    is_before = torch.arange(input_ids.shape[1], device=input_ids.device) < _mask_positions(input_ids)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_before = is_before & (attention_mask != 0)
+    return input_ids.where(is_before, PAD_TOKEN_ID)
+
+
+def _with_one(states: torch.Tensor) -> torch.Tensor:
+    """States (batch, 1, hidden size) -> (batch, hidden size + 1), where a 1 meets the item's bias."""
+    states = states.squeeze(1).float()
+    return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
+
+
+def _gather_weights(model: Any) -> None:
+    """FSDP2 gathers the weights of the whole model for `forward` alone; other methods have to ask for it."""
+    if hasattr(model, "unshard"):
+        # As `forward` does first. Else an item table that is sharded by itself would take itself for the whole model.
+        model._get_fsdp_state()._lazy_init()
+        model.unshard()

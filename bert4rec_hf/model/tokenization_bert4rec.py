@@ -38,9 +38,11 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         tokenizer = Bert4RecTokenizer.from_items(["50", "318", "296"], titles={"50": "Star Wars (1977)"})
         tokenizer([["318", "50"], ["296"]], padding=True, return_tensors="pt")  # ends with [MASK]: for `recommend`
 
-    Called with `add_special_tokens=False` it appends no [MASK]. A flat list is one history, a list of lists a batch;
-    unknown items are left out, with one warning that names how many. With `drop_oldest_item`, which is for converted
-    models, the oldest item of a history is always left out before the [MASK] is appended.
+    It keeps the newest items that fit into `max_length` (default: `model_max_length`) beside the [MASK];
+    `truncation=False` keeps all items. Called with `add_special_tokens=False` it appends no [MASK], and cuts only with
+    `truncation=True`. A flat list is one history, a list of lists a batch; unknown items are left out, with one warning
+    that names how many. With `drop_oldest_item`, which is for converted models, the oldest item of a history is always
+    left out before the [MASK] is appended.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}
@@ -208,6 +210,16 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         newest = token_ids[max(len(token_ids) - max_length + 1, int(self.drop_oldest_item)) :]
         return [*newest, MASK_TOKEN_ID]
 
+    def __call__(self, text: Any = None, text_pair: None = None, **kwargs: Any) -> BatchEncoding:
+        return super().__call__(text, text_pair, **_cut_by_default(kwargs))
+
+    def encode(self, text: Any, text_pair: None = None, **kwargs: Any) -> list[int]:
+        return super().encode(text, text_pair, **_cut_by_default(kwargs))
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """1, the [MASK]."""
+        return 1
+
     def _encode_plus(
         self,
         text: Any,
@@ -220,8 +232,13 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         padding_side: str | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
         **kwargs: Any,
     ) -> BatchEncoding:
+        for name in ("return_offsets_mapping", "return_overflowing_tokens", "return_token_type_ids"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is for text; a history of item ids has no such thing: leave it out")
         if isinstance(text, str) or text_pair is not None:
             raise TypeError(
                 "expected a history, a list of item ids, or a list of histories; got "
@@ -234,16 +251,22 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
                 raise TypeError(f"expected a list of histories, lists of item ids; got {history!r} among them")
         histories = [self.item_ids_to_token_ids(history) for history in (text if is_batch else [text])]
         rows = self.without_unknown(histories)
-        if add_special_tokens:
-            rows = [self.append_mask(row, max_length) for row in rows]
-        elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE and self.truncation_side != "left":
+        limit = self.model_max_length if max_length is None else max_length
+        if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE:
+            limit = max([2, *(len(row) + 1 for row in rows)])  # all items and the [MASK]
+        elif self.truncation_side != "left":
             raise ValueError(f"histories lose their oldest items; got truncation_side {self.truncation_side!r}")
-        elif truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE:
-            limit = self.model_max_length if max_length is None else max_length
+        if add_special_tokens:
+            rows = [self.append_mask(row, limit) for row in rows]
+        else:
             rows = [row[max(len(row) - limit, 0) :] for row in rows]
         encoding: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
         if return_attention_mask is False:
             del encoding["attention_mask"]
+        if return_special_tokens_mask:
+            encoding["special_tokens_mask"] = [[int(number < FIRST_ITEM_ID) for number in row] for row in rows]
+        if return_length:
+            encoding["length"] = [len(row) for row in rows]
         if not is_batch and return_tensors is None:
             encoding = {name: values[0] for name, values in encoding.items()}
         return self.pad(
@@ -266,8 +289,16 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
 
     def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        tokens = self.convert_ids_to_tokens(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return " ".join(tokens)
+        token_ids = [
+            token_id for token_id in map(int, token_ids) if token_id >= FIRST_ITEM_ID or not skip_special_tokens
+        ]
+        tokens = self.convert_ids_to_tokens(token_ids)
+        # A raw id that is spelled like a special token is shown as it is, not as the vocabulary escapes it.
+        names = [
+            token if number < FIRST_ITEM_ID else _from_token(token)
+            for number, token in zip(token_ids, tokens, strict=True)
+        ]
+        return " ".join(names)
 
     def _save_pretrained(
         self,
@@ -321,6 +352,13 @@ def _raw_ids(items: Iterable[ItemId]) -> list[str]:
 def _check_list(items: Any) -> None:
     if isinstance(items, str | bytes):
         raise TypeError(f"expected a list of item ids; got {items!r}: did you mean [{items!r}]?")
+
+
+def _cut_by_default(options: dict[str, Any]) -> dict[str, Any]:
+    """Cut a history that is to end with [MASK], unless the call says otherwise."""
+    if options.get("truncation") is None and options.get("add_special_tokens", True):
+        options["truncation"] = True
+    return options
 
 
 def is_history(value: Any) -> bool:

@@ -67,7 +67,7 @@ def recommend_file(
     num_histories = source.metadata.num_rows
 
     def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-        with tqdm(total=num_histories, desc="recommending") as progress:
+        with tqdm(total=num_histories, desc="recommending", disable=None) as progress:
             for part, batch in enumerate(source.iter_batches(ROWS_PER_BATCH, columns=["user_id", "item_id"])):
                 rows = [[item for item in items or () if item is not None] for items in batch["item_id"].to_pylist()]
                 if part == 0:

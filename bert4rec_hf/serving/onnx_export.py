@@ -9,6 +9,7 @@ from torch import nn
 
 from ..files import files_beside
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from ..model.history_scores import add_to_scores
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 
 
@@ -31,19 +32,21 @@ class Recommender(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        history_ids: torch.Tensor,
         exclude_ids: torch.Tensor,
         candidate_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, length), (batch, length), (batch, E), (batch, C) -> scores and token ids (batch, top_k).
+        """(batch, length) twice, (batch, H), (batch, E), (batch, C) -> scores and token ids (batch, top_k).
 
-        Widths are at least 1. Exclusions and candidates are padded with 0; a row without candidates chooses from the
-        catalogue. Where no item is left, the score is -inf.
+        The arguments are those of `recommend`. Widths are at least 1. Histories, exclusions and candidates are padded
+        with 0; a row without candidates chooses from the catalogue. Where no item is left, the score is -inf.
         """
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = (input_ids.eq(MASK_TOKEN_ID) * numbers).argmax(dim=1, keepdim=True)
         scores = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, prediction_positions=positions
+            input_ids=input_ids, attention_mask=attention_mask, masked_positions=positions
         ).logits.squeeze(1)
+        scores = add_to_scores(scores, self.model.history_scores(history_ids))
         chosen = torch.zeros_like(scores).scatter(1, candidate_ids, 1.0)
         anything = candidate_ids.amax(dim=1, keepdim=True) == 0
         allowed = (chosen > 0) | anything
@@ -58,7 +61,8 @@ def export_onnx(
 ) -> torch.onnx.ONNXProgram:
     """Write `Recommender` as an ONNX file of any batch size and any length up to the model's.
 
-    Inputs: input_ids, attention_mask, exclude_ids, candidate_ids (int64); outputs: scores (float32), item_ids.
+    Inputs: input_ids, attention_mask, history_ids, exclude_ids, candidate_ids (int64), as in `Recommender`; outputs:
+    scores (float32), item_ids.
 
     Args:
         model: A trained model.
@@ -79,19 +83,20 @@ def export_onnx(
         model = deepcopy(model).float()  # runtimes on a CPU have no half-precision multiplication
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
     num_excluded, num_candidates = torch.export.Dim("excluded"), torch.export.Dim("candidates")
+    history = torch.export.Dim("history")
     input_ids = torch.full((2, min(3, model.config.max_position_embeddings)), MASK_TOKEN_ID)
     nothing = torch.zeros(2, 2, dtype=torch.long)
     was_training = model.training
     try:
         program = torch.onnx.export(
             Recommender(model, top_k).eval(),
-            (input_ids, torch.ones_like(input_ids), nothing, nothing.clone()),
+            (input_ids, torch.ones_like(input_ids), nothing, nothing.clone(), nothing.clone()),
             dynamo=True,
             verbose=False,
-            input_names=["input_ids", "attention_mask", "exclude_ids", "candidate_ids"],
+            input_names=["input_ids", "attention_mask", "history_ids", "exclude_ids", "candidate_ids"],
             output_names=["scores", "item_ids"],
             dynamic_shapes=(
-                {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: num_excluded},
+                {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: history}, {0: batch, 1: num_excluded},
                 {0: batch, 1: num_candidates},
             ),
         )  # fmt: skip

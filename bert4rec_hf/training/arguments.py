@@ -8,8 +8,12 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
 
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, sampled_metrics
+
+# Values of arguments that were left out, where no `Bert4RecTrainer` chooses them from the log.
+FALLBACKS: dict[str, Any] = {"learning_rate": 2e-3, "per_device_train_batch_size": 32}
 
 
 @dataclass
@@ -88,6 +92,10 @@ class Bert4RecTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # What was left out has the value that the plain Trainer gets; `Bert4RecTrainer` chooses from the log.
+        self.chosen_from_log = {name for name in FALLBACKS if getattr(self, name) is None}
+        for name in self.chosen_from_log:
+            setattr(self, name, FALLBACKS[name])
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for
             # TrainingArguments want to be told: without, there is no bf16, and torchrun's processes train each alone.
@@ -111,8 +119,6 @@ class Bert4RecTrainingArguments(TrainingArguments):
             choices, value = self.__dataclass_fields__[name].metadata.get("choices"), getattr(self, name)
             if choices is not None and value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        if self.dataloader_drop_last:
-            raise ValueError("dataloader_drop_last would leave users out of every evaluation: leave it out")
         if self.prediction_loss_only or self.batch_eval_metrics or not self.eval_do_concat_batches:
             raise ValueError(
                 "the metrics are those of all ranks together: leave out --prediction_loss_only, --batch_eval_metrics "
@@ -135,6 +141,12 @@ class Bert4RecTrainingArguments(TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:
             # One process would send slices of its batches to the others, which rows of other lengths do not allow.
             self.accelerator_config.dispatch_batches = False
+
+    def evaluate_nothing(self) -> None:
+        """For a run without evaluation rows: its last step is the model."""
+        if self.early_stopping_patience is not None:
+            raise ValueError("early_stopping_patience needs evaluations: leave it out, or give evaluation rows")
+        self.eval_strategy, self.load_best_model_at_end = IntervalStrategy.NO, False
 
     def check_metric(self, rows: Any = None) -> None:
         """Raise unless `metric_for_best_model` is one that the trainer computes by itself, of these rows."""

@@ -51,14 +51,14 @@ def keep_transitions(
 ) -> None:
     """Give a model its transitions, `config.num_transitions` of each item, see `transitions`.
 
-    Wherever items are ranked, the mean over a history, newer items counting more, is added to the scores. Training,
-    which predicts the very pairs that are counted, is without them: they would look surer than they are.
+    They are added to the scores wherever items are ranked (`HistoryScores`). Training, which predicts the very pairs
+    that are counted, is without them: they would look surer than they are.
 
     Args:
         model: What changes; its `num_transitions` is above 0. An item that has none in these histories keeps the
             transitions that it has.
         histories, num_items, seed: As in `cooccurrence_vectors`.
-        weight: Of the transitions in the sum with the model's own scores. None: `default_transition_weight`.
+        weight: The `config.transition_weight` from now on. None: `default_transition_weight`.
 
     Raises:
         ValueError: If the model has no room for them.
@@ -67,12 +67,11 @@ def keep_transitions(
         raise ValueError("the model has no room for transitions: make it with Bert4RecConfig(num_transitions=64)")
     if weight is None:
         weight = default_transition_weight(int(histories.is_training().sum()), num_items)
-    successor_ids, successor_scores = transitions(
-        histories, num_items, model.config.num_transitions, weight=weight, seed=seed
-    )
+    model.config.transition_weight = weight
+    successor_ids, successor_scores = transitions(histories, num_items, model.config.num_transitions, seed=seed)
     counted = successor_scores.any(dim=1)
     counted[PAD_TOKEN_ID] = True
-    kept: Any = model.decoder.history_scores
+    kept: Any = model.history_scores
     places = counted.nonzero().squeeze(1).to(kept.successor_ids.device)
     kept.successor_ids[places] = successor_ids[counted].to(kept.successor_ids)
     kept.successor_scores[places] = successor_scores[counted].to(kept.successor_scores)

@@ -1,24 +1,35 @@
 """The progress bar of a training run."""
 
 import math
+import sys
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import ProgressCallback
 
 
 class BriefProgress(ProgressCallback):
-    """A progress bar, and one line an evaluation instead of fifteen metrics."""
+    """A progress bar on a terminal, and one line an evaluation instead of fifteen metrics.
+
+    A log file gets the lines alone.
+    """
 
     loss = math.nan
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
+        self.current_step = 0
+        if state.is_world_process_zero:
+            # None: no bar where standard error is no terminal.
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
             config = model.config
             self.training_bar.write(
                 f"{config.num_hidden_layers} layers of width {config.hidden_size}, {model.num_parameters():,} weights; "
                 f"{state.max_steps:,} steps, {state.num_train_epochs} epochs"
             )
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}

@@ -1,12 +1,11 @@
 """`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
 
-import ctypes
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import platform
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,17 @@ import numpy as np
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, PredictionOutput, TrainOutput, has_length
-from transformers.utils.hub import PushInProgress
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    HubStrategy,
+    IntervalStrategy,
+    PredictionOutput,
+    TrainOutput,
+    has_length,
+)
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..data.histories import PREPARATION_FILE
@@ -39,11 +43,11 @@ from ..hub.model_card import (
     write_model_card,
 )
 from ..hub.publish_code import publish_code as publish_code_into
-from ..hub.push import push_checkpoint
+from ..hub.push import PushCheckpoints, push_folder
 from ..model.configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
 from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from .arguments import Bert4RecTrainingArguments
+from .arguments import FALLBACKS, Bert4RecTrainingArguments
 from .learning_curve import training_record, write_training
 from .sampler import SimilarLengthSampler, by_length, has_lengths, row_lengths
 
@@ -55,12 +59,10 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
     "greater_is_better", "eval_on_start",
 }  # fmt: skip
+# Columns of evaluation rows that `search` takes, not `forward`.
+RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids")
 # Arguments that only `train_prepared` reads.
 ARGUMENTS_OF_TRAIN_PREPARED = {"item_initialization", "train_windows", "window_step"}
-# Model size in bytes up to which freed memory is kept: the gaps that a larger model leaves cost more than they save.
-KEEP_FREED_MEMORY_BELOW_BYTES = 2**27
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class ItemLabelSmoother(LabelSmoother):
@@ -116,12 +118,18 @@ class Bert4RecTrainer(Trainer):
                 f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: make it with "
                 "Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) lets both grow together"
             )
-        self.chooses_learning_rate = isinstance(args, Bert4RecTrainingArguments) and args.learning_rate is None
+        args = TrainingArguments() if args is None else copy(args)  # another run with them may choose otherwise
+        self.chooses_learning_rate = _is_left_out(args, "learning_rate")
         if isinstance(args, Bert4RecTrainingArguments):
-            args = _chosen(args, config, train_dataset)
-            if "compute_metrics" not in kwargs:
+            _choose(args, config, train_dataset)
+            if eval_dataset is None and args.eval_strategy != IntervalStrategy.NO:
+                logger.warning("there is no eval_dataset: nothing is evaluated, and the last step is the model")
+                args.evaluate_nothing()
+            elif "compute_metrics" not in kwargs:
                 args.check_metric(eval_dataset)
-        if args is not None and args.n_gpu > 1:
+        args.remove_unused_columns = False  # the collator takes what it needs, and `prediction_step` what is left
+        hub_strategy, args.hub_strategy = args.hub_strategy, HubStrategy.END  # `PushCheckpoints` pushes the others
+        if args.n_gpu > 1:
             # DataParallel, which the Trainer would take, gives each GPU a part of the negatives of a batch.
             logger.warning("one of %d GPUs is used; accelerate launch -m bert4rec_hf train uses all", args.n_gpu)
             args._n_gpu = 1
@@ -138,6 +146,9 @@ class Bert4RecTrainer(Trainer):
             model_init,
             **{"compute_metrics": self.compute_ranking_metrics} | kwargs,
         )
+        self.checkpoint_pushes = PushCheckpoints(self, hub_strategy)
+        if self.args.push_to_hub:
+            self.add_callback(self.checkpoint_pushes)
         if isinstance(args, Bert4RecTrainingArguments) and args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if self.args.label_smoothing_factor:
@@ -159,11 +170,34 @@ class Bert4RecTrainer(Trainer):
         self.evaluation: dict[str, Any] | None = None
         self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
         self.evaluated_step = None
-        if self.args.device.type == "cpu" and self.model.get_memory_footprint() < KEEP_FREED_MEMORY_BELOW_BYTES:
-            keep_freed_memory()
-        return super().train(*args, **kwargs)
+        if trial is not None and self.chooses_learning_rate:
+            self.args.learning_rate = None  # of the trial before; `create_optimizer` chooses one for this model
+        output = super().train(resume_from_checkpoint, trial, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_global_step != self.evaluated_step:
+            self.evaluated_step = None
+        return output
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.args.learning_rate is None:
+            self.args.learning_rate = default_learning_rate(self.model.config.hidden_size)
+        return super().create_optimizer(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.collates_by_args:  # a search over hyperparameters may have changed them
+            self.data_collator = _collator(self.args, self.model.config, self.processing_class)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if not isinstance(eval_dataset, str):  # the name of one of several sets
+            eval_dataset = self._by_length(self.eval_dataset if eval_dataset is None else eval_dataset)
+        with _for_evaluation(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        with _for_evaluation(self.args):
+            return super().get_test_dataloader(self._by_length(test_dataset))
 
     def compute_ranking_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
@@ -183,39 +217,23 @@ class Bert4RecTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
         """Loss a row, (ranks, recommended token ids), targets: no scores leave the step."""
-        if prediction_loss_only or "exclude_ids" not in inputs:
+        ranking = {name: inputs[name] for name in RANKING_INPUTS if name in inputs}
+        inputs = {name: values for name, values in inputs.items() if name not in ranking}
+        if prediction_loss_only or "exclude_ids" not in ranking:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        self.ranks_sampled = "candidate_ids" in inputs
+        inputs, ranking = self._prepare_inputs(inputs), self._prepare_inputs(ranking)
+        self.ranks_sampled = "candidate_ids" in ranking
         targets = inputs["labels"].amax(dim=1)
         with torch.no_grad(), self.compute_loss_context_manager():
-            # No scores here: `search` makes them, of a part of the catalogue at a time.
-            outputs = model(**inputs, item_ids=targets[:0])
+            # No logits here: `search` computes scores, of a part of the catalogue at a time.
+            outputs = model(**inputs, skip_logits=True)
+            ranking = {"history_ids": inputs["input_ids"]} | ranking
             ranks, _, recommended = self.accelerator.unwrap_model(model).search(
-                outputs.prediction_states,
-                target_ids=targets,
-                top_k=COVERAGE_CUTOFF,
-                exclude_ids=inputs["exclude_ids"],
-                candidate_ids=inputs.get("candidate_ids"),
+                outputs.prediction_states, target_ids=targets, top_k=COVERAGE_CUTOFF, **ranking
             )
         # The Trainer takes the mean over rows, of which those whose target the catalogue lacks have no loss.
         is_known = targets != IGNORE_INDEX
         return outputs.loss.detach() * is_known.float().mean(), (ranks, recommended), targets
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        """With a trial's masking and, for its width, learning rate too, in a search over hyperparameters."""
-        if trial is not None and self.chooses_learning_rate:
-            self.args.learning_rate = None
-        super()._hp_search_setup(trial)
-        if self.collates_by_args:
-            self.data_collator = _collator(self.args, self.model.config, self.processing_class)
-
-    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
-        model = super().call_model_init(trial)
-        args = getattr(self, "args", None)  # not there yet when the first model is made
-        if args is not None and args.learning_rate is None:
-            args.learning_rate = default_learning_rate(model.config.hidden_size)
-        return model
 
     def evaluation_loop(
         self,
@@ -260,16 +278,11 @@ class Bert4RecTrainer(Trainer):
             self.evaluated_step = self.state.global_step
         return metrics
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.state.best_global_step != self.evaluated_step:
-            self.evaluated_step = None
-
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         # Nor the item table: an item that no batch has would shrink all the same.
-        tables = ("item_embeddings.weight", "decoder.weight")
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(tables)]
+        return [name for name in super().get_decay_parameter_names(model) if "item_embeddings" not in name]
 
+    # Private, since a Trainer offers no public way to bring a sampler but a whole `get_train_dataloader` of one's own.
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not has_lengths(rows):
@@ -281,7 +294,7 @@ class Bert4RecTrainer(Trainer):
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         output = super().predict(test_dataset, *args, **kwargs)
-        if not self._is_sorted(test_dataset):
+        if self._by_length(test_dataset) is test_dataset:
             return output
         places = np.argsort(by_length(test_dataset))  # of the rows among what was predicted
 
@@ -292,22 +305,32 @@ class Bert4RecTrainer(Trainer):
 
         return output._replace(predictions=in_order(output.predictions), label_ids=in_order(output.label_ids))
 
-    def _is_sorted(self, rows: Any) -> bool:
-        """Whether rows are evaluated by length; somebody's own metrics may need them in their order."""
-        return has_lengths(rows) and self.compute_metrics == self.compute_ranking_metrics
+    def _by_length(self, rows: Any) -> Any:
+        """Evaluation rows, the shortest first, so that little is padding.
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # So that little is padding; all processes share the batches of any one sampler.
-        return by_length(eval_dataset).tolist() if self._is_sorted(eval_dataset) else SequentialSampler(eval_dataset)
+        Rows without lengths stay as they are, and those of somebody's own metrics, which may need their order.
+        """
+        if has_lengths(rows) and self.compute_metrics == self.compute_ranking_metrics:
+            return rows.select(by_length(rows))
+        return rows
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a model folder: weights, configuration, catalogue, recipe, evaluations, learning curve and card.
+
+        The Trainer writes training_args.bin as well, a pickle of the arguments with this machine's paths, here
+        without tokens. It is pushed nowhere.
+        """
         folder = Path(output_dir or self.args.output_dir)
         old_weights = _weights_digest(folder) if self.args.should_save else None
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        # A pickle with this machine's paths, and the Hub token if it was an argument; the recipe says the same.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        with _without_tokens(self.args):
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self._complete_folder(folder, old_weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _complete_folder(self, folder: Path, old_weights: str | None) -> None:
+        """Write what makes a model folder of what the Trainer saves."""
         write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
         if self.preparation is not None:
             preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
@@ -384,42 +407,84 @@ class Bert4RecTrainer(Trainer):
             metadata = {"model_name": model_name, "license": license, "language": language, "tags": tags}
             write_model_card(self.args.output_dir, self.hub_model_id, self.processing_class, **metadata)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push the checkpoint, which is a model folder, as the model; and as `hub_strategy` says, whole beside it."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        # Old checkpoints are deleted after this: nothing may still be reading them.
-        self._finish_current_push()
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the model folder, without checkpoints and training_args.bin.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in `Trainer.push_to_hub`.
+            kwargs: As in `create_model_card`.
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        jobs = push_checkpoint(Path(checkpoint_folder), self.hub_model_id, self.args, self.state.global_step)
-        self.push_in_progress = PushInProgress(jobs)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        model_tags = [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        name = (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).rsplit("/", 1)[-1]
+        self.create_model_card(**{"model_name": name} | kwargs, tags=[*tags, *model_tags] or None)
+        self.checkpoint_pushes.finish()
+        return push_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            revision=self.args.hub_revision if revision is None else revision,
+            run_as_future=not blocking,
+        )
 
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        pushed, self.push_in_progress = getattr(self, "push_in_progress", None), None
-        for error in (job.exception() for job in (pushed.jobs if pushed else ())):
-            if error is not None:  # training goes on, and ends with a push of the whole
-                logger.warning("a checkpoint could not be pushed: %s", error)
 
-    def _finalize_training(self, *args: Any) -> TrainOutput:
-        # As above: with save_total_limit=1, the last checkpoint is deleted here.
-        self._finish_current_push()
-        return super()._finalize_training(*args)
+def _is_left_out(args: TrainingArguments, name: str) -> bool:
+    """Whether an argument was left out, and not set since."""
+    return name in getattr(args, "chosen_from_log", ()) and getattr(args, name) == FALLBACKS[name]
 
 
-def _chosen(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> Bert4RecTrainingArguments:
-    """A copy with what was left out chosen, since another run with these arguments may choose otherwise."""
-    args = copy(args)
+def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> None:
+    """Choose what was left out from the model and the training rows."""
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
         lengths = np.minimum(row_lengths(rows), config.max_position_embeddings) if are_stored else np.inf
         args.mask_ratio = default_mask_ratio(float(np.mean(lengths)))
-    if args.learning_rate is None:
+    if _is_left_out(args, "learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)
-    if args.per_device_train_batch_size is None:
+    if _is_left_out(args, "per_device_train_batch_size"):
         batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
         args.per_device_train_batch_size = max(1, batch_size // args.world_size)
-    return args
+
+
+@contextlib.contextmanager
+def _for_evaluation(args: TrainingArguments) -> Iterator[None]:
+    """Arguments with which a data loader leaves no row out, and keeps the order of the rows."""
+    given = args.dataloader_drop_last, args.train_sampling_strategy
+    args.dataloader_drop_last, args.train_sampling_strategy = False, "sequential"
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last, args.train_sampling_strategy = given
+
+
+@contextlib.contextmanager
+def _without_tokens(args: TrainingArguments) -> Iterator[None]:
+    """Arguments without secrets, for what writes them."""
+    tokens = {name: value for name, value in vars(args).items() if name.endswith("_token")}
+    try:
+        for name in tokens:
+            setattr(args, name, None)
+        yield
+    finally:
+        for name, value in tokens.items():
+            setattr(args, name, value)
 
 
 def _collator(
@@ -429,7 +494,7 @@ def _collator(
         raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
     if tokenizer is None:
         raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
-    assert args.mask_ratio is not None  # for the type checker: it is chosen by now
+    assert args.mask_ratio is not None  # for the type checker
     return DataCollatorForMaskedItemPrediction(
         tokenizer,
         mask_ratio=args.mask_ratio,
@@ -452,21 +517,10 @@ def keep_inputs_and_outputs_in_float32(plugin: FullyShardedDataParallelPlugin) -
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for what is allocated next, in the whole process; elsewhere this does nothing.
-
-    Large tensors are given back to the system otherwise, at every step, and each of their pages is faulted in anew.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_MAX, 0)
-
-
 def _weights_digest(folder: Path) -> str:
     """The same for the same weight files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in sorted(folder.glob("*model*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

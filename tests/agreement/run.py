@@ -65,8 +65,8 @@ def search(
     )
     model = Bert4RecForMaskedItemPrediction(config).eval()
     with torch.no_grad():  # each item's score is one number of the state
-        model.decoder.weight.zero_()[FIRST_ITEM_ID:] = torch.eye(num_items)
-        model.decoder.bias.zero_()
+        model.get_input_embeddings().weight.zero_()[FIRST_ITEM_ID:] = torch.eye(num_items)
+        model.item_bias.weight.zero_()
     ranks, best, item_ids = model.search(
         scores.unsqueeze(1), target_ids=targets, exclude_ids=exclude_ids, top_k=num_items
     )

@@ -1,10 +1,15 @@
 """The commands, from a log to recommendations."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +80,29 @@ def test_every_checkpoint_is_a_whole_model_folder_too(model):
     for checkpoint in checkpoints:
         assert {path.name for path in checkpoint.iterdir()} >= MODEL_FILES
         assert len(succeed("recommend", checkpoint, 101, "--top_k", 3, "--device", "cpu")) == 3
+
+
+def test_progress_bars_are_drawn_on_a_terminal_alone(folder, data, model):
+    commands = [
+        ("train", "--data", data, "--output_dir", folder / "logged", *train_flags()),
+        ("evaluate", model, "--data", data),
+        ("evaluate", model, "--data", data, "--disable_tqdm", "true"),
+        ("recommend", model, "--histories", data / "histories.parquet", "--output", folder / "bars.parquet"),
+    ]
+    for command in commands:
+        status, out, err = run(*command)
+        assert status == 0
+        assert not re.search(r"\d+%\||it/s|\r", out + err), err
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "bert4rec_hf", "evaluate", str(model), "--data", str(data)])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    drawn = b""
+    with contextlib.suppress(OSError):  # the child has closed its side
+        while part := os.read(terminal, 2**16):
+            drawn += part
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"%|" in drawn
 
 
 def test_evaluate_prints_metrics_beside_baselines_and_stores_them_in_the_model_folder(model, data):
@@ -206,9 +234,9 @@ def test_a_warm_start_keeps_old_token_ids_and_weights_and_appends_new_items(mode
     before, after = weights(model), weights(tmp_path / "model")
     assert before.keys() == after.keys()
     for name, value in before.items():
-        if name.startswith("decoder.history_scores."):
+        if name.startswith("history_scores."):
             continue  # those of the new log
-        if name.endswith("item_embeddings.weight") or name == "decoder.bias":
+        if name.endswith("item_embeddings.weight") or name == "item_bias.weight":
             assert len(after[name]) == len(value) + 2
             assert after[name].isfinite().all()
         assert after[name][: len(value)].equal(value)
@@ -293,10 +321,11 @@ def test_help_lists_the_commands_and_the_options_of_each():
 def test_help_of_train_says_what_a_field_is_if_it_is_left_out():
     text = " ".join(run("train", "--help")[1].split())
     chosen = "chosen from the log if left out."
-    fields = ("hidden_size", "hidden_dropout_prob", "num_attention_heads", "num_transitions", "repeat_weight")
-    for name in (*fields, "gated_feed_forward", "hidden_act", "intermediate_size"):
+    counted = ("num_transitions", "transition_weight", "repeat_weight")
+    feed_forward = ("gated_feed_forward", "hidden_act", "intermediate_size")
+    for name in ("hidden_size", "hidden_dropout_prob", "num_attention_heads", *counted, *feed_forward):
         assert re.search(rf"--{name} \w+ Architecture\. .{{1,400}}?; {chosen} --", text), name
-    assert text.count(chosen) == 8
+    assert text.count(chosen) == 9
     assert re.search(r"--num_hidden_layers \w+ Architecture\. Number of Transformer layers; default 2\. --", text)
     assert "--no_load_best_model_at_end The same as --load_best_model_at_end false." in text
     assert "--position_embedding_type {rotary,learned_from_start,learned_from_end} " in text

@@ -142,13 +142,13 @@ def checkpoint(tmp_path) -> Path:
     return save_checkpoint(tmp_path / "theirs.pth", their_state(settings(), len(ITEMS), 5), settings())
 
 
-def scores_of(model, rows: list[list[int]], **options) -> torch.Tensor:
+def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
     """At the [MASK] of each row."""
     length = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     positions = torch.tensor([[row.index(MASK_TOKEN_ID)] for row in rows])
     with torch.no_grad():
-        return model(input_ids=input_ids, prediction_positions=positions, **options).logits.squeeze(1)
+        return model(input_ids=input_ids, masked_positions=positions).logits.squeeze(1)
 
 
 @pytest.mark.parametrize("library", ["recbole", "hopwise"])
@@ -174,7 +174,7 @@ def test_scores_are_theirs_for_histories_of_every_length(tmp_path, library, chan
         ours = scores_of(model, [row])[0]
         expected = their_scores(state, config, history)
         torch.testing.assert_close(ours[[0, *range(FIRST_ITEM_ID, len(tokenizer))]], expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(scores_of(returned, [row])[0], ours, atol=0, rtol=0)
+        torch.testing.assert_close(scores_of(returned, [row])[0], ours, atol=1e-6, rtol=1e-6)
 
 
 @each_fixture
@@ -194,7 +194,9 @@ def test_scores_of_real_checkpoints_are_those_that_their_library_computes(checkp
     columns = [0, *range(FIRST_ITEM_ID, len(tokenizer))]
     difference = (scores_of(model, rows)[:, columns] - expected["full_sort_scores"]).abs().max()
     targets = tokenizer.item_ids_to_token_ids(told["item_tokens"][item] for item in expected["target"].tolist())
-    chosen = scores_of(model, rows, item_ids=torch.tensor(targets).unsqueeze(1)).squeeze(1)
+    with torch.no_grad():
+        states = torch.cat([model.mask_states(torch.tensor([row])) for row in rows])
+        chosen = model._scores(states, torch.tensor(targets).unsqueeze(1)).flatten()
     chosen_difference = (chosen - expected["predict_scores"]).abs().max()
     print(f"{checkpoint.parent.name}: scores {difference:.1e}, chosen candidates {chosen_difference:.1e}")
     assert difference < 1e-5
@@ -218,14 +220,12 @@ def test_the_training_loss_of_real_checkpoints_is_theirs(checkpoint, tmp_path, k
     input_ids = torch.where(theirs == told["mask_token_id"], MASK_TOKEN_ID, torch.where(theirs == 0, 0, theirs + 2))
     # They count no mask in the first place, which their padding of the lists looks like.
     positions, counts = expected[f"{kind}_masked_index"], expected[f"{kind}_masked_index"] > 0
-    labels = torch.full_like(input_ids, -100)
-    rows = torch.arange(len(labels)).unsqueeze(1).expand_as(positions)
-    labels[rows[counts], positions[counts]] = expected[f"{kind}_pos_items"][counts] + 2
+    labels = torch.where(counts, expected[f"{kind}_pos_items"] + 2, -100)
     options = {}
     if told["config"]["loss_type"] == "BPR":
         options["negative_ids"] = (expected[f"{kind}_neg_items"] + 2).unsqueeze(-1)
-    label_positions = positions.masked_fill(~counts, -1)
-    loss = model(input_ids=input_ids, labels=labels, label_positions=label_positions, **options).loss
+    masked_positions = positions.masked_fill(~counts, -1)
+    loss = model(input_ids=input_ids, labels=labels, masked_positions=masked_positions, **options).loss
     print(f"{checkpoint.parent.name}, {kind}: loss {abs(loss.item() - expected[f'{kind}_loss'].item()):.1e}")
     torch.testing.assert_close(loss.detach(), expected[f"{kind}_loss"], atol=1e-5, rtol=0)
 
@@ -552,7 +552,7 @@ def test_an_extension_code_that_has_been_used_is_refused_as_well(tmp_path):
     try:
         assert pickle.loads(b"\x80\x02\x82\xf1)R.") == os.getcwd()  # which remembers what the code stands for
         (tmp_path / "odd.pth").write_bytes(b"\x80\x02\x82\xf1)R.")
-        with pytest.raises(ValueError, match=r"it names os\.getcwd"):
+        with pytest.raises(ValueError, match="it has an extension code"):
             read_pickle(tmp_path / "odd.pth")
     finally:
         copyreg.remove_extension("os", "getcwd", 0xF1)
@@ -593,17 +593,6 @@ def test_a_class_of_theirs_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "odd.pth").write_bytes(b"crecbole.config\nConfig\n)R.")
     assert type(read_pickle(tmp_path / "odd.pth")).__name__ == "Config"
     assert "recbole" not in sys.modules
-
-
-def test_a_model_with_two_tables_does_not_go_over(tmp_path):
-    config = Bert4RecConfig(
-        vocab_size=10, position_embedding_type="learned_from_start", normalization="post", prediction_head=True,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    Bert4RecForMaskedItemPrediction(config).save_pretrained(tmp_path / "ours")
-    Bert4RecTokenizer.from_items(ITEMS).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="has tie_word_embeddings=False, which cannot be converted"):
-        convert_to_recbole(tmp_path / "ours", tmp_path / "theirs.pth")
 
 
 def test_half_of_a_checkpoint_is_not_whole(checkpoint):

@@ -151,7 +151,8 @@ def test_the_lines_give_what_hopwise_calls_so(namespace):
         torch.testing.assert_close(value("full_sort_predict"), scores)
         torch.testing.assert_close(value("predict"), scores[[0, 1], [5, 3]])
         torch.testing.assert_close(
-            states[:, :2] @ model.decoder.weight[3:].T + value("output_bias")[3:], model(**inputs).logits[:, :2, 3:]
+            states[:, :2] @ model.get_input_embeddings().weight[3:].T + value("output_bias")[3:],
+            model(**inputs).logits[:, :2, 3:],
         )
         at_masks = model(input_ids=batch["input_ids"]).prediction_states.gather(1, places[..., None].expand(-1, -1, 64))
         torch.testing.assert_close(value("multi_hot_embed"), at_masks)
@@ -159,7 +160,7 @@ def test_the_lines_give_what_hopwise_calls_so(namespace):
         torch.testing.assert_close(value("gather_indexes"), before_head)
         # Eight rows: [PAD], [MASK], [UNK] and the items; the table and the output are one.
         assert value("item_embedding").weight.shape == (8, 64)
-        assert value("item_embedding").weight is model.decoder.weight
+        assert value("item_embedding").weight is model.get_input_embeddings().weight
         assert value("position_embedding").weight.shape == (6, 64)
         assert len(value("trm_encoder")) == value("n_layers") == 2
     model.zero_grad()

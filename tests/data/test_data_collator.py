@@ -22,15 +22,24 @@ def make_collator(**options) -> DataCollatorForMaskedItemPrediction:
     return DataCollatorForMaskedItemPrediction(tokenizer, **options)
 
 
+def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The labels where they are in the input: (batch, length), -100 elsewhere."""
+    spread = torch.full(batch["input_ids"].shape, IGNORED)
+    for row, positions, labels in zip(spread, batch["masked_positions"], batch["labels"], strict=True):
+        row[positions[positions >= 0]] = labels[positions >= 0]
+        assert (labels[positions < 0] == IGNORED).all()
+    return spread
+
+
 def test_the_share_of_masked_items_is_near_the_mask_ratio():
     for mask_ratio in (0.2, 0.6):
-        labels = make_collator(mask_ratio=mask_ratio)([{"input_ids": [7] * 20}] * 2000)["labels"]
+        labels = labels_of(make_collator(mask_ratio=mask_ratio)([{"input_ids": [7] * 20}] * 2000))
         # 40000 items: a standard error of at most .0025.
         assert abs((labels != IGNORED).float().mean() - mask_ratio) < 0.013
 
 
 def test_every_position_is_masked_equally_often():
-    labels = make_collator(mask_ratio=0.2)([{"input_ids": [7] * 20}] * 4000)["labels"]
+    labels = labels_of(make_collator(mask_ratio=0.2)([{"input_ids": [7] * 20}] * 4000))
     # 4000 rows: a standard error of .0063 for each position.
     assert ((labels != IGNORED).float().mean(dim=0) - 0.2).abs().max() < 0.035
 
@@ -43,16 +52,17 @@ def test_every_row_that_has_items_has_a_label():
 
 def test_the_mask_of_a_row_that_chance_left_without_one_stands_anywhere():
     batch = make_collator(mask_ratio=1e-9)([{"input_ids": [7, 7, 7, 7]}] * 400)
-    assert batch["label_positions"].shape == (400, 1)
-    assert (torch.bincount(batch["label_positions"].flatten(), minlength=4) > 60).all()
+    assert batch["masked_positions"].shape == (400, 1)
+    assert (torch.bincount(batch["masked_positions"].flatten(), minlength=4) > 60).all()
 
 
 def test_padding_and_special_tokens_are_never_masked():
     rows = [{"input_ids": [UNK, 5, MASK, 6]}, {"input_ids": [PAD, 7]}, {"input_ids": [UNK, MASK]}] * 50
     batch = make_collator(mask_ratio=0.99)(rows)
-    labelled = batch["labels"] != IGNORED
+    labels = labels_of(batch)
+    labelled = labels != IGNORED
     assert labelled.any(dim=0).tolist() == [False, True, False, True]
-    assert (batch["labels"][labelled] >= FIRST).all()
+    assert (labels[labelled] >= FIRST).all()
     assert batch["input_ids"][0::3, 0].unique().tolist() == [UNK]
     assert batch["input_ids"][1::3, 0].unique().tolist() == [PAD]
     assert batch["attention_mask"][1].tolist() == [0, 1, 0, 0]
@@ -62,24 +72,24 @@ def test_padding_and_special_tokens_are_never_masked():
 
 def test_masked_inputs_are_always_mask_and_labels_the_original():
     batch = make_collator(mask_ratio=0.5)(ROWS)
-    labelled = batch["labels"] != IGNORED
+    labelled = labels_of(batch) != IGNORED
     assert (batch["input_ids"][labelled] == MASK).all()
-    restored = torch.where(labelled, batch["labels"], batch["input_ids"])
+    restored = torch.where(labelled, labels_of(batch), batch["input_ids"])
     for row, feature in zip(restored.tolist(), ROWS, strict=True):
         history = feature["input_ids"]
         assert row == history + [PAD] * (14 - len(history))
     assert not (batch["input_ids"][~labelled] == MASK).any()
     assert batch["attention_mask"].sum(dim=1).tolist() == [1, 2, 5, 9, 14]
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "label_positions"}
+    assert list(batch) == ["input_ids", "attention_mask", "labels", "masked_positions"]
     assert {values.dtype for values in batch.values()} == {torch.long}
 
 
-def test_label_positions_say_where_the_labels_are():
+def test_masked_positions_say_where_the_labels_are():
     batch = make_collator(mask_ratio=0.5)(ROWS)
     counts = (batch["labels"] != IGNORED).sum(dim=1)
-    assert batch["label_positions"].shape == (5, counts.max())
-    for labels, positions, count in zip(batch["labels"], batch["label_positions"], counts, strict=True):
-        assert positions[:count].tolist() == (labels != IGNORED).nonzero().flatten().tolist()
+    assert batch["masked_positions"].shape == batch["labels"].shape == (5, counts.max())
+    for row, positions, count in zip(batch["input_ids"], batch["masked_positions"], counts, strict=True):
+        assert positions[:count].tolist() == (row == MASK).nonzero().flatten().tolist()
         assert (positions[count:] == -1).all()
 
 
@@ -99,7 +109,7 @@ def test_histories_are_left_as_they_were():
 
 def test_last_item_ratio_1_masks_the_last_item_alone():
     batch = make_collator(mask_ratio=0.9, last_item_ratio=1)(ROWS)
-    assert batch["label_positions"].tolist() == [[0], [1], [4], [8], [13]]
+    assert batch["masked_positions"].tolist() == [[0], [1], [4], [8], [13]]
     assert (batch["labels"] != IGNORED).sum(dim=1).tolist() == [1] * 5
 
 
@@ -108,12 +118,12 @@ def test_last_item_ratio_is_a_share_of_the_rows():
     only_last = (batch["labels"] != IGNORED).sum(dim=1) == 1
     # A standard error of .014.
     assert abs(only_last.float().mean() - 0.25) < 0.07
-    assert (batch["label_positions"][only_last, 0] == 19).all()
+    assert (batch["masked_positions"][only_last, 0] == 19).all()
 
 
 def originals(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     """The windows before masking."""
-    return torch.where(batch["labels"] != IGNORED, batch["labels"], batch["input_ids"]).tolist()
+    return torch.where(labels_of(batch) != IGNORED, labels_of(batch), batch["input_ids"]).tolist()
 
 
 def test_random_windows_of_a_long_history_vary_and_are_contiguous():
@@ -163,8 +173,8 @@ def test_an_empty_row_is_legal_and_has_no_label():
     batch = make_collator(mask_ratio=0.9)([{"input_ids": []}, {"input_ids": [5, 6]}])
     assert batch["input_ids"][0].tolist() == [PAD, PAD]
     assert batch["attention_mask"][0].tolist() == [0, 0]
-    assert batch["labels"][0].tolist() == [IGNORED, IGNORED]
-    assert (batch["label_positions"][0] == -1).all()
+    assert (batch["labels"][0] == IGNORED).all()
+    assert (batch["masked_positions"][0] == -1).all()
     assert (batch["labels"][1] != IGNORED).any()
 
 
@@ -172,7 +182,7 @@ def test_a_batch_of_empty_rows_is_one_column_of_padding():
     batch = make_collator()([{"input_ids": []}, {"input_ids": np.array([], dtype=np.int64)}])
     assert batch["input_ids"].tolist() == batch["attention_mask"].tolist() == [[PAD], [PAD]]
     assert batch["labels"].tolist() == [[IGNORED], [IGNORED]]
-    assert batch["label_positions"].tolist() == [[-1], [-1]]
+    assert batch["masked_positions"].tolist() == [[-1], [-1]]
 
 
 EVALUATION_ROWS = [
@@ -182,14 +192,23 @@ EVALUATION_ROWS = [
 ]
 
 
+def test_evaluation_columns_come_in_one_order_and_others_are_left_out():
+    row = {"candidate_ids": [5, 7], "user_id": "u", "history_ids": [9, 5], "input_ids": [5, MASK], "exclude_ids": [5]}
+    batch = make_collator()([row | {"labels": [IGNORED, 9], "rating": 3.5}])
+    assert list(batch) == [
+        "input_ids", "attention_mask", "labels", "masked_positions", "history_ids", "exclude_ids", "candidate_ids",
+    ]  # fmt: skip
+    assert batch["history_ids"].tolist() == [[9, 5]]
+
+
 def test_rows_with_labels_are_padded_and_not_masked():
     batch = make_collator(mask_ratio=0.99)(EVALUATION_ROWS)
     assert {name: values.tolist() for name, values in batch.items()} == {
         "input_ids": [[5, 6, MASK], [MASK, PAD, PAD], [8, MASK, PAD]],
         "attention_mask": [[1, 1, 1], [1, 0, 0], [1, 1, 0]],
-        "labels": [[IGNORED, IGNORED, 9], [12, IGNORED, IGNORED], [IGNORED] * 3],
+        "labels": [[9], [12], [IGNORED]],
         # Also of the row whose target the catalogue lacks.
-        "label_positions": [[2], [0], [1]],
+        "masked_positions": [[2], [0], [1]],
         "exclude_ids": [[5, 6, 7], [0, 0, 0], [8, 0, 0]],
     }
 
@@ -241,7 +260,7 @@ def counted_collator(counts: dict[str, int] | None, **options) -> DataCollatorFo
 def test_uniform_negatives_are_of_the_catalogue_each_at_most_once_and_each_as_often():
     collator = make_collator(num_negatives=20)
     batches = [collator(ROWS) for _ in range(2000)]
-    assert set(batches[0]) == {"input_ids", "attention_mask", "labels", "label_positions", "negative_ids"}
+    assert set(batches[0]) == {"input_ids", "attention_mask", "labels", "masked_positions", "negative_ids"}
     draws = torch.stack([batch["negative_ids"] for batch in batches])
     assert draws.shape == (2000, 20)
     assert draws.dtype == torch.long
@@ -273,10 +292,11 @@ def test_popular_negatives_come_in_proportion_to_the_counts_with_their_log_proba
     torch.testing.assert_close(logs, expected[ids])
     among = {3: 1 - 0.4**5, 10: 1 - 0.7**5, 102: 1 - 0.9**5}
     for batch in batches[:400]:
-        positions, log_p = batch["label_positions"], batch["positive_log_probabilities"]
+        positions, log_p = batch["masked_positions"], batch["positive_log_probabilities"]
         assert log_p.dtype == torch.float
-        labels = batch["labels"].gather(1, positions.clamp(min=0)).masked_fill(positions < 0, IGNORED)
-        expected_p = [[np.log(among[label]) if label != IGNORED else 0.0 for label in row] for row in labels.tolist()]
+        assert positions.shape == log_p.shape
+        labels = batch["labels"].tolist()
+        expected_p = [[np.log(among[label]) if label != IGNORED else 0.0 for label in row] for row in labels]
         torch.testing.assert_close(log_p, torch.tensor(expected_p), check_dtype=False)
 
 
@@ -332,7 +352,7 @@ def test_of_more_masks_than_wanted_a_random_part_stays():
     tokenizer = Bert4RecTokenizer.from_items(map(str, range(40)), model_max_length=40)
     rows = [{"input_ids": list(range(3, 43))}] * 500
     collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5, max_predictions=4)
-    masked = (collator(rows)["labels"] != -100).numpy()
+    masked = (labels_of(collator(rows)) != -100).numpy()
     assert (masked.sum(axis=1) == 4).all()
     assert (np.abs(masked.mean(axis=0) - 0.1) < 0.06).all()  # wherever they stand
     with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):

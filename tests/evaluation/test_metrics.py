@@ -16,8 +16,8 @@ from bert4rec_hf import (
     DataCollatorForMaskedItemPrediction,
     compute_metrics,
     keep_transitions,
-    preprocess_logits_for_metrics,
     ranking_metrics,
+    target_ranks,
 )
 from bert4rec_hf.data.histories import tokenize_histories
 from bert4rec_hf.data.rows import ranking_rows
@@ -42,30 +42,20 @@ def test_no_users_give_zeros_and_no_warning():
     assert set(ranking_metrics(np.zeros(0, int)).values()) == {0.0}
 
 
-def test_plain_trainer_ranks_count_ties_against_the_target_and_leave_out_special_and_seen_items():
+def test_target_ranks_count_ties_against_the_target_and_leave_out_special_tokens():
     # Token ids 3..7; the special tokens have the highest scores and must not count.
     scores = torch.tensor([[9.0, 9, 9, 1, 2, 2, 0, 5]]).expand(4, -1).unsqueeze(1)
-    labels = torch.tensor([[-100, 4], [-100, 4], [-100, 7], [-100, -100]])
-    exclude_ids = torch.tensor([[0, -100], [7, 0], [7, 0], [0, 0]])
-    ranks = preprocess_logits_for_metrics((scores,), (labels, exclude_ids))
-    # 4 ties with 5 and loses to 7; without 7 it is second; an excluded target and an unknown one are misses.
-    assert ranks.tolist() == [3, 2, 0, 0]
+    labels = torch.tensor([[4], [7], [6], [-100]])
+    # 4 ties with 5 and loses to 7; a target that the catalogue lacks is a miss.
+    assert target_ranks((scores,), labels).tolist() == [3, 1, 5, 0]
 
 
-def test_plain_trainer_ranks_find_the_target_position_in_full_logits():
+def test_target_ranks_find_the_target_position_in_full_logits():
     scores = torch.zeros(1, 3, 6)
     scores[0, 1] = torch.tensor([0.0, 0, 0, 1, 3, 2])
-    labels = torch.tensor([[-100, 5, -100]])
-    assert preprocess_logits_for_metrics(scores, (labels, torch.zeros(1, 2, dtype=torch.long))).tolist() == [2]
-
-
-def test_label_positions_in_the_place_of_seen_items_are_an_error():
-    labels = torch.tensor([[-100, 4], [-100, 3]])
-    with pytest.raises(ValueError, match="label_names"):
-        preprocess_logits_for_metrics(torch.zeros(2, 1, 6), (labels, torch.ones(2, 1, dtype=torch.long)))
-    # A single row may have, by chance, one item whose id is the number of its events.
-    one = (torch.tensor([[-100, -100, -100, 4]]), torch.tensor([[3]]))
-    assert preprocess_logits_for_metrics(torch.zeros(1, 1, 6), one).tolist() == [2]
+    assert target_ranks(scores, torch.tensor([[-100, 5, -100]])).tolist() == [2]
+    with pytest.raises(ValueError, match=r"labels of shape \(1, 3\).*got \(1, 2\)"):
+        target_ranks(scores, torch.tensor([[-100, 5]]))
 
 
 def test_compute_metrics_reads_ranks():
@@ -174,8 +164,8 @@ def test_transitions_alone_are_a_model_whose_own_scores_are_popularity(seen):
     model = Bert4RecForMaskedItemPrediction(config).eval()
     keep_transitions(model, histories, 200, weight=1.0)
     counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=len(tokenizer))
-    model.decoder.weight.data.zero_()
-    model.decoder.bias.data.copy_(torch.from_numpy(1e-5 * counts))
+    model.get_input_embeddings().weight.data.zero_()
+    model.item_bias.weight.data.copy_(torch.from_numpy(1e-5 * counts))
     collator = DataCollatorForMaskedItemPrediction(tokenizer)
     batch = collator([{name: row[name] for name in ("input_ids", "labels", "exclude_ids")} for row in found])
     expected = model.rank(
@@ -213,5 +203,5 @@ def test_the_protocol_counts_users_without_a_past_and_targets_seen_or_unknown():
 
 
 def test_scores_in_the_place_of_ranks_are_an_error():
-    with pytest.raises(ValueError, match="hand preprocess_logits_for_metrics to the plain Trainer as well"):
+    with pytest.raises(ValueError, match="give the plain Trainer preprocess_logits_for_metrics=target_ranks"):
         compute_metrics(EvalPrediction(np.zeros((2, 5, 30)), np.zeros((2, 5))))

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import random
-import re
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -22,8 +21,6 @@ OPTIONS = {
     "seed": 5,
     "use_cpu": "true",
 }
-# What tqdm draws on standard error.
-PROGRESS = re.compile(r"\d+%\||\bit/s|\bs/it|^\W*\[A$")
 
 
 def run(*arguments):
@@ -49,7 +46,7 @@ def fail(*arguments):
     status, out, err = run(*arguments)
     assert status == 2
     assert out == ""
-    lines = [line for line in err.splitlines() if line.strip() and not PROGRESS.search(line)]
+    lines = err.splitlines()  # without progress bars, since this is no terminal
     assert len(lines) == 1, err
     assert lines[0].startswith(f"bert4rec {arguments[0]}: ")
     return lines[0]

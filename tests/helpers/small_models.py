@@ -39,12 +39,13 @@ def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
         "intermediate_size": 32,
         "max_position_embeddings": 12,
     }
-    config = Bert4RecConfig(**(sizes | {"hidden_dropout_prob": 0.0, "initializer_range": 0.3} | options))
+    plain = {"hidden_dropout_prob": 0.0, "initializer_range": 0.3, "popularity_weight": 1.0}
+    config = Bert4RecConfig(**(sizes | plain | options))
     model = Bert4RecForMaskedItemPrediction(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "item_bias.weight")):
             nn.init.normal_(parameter, std=0.3)
-    scores = model.decoder.history_scores
+    scores = model.history_scores
     if scores.successor_ids is not None:
         # Some other items, each once, and from some items on nothing.
         _, number = scores.successor_ids.shape
@@ -61,7 +62,7 @@ def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPredictio
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.decoder.bias[FIRST:] = torch.tensor(scores)
+        model.item_bias.weight[FIRST:] = torch.tensor(scores)
     return model
 
 
@@ -85,12 +86,23 @@ def pad(rows: list[list[int]], side: str = "right", length: int | None = None) -
 
 @torch.no_grad()
 def mask_scores(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(batch, vocabulary) at the [MASK]s, from the plain forward."""
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits[input_ids == MASK]
+    """(batch, vocabulary) at the [MASK]s: the logits of the plain forward, and what the history adds."""
+    scores = model(input_ids=input_ids, attention_mask=attention_mask).logits[input_ids == MASK]
+    for row, (items, values) in enumerate(zip(*model.history_scores(input_ids, attention_mask), strict=True)):
+        scores[row, items] += values
+    return scores
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def at_masks(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with labels (batch, length), as a collator makes it: labels at `masked_positions`."""
+    places = [row.nonzero()[:, 0] for row in batch["labels"] != -100]
+    positions = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
+    labels = batch["labels"].gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -100)
+    return batch | {"labels": labels, "masked_positions": positions}
 
 
 def training_batch() -> dict[str, torch.Tensor]:

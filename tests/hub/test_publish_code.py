@@ -47,7 +47,7 @@ def save_model(folder, **options):
         **options,
     )
     model = Bert4RecForMaskedItemPrediction(config)
-    torch.nn.init.normal_(model.decoder.bias)
+    torch.nn.init.normal_(model.item_bias.weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -80,7 +80,7 @@ def difference(folder: Path, model_folder: Path, library: str, python: Path) -> 
     batch = tokenizer(histories, padding=True, return_tensors="pt")
     positions = batch["attention_mask"].sum(dim=1, keepdim=True) - 1
     with torch.no_grad():
-        ours = model(**batch, prediction_positions=positions).logits[:, 0, FIRST_ITEM_ID:]
+        ours = model(**batch, masked_positions=positions).logits[:, 0, FIRST_ITEM_ID:]
     return (torch.load(answered, weights_only=True)[:, 1:] - ours).abs().max().item()
 
 

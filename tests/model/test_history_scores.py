@@ -1,71 +1,159 @@
 """What is counted in the log and added to the scores."""
 
+import math
+from collections import Counter, defaultdict
+from itertools import pairwise
+
 import pytest
 import torch
-from small_models import FIRST, MASK, NUM_ITEMS, PAD, VOCAB, make_model
+from small_models import FIRST, MASK, NUM_ITEMS, PAD, VOCAB, WITH_HISTORY, make_model
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
-from bert4rec_hf.model.history_scores import NUM_NEWEST_ITEMS, item_counts, newest_items
+from bert4rec_hf.model.history_scores import (
+    NUM_NEWEST_ITEMS,
+    add_to_scores,
+    item_counts,
+    newest_items,
+    values_of,
+)
+
+
+def by_item(pairs, row: int = 0) -> dict[int, float]:
+    """The pairs of a row without their padding, which comes first."""
+    items, values = (part[row].tolist() for part in pairs)
+    padding = items.count(0)
+    assert items[:padding] == values[:padding] == [0] * padding
+    assert all(first < second for first, second in pairwise(items[padding:]))
+    return dict(zip(items[padding:], values[padding:], strict=True))
 
 
 def test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it():
-    # [PAD], [UNK], what is not attended to and what comes later count for nothing.
-    ids = torch.tensor([[5, 9, MASK, 0, 0], [0, 0, 0, 0, MASK], [9, 2, 5, MASK, 7], [8, 9, 5, MASK, 0]])
-    mask = (ids != PAD).long()
-    mask[3, 0] = 0
-    expected = [{5: 1 / 3, 9: 2 / 3}, {PAD: 1.0}, {9: 1 / 5, 5: 4 / 5}, {9: 1 / 3, 5: 2 / 3}]
-    positions = torch.tensor([[2], [4], [3], [3]])
-    at_positions = newest_items(ids, mask, positions).squeeze(1)
-    with torch.autocast("cpu", torch.bfloat16):
-        everywhere = newest_items(ids, mask, None)[range(4), positions.flatten()]
-    for newest in (at_positions, everywhere):
-        for row, weights in zip(newest, expected, strict=True):
-            found = zip(row[:NUM_NEWEST_ITEMS].tolist(), row[NUM_NEWEST_ITEMS:].tolist(), strict=True)
-            assert {item: weight for item, weight in found if weight} == pytest.approx(weights)
-    # As far as floats reach, and farther; of more than are looked at the newest.
-    far = torch.tensor([[9, *[2] * 300, MASK]])
-    assert newest_items(far, None, torch.tensor([[301]]))[0, 0, [0, NUM_NEWEST_ITEMS]].tolist() == [9, 1]
-    many = newest_items(torch.arange(FIRST, 30).unsqueeze(0), None, torch.tensor([[20]]))[0, 0]
-    assert many[:NUM_NEWEST_ITEMS].tolist() == [*range(FIRST + 19, FIRST + 19 - NUM_NEWEST_ITEMS, -1)]
+    ids = torch.tensor([[5, 9, 0, 0], [0, 0, 0, 0], [9, 0, 5, 0]])
+    newest, shares, is_start = newest_items(ids)
+    assert newest[:, :3].tolist() == [[9, 5, 0], [0, 0, 0], [5, 9, 0]]
+    assert not newest[:, 3:].any()
+    torch.testing.assert_close(shares[:, :3], torch.tensor([[2 / 3, 1 / 3, 0], [0, 0, 0], [2 / 3, 1 / 3, 0]]))
+    assert is_start.nonzero().tolist() == [[1, 0]]
+    # Of more items than are looked at, the newest; however far back they are.
+    many = newest_items(torch.arange(FIRST, 30).unsqueeze(0))[0][0]
+    assert many.tolist() == [*range(29, 29 - NUM_NEWEST_ITEMS, -1)]
+    assert newest_items(torch.tensor([[9, *[0] * 300]]))[0][0, 0] == 9
 
 
-def test_how_often_each_item_stands_before_a_position():
-    # [PAD], [UNK], what is not attended to and what comes later count for nothing.
-    ids = torch.tensor([[5, 9, 5, MASK, 5], [0, 0, 0, 0, MASK], [9, 2, 9, MASK, 7], [8, 9, 8, MASK, 0]])
-    mask = (ids != PAD).long()
-    mask[3, 0] = 0
-    expected = [{5: 2, 9: 1}, {}, {9: 2}, {9: 1, 8: 1}]
-    positions = torch.tensor([[3], [4], [3], [3]])
-    at_positions = item_counts(ids, mask, positions).squeeze(1)
+def test_an_item_is_counted_in_one_place():
+    items, counts = item_counts(torch.tensor([[5, 9, 5, 0, 5], [0, 0, 0, 0, 0], [*[7] * 4, 6]]))
+    found = [
+        {item: count for item, count in zip(*row, strict=True) if count}
+        for row in zip(items.tolist(), counts.tolist(), strict=True)
+    ]
+    assert found == [{5: 3, 9: 1}, {}, {7: 4, 6: 1}]
+
+
+@pytest.mark.parametrize("options", [*WITH_HISTORY.values()], ids=[*WITH_HISTORY])
+def test_pairs_are_unique_in_order_and_the_sums_that_loops_give(options):
+    model = make_model(transition_weight=0.7, popularity_weight=11.0, **options)
+    scores, config = model.history_scores, model.config
+    torch.manual_seed(1)
+    histories = torch.randint(0, VOCAB, (40, 30))  # special tokens among them
+    histories[:10, 5:] = PAD
+    histories[10:13] = PAD
+    mask = (torch.rand(histories.shape) < 0.9).long()
     with torch.autocast("cpu", torch.bfloat16):
-        everywhere = item_counts(ids, mask, None)[range(4), positions.flatten()]
-    for found in (at_positions, everywhere):
-        for row, counts in zip(found, expected, strict=True):
-            pairs = zip(row[:5].tolist(), row[5:].tolist(), strict=True)
-            assert sorted((item, count) for item, count in pairs if count) == sorted(counts.items())
-    # What is at a position does not stand before it.
-    assert item_counts(ids, mask, torch.tensor([[2]] * 4))[0, 0, 5:].tolist() == [1, 1, 0, 0, 0]
-    # More than half precision can count to.
-    with torch.autocast("cpu", torch.bfloat16):
-        many = item_counts(torch.tensor([[*[7] * 301, MASK]]), None, torch.tensor([[301]]))[0, 0]
-    assert many[[0, 302]].tolist() == [7, 301]
+        pairs = scores(histories, mask)
+    assert pairs[0].dtype == torch.long
+    assert pairs[1].dtype == torch.float32
+    assert torch.equal(torch.stack([*scores(histories.where(mask == 1, PAD))]), torch.stack([*pairs]))
+    for row, (history, attended) in enumerate(zip(histories.tolist(), mask.tolist(), strict=True)):
+        items = [item for item, seen in zip(history, attended, strict=True) if item >= FIRST and seen]
+        newest = items[: -NUM_NEWEST_ITEMS - 1 : -1]
+        weights = [0.5**age for age in range(len(newest))]
+        expected: dict[int, float] = defaultdict(float)
+        if config.num_transitions:
+            shares = [config.transition_weight * weight / sum(weights) for weight in weights]
+            for item, share in zip(newest or [PAD], shares or [config.popularity_weight], strict=True):
+                for successor, score in zip(scores.successor_ids[item], scores.successor_scores[item], strict=True):
+                    expected[int(successor)] += share * float(score)
+        for item, count in Counter(items).items():
+            expected[item] += config.repeat_weight * math.log1p(count)
+        found = by_item(pairs, row)
+        expected = {item: value for item, value in expected.items() if value}
+        assert found.keys() == expected.keys()
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_weighted_features_sum_to_the_scores():
+    model = make_model(num_transitions=5, repeat_weight=0.8, transition_weight=0.7, popularity_weight=11.0)
+    scores, config = model.history_scores, model.config
+    histories = torch.tensor([[5, 9, 5, 8], [0, 0, 0, 0]])
+    features = scores.features(histories)
+    weights = {"transitions": 0.7, "popularity": 11.0, "repeats": 0.8}
+    for row in range(2):
+        expected: dict[int, float] = defaultdict(float)
+        for name, pairs in features.items():
+            for item, value in by_item(pairs, row).items():
+                expected[item] += weights[name] * value
+        assert by_item(scores(histories), row) == pytest.approx(expected, abs=1e-6)
+    assert by_item(features["repeats"]) == pytest.approx({5: math.log(3), 8: math.log(2), 9: math.log(2)})
+    assert by_item(features["transitions"])
+    assert not by_item(features["transitions"], 1)
+    # The weights are read at every call.
+    config.transition_weight = config.popularity_weight = config.repeat_weight = 0.0
+    assert not by_item(scores(histories))
+
+
+def test_pairs_are_added_where_their_items_are():
+    pairs = torch.tensor([[0, 4, 7], [3, 5, 9]]), torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    added = add_to_scores(torch.zeros(2, 10), pairs)
+    assert added.nonzero().tolist() == [[0, 4], [0, 7], [1, 3], [1, 5], [1, 9]]
+    assert torch.equal(add_to_scores(torch.zeros(2, 4), pairs, start=4), added[:, 4:8])
+    candidates = torch.tensor([[7, 5, 0, 4], [9, 7, 3, 3]])
+    assert torch.equal(values_of(pairs, candidates), added.gather(1, candidates))
+    nothing = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0)
+    assert not add_to_scores(torch.zeros(2, 10), nothing).any()
+    assert values_of(nothing, candidates).shape == (2, 4)
+
+
+def test_an_older_repeat_counts_beyond_the_input():
+    model = make_model(repeat_weight=50.0)
+    ids, history = torch.tensor([[5, 9, MASK]]), torch.tensor([[7, 7, 7, 5, 9]])
+    assert set(model.recommend(ids, top_k=2)[1][0].tolist()) == {5, 9}
+    assert model.recommend(ids, history_ids=history, top_k=1)[1].tolist() == [[7]]
+    assert model.rank(ids, torch.tensor([7]), history_ids=history).tolist() == [1]
+    with pytest.raises(ValueError, match="the model has transitions or repeats: give history_ids"):
+        model.search(model.mask_states(ids), top_k=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_counts_stay_exact_in_a_model_that_is_loaded_in_half_precision(tmp_path, dtype):
+    model = make_model(num_transitions=20, vocab_size=2000, popularity_weight=1000.0)
+    model.history_scores.successor_ids[PAD] = torch.arange(1000, 1020)
+    model.history_scores.successor_scores[PAD] = torch.linspace(1000.0, 1001.0, 20)
+    model.save_pretrained(tmp_path)
+    empty = torch.tensor([[MASK]])
+    expected = [*range(1019, 999, -1)]
+    assert model.recommend(empty, top_k=20)[1].tolist() == [expected]
+    loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert loaded.get_input_embeddings().weight.dtype == dtype
+    assert loaded.history_scores.successor_scores.dtype == torch.float32
+    assert torch.equal(loaded.history_scores.successor_scores, model.history_scores.successor_scores)
+    assert loaded.recommend(empty, top_k=20)[1].tolist() == [expected]
 
 
 def test_transitions_have_room_for_token_ids_in_half_precision():
     model = make_model(num_transitions=2, vocab_size=2000).bfloat16()
     ids = torch.tensor([[1001, MASK]])
-    model.decoder.history_scores.successor_ids[1001] = torch.tensor([1003, 1999])
-    model.decoder.history_scores.successor_scores[1001] = torch.tensor([500.0, 400.0])
+    model.history_scores.successor_ids[1001] = torch.tensor([1003, 1999])
+    model.history_scores.successor_scores[1001] = torch.tensor([500.0, 400.0])
     assert model.recommend(ids, top_k=2)[1].tolist() == [[1003, 1999]]
 
 
 def test_an_item_that_is_new_has_no_transitions():
     model = make_model(num_transitions=5)
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
-    before = model.decoder.history_scores.successor_ids.clone(), model.decoder.history_scores.successor_scores.clone()
+    before = model.history_scores.successor_ids.clone(), model.history_scores.successor_scores.clone()
     assert model.add_items(tokenizer, ["new"]) == 1
     for table, old in zip(
-        (model.decoder.history_scores.successor_ids, model.decoder.history_scores.successor_scores), before, strict=True
+        (model.history_scores.successor_ids, model.history_scores.successor_scores), before, strict=True
     ):
         assert len(table) == VOCAB + 1
         assert torch.equal(table[:-1], old)
@@ -76,7 +164,7 @@ def test_a_config_that_lacks_its_transitions_starts_without_them(tmp_path):
     make_model().save_pretrained(tmp_path)
     config = Bert4RecConfig.from_pretrained(tmp_path, num_transitions=4)
     loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path, config=config)
-    assert torch.equal(loaded.decoder.history_scores.successor_ids, torch.zeros(VOCAB, 4, dtype=torch.int))
-    assert torch.equal(loaded.decoder.history_scores.successor_scores, torch.zeros(VOCAB, 4))
+    assert torch.equal(loaded.history_scores.successor_ids, torch.zeros(VOCAB, 4, dtype=torch.int))
+    assert torch.equal(loaded.history_scores.successor_scores, torch.zeros(VOCAB, 4))
     with pytest.raises(Exception, match="num_transitions must be at least 0; got -1"):
         Bert4RecConfig(num_transitions=-1)

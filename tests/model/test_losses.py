@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from chain_runs import arguments, write_chain
-from small_models import NoSynchronization, gradients, make_model, training_batch
+from small_models import NoSynchronization, at_masks, gradients, make_model, training_batch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bert4rec_hf import (
@@ -29,7 +29,6 @@ LABELS = torch.tensor([3, 0, IGNORED, 10, 5, 3, IGNORED])
 SHARED = torch.tensor([7, 3, 1, 7, 5, 9])
 OPTIONS = {"sampled_softmax": {}, "bpr": {}, "gbce": {"calibration": 0.6}}
 SAMPLED = list(OPTIONS)
-LABEL_POSITIONS = torch.tensor([[1, 2], [0, -1]])
 
 
 def make_case(seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -373,7 +372,7 @@ def test_under_popular_negatives_the_true_probabilities_are_learnt():
 
 def collated(name: str, **options) -> tuple[Bert4RecForMaskedItemPrediction, dict[str, torch.Tensor]]:
     """A model in training and the two rows of `training_batch`, with negatives."""
-    batch = training_batch() | {"label_positions": LABEL_POSITIONS, "negative_ids": torch.tensor([3, 17, 30, 8, 9])}
+    batch = at_masks(training_batch()) | {"negative_ids": torch.tensor([3, 17, 30, 8, 9])}
     return make_model(item_loss=name, **options).train(), batch
 
 
@@ -382,7 +381,7 @@ def at_labels(model, batch) -> dict[str, torch.Tensor]:
     model.eval()
     states = model(input_ids=batch["input_ids"]).prediction_states[[0, 0, 1], [1, 2, 0]]
     model.train()
-    items = {"item_weight": model.decoder.weight[3:], "item_bias": model.decoder.bias[3:]}
+    items = {"item_weight": model.get_input_embeddings().weight[3:], "item_bias": model.item_bias.weight[3:]}
     return {"hidden_states": states, "labels": torch.tensor([2, 14, 0]), **items}
 
 
@@ -404,8 +403,7 @@ def test_the_model_computes_the_loss_of_its_config_in_training(name, filter_seen
     with_positions = gradients(model)
     assert with_positions["model.layers.0.attention.query.weight"].abs().max() > 1e-5
     model.zero_grad()
-    del batch["label_positions"]
-    loss = model(**batch).loss
+    loss = model(**training_batch(), negative_ids=batch["negative_ids"]).loss
     torch.testing.assert_close(loss, expected)
     loss.backward()
     for parameter, gradient in gradients(model).items():
@@ -427,9 +425,12 @@ def test_positions_may_have_negatives_of_their_own_and_log_probabilities():
         "negative_ids": own, "negative_log_probabilities": logs, "positive_log_probabilities": positive,
     }  # fmt: skip
     torch.testing.assert_close(model(**batch).loss, expected)
-    # Without label_positions, at each position of the input.
-    del batch["label_positions"]
-    with pytest.raises(ValueError, match=r"without label_positions.*\(2, 4\) positions.*label_positions over as well"):
+    # Without masked_positions, at each position of the input.
+    del batch["masked_positions"]
+    batch |= training_batch()
+    with pytest.raises(
+        ValueError, match=r"without masked_positions.*\(2, 4\) positions.*masked_positions over as well"
+    ):
         model(**batch)
     rows, columns = [0, 0, 1], [1, 2, 0]
     wide = {"negative_ids": own, "negative_log_probabilities": logs, "positive_log_probabilities": positive}
@@ -465,7 +466,7 @@ def test_training_without_negatives_is_an_error_that_says_where_to_ask_for_them(
 @pytest.mark.parametrize("item_loss", ["softmax", "gbce"])
 def test_a_new_model_thinks_each_item_as_likely_as_any_other(item_loss):
     """Of binary cross-entropies: the sigmoid of a bias is one in the number of items."""
-    bias = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=103, item_loss=item_loss)).decoder.bias
+    bias = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=103, item_loss=item_loss)).item_bias.weight
     likely = {"softmax": bias.softmax(0) * 103, "gbce": bias.sigmoid() * 101}[item_loss]
     assert torch.allclose(likely, torch.ones(103), atol=1e-4)
 

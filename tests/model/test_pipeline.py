@@ -8,6 +8,7 @@ import pandas
 import pytest
 import torch
 from transformers import pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, ItemIndex
 
@@ -31,7 +32,7 @@ def save_model(folder, titles=TITLES, **options):
         **options,
     )
     model = Bert4RecForMaskedItemPrediction(config)
-    torch.nn.init.normal_(model.decoder.bias)
+    torch.nn.init.normal_(model.item_bias.weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -154,15 +155,43 @@ def test_arrays_tuples_and_integers_are_histories_too(pipe):
     assert_equal_answers(list(pipe(np.array([[100, 101, 102]] * 2))), [expected] * 2)
 
 
+def test_workers_of_a_list_answer_as_one_process_does(pipe, histories, caplog):
+    expected = pipe(histories, batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        assert_equal_answers(pipe(histories, batch_size=4, num_workers=2), expected)
+    assert "num_workers" not in caplog.text
+    assert pipe([[]], num_workers=2) == pipe([[]])
+
+
+def test_the_task_is_no_multimodal_one():
+    assert PIPELINE_REGISTRY.check_task("sequential-recommendation")[1]["type"] == "text"
+
+
 def test_a_mapping_brings_its_own_exclusions_and_candidates(pipe):
     best = ids(pipe(["100"], top_k=3))
     assert ids(pipe({"history": ["100"]}, top_k=3)) == best
     assert ids(pipe({"history": ["100"], "exclude": best[:1]}, top_k=2)) == best[1:]
     assert ids(pipe({"history": ["100"], "candidates": best[::-1]})) == best
     assert ids(pipe({"item_id": ["100"], "exclude": best[:1], "candidates": best})) == best[1:]
-    # What a row says stands above what the call says.
-    answers = pipe([{"history": ["100"], "exclude": []}, {"history": ["100"]}], exclude=best[:1], top_k=2)
-    assert [ids(answer) for answer in answers] == [best[:2], best[1:]]
+    # A row's exclusions hold beside those of the call.
+    rows = [{"history": ["100"], "exclude": []}, {"history": ["100"], "exclude": best[1:2]}]
+    assert [ids(answer) for answer in pipe(rows, exclude=best[:1], top_k=2)] == [
+        best[1:], [best[2], ids(pipe(["100"], top_k=4))[3]],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("excludes", "did you mean exclude"), ("candidate", "did you mean candidates"),
+        ("age", "a history may have history, item_id, exclude, candidates"), ("top_k", "top_k is for all histories"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_of_a_request_is_an_error(pipe, key, hint):
+    with pytest.raises(ValueError, match=hint):
+        pipe({"history": ["100"], key: ["101"]})
+    # Other columns of histories.parquet may come along.
+    assert pipe({"item_id": ["100"], "user_id": "u", "train_end": 1}) == pipe(["100"])
 
 
 def test_candidates_of_the_call_are_looked_up_once_for_all_histories(pipe, monkeypatch):
@@ -411,8 +440,8 @@ def test_an_index_that_looks_at_everything_answers_as_the_exact_search(pipe, his
 
 def test_what_follows_the_newest_items_is_found_beside_what_an_index_finds(histories, tmp_path):
     model = Bert4RecForMaskedItemPrediction.from_pretrained(save_model(tmp_path, num_transitions=2))
-    model.decoder.history_scores.successor_ids[3:] = torch.stack([torch.randperm(len(ITEMS))[:2] + 3 for _ in ITEMS])
-    model.decoder.history_scores.successor_scores[3:] = 30  # more than the model's own scores differ by
+    model.history_scores.successor_ids[3:] = torch.stack([torch.randperm(len(ITEMS))[:2] + 3 for _ in ITEMS])
+    model.history_scores.successor_scores[3:] = 30  # more than the model's own scores differ by
     model.save_pretrained(tmp_path)
     pipe = load(tmp_path)
     rows = [*histories, {"history": ["007", "a b"], "exclude": ["100", "101"]}]
@@ -420,7 +449,7 @@ def test_what_follows_the_newest_items_is_found_beside_what_an_index_finds(histo
     for one, other in zip(near, exact, strict=True):
         assert ids(one) == ids(other)
         assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
-    pipe.model.decoder.history_scores.successor_scores.zero_()
+    pipe.model.history_scores.successor_scores.zero_()
     assert ids(pipe(rows[-1], top_k=2)) != ids(exact[-1])
 
 
@@ -431,10 +460,10 @@ def test_what_a_history_adds_to_is_found_for_each_of_a_batch_and_for_an_empty_on
     sizes = {"max_position_embeddings": 12, "hidden_size": 16, "num_attention_heads": 1}
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **sizes, **options)).eval()
     if "num_transitions" in options:
-        model.decoder.history_scores.successor_ids[:] = torch.stack(
+        model.history_scores.successor_ids[:] = torch.stack(
             [torch.randperm(len(items))[:3] + 3 for _ in range(len(tokenizer))]
         )
-        model.decoder.history_scores.successor_scores[:] = 30  # more than the model's own scores differ by
+        model.history_scores.successor_scores[:] = 30  # more than the model's own scores differ by
     pipe = pipeline("sequential-recommendation", model=model, tokenizer=tokenizer, device="cpu")
     rows = [[], items[:1], items[5:9], [*items[20:40], items[39]]]
     exact, near = pipe(rows, top_k=3), pipe(rows, top_k=3, index=ItemIndex.build(model), batch_size=4)
@@ -510,7 +539,7 @@ def test_weights_that_are_not_finite_are_an_error_for_an_index_too(folder, pipe)
     diverged = pipeline("sequential-recommendation", model=model, tokenizer=pipe.tokenizer, device="cpu", index=index)
     with pytest.raises(ValueError, match="a user vector is NaN"):
         diverged(["100"])
-    torch.nn.init.constant_(model.decoder.bias, torch.nan)
+    torch.nn.init.constant_(model.item_bias.weight, torch.nan)
     with pytest.raises(ValueError, match="an item vector is NaN"):
         ItemIndex.build(model)
 

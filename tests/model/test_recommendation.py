@@ -20,6 +20,7 @@ from small_models import (
     training_batch,
 )
 
+from bert4rec_hf.model import modeling_bert4rec as modeling
 from bert4rec_hf.model import recommendation
 from bert4rec_hf.model.history_scores import NUM_NEWEST_ITEMS
 
@@ -34,8 +35,8 @@ def of_histories(model, histories) -> torch.Tensor:
         for age, item in enumerate((newest or [PAD]) if model.config.num_transitions else []):
             share = 0.5**age / sum(0.5**age for age in range(max(1, len(newest))))
             for next_id, score in zip(
-                model.decoder.history_scores.successor_ids[item],
-                model.decoder.history_scores.successor_scores[item],
+                model.history_scores.successor_ids[item],
+                model.history_scores.successor_scores[item],
                 strict=True,
             ):
                 row[next_id] += share * score
@@ -92,10 +93,24 @@ def test_recommend_and_rank_agree_with_sorting_the_full_matrix(model, candidate_
 
 
 @pytest.mark.parametrize("item_ids", [range(VOCAB), range(1, 9), range(FIRST, VOCAB), range(7, 7)])
-def test_a_range_of_items_has_the_scores_of_its_ids(model, item_ids):
-    ids, mask = pad(HISTORIES)
-    expected = model(ids, mask, item_ids=torch.tensor(item_ids, dtype=torch.long)).logits
-    assert torch.allclose(model(ids, mask, item_ids=item_ids).logits, expected, atol=1e-6)
+def test_rows_that_are_viewed_and_rows_that_are_looked_up_have_the_same_scores(model, item_ids):
+    states = model.mask_states(*pad(HISTORIES))
+    expected = model._scores(states, torch.tensor(item_ids, dtype=torch.long))
+    torch.testing.assert_close(model._scores(states, item_ids), expected, atol=1e-6, rtol=0)
+    # What wraps the embeddings knows token ids alone.
+    embeddings = model.get_input_embeddings()
+    assert modeling.ItemEmbeddings.takes_ranges(embeddings)
+    embeddings.forward = torch.nn.Embedding.forward.__get__(embeddings)
+    assert not modeling.ItemEmbeddings.takes_ranges(embeddings)
+    torch.testing.assert_close(model._scores(states, item_ids), expected, atol=1e-6, rtol=0)
+
+
+def test_an_empty_batch_has_no_answers(model):
+    ids = torch.zeros(0, 5, dtype=torch.long)
+    scores, items = model.recommend(ids, top_k=4)
+    assert scores.shape == items.shape == (0, 4)
+    assert model.rank(ids, torch.zeros(0, dtype=torch.long)).tolist() == []
+    assert model.user_vectors(ids).shape == (0, model.config.hidden_size + 1)
 
 
 def test_scores_of_recommend_are_the_logits_at_the_mask(model):
@@ -108,8 +123,14 @@ def test_the_last_mask_is_the_one_that_is_read(model):
     several = torch.tensor([[5, MASK, 9, MASK]])
     with torch.no_grad():
         logits = model(input_ids=several).logits
-    torch.testing.assert_close(model.recommend(several, top_k=5)[0][0], logits[0, 3].topk(5).values)
+    expected = logits[0, 3].clone()
+    items, values = model.history_scores(several)
+    expected[items[0]] += values[0]
+    torch.testing.assert_close(model.recommend(several, top_k=5)[0][0], expected.topk(5).values)
     assert not torch.allclose(logits[0, 1], logits[0, 3], atol=0.01)
+    # An item behind the [MASK] is no part of the history.
+    behind = model.recommend(torch.tensor([[5, MASK, 9]]), torch.tensor([[1, 1, 0]]), top_k=5)
+    torch.testing.assert_close(behind, model.recommend(torch.tensor([[5, MASK]]), top_k=5))
 
 
 def test_a_target_is_ranked_among_candidates_that_lack_it():
@@ -154,7 +175,7 @@ def test_a_special_token_as_target_has_rank_0(model):
 def test_a_nan_score_is_an_error(model, candidate_ids):
     ids, mask = pad(HISTORIES)
     with torch.no_grad():
-        model.decoder.bias[12] = torch.nan
+        model.item_bias.weight[12] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         model.recommend(ids, mask, candidate_ids=candidate_ids)
     with pytest.raises(ValueError, match="NaN"):
@@ -165,7 +186,7 @@ def test_a_nan_score_is_an_error(model, candidate_ids):
 def test_special_tokens_are_never_recommended_however_large_their_bias(model, candidate_ids):
     ids, mask = pad(HISTORIES)
     with torch.no_grad():
-        model.decoder.bias[:FIRST] = 1e9
+        model.item_bias.weight[:FIRST] = 1e9
     scores, items = model.recommend(ids, mask, top_k=6, candidate_ids=candidate_ids)
     shown = 6 if candidate_ids is None else 3
     assert (items[:, :shown] >= FIRST).all()
@@ -218,7 +239,7 @@ def test_exclude_ids_without_columns_exclude_nothing(model):
 @pytest.mark.parametrize("options", WITH_HISTORY.values(), ids=WITH_HISTORY)
 def test_a_history_adds_to_the_scores_wherever_items_are_ranked_and_not_in_training(options):
     plain, model = make_model(), make_model(**options)
-    assert "decoder.history_scores.successor_ids" not in plain.state_dict()
+    assert "history_scores.successor_ids" not in plain.state_dict()
     ids, mask = pad(HISTORIES)
     added = of_histories(model, HISTORIES)
     scores, of_plain = mask_scores(model, ids, mask), mask_scores(plain, ids, mask)
@@ -233,8 +254,6 @@ def test_a_history_adds_to_the_scores_wherever_items_are_ranked_and_not_in_train
         assert torch.equal(gradients(model)[name], gradient)
     losses = [one.eval()(**training_batch()).loss for one in (plain, model)]
     assert torch.equal(*losses)
-    with pytest.raises(ValueError, match="with num_transitions or repeat_weight, expected input_ids"):
-        model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
 
 
 def test_a_history_without_a_mask_is_an_error(model):

@@ -323,3 +323,35 @@ def test_histories_are_not_cut_on_the_right():
     tokenizer.truncation_side = "right"
     with pytest.raises(ValueError, match="histories lose their oldest items; got truncation_side 'right'"):
         tokenizer(["a", "b"], truncation=True, max_length=1, add_special_tokens=False)
+
+
+def test_the_usual_options_of_a_tokenizer_do_what_they_say(tokenizer):
+    items = tokenizer.items
+    history = (items * 20)[:30]
+    length = tokenizer.model_max_length
+    assert length < 30
+    assert len(tokenizer(history)["input_ids"]) == len(tokenizer.encode(history)) == length
+    assert (
+        len(tokenizer(history, truncation=False)["input_ids"]) == len(tokenizer.encode(history, truncation=False)) == 31
+    )
+    assert len(tokenizer(history, truncation=True, max_length=4)["input_ids"]) == 4
+    assert len(tokenizer(history, add_special_tokens=False)["input_ids"]) == 30
+    assert len(tokenizer(history, add_special_tokens=False, truncation=True)["input_ids"]) == length
+    assert tokenizer.num_special_tokens_to_add() == 1
+    assert tokenizer.max_len_single_sentence == length - 1
+    found = tokenizer([items[:2], items[:1]], padding=True, return_special_tokens_mask=True, return_length=True)
+    assert found["input_ids"] == [[3, 4, MASK], [3, MASK, PAD]]
+    assert found["special_tokens_mask"] == [[0, 0, 1], [0, 1, 1]]
+    assert found["length"] == [3, 2]
+    for name in ("return_offsets_mapping", "return_overflowing_tokens", "return_token_type_ids"):
+        with pytest.raises(ValueError, match=f"{name} is for text"):
+            tokenizer(history, **{name: True})
+
+
+def test_decode_shows_raw_ids():
+    tokenizer = Bert4RecTokenizer.from_items(["[MASK]", "a b", "\\[PAD]"])
+    ids = tokenizer(["[MASK]", "a b", "\\[PAD]"])["input_ids"]
+    assert tokenizer.decode(ids) == "[MASK] a b \\[PAD] [MASK]"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "[MASK] a b \\[PAD]"
+    assert tokenizer.decode(torch.tensor(ids[:1])) == tokenizer.decode(ids[0]) == "[MASK]"
+    assert tokenizer.batch_decode([ids[:1], ids[1:2]]) == ["[MASK]", "a b"]

@@ -12,27 +12,26 @@ from small_models import (
     VOCAB,
     HostWaitsForDeviceError,
     NoSynchronization,
+    at_masks,
     gradients,
     make_model,
     training_batch,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 import bert4rec_hf.model.modeling_bert4rec as modeling
 from bert4rec_hf import Bert4RecTokenizer, DataCollatorForMaskedItemPrediction
-from bert4rec_hf.model.losses import softmax_loss
-
-# The second row's label is the first of its row, lest a padded position, read as 0, find nothing there.
-LABEL_POSITIONS = torch.tensor([[1, 2], [0, -1]])
+from bert4rec_hf.model.losses import mask_seen, softmax_loss
 
 
-def test_label_positions_change_neither_loss_nor_gradients(model):
+def test_masked_positions_change_neither_loss_nor_gradients(model):
     model.train()
     batch = training_batch()
     loss = model(**batch).loss
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    loss_at_positions = model(**batch, label_positions=LABEL_POSITIONS).loss
+    loss_at_positions = model(**at_masks(batch)).loss
     loss_at_positions.backward()
     torch.testing.assert_close(loss_at_positions, loss, atol=1e-6, rtol=1e-5)
     for name, gradient in gradients(model).items():
@@ -44,7 +43,7 @@ def test_label_positions_change_neither_loss_nor_gradients(model):
 def test_no_logits_are_made_in_training_with_labels(model):
     model.train()
     assert model(**training_batch()).logits is None
-    assert model(**training_batch(), label_positions=LABEL_POSITIONS).logits is None
+    assert model(**at_masks(training_batch())).logits is None
 
 
 @PLAIN
@@ -54,7 +53,7 @@ def test_evaluation_returns_the_logits_and_the_loss_of_training(model):
     outputs = model(**training_batch())
     assert outputs.logits.shape == (2, 4, VOCAB)
     torch.testing.assert_close(outputs.loss, trained)
-    at_positions = model(**training_batch(), label_positions=LABEL_POSITIONS)
+    at_positions = model(**at_masks(training_batch()))
     torch.testing.assert_close(at_positions.loss, trained)
     assert at_positions.logits.shape == (2, 2, VOCAB)
     torch.testing.assert_close(at_positions.logits[0, 1], outputs.logits[0, 2])
@@ -66,23 +65,87 @@ def test_logits_without_labels_cover_all_positions_and_special_tokens_have_minus
     assert outputs.logits.shape == (2, 4, VOCAB)
     assert (outputs.logits[..., :FIRST] == -1e4).all()
     assert outputs.logits[..., FIRST:].abs().max() < 1e3
-    some = model(input_ids=training_batch()["input_ids"], item_ids=torch.tensor([2, 7, 3]))
-    torch.testing.assert_close(some.logits, outputs.logits[..., [2, 7, 3]])
+
+
+def test_logits_are_equal_in_training_and_evaluation(model):
+    inputs = {"input_ids": training_batch()["input_ids"]}
+    expected = model.eval()(**inputs).logits
+    for positions in (None, torch.tensor([[1, 2], [0, -1]])):
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                pair = [model.train(mode)(**inputs, masked_positions=positions).logits for mode in (True, False)]
+            assert torch.equal(*pair)
+            assert pair[0].dtype == torch.float32
+        if positions is None:
+            assert torch.equal(model.eval()(**inputs).logits, expected)
+
+
+def test_a_misspelled_argument_and_labels_of_another_shape_are_errors(model):
+    batch = training_batch()
+    with pytest.raises(TypeError, match="label_positions"):
+        model(**batch, label_positions=batch["labels"])
+    with pytest.raises(ValueError, match=r"labels must have the shape of the input, \(2, 4\); got \(2, 3\)"):
+        model(input_ids=batch["input_ids"], labels=batch["labels"][:, :3])
+    with pytest.raises(ValueError, match=r"shape of the masked_positions, \(2, 2\); got \(2, 4\)"):
+        model(**batch, masked_positions=torch.tensor([[1, 2], [0, -1]]))
+
+
+def test_the_gradient_of_the_loss_is_that_of_a_function(model):
+    model.train()
+    batch, weights = at_masks(training_batch()), dict(model.named_parameters())
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, kwargs=batch).loss
+
+    model(**batch).loss.backward()
+    for name, gradient in torch.func.grad(loss)(weights).items():
+        torch.testing.assert_close(gradient, weights[name].grad)
+
+
+@PLAIN
+def test_a_loss_that_reads_special_tokens_is_refused(model):
+    model.train()
+    batch = at_masks(training_batch())
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(cross_entropy, model(**batch, labels=labels).loss)
+    cross_entropy.backward()
+    smoothed = LabelSmoother(0.1)(model(**batch), labels)
+    with pytest.raises(ValueError, match="label_smoothing_factor use Bert4RecTrainer"):
+        smoothed.backward()
+
+
+@pytest.mark.parametrize("filter_seen_items", [False, True])
+@pytest.mark.parametrize("pad_in_softmax", [False, True])
+@PLAIN
+def test_the_loss_is_that_of_the_logits(model, filter_seen_items, pad_in_softmax):
+    model.config.filter_seen_items, model.config.pad_in_softmax = filter_seen_items, pad_in_softmax
+    # Item 9 is seen and a label.
+    input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
+    batch = at_masks({"input_ids": input_ids, "labels": torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])})
+    outputs = model(**batch)
+    logits = mask_seen(outputs.logits, input_ids, batch["labels"]) if filter_seen_items else outputs.logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(model.train()(**batch).loss, expected)
+    unmasked = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten())
+    assert filter_seen_items == bool((unmasked - expected).abs() > 1e-3)
 
 
 @pytest.mark.parametrize(
-    "label_positions",
+    "masked_positions",
     [None, torch.empty((2, 0), dtype=torch.long), torch.full((2, 3), -1)],
     ids=["labels-only", "no-positions", "padded-positions"],
 )
 @pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)], ids=["counted", "int", "tensor"])
-def test_a_batch_with_nothing_to_predict_has_loss_0_and_zero_gradients(model, label_positions, num_items_in_batch):
+def test_a_batch_with_nothing_to_predict_has_loss_0_and_zero_gradients(model, masked_positions, num_items_in_batch):
     model.train()
     input_ids = torch.tensor([[5, 9, 17], [11, PAD, PAD]])
     loss = model(
         input_ids=input_ids,
-        labels=torch.full_like(input_ids, -100),
-        label_positions=label_positions,
+        labels=torch.full_like(input_ids if masked_positions is None else masked_positions, -100),
+        masked_positions=masked_positions,
         num_items_in_batch=num_items_in_batch,
     ).loss
     assert loss == 0
@@ -104,9 +167,8 @@ def test_an_empty_row_leaves_loss_and_gradients_as_they_are(model, attention):
     longer = {
         "input_ids": torch.cat((batch["input_ids"], torch.full((1, 4), PAD))),
         "labels": torch.cat((batch["labels"], torch.full((1, 4), -100))),
-        "label_positions": torch.cat((LABEL_POSITIONS, torch.full((1, 2), -1))),
     }
-    model(**longer).loss.backward()
+    model(**at_masks(longer)).loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
 
@@ -142,16 +204,16 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     outputs = model(**batch)
     states = outputs.prediction_states[[0, 0, 1], [1, 2, 0]]
     items = model.get_input_embeddings().weight[FIRST:]
-    logits = states @ items.T + model.decoder.bias[FIRST:]
+    logits = states @ items.T + model.item_bias.weight[FIRST:]
     by_hand = logits.exp().sum(dim=1).log() - logits[range(3), [5 - FIRST, 17 - FIRST, 3 - FIRST]]
     torch.testing.assert_close(outputs.loss, by_hand.mean())
     # The PAD row, were it in the softmax, would show.
     with torch.no_grad():
-        model.decoder.bias[:FIRST] = 50.0
+        model.item_bias.weight[:FIRST] = 50.0
     torch.testing.assert_close(model(**batch).loss, outputs.loss)
 
 
-@pytest.mark.parametrize("positions", [None, LABEL_POSITIONS], ids=["labels-only", "label-positions"])
+@pytest.mark.parametrize("positions", [False, True], ids=["labels-only", "masked-positions"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @PLAIN
 def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
@@ -160,7 +222,8 @@ def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels
     # Item 9 is seen in both rows; in the second it is a label as well.
     input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
     labels = torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])
-    loss = model(input_ids=input_ids, labels=labels, label_positions=positions).loss
+    batch = {"input_ids": input_ids, "labels": labels}
+    loss = model(**(at_masks(batch) if positions else batch)).loss
     model.eval()
     logits = model(input_ids=input_ids).logits[[0, 0, 1], [1, 2, 0]]
     alternatives = torch.ones(3, VOCAB, dtype=torch.bool)
@@ -192,7 +255,9 @@ def test_a_training_step_never_waits_for_the_device(model, rows):
         loss.backward()
     assert loss > 0
     # Labels alone are found by a boolean index: the guard above does notice such things.
-    del batch["label_positions"]
+    positions = batch.pop("masked_positions")
+    spread = torch.full(batch["input_ids"].shape, -100)
+    batch["labels"] = spread.scatter(1, positions.clamp(min=0), batch["labels"])
     with NoSynchronization(), pytest.raises(HostWaitsForDeviceError):
         model(**batch)
 
@@ -210,7 +275,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             assert model.is_gradient_checkpointing == checkpointing
             model.zero_grad()
             torch.manual_seed(3)
-            model(**training_batch(), label_positions=LABEL_POSITIONS).loss.backward()
+            model(**at_masks(training_batch())).loss.backward()
             found.append(gradients(model))
         for name, gradient in found[0].items():
             torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
@@ -245,7 +310,7 @@ def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkey
     negatives = {} if item_loss == "softmax" else {"num_negatives": 5}
     collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5, **negatives)
     batch = collator([{"input_ids": row} for row in ([3, 4, 5, 6, 7, 8, 9], [7, 8], [])])
-    assert (batch["label_positions"] < 0).any()
+    assert (batch["masked_positions"] < 0).any()
     found = []
     for eager_on_cpu in (True, False):
         monkeypatch.setattr(modeling, "_is_eager_on_cpu", lambda states, answer=eager_on_cpu: answer)

@@ -24,10 +24,10 @@ def make_model(switches) -> Bert4RecForMaskedItemPrediction:
     torch.manual_seed(0)
     config = Bert4RecConfig(vocab_size=60, max_position_embeddings=12, initializer_range=0.3, **switches)
     model = Bert4RecForMaskedItemPrediction(config).eval()
-    torch.nn.init.normal_(model.decoder.bias)
-    if model.decoder.history_scores.successor_ids is not None:
-        model.decoder.history_scores.successor_ids[3:] = torch.stack([torch.randperm(57)[:5] + 3 for _ in range(57)])
-        model.decoder.history_scores.successor_scores[3:] = torch.rand(57, 5) * 3
+    torch.nn.init.normal_(model.item_bias.weight)
+    if model.history_scores.successor_ids is not None:
+        model.history_scores.successor_ids[3:] = torch.stack([torch.randperm(57)[:5] + 3 for _ in range(57)])
+        model.history_scores.successor_scores[3:] = torch.rand(57, 5) * 3
     return model
 
 
@@ -42,6 +42,7 @@ def inputs(batch: int, length: int, excluded: int, candidates: int) -> dict[str,
     return {
         "input_ids": input_ids,
         "attention_mask": (input_ids != 0).long(),
+        "history_ids": torch.randint(0, 60, (batch, length + 3)),  # more than the input holds
         "exclude_ids": torch.randint(0, 60, (batch, excluded)),
         "candidate_ids": candidate_ids,
     }
@@ -111,7 +112,8 @@ def test_a_model_that_is_not_exported_goes_on_training(tmp_path, monkeypatch):
 def test_torch_export_answers_like_the_model(tmp_path):
     model = make_model({})
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=12)
-    rows = ({0: batch, 1: length},) * 2 + ({0: batch, 1: torch.export.Dim("e")}, {0: batch, 1: torch.export.Dim("c")})
+    others = tuple({0: batch, 1: torch.export.Dim(name)} for name in ("history", "excluded", "candidates"))
+    rows = ({0: batch, 1: length},) * 2 + others
     program = torch.export.export(Recommender(model), tuple(inputs(4, 6, 3, 5).values()), dynamic_shapes=rows)
     for shape in [(2, 12, 2, 7), (3, 5, 4, 9)]:
         found = program.module()(*inputs(*shape).values())

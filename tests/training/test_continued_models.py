@@ -32,19 +32,15 @@ def test_a_model_keeps_transitions_of_its_log_and_one_that_goes_on_those_of_its_
     expected = Bert4RecForMaskedItemPrediction(first.config)
     keep_transitions(expected, histories, tokenizer.num_items, weight=weight)
     loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "first")
-    loaded.decoder.history_scores.successor_scores.zero_()
+    loaded.history_scores.successor_scores.zero_()
     loaded.save_pretrained(tmp_path / "first")
     on = train_prepared(data, arguments(tmp_path / "on", max_steps=1), model_name_or_path=tmp_path / "first").model
     for model in (first, on):
-        assert torch.equal(model.decoder.history_scores.successor_ids, expected.decoder.history_scores.successor_ids)
-        assert torch.equal(
-            model.decoder.history_scores.successor_scores, expected.decoder.history_scores.successor_scores
-        )
-    assert expected.decoder.history_scores.successor_scores.any()
+        assert torch.equal(model.history_scores.successor_ids, expected.history_scores.successor_ids)
+        assert torch.equal(model.history_scores.successor_scores, expected.history_scores.successor_scores)
+    assert expected.history_scores.successor_scores.any()
     assert (
-        train_prepared(
-            data, arguments(tmp_path / "none", max_steps=1), **SMALL
-        ).model.decoder.history_scores.successor_ids
+        train_prepared(data, arguments(tmp_path / "none", max_steps=1), **SMALL).model.history_scores.successor_ids
         is None
     )
 
@@ -140,7 +136,7 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     new = Bert4RecTokenizer.from_pretrained(tmp_path / "new")
     assert new.items == [*old.items, "AAA", "zz"]
     model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "new")
-    assert model.config.vocab_size == len(new) == model.decoder.bias.shape[0]
+    assert model.config.vocab_size == len(new) == model.item_bias.weight.shape[0]
     # A folder is no part of a recipe, by which another model is trained; what the Hub has is.
     assert "model_name_or_path" not in yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
     model.config._name_or_path = "somebody/chain"
@@ -154,6 +150,6 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     assert "base_model: somebody/chain" in card
     before = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "old")
     # An item that the new log lacks has moved only a little.
-    old_row = before.decoder.weight[old.item_ids_to_token_ids(["item 7"])[0]]
-    new_row = model.decoder.weight[new.item_ids_to_token_ids(["item 7"])[0]]
+    old_row = before.get_input_embeddings().weight[old.item_ids_to_token_ids(["item 7"])[0]]
+    new_row = model.get_input_embeddings().weight[new.item_ids_to_token_ids(["item 7"])[0]]
     assert torch.nn.functional.cosine_similarity(old_row, new_row, dim=0) > 0.9

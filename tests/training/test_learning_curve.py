@@ -250,7 +250,7 @@ def test_a_curve_of_other_weights_does_not_stay_in_the_folder(chain, tmp_path):
     trainer.protocol = None
     trainer.save_model()
     assert (tmp_path / "training.json").is_file()  # of the same weights
-    trainer.model.decoder.bias.data += 1
+    trainer.model.item_bias.weight.data += 1
     trainer.save_model()
     assert not (tmp_path / "training.json").exists()
     assert not (tmp_path / "learning_curve.png").exists()

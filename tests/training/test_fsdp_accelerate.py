@@ -1,0 +1,108 @@
+"""FSDP2 as `accelerate launch` and recipes/accelerate/fsdp.yaml set it up, sharding over two CPU processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from chain_runs import free_port
+from log_and_model import HIDDEN_SIZE, answers, pieces, write_log_and_model
+
+from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
+
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "accelerate" / "fsdp.yaml"
+
+
+def shard_without_gpus() -> None:
+    """Let Accelerate shard over CPU processes.
+
+    Its state knows FSDP for GPUs and their like alone, and quietly makes DDP of it elsewhere. What it does for those is
+    done here for CPUs; all that follows, from the plugin to `prepare`, is Accelerate's own.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def as_on_gpus(self, *args, fsdp_plugin=None, **kwargs) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            assert self.distributed_type == DistributedType.MULTI_CPU
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = as_on_gpus
+
+
+def arguments(folder: Path) -> Bert4RecTrainingArguments:
+    """Evaluated and saved between steps, with the best epoch loaded at the end, as `bert4rec train` does."""
+    return Bert4RecTrainingArguments(
+        str(folder), num_train_epochs=4, per_device_train_batch_size=8, learning_rate=0.01, warmup_steps=1,
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", disable_tqdm=True,
+    )  # fmt: skip
+
+
+def train_sharded(data: Path, start: Path, output: Path) -> None:
+    """What each of the two processes does."""
+    shard_without_gpus()
+    trainer = Bert4RecTrainer(Bert4RecForMaskedItemPrediction.from_pretrained(start), arguments(output), **pieces(data))
+    trainer.train()
+    model = trainer.model
+    metrics = trainer.evaluate()
+    trained = answers(model.eval())
+    trainer.save_model()
+    # The same in a loop of one's own, whose model is asked before it has computed anything.
+    fresh = Bert4RecForMaskedItemPrediction.from_pretrained(start).eval()
+    fresh, _ = trainer.accelerator.prepare(fresh, torch.optim.SGD(fresh.parameters()))
+    untrained = answers(fresh)
+    if trainer.is_world_process_zero():
+        torch.save({"trained": trained, "untrained": untrained}, output / "answers.pt")
+        report = {
+            "shards": [list(part.weight.to_local().shape) for part in (model.get_input_embeddings(), model.item_bias)],
+            "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
+            "metrics": metrics,
+            "best": trainer.state.best_metric,
+        }
+        (output / "report.json").write_text(json.dumps(report))
+    trainer.accelerator.wait_for_everyone()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 0.1)])
+def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp_path, precision, tolerance):
+    output, config = tmp_path / "output", tmp_path / "fsdp.yaml"
+    data, start, model = write_log_and_model(tmp_path)
+    on_two_cpus = {"num_processes": 2, "use_cpu": True, "mixed_precision": precision}
+    config.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | on_two_cpus))
+    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    outcome = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+         "--main_process_port", str(free_port()), __file__, str(data), str(start), str(output)],
+        check=False, timeout=300, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (output / "report.json").is_file(), outcome.stderr[-3000:]
+    report = json.loads((output / "report.json").read_text())
+    # Each process holds half of the item table's 24 rows, and of the biases.
+    assert report["shards"] == [[12, HIDDEN_SIZE], [12]]
+    assert report["losses"][-1] < report["losses"][0] - 0.3
+    assert report["metrics"]["eval_NDCG@10"] == report["best"]
+    found = torch.load(output / "answers.pt")
+    alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)
+    assert not torch.equal(alone.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    for name, whole in (("trained", alone), ("untrained", model.eval())):
+        expected = answers(whole)
+        if precision != "no":  # neighbours may change places
+            for values in (found[name], expected):
+                del values["item_ids"], values["ranks"]
+        torch.testing.assert_close(found[name], expected, atol=tolerance, rtol=0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train_sharded(*map(Path, sys.argv[1:]))
