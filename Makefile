@@ -71,8 +71,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/adapters/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)/adapters
-	$(VENV)/adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" \
-		peft==0.21.2 torchao==0.18.0
+	$(VENV)/adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" torchao
 	touch $@
 
 clean:

@@ -25,6 +25,8 @@ from .recommendation import RecommendationMixin
 
 # Special tokens are no items: this logit takes them out of the softmax, and is finite in half precision.
 SPECIAL_TOKEN_LOGIT = -1e4
+# Added to attention scores of padding; finite in half precision, so that a row of padding alone stays finite.
+MASKED_SCORE = -6e4
 
 
 @dataclass
@@ -136,17 +138,20 @@ class Bert4RecRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, length) -> twice (batch, 1, length, head width)."""
+        """(batch, length) -> twice (batch, 1, length, head width): cosines, and sines as `rotate` takes them."""
         exponents = torch.arange(0, self.width, 2, dtype=torch.float, device=position_ids.device) / self.width
         angles = position_ids[:, None, :, None].float() * self.rope_theta**-exponents
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cosines, sines = angles.cos(), angles.sin()
+        return torch.cat((cosines, cosines), dim=-1).to(dtype), torch.cat((-sines, sines), dim=-1).to(dtype)
 
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + width / 2) of the last dimension by its position's angle."""
+    """Turn each pair (i, i + width / 2) of the last dimension by its position's angle.
+
+    The sines of the first half are negative.
+    """
     first, second = states.chunk(2, dim=-1)
-    return states * cosines + torch.cat((-second, first), dim=-1) * sines
+    return torch.addcmul(states * cosines, torch.cat((second, first), dim=-1), sines)
 
 
 def eager_attention_forward(
@@ -190,7 +195,7 @@ class Bert4RecAttention(nn.Module):
         query_states = hidden_states
         if query_positions is not None:
             query_states = _gather(hidden_states, query_positions)
-            if attention_mask is not None:
+            if attention_mask is not None and attention_mask.shape[2] > 1:
                 attention_mask = _gather(attention_mask, query_positions)
         query, key, value = (
             layer(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -207,6 +212,8 @@ class Bert4RecAttention(nn.Module):
             # Attention in half precision is slower than in float32 on a CPU, its backward by far.
             query, key, value = query.float(), key.float(), value.float()
             autocast = torch.autocast("cpu", enabled=False)
+        if attention_mask is not None and attention_mask.dtype.is_floating_point:
+            attention_mask = attention_mask.to(query.dtype)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -363,24 +370,31 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             position_ids = position_ids.expand(inputs.shape[0], -1)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
-        # Skipping the mask where nothing is padded would read it back from the device.
-        attention_mask = create_bidirectional_mask(
-            self.config, hidden_states, attention_mask, allow_is_bidirectional_skip=attention_mask is None
-        )
+        if attention_mask is not None and attention_mask.dim() == 2 and self._computes_part_of_the_queries:
+            # One row for all queries; the square that Transformers makes takes longer than attention itself.
+            attention_mask = (attention_mask == 0)[:, None, None] * MASKED_SCORE
+        else:
+            # Skipping the mask where nothing is padded would read it back from the device.
+            attention_mask = create_bidirectional_mask(
+                self.config, hidden_states, attention_mask, allow_is_bidirectional_skip=attention_mask is None
+            )
         rotary = (
             None if self.rotary_embedding is None else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
         )
-        # Other kernels cannot compute a part of the queries, and no kernel can compute none.
         wanted = None if masked_positions is None else masked_positions.clamp(min=0)
-        in_last_layer = (
-            wanted is not None and wanted.shape[1] > 0 and self.config._attn_implementation in ("sdpa", "eager")
-        )
+        # No kernel can compute no query at all.
+        in_last_layer = wanted is not None and wanted.shape[1] > 0 and self._computes_part_of_the_queries
         for layer in self.layers:
             positions = wanted if in_last_layer and layer is self.layers[-1] else None
             hidden_states = layer(hidden_states, attention_mask, rotary, positions)
         if wanted is not None and not in_last_layer:
             hidden_states = _gather(hidden_states, wanted)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    @property
+    def _computes_part_of_the_queries(self) -> bool:
+        """Whether attention takes other queries than keys, and a mask that says so; other kernels do not."""
+        return self.config._attn_implementation in ("sdpa", "eager")
 
     def positions(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """(batch, length): how many items stand before, or behind if positions are counted from the end."""

@@ -12,6 +12,8 @@ from .losses import IGNORE_INDEX
 
 # Chunk size over the catalogue.
 CATALOGUE_CHUNK_SIZE = 2**16
+# On a CPU, histories are encoded in parts of this many positions, whose activations fit into its caches.
+POSITIONS_ENCODED_AT_ONCE = 2**13
 # Candidates that each history has of its own are chunked to this number of gathered values, a quarter of a GiB.
 MAX_GATHERED_VALUES = 2**26
 
@@ -204,13 +206,22 @@ class RecommendationMixin:
         self._check_ids(input_ids)
         if not input_ids.eq(MASK_TOKEN_ID).any(dim=1).all():
             raise ValueError("every history needs a [MASK], the position to predict: see tokenizer.append_mask")
-        return self(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            masked_positions=_mask_positions(input_ids),
-            skip_logits=True,
-            return_dict=True,
-        ).prediction_states
+        at_once = len(input_ids)
+        if input_ids.device.type == "cpu" and not hasattr(self, "unshard"):  # FSDP2 wants equally many calls everywhere
+            at_once = max(1, POSITIONS_ENCODED_AT_ONCE // input_ids.shape[1])
+        parts = input_ids.split(at_once)
+        masks = [None] * len(parts) if attention_mask is None else attention_mask.split(at_once)
+        states = [
+            self(
+                input_ids=part,
+                attention_mask=mask,
+                masked_positions=_mask_positions(part),
+                skip_logits=True,
+                return_dict=True,
+            ).prediction_states
+            for part, mask in zip(parts, masks, strict=True)
+        ]
+        return torch.cat(states) if len(states) > 1 else states[0]
 
     def _nearest(
         self,

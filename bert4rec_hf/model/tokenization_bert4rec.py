@@ -220,6 +220,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         """1, the [MASK]."""
         return 1
 
+    # Private, since all public ways to encode text end here; a history is no text.
     def _encode_plus(
         self,
         text: Any,
@@ -287,6 +288,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)
         return known
 
+    # Private, since `decode` and `batch_decode` both end here.
     def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
         token_ids = [
@@ -300,6 +302,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         ]
         return " ".join(names)
 
+    # Private, since `save_pretrained` pushes what it has written before an override of it could add a file.
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike,

@@ -14,6 +14,7 @@ import bert4rec_hf.training.trainer as trainer_module
 from bert4rec_hf import (
     Bert4RecConfig,
     Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     DataCollatorForMaskedItemPrediction,
@@ -185,7 +186,11 @@ def test_no_token_is_written_and_the_arguments_stay_as_they_were(data, tmp_path)
 
 # The private methods of Transformers that our classes override. Where a public way appears, it should be taken; where
 # upstream renames one, this test fails before users notice that ours is no longer called.
-PRIVATE_HOOKS = {Bert4RecTrainer: {"_get_train_sampler"}, Bert4RecForMaskedItemPrediction: {"_init_weights"}}
+PRIVATE_HOOKS = {
+    Bert4RecTrainer: {"_get_train_sampler"},
+    Bert4RecForMaskedItemPrediction: {"_init_weights"},
+    Bert4RecTokenizer: {"_encode_plus", "_decode", "_save_pretrained"},
+}
 
 
 @pytest.mark.parametrize("ours", PRIVATE_HOOKS)
