@@ -282,8 +282,6 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Bert4RecLayer"]
-    # In half precision, scores that were counted would be rounded to equal ones.
-    _keep_in_fp32_modules_strict = {"history_scores"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -436,6 +434,9 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
         self.item_bias = ItemBias(config.vocab_size)
         self.history_scores = HistoryScores(config)
+        if config.num_transitions:
+            # In half precision, scores that were counted would be rounded to equal ones.
+            self._keep_in_fp32_modules_strict = {"history_scores"}
         self.post_init()
 
     def get_output_embeddings(self) -> None:
