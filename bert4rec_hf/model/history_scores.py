@@ -39,7 +39,7 @@ class HistoryScores(nn.Module):
         super().__init__()
         self.config = config
         shape = config.vocab_size, config.num_transitions
-        # The dtype is explicit: in half precision, many items would have equal scores.
+        # The dtype is explicit, so that a model in half precision has them in float32: many items would tie otherwise.
         ids, scores = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.float32)
         self.register_buffer("successor_ids", ids if config.num_transitions else None)
         self.register_buffer("successor_scores", scores if config.num_transitions else None)

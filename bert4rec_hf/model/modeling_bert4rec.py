@@ -434,9 +434,6 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
         self.item_bias = ItemBias(config.vocab_size)
         self.history_scores = HistoryScores(config)
-        if config.num_transitions:
-            # In half precision, scores that were counted would be rounded to equal ones.
-            self._keep_in_fp32_modules_strict = {"history_scores"}
         self.post_init()
 
     def get_output_embeddings(self) -> None:

@@ -43,10 +43,10 @@ def test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it():
 def test_an_item_is_counted_in_one_place():
     items, counts = item_counts(torch.tensor([[5, 9, 5, 0, 5], [0, 0, 0, 0, 0], [*[7] * 4, 6]]))
     found = [
-        {item: count for item, count in zip(*row, strict=True) if count}
+        [(item, count) for item, count in zip(*row, strict=True) if count]
         for row in zip(items.tolist(), counts.tolist(), strict=True)
     ]
-    assert found == [{5: 3, 9: 1}, {}, {7: 4, 6: 1}]
+    assert found == [[(5, 3), (9, 1)], [], [(6, 1), (7, 4)]]
 
 
 @pytest.mark.parametrize("options", [*WITH_HISTORY.values()], ids=[*WITH_HISTORY])
