@@ -59,7 +59,7 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert_equal_weights(tmp_path / "served", next((tmp_path / "served").glob("checkpoint-*")))
     assert yaml.safe_load((tmp_path / "served" / "recipe.yaml").read_text())["num_train_epochs"] == 2
     card = (tmp_path / "served" / "README.md").read_text()
-    assert "Trained on 6,020 events of 301 users in `log.csv`. Nothing was held out" in card
+    assert "It was trained on 6,020 events of 301 users in `log.csv`. No events were held out" in card
     assert "--split none" in card
     assert "bert4rec evaluate" not in card
     assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)

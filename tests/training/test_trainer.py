@@ -401,10 +401,10 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
         ({"window_step": 0.0}, "window_step must be above 0"),
         ({"train_windows": "newst"}, "train_windows must be one of newest, random, proportional, sliding; got 'newst'"),
-        ({"output_dir": None}, "say --output_dir FOLDER"),
+        ({"output_dir": None}, "add --output_dir FOLDER"),
         ({"prediction_loss_only": True}, "leave out --prediction_loss_only"),
         ({"batch_eval_metrics": True}, "leave out --prediction_loss_only, --batch_eval_metrics"),
-        ({"eval_do_concat_batches": False}, "the metrics are those of all ranks together"),
+        ({"eval_do_concat_batches": False}, "the metrics are computed from all ranks together"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "early_stopping_patience needs evaluations"),
     ],
 )
