@@ -177,7 +177,7 @@ def _introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], preparat
         )
     if config.get("repeat_weight"):
         weight = config["repeat_weight"]
-        text += f" An item that the history has n times scores {weight:g} × ln(1 + n) more."  # noqa: RUF001
+        text += f" An item that the history has n times scores {weight:g} times ln(1 + n) more."
     if preparation:
         statistics, source = preparation["statistics"], preparation["source"]
         text += (

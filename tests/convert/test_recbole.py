@@ -325,7 +325,7 @@ def test_items_come_from_a_saved_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (ITEMS[:-1], r"has 7 items, the given list has 6: give the items of the log as it was trained on"),
+        (ITEMS[:-1], r"has 7 items, the given list has 6: give the items of the training log"),
         ([*ITEMS[:-1], ITEMS[0]], "occurs twice"),
     ],
     ids=["too-few", "twice"],
@@ -463,7 +463,7 @@ def write(path: Path, kind: str, checkpoint: Path) -> None:
         ("text", "cannot read"),
         ("weights-alone", "no state_dict with a Config"),
         ("another-model", "holds the model 'SASRec'; expected BERT4Rec"),
-        ("a-weight-missing", "differ in trm_encoder.layer.1.feed_forward.dense_1.bias"),
+        ("a-weight-missing", "missing or unexpected weights are trm_encoder.layer.1.feed_forward.dense_1.bias"),
         ("another-loss", "loss_type in .* must be one of CE, BPR; got 'XE'"),
     ],
 )
@@ -598,12 +598,12 @@ def test_a_class_of_theirs_is_not_imported(tmp_path, monkeypatch):
 def test_half_of_a_checkpoint_is_not_whole(checkpoint):
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="it is not whole; fetch it again"):
+    with pytest.raises(ValueError, match="it is incomplete; download it again"):
         read_checkpoint(checkpoint)
 
 
 def test_sizes_that_the_weights_do_not_have_are_refused_before_a_model_is_made(tmp_path):
     config = settings()
     large = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config | {"hidden_size": 2048})
-    with pytest.raises(ValueError, match=r"hidden_size in .* is 2048, its items have 8"):
+    with pytest.raises(ValueError, match=r"hidden_size in .* is 2048, its item vectors have 8"):
         read_checkpoint(large)

@@ -52,7 +52,7 @@ def test_a_card_says_what_a_score_is_made_of(folder):
     Bert4RecForMaskedItemPrediction(config).save_pretrained(folder)
     write_model_card(folder, "me/model")
     assert "raises the 7 strongest successors of each of the history's newest items" in read(folder).text
-    assert "An item that the history has n times scores 1 × ln(1 + n) more." in read(folder).text
+    assert "An item that the history has n times scores 1 times ln(1 + n) more." in read(folder).text
 
 
 def test_metadata_and_repo_id_stay_when_the_card_is_written_again(folder):
