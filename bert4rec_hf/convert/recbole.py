@@ -79,8 +79,8 @@ def convert_from_recbole(
     num_items = state[ITEMS].shape[0] - 2  # without [PAD] and [MASK]
     if len(raw_ids) != num_items:
         raise ValueError(
-            f"{checkpoint} has {num_items:,} items, {_name(items)} has {len(raw_ids):,}: give the items of the training "
-            "log after its filters, for example RecBole's saved dataset (save_dataset: True)"
+            f"{checkpoint} has {num_items:,} items, {_name(items)} has {len(raw_ids):,}: give the items of the "
+            "training log after its filters, for example RecBole's saved dataset (save_dataset: True)"
         )
     num_positions = state[POSITIONS].shape[0]
     tokenizer = Bert4RecTokenizer.from_items(
@@ -209,7 +209,7 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
         )
     if state[ITEMS].shape[1] != settings["hidden_size"]:
         raise ValueError(
-            f"hidden_size in {path} is {settings['hidden_size']}, its item vectors have {state[ITEMS].shape[1]} elements"
+            f"hidden_size in {path} is {settings['hidden_size']}, its item vectors have {state[ITEMS].shape[1]} values"
         )
     return state, settings
 

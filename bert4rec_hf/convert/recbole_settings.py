@@ -167,8 +167,8 @@ def _optimizer(value: Any) -> dict[str, Any] | str:
 
 def _weight_decay(value: Any) -> dict[str, Any]:
     remark = (
-        "AdamW decays the weights directly, except item vectors, biases and norms; RecBole's Adam adds the decay to all "
-        "gradients"
+        "AdamW decays the weights directly, except item vectors, biases and norms; RecBole's Adam adds the decay to "
+        "all gradients"
     )
     return {"weight_decay": value} | ({"#": remark} if value else {})
 

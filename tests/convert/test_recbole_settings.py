@@ -292,7 +292,7 @@ def test_a_recipe_of_recboles_defaults_is_taken_as_it_is(tmp_path):
         ("val_interval: {rating: '(3,inf)'}", {}, "val_interval: prepare filters one column by a lower limit"),
         ("val_interval: {category: [a, b]}", {}, "val_interval: prepare filters one column by a lower limit"),
         ("rm_dup_inter: last", {}, "rm_dup_inter: --duplicates drop keeps the first"),
-        ("eval_args: {split: {RS: [0.8, 0.1, 0.1]}}", {}, "eval_args: prepare has the splits leave-one-out and temporal"),
+        ("eval_args: {split: {RS: [0.8, 0.1, 0.1]}}", {}, "eval_args: prepare has the splits leave-one-out and"),
         ("eval_args: {split: {LS: test_only}}", {}, "--split leave-one-out --validation false\n"),
         ("eval_args: {split: {LS: valid_only}}", {}, "both validation and test targets are held out, not valid_only"),
         ("eval_args: {mode: {valid: full, test: uni100}}", {}, "all items are ranked, not"),
@@ -342,5 +342,5 @@ def test_a_missing_file_and_an_output_that_is_there_are_one_line(tmp_path, capsy
     with pytest.raises(SystemExit) as ended:
         main(["convert-config", str(write(tmp_path, "")), "--output", str(tmp_path / "recipe.yaml")])
     assert ended.value.code == 2
-    assert "recipe.yaml is there already; choose another --output" in capsys.readouterr().err
+    assert "recipe.yaml exists; choose another --output" in capsys.readouterr().err
     assert (tmp_path / "recipe.yaml").read_text() == "mine"

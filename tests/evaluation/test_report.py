@@ -208,6 +208,7 @@ def test_a_file_and_the_papers_protocol_are_refused_before_anything_is_ranked(tr
         2, "", f"bert4rec evaluate: {tmp_path / 'file'} is a file; choose a folder for --report",
     )  # fmt: skip
     assert evaluate(capsys, trained, "--report", str(tmp_path / "new"), "--protocol", "paper") == (
-        2, "", "bert4rec evaluate: a report is of the full ranking: leave out --protocol paper or --report",
+        2, "", "bert4rec evaluate: a report needs the full ranking; got --protocol paper: leave out one of "
+        "the two",
     )  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"file"}

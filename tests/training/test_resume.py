@@ -55,7 +55,7 @@ def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, ca
     options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
     trainer = train_prepared(data, arguments(tmp_path / "run", **options), **SMALL)
     assert trainer.state.global_step == 20
-    assert f"going on from {tmp_path / 'run' / 'checkpoint-10'}" in caplog.text
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-10'}" in caplog.text
 
 
 class RowsSeen(TrainerCallback):
