@@ -472,7 +472,7 @@ def recommend(arguments: Sequence[str]) -> None:
         for item in rest.items:
             print(f"{'had':>5}  {item:>8}  {'':8}  {_one_line(pipe.tokenizer.title(item) or '')}".rstrip())
     if not answer:
-        print("no item is left to recommend: all candidates are excluded or seen")
+        print("no item is left to recommend: every item is excluded, seen or not a candidate")
     for rank, entry in enumerate(answer, start=1):
         print(
             f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {_one_line(entry.get('title') or '')}".rstrip()

@@ -380,6 +380,6 @@ def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[st
     was_before = are_alike and ends[0] <= ends[1]
     if other and not was_before:
         logger.warning(
-            "%s was trained on another preparation, of %s (%s): if both are of the same or a growing log, the model may "
-            "have trained on targets of this one", model, trained["source"], "; ".join(other),
+            "%s was trained on another preparation, of %s (%s): if both are of the same or a growing log, the model "
+            "may have trained on targets of this one", model, trained["source"], "; ".join(other),
         )  # fmt: skip

@@ -172,7 +172,7 @@ def test_excluded_items_may_be_named_one_by_one(model):
     assert lines
     assert not {line.split()[1] for line in lines} & set(best)
     assert succeed("recommend", model, 103, "--candidates", best[0], "--exclude", best[0]) == [
-        "no item is left to recommend: all candidates are excluded or seen"
+        "no item is left to recommend: every item is excluded, seen or not a candidate"
     ]
 
 
