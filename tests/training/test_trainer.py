@@ -142,9 +142,11 @@ def test_the_trainer_alone_does_what_its_arguments_say_and_no_recipe_says_more(c
         Bert4RecTrainer(model, given, train_dataset=training_rows(histories), eval_dataset=rows)
     with pytest.raises(ValueError, match="expected a model or a model_init"):
         Bert4RecTrainer(args=given, **pieces)
-    with pytest.raises(ValueError, match=r"the tokenizer has 28 token ids, the model 29: make it with"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 28 token ids, the model 29: create the model"):
         Bert4RecTrainer(Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=29)), given, **pieces)
-    with pytest.raises(ValueError, match="expected evaluation rows of ranking_rows, which have exclude_ids"):
+    with pytest.raises(
+        ValueError, match="expected evaluation rows of ranking_rows; got rows without the column exclude_ids"
+    ):
         trainer.evaluate(rows.remove_columns("exclude_ids").select(range(2)))
     assert not Bert4RecTrainingArguments(str(tmp_path / "none"), eval_strategy="no").load_best_model_at_end
     with pytest.raises(ValueError, match="expected Bert4RecTrainingArguments or a data_collator"):
