@@ -263,7 +263,7 @@ def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path, capl
     model.save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
     assert main(["convert", str(tmp_path / "ours"), "--to", "recbole", "--output", str(tmp_path / "theirs.pth")]) == 0
-    assert "RecBole leaves out the oldest item of every history" in caplog.text
+    assert "RecBole drops the oldest item of every history" in caplog.text
     assert read_items(tmp_path / "theirs.pth") == tokenizer.items
     state = torch.load(tmp_path / "theirs.pth", weights_only=True)["state_dict"]
     # They drop the oldest of five, and so do we of five, with the [MASK].
