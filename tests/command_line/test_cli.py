@@ -251,7 +251,7 @@ ODD_IDS = [
 
 
 def pass_through(log, folder):
-    """Items and users of a log after prepare, train and recommend."""
+    """Return the items and users of a log after prepare, train and recommend."""
     data, model, output = folder / "data", folder / "model", folder / "out.parquet"
     succeed("prepare", log, "--output", data)
     succeed("train", "--data", data, "--output_dir", model, *train_flags())

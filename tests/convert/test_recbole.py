@@ -1,4 +1,4 @@
-"""RecBole's and hopwise's checkpoints: equal scores and losses, and pickles that run nothing."""
+"""Conversion of RecBole's and hopwise's checkpoints: equal scores and losses, and pickles that execute nothing."""
 
 import contextlib
 import copyreg
@@ -73,7 +73,7 @@ def their_state(config: dict, num_items: int, length: int) -> dict[str, torch.Te
 
 
 def their_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
-    """What `full_sort_predict` of RecBole 1.2 computes for internal ids: (number of items + 1,)."""
+    """The scores (number of items + 1,) that `full_sort_predict` of RecBole 1.2 computes for internal ids."""
     length, width = state["position_embedding.weight"].shape
     window = history[-length:]
     items = [*window, len(state["item_embedding.weight"]) - 1][1:]  # [MASK] behind, and the oldest is dropped
@@ -105,7 +105,7 @@ def their_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def installed(library: str):
-    """As if the library were there, whose classes a checkpoint names."""
+    """Pretend that the library is installed whose classes a checkpoint names."""
     names = [
         library,
         f"{library}.config",

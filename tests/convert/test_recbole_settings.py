@@ -1,4 +1,4 @@
-"""The page for users of RecBole and hopwise: its lines run, its tables are complete; their YAML becomes a recipe."""
+"""The documentation for users of RecBole and hopwise is complete and runs, and their YAML becomes a recipe."""
 
 import re
 from pathlib import Path
@@ -185,7 +185,7 @@ def test_recboles_defaults_become_its_architecture_and_training(tmp_path, capsys
         "bert4rec prepare LOG.inter --output DATA --user_column user_id:token --item_column item_id:token "
         "--time_column timestamp:float --split leave-one-out\n"
     ) in comments
-    assert "train_batch_size: rows here are users" in comments
+    assert "train_batch_size: a row is a user" in comments
     assert "MRR is of the whole ranking" in comments
     for key in ("gpu_id", "metrics", "transform", "train_neg_sample_args", "field_separator"):
         assert re.search(rf"#   [\w, ]*\b{key}\b[\w, ]*: \w", comments), key
@@ -199,7 +199,7 @@ def test_of_a_partial_file_the_model_is_recboles_and_the_training_loop_ours(tmp_
     architecture = (*Bert4RecConfig.__annotations__, *others)
     expected = {name: value for name, value in RECBOLE_RECIPE.items() if name in architecture}
     assert recipe == expected | {"hidden_size": 32}
-    assert "not in the file, so RecBole's defaults: n_layers, n_heads, inner_size" in comments
+    assert "these settings are not in the file and have RecBole's defaults: n_layers, n_heads, inner_size" in comments
     assert converted(write(tmp_path, ""), capsys)[0] == expected
 
 
@@ -275,7 +275,7 @@ def test_a_recipe_of_recboles_defaults_is_taken_as_it_is(tmp_path):
     [
         ("hidden_sise: 3", {}, "hidden_sise: unknown settings"),
         ('"odd\\nkey": 3', {}, "odd key: unknown settings"),
-        ("ui_relation: '[UI-Relation]'", {}, "ui_relation: of knowledge graphs"),
+        ("ui_relation: '[UI-Relation]'", {}, "ui_relation: settings of knowledge graphs"),
         ("learner: sparse_adam", {}, "learner: no --optim corresponds to sparse_adam"),
         ("learner: sgd", {"optim": "sgd"}, ""),
         ("valid_metric: NDCG@10", {"metric_for_best_model": "NDCG@10"}, ""),

@@ -1,4 +1,4 @@
-"""The vectors from which a new model's item table starts, and the transitions that it keeps."""
+"""Counting: item vectors from co-occurrence, and transitions."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ from bert4rec_hf.training.initialization import keep_transitions, start_from_coo
 
 
 def made(rows: list[str], held_out: int = 0):
-    """Histories of one-letter items, of which the last `held_out` do not train, and the catalogue in order."""
+    """Histories of one-letter items whose last `held_out` items do not train, and the catalogue in order."""
     tokenizer = Bert4RecTokenizer.from_items(sorted(set("".join(rows))), model_max_length=10)
     table = pa.table({
         "user_id": [str(number) for number in range(len(rows))],

@@ -1,4 +1,4 @@
-"""`evaluate --report`: slices, and the popularity of what is recommended."""
+"""`evaluate --report`: slices, and the popularity of the recommendations."""
 
 import json
 import random

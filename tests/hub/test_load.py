@@ -1,4 +1,4 @@
-"""What is no model folder and no Hub id is told at once."""
+"""Loading models: names that are neither a model folder nor a Hub id fail at once."""
 
 import subprocess
 import sys

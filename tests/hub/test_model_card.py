@@ -1,4 +1,4 @@
-"""README.md of a model folder; what it is on the Hub is tested in test_hub.py."""
+"""README.md of a model folder. test_push.py tests the card on the Hub."""
 
 import json
 import random

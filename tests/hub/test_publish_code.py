@@ -1,4 +1,4 @@
-"""Folders with published code: loaded where this package cannot be imported, and by ourselves without a flag."""
+"""Folders with published code load without this package, and with it need no trust_remote_code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pushing and loading over HTTP, from and to a Hub on this machine; every program is a process of its own."""
+"""Pushing to and loading from a local Hub over HTTP. Every program runs in its own process."""
 
 import json
 import os

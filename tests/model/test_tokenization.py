@@ -1,4 +1,4 @@
-"""Raw ids <-> token ids: whatever an id holds, it comes back as it was."""
+"""The tokenizer: every raw id survives the conversion to token ids and back."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""Models that go on from others, and models that serve."""
+"""Models that are trained further, and models that are trained on all events."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The learning curve: what it holds, how it looks from outside, and when it warns."""
+"""The learning curve: its content, its plot and its warnings."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Checkpoints, and runs that go on from them."""
+"""Checkpoints, and runs that resume from them."""
 
 import json
 import shutil

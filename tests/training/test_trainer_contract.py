@@ -1,4 +1,4 @@
-"""What Transformers' Trainer and a search over hyperparameters expect of model, arguments and trainer."""
+"""The contract of Transformers' Trainer, and of hyperparameter searches, with model, arguments and trainer."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""What users of the Trainer take for granted, with our trainer and with the plain one."""
+"""Features of the Trainer that users expect, with our trainer and with the plain one."""
 
 import shutil
 import sys
