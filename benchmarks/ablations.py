@@ -1,9 +1,9 @@
-"""One change at a time to a recipe: what the recipes and the defaults of a new model rest on.
+"""Measures one change at a time to a recipe: the evidence for the recipes and for the defaults of a new model.
 
     python benchmarks/ablations.py LOG --recipe recipes/ml-100k.yaml --seeds 3 [--output FOLDER]
 
-LOG is as benchmarks/quality.py takes it. Validation only, so that test stays unread. Writes its part of
-benchmarks/results/ablations.md; what has been measured is kept in FOLDER and not measured again.
+LOG has the forms that benchmarks/quality.py accepts. Only validation targets are ranked, so that the test targets stay
+unread. The script writes its part of benchmarks/results/ablations.md. Results in FOLDER are not measured again.
 """
 
 import argparse
@@ -68,7 +68,7 @@ CHANGES: dict[str, dict] = {
 
 
 def measure(data: Path, folder: Path, recipe: dict, title: str, seed: int) -> dict:
-    """Train once; what has been measured is read."""
+    """Train once, or read an earlier result."""
     change = dict(CHANGES[title])
     if "num_train_epochs" in change:
         change["num_train_epochs"] *= recipe["num_train_epochs"]

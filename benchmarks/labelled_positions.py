@@ -1,9 +1,10 @@
-"""A training step with last layer and head at labelled positions only, against everywhere: time and memory.
+"""Compares a training step whose last layer and head compute labelled positions only with one that computes all.
 
     python benchmarks/labelled_positions.py
 
-128 histories of length 200, 3,416 items, hidden size 64, 2 layers, mask ratio .2. Each way runs in a process of its
-own, one after the other in turns, so that peak memory is its own; the ratio is that of the medians.
+The script measures time and memory with 128 histories of length 200, 3,416 items, hidden size 64, 2 layers and mask
+ratio .2. The two variants run in turns, each in its own process, so that their peak memory is separate. The ratio is
+that of the medians.
 """
 
 import resource

@@ -1,14 +1,16 @@
-"""Full and sampled losses: a training step with 100,000 and a million items, a whole run, what they cost in quality.
+"""Compares full and sampled losses for large catalogues: a training step, a whole run, and the quality.
 
     python benchmarks/large_catalogues.py
     python benchmarks/large_catalogues.py --whole [--output FOLDER]
     python benchmarks/large_catalogues.py --quality LOG [--epochs 5] [--seeds 3] [--output FOLDER]
 
-A step: 32 histories of length 50, hidden size 64, 2 layers, mask ratio .2, AdamW, one thread; items in proportion to
-1 / rank; each loss in a process of its own. A whole run: what `bert4rec train` does, from a prepared log of a million
-items and 4.5 million events to the model folder, but for three steps only; each in a process of its own. Quality: LOG
-as benchmarks/quality.py takes it, validation NDCG@10 after so many epochs of the defaults with each loss. Each writes
-its section of benchmarks/results/large_catalogues.md.
+- A step: 100,000 and a million items, drawn in proportion to 1 / rank; 32 histories of length 50, hidden size 64, 2
+  layers, mask ratio .2, AdamW, one thread. Each loss runs in its own process.
+- A whole run: `bert4rec train` from a prepared log of a million items and 4.5 million events to the model folder, with
+  three steps only. Each loss runs in its own process.
+- Quality: validation NDCG@10 on LOG (in a form that benchmarks/quality.py accepts) after the given number of epochs.
+
+Each measurement writes its section of benchmarks/results/large_catalogues.md.
 """
 
 import argparse

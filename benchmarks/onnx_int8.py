@@ -1,8 +1,8 @@
-"""The quickstart's model in PyTorch, in onnxruntime, and there with int8 weights: NDCG@10 and speed.
+"""Compares the quickstart's model in PyTorch, in onnxruntime, and in onnxruntime with int8 weights: NDCG@10 and speed.
 
     python benchmarks/onnx_int8.py quickstart/model quickstart/data
 
-One thread each, in turns, batches of 64; writes benchmarks/results/onnx_int8.md.
+Each runs on one thread, in turns, with batches of 64. The script writes benchmarks/results/onnx_int8.md.
 """
 
 import statistics

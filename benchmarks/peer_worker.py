@@ -1,9 +1,10 @@
-"""Runs where a peer is installed: trains it on the split of a prepared folder, writes what it serves to the test users.
+"""Trains a peer library on the split of a prepared folder, where it is installed, and writes its recommendations.
 
     python peer_worker.py PEER HISTORIES.parquet OUTPUT_FOLDER SEED SETTINGS
 
-SETTINGS is JSON, laid over the peer's own. Writes lists.parquet (user_id, item_id, rank; 100 items a user, seen items
-left out) and peer.json (epochs and whether their number was limited, parameters, seconds, versions).
+SETTINGS is JSON and overrides the peer's own settings. The script writes lists.parquet (user_id, item_id, rank; 100
+items for each test user, without seen items) and peer.json (epochs and whether their number was limited, parameters,
+seconds, versions).
 """
 
 import builtins

@@ -1,12 +1,12 @@
-"""A peer on our split, judged by our evaluator: a row beside those of benchmarks/quality.py.
+"""Trains a peer library on our split and evaluates it with our metrics, as a row beside those of benchmarks/quality.py.
 
     python benchmarks/peers.py LOG --peer rectools-sasrec --seeds 3 [--output FOLDER] [--epochs N] [--set name=value …]
 
-LOG is as benchmarks/quality.py takes it. The peer runs in an environment of its own, made in FOLDER/environments once:
-it trains on the events before the validation targets, may choose its checkpoint by these, and serves each test user
-100 items from all events before the test target. Their ranks stay in FOLDER for benchmarks/compare.py. Settings are
-the peer's own (benchmarks/peer_worker.py says which and where from) unless they are set here; with `minutes=N` RecTools
-ends its training after the epoch in which they are over.
+LOG has the forms that benchmarks/quality.py accepts. The peer runs in its own environment, which is created in
+FOLDER/environments once. It trains on the events before the validation targets, may choose its checkpoint by these
+targets, and recommends 100 items to each test user from all events before the test target. The ranks stay in FOLDER for
+benchmarks/compare.py. Settings that are not given here are the peer's own; benchmarks/peer_worker.py names them and
+their source. With `minutes=N`, RecTools ends its training after the epoch in which this time is over.
 """
 
 import argparse

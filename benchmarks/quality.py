@@ -1,14 +1,16 @@
-"""A recipe on a log: leave-one-out, full ranking, beside the baselines.
+"""Measures a recipe on a log, beside the baselines: leave-one-out, full ranking.
 
     python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
                                  [--set NAME=VALUE …]
 
-LOG is a dataset's name, a file as `bert4rec prepare` takes it or a folder that it wrote. The table names a file by
-itself, NAME.parquet, or by the folder of NAME/interactions.parquet; where the files come from stands below it. Without
-a recipe, what is measured are the defaults. Validation chooses the checkpoint, test is read once; without validation
-its targets train, and the last step is the model. Adds a row to results/quality.md; the models stay in FOLDER, where
-a run that was interrupted is taken up again, each with its users' ranks, `ranks.parquet`, for benchmarks/compare.py; so
-do the baselines' ranks. In two processes: `torchrun --nproc_per_node 2 benchmarks/quality.py …`.
+LOG is the name of a dataset, a file that `bert4rec prepare` accepts, or a prepared folder. The table names a log after
+its file, NAME.parquet, or after its folder, NAME/interactions.parquet; the sources of the files are given below the
+table. Without a recipe, the defaults are measured. Validation chooses the checkpoint, and the test targets are ranked
+once. With --without_validation, the validation targets train too, and the model is that of the last step.
+
+The script adds a row to results/quality.md. The models stay in FOLDER, where an interrupted run is resumed. The ranks
+of each model and of the baselines stay there too, in `ranks.parquet`, for benchmarks/compare.py. Two processes:
+`torchrun --nproc_per_node 2 benchmarks/quality.py …`.
 """
 
 import argparse

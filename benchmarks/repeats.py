@@ -1,9 +1,9 @@
-"""A generated log in which people come back to what they had, as in groceries or music: for the defaults' rules.
+"""Generates a log with many repeated items, as in groceries or music, for the rules of the defaults.
 
     python benchmarks/repeats.py repeats.csv
 
-Each of 2,000 users has some favourites among 800 items. Six of ten events are a favourite, mostly the one that was not
-had for longest; the others are any item, by popularity.
+Each of 2,000 users has some favourites among 800 items. Six of ten events are a favourite, mostly the one whose last
+event is the longest ago. The other events are drawn from all items by popularity.
 """
 
 import csv

@@ -1,9 +1,10 @@
-"""How time and memory grow with history length, catalogue and users; and a plan for 100 million users.
+"""Measures how time and memory grow with history length, catalogue and users, and plans for 100 million users.
 
     python benchmarks/scaling.py
 
-Each point is a process of its own on one core. Writes results/scaling.md and its picture. On a machine that does
-nothing else. An index of a million items, which takes a quarter of an hour, is in benchmarks/results/serving.md.
+Each point runs in its own process on one core, on a machine that does nothing else. The script writes
+results/scaling.md and its picture. An index of a million items, which takes a quarter of an hour, is in
+benchmarks/results/serving.md.
 """
 
 import functools

@@ -1,13 +1,13 @@
-"""One request, warm: milliseconds until a user's ten items are there, exactly and by an index.
+"""Measures the milliseconds of a warm request for ten items, with exact search and with an index.
 
     python benchmarks/serving.py [--items 3416 1000000] [--cluster_size 100] [--batches 1 64] [--repeats 200]
     python benchmarks/serving.py --model FOLDER --data FOLDER [--batches 1 64] [--repeats 200]
 
-From token ids on, seen items filtered. What item and user vectors look like decides how much of the exact answer an
-index finds and how long it looks for it; `expansion_search` trades one for the other. Without --model they are
-generated: items in clusters, histories of 50 items out of three of these, and an encoder that hands the mean of a
-history on. With --model they are a trained model's, and the histories those of test users, as long as they are. Writes
-its section of benchmarks/results/serving.md.
+A request starts from token ids and filters seen items. The distribution of item and user vectors decides how much of
+the exact answer an index finds, and how long it searches; `expansion_search` trades recall for time. Without --model,
+the vectors are generated: the items form clusters, a history has 50 items from three clusters, and the encoder averages
+the history. With --model, the vectors are those of a trained model, and the histories are the uncut histories of test
+users. The script writes its section of benchmarks/results/serving.md.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Memory of training by catalogue size, hidden size and history length: the table of docs/distributed.md.
+"""Computes the memory of training by catalogue size, hidden size and history length, for docs/distributed.md.
 
     python benchmarks/sizing.py
 
-Counted, not estimated: parameters from the model, activations from the tensors that autograd keeps in a forward pass
-on the meta device, which allocates nothing. In fp32, with AdamW.
+The numbers are counted, not estimated: parameters from the model, and activations from the tensors that autograd keeps
+in a forward pass on the meta device, which allocates nothing. They are for fp32 and AdamW.
 """
 
 import torch

@@ -1,10 +1,11 @@
-"""Seconds an epoch, memory and seconds to rank, ours and peers': the same histories, shape and batch, in turns.
+"""Compares seconds per epoch, memory and ranking time with peers, for the same histories, shape and batch size.
 
     python benchmarks/speed.py LOG [--hidden_size 64] [--length 200] [--batch 128] [--steps 20] [--repeats 3] …
 
-LOG is as benchmarks/quality.py takes it. Each run is a process of its own in the system's own environment, made in
-FOLDER/environments once (benchmarks/speed_worker.py says with which settings it runs). Writes the shape's section of
-benchmarks/results/speed.md, anew after every round. On a machine that does nothing else.
+LOG has the forms that benchmarks/quality.py accepts. The systems run in turns, on a machine that does nothing else.
+Each run is a process in the system's own environment, which is created in FOLDER/environments once;
+benchmarks/speed_worker.py has the settings. The script rewrites the section of the shape in
+benchmarks/results/speed.md after every round.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Runs where a system is installed: times its training steps and its ranking, or follows it to its best quality.
+"""Times the training steps and the ranking of a system, where it is installed, or follows it to its best quality.
 
     python speed_worker.py SYSTEM PREPARED_FOLDER OPTIONS
 
-OPTIONS is JSON. Works in the current folder and writes speed.json there. What is imported is what the system needs.
+OPTIONS is JSON. The script works in the current folder and writes speed.json there. It imports only the packages that
+the system needs.
 """
 
 import contextlib

@@ -1,12 +1,12 @@
-"""A training step beside the sum of its operations, each timed alone at its own shape; and the rate of collation.
+"""Compares a training step with the sum of its operations, each timed alone, and measures the rate of collation.
 
     python benchmarks/step.py
 
-32 generated histories of length 200, 3,416 items, 64 and 256 wide, otherwise what a new model has by default; mask
-ratio .2, seen items filtered, bfloat16 where the processor has it, one thread; freed memory is kept, as the Trainer
-keeps it. Operations are useful work only: no padding, last layer and loss at the labels. The goals are a step of at
-most 1.3 times their sum, and 50,000 histories masked a second. Writes results/step.md. On a machine that does
-nothing else.
+The step has 32 generated histories of length 200, 3,416 items, and models of width 64 and 256 with the defaults; mask
+ratio .2, seen items filtered, bfloat16 if the processor supports it, one thread. Freed memory is kept, as the Trainer
+does. The operations are the useful work only: no padding, and the last layer and the loss at labels only. The goals are
+a step of at most 1.3 times their sum, and 50,000 masked histories per second. The script writes results/step.md. Run it
+on a machine that does nothing else.
 """
 
 import copy

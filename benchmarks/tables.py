@@ -1,4 +1,4 @@
-"""What the benchmarks' tables have in common: the machine's name, and sections that are written anew."""
+"""Helpers for the tables of the benchmarks: the name of the machine, and sections that are rewritten."""
 
 import platform
 import re

@@ -1,10 +1,11 @@
-"""Training seconds to a peer's best validation NDCG@10, of each peer and of ours with a recipe.
+"""Measures the training seconds that each peer and our recipe need to reach the peer's best validation NDCG@10.
 
     python benchmarks/time_to_quality.py ml-100k [--recipe recipes/ml-100k.yaml] [--peer_minutes 30] [--threads 2] …
 
-Each peer stops as it does by default, or in the first epoch that ends after so many minutes. All are judged alike, as
-hopwise does it: validation targets, all items ranked, seen items not filtered. Seconds are those of training alone,
-without evaluation; settings: benchmarks/speed_worker.py. Writes a section of benchmarks/results/speed.md.
+Each peer stops by its default rule, or in the first epoch that ends after --peer_minutes. All systems are evaluated in
+the same way, that of hopwise: validation targets, all items ranked, seen items not filtered. The seconds are those of
+training, without evaluation. benchmarks/speed_worker.py has the settings. The script writes a section of
+benchmarks/results/speed.md.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What transitions and repeats add to a trained model, by their weight: NDCG@10 and HR@10 of the users of a part.
+"""Measures the effect of transitions and repeats on a trained model, by their weights: NDCG@10 and HR@10 of a part.
 
     python benchmarks/transitions.py MODEL DATA [--part validation] [--weights 0 0.25 0.5 1 1.5 2] [--number 64]
                                      [--repeat_weights 0 0.5 1 1.5 2] [--output FOLDER]
 
-MODEL is a trained folder and DATA what it was trained on; its own transitions, if it has some, are replaced. They are
-not learnt, nor is `repeat_weight`, so that a model is the same with any of them, but for which of its evaluations was
-the best. Without weights the one that the defaults choose; `--number 0` is a model without. Prints a row each, with the
-CPU seconds of making the rows and ranking them; with an output and one weight of each, keeps the ranks for
-benchmarks/compare.py.
+MODEL is a model folder and DATA the prepared folder that it was trained on. The transitions of the model are replaced.
+Neither transitions nor `repeat_weight` are learnt, so the network would be the same with other weights, except that
+training might have chosen another checkpoint. Without weights, the default weight is measured; `--number 0` measures no
+transitions. The script prints a row for each weight, with the CPU seconds of creating and ranking the rows. With an
+output and one weight of each kind, it keeps the ranks for benchmarks/compare.py.
 """
 
 import argparse

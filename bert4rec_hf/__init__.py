@@ -24,7 +24,7 @@ PIPELINE_REGISTRY.register_pipeline(
     type="text",
 )
 
-# Imported when first used: they bring datasets, or Ibis and DuckDB.
+# Names that are imported on first use, since their modules load datasets, Ibis or DuckDB.
 _LATER = {
     "Bert4RecTrainer": "training.trainer",
     "Bert4RecTrainingArguments": "training.arguments",

@@ -1,4 +1,4 @@
-"""The command `bert4rec`: one subcommand an arrow of the design, and no logic of its own."""
+"""The command `bert4rec`. It parses arguments and calls the functions of the package."""
 
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling of each option, and a default only where there is one."""
+    """Shows one spelling of each option, and defaults only for options that have one."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy(action)
@@ -45,11 +45,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
-    """Errors in one line, and recipes: a YAML file that stands before the command line."""
+    """A parser with errors in one line, and with recipes: YAML files whose options the command line overrides."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        for action in self._actions:  # of a flag that is true, with the flag's own help
+        for action in self._actions:  # the negation of a flag would repeat the help of the flag
             if action.option_strings[0].startswith("--no_"):
                 action.help = f"The same as --{action.option_strings[0].removeprefix('--no_')} false."
 
@@ -64,20 +64,20 @@ class _Parser(HfArgumentParser):
             if argument.startswith("-") and not self._negative_number_matcher.match(argument):
                 self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument, '--')}")
         if isinstance(getattr(parsed, "items", None), list):
-            # Python 3.11 takes no item ids where an option stands between them and the model.
+            # In Python 3.11, argparse does not assign item ids that follow an option.
             parsed.items += unknown[: len(options)] + unknown[len(options) + 1 :]
             unknown = []
         surplus = [argument for argument in unknown if argument != "--"]
         if surplus and hasattr(parsed, "log"):
             self.error(
-                f"expected one log, got {surplus[0]} as well: quote a pattern of files, as in 'events-*.parquet'"
+                f"expected one log; got {surplus[0]} as well: quote a pattern of files, as in 'events-*.parquet'"
             )
         if surplus:
-            self.error(f"{surplus[0]} is an argument too much; see {self.prog} --help")
+            self.error(f"unexpected argument {surplus[0]}; see {self.prog} --help")
         return parsed, unknown
 
     def with_recipe(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments behind those of the recipe that `--config` names, so that they override it."""
+        """Put the options of the recipe in `--config` before the arguments, so that the arguments override them."""
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error  # type: ignore[method-assign]
         finder.add_argument("--config")
@@ -87,7 +87,7 @@ class _Parser(HfArgumentParser):
         try:
             text = Path(found.config).read_text("utf-8")
             recipe = yaml.safe_load(text) or {}
-            as_written = yaml.load(text, Loader=yaml.BaseLoader) or {}  # to YAML the item 010 is 8
+            as_written = yaml.load(text, Loader=yaml.BaseLoader) or {}  # YAML reads the item id 010 as the number 8
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"cannot read the recipe {found.config}: {_one_line(error)}")
         if not isinstance(recipe, dict):
@@ -95,18 +95,19 @@ class _Parser(HfArgumentParser):
         words = []
         for key, value in recipe.items():
             if key in ("config", "help"):
-                self.error(f"{key} in {found.config} is for the command line alone; remove it")
+                self.error(f"{key} in {found.config} is for the command line only; remove it")
             if f"--{key}" not in self._option_string_actions:
                 self.error(f"unknown key {key!r} in {found.config}{self._nearest(str(key))}")
-            is_overridden = any(word.split("=")[0] == f"--{key}" for word in rest)  # a list would be added to
+            # A list on the command line would otherwise be appended to the list of the recipe.
+            is_overridden = any(word.split("=")[0] == f"--{key}" for word in rest)
             if value is None or value == [] or is_overridden:
                 continue
             if isinstance(value, dict):
                 value = json.dumps(value)
             elif not isinstance(value, bool):
-                value = as_written.get(key, value)  # it has no merged keys
+                value = as_written.get(key, value)  # BaseLoader has no keys from YAML merges (<<)
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        # In between, so that a list at the end of the recipe does not take what follows.
+        # --config separates the two, so that a list at the end of the recipe does not take in positional arguments.
         return [*words, "--config", found.config, *rest]
 
     def _nearest(self, name: str, prefix: str = "") -> str:
@@ -117,27 +118,29 @@ class _Parser(HfArgumentParser):
 
 @dataclass
 class PrepareArguments:
-    """The output folder of `prepare`. Its other options are those of `PrepareOptions`."""
+    """The output folder of `prepare`. The other options are in `PrepareOptions`."""
 
-    output: str = field(metadata={"help": "The folder to write."})
+    output: str = field(metadata={"help": "The prepared folder to write."})
 
 
 @dataclass
 class TrainArguments:
-    """What `train` needs besides training arguments and architecture."""
+    """The options of `train`, except training arguments and architecture."""
 
     data: str = field(
         metadata={
-            "help": "A folder that bert4rec prepare has written; or a log as that takes it, which is prepared with its "
-            "defaults, into OUTPUT_DIR-data."
+            "help": "A folder that bert4rec prepare has written; or a log, which is prepared with the defaults of "
+            "bert4rec prepare into the folder OUTPUT_DIR-data."
         }
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Go on from this model folder or Hub id, keeping its token ids."}
+        default=None, metadata={"help": "Train this model (a folder or Hub id) further; its token ids stay the same."}
     )
     publish_code: bool = field(
         default=False,
-        metadata={"help": "Put our code into the folder, for trust_remote_code where bert4rec_hf is missing."},
+        metadata={
+            "help": "Copy the model's code into the folder, so that trust_remote_code loads it without bert4rec_hf."
+        },
     )
 
 
@@ -151,19 +154,21 @@ class EvaluateArguments:
         default="full",
         metadata={
             "choices": ["full", "paper"],
-            "help": "full: among all items; paper: among 100 items drawn by popularity, to compare with old numbers.",
+            "help": "What each target is ranked among. full: all items; paper: 100 items drawn by popularity, to "
+            "compare with older publications.",
         },
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Histories ranked at once."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
     disable_tqdm: bool = field(
-        default=False, metadata={"help": "Show no progress bar; there is none where standard error is no terminal."}
+        default=False, metadata={"help": "Show no progress bar. Without a terminal, there is never one."}
     )
     report: str | None = field(
         default=None,
         metadata={
-            "help": "A folder to write report.json, report.md and report.png into: metrics by history length and by "
-            "popularity of the target, and how popular the recommendations are; and ranks.parquet, each user's rank."
+            "help": "A folder for a report. report.json, report.md and report.png have metrics by history length and "
+            "by popularity of the target, and the popularity of the recommendations; ranks.parquet has each user's "
+            "rank."
         },
     )
 
@@ -172,24 +177,28 @@ class EvaluateArguments:
 class RecommendArguments:
     """The options of `recommend`."""
 
-    top_k: int = field(default=10, metadata={"help": "Number of items."})
+    top_k: int = field(default=10, metadata={"help": "Number of items to recommend."})
     exclude: list[str] | None = field(
         default=None, metadata={"action": "extend", "help": "Item ids never to recommend."}
     )
     candidates: list[str] | None = field(
-        default=None, metadata={"action": "extend", "help": "Item ids to choose from."}
+        default=None, metadata={"action": "extend", "help": "Item ids to choose from; the catalogue if left out."}
     )
     filter_seen_items: bool | None = field(
-        default=None, metadata={"help": "Never recommend the history's own items; default: as the model folder says."}
+        default=None,
+        metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
     )
     histories: str | None = field(
-        default=None, metadata={"help": "Parquet file with user_id and item_id (list), one history a row."}
+        default=None, metadata={"help": "Parquet file with one history per row: user_id and item_id (a list)."}
     )
     output: str | None = field(
-        default=None, metadata={"help": "With --histories: Parquet file of user_id, item_id, rank, score."}
+        default=None,
+        metadata={"help": "With --histories: the Parquet file to write, with user_id, item_id, rank and score."},
     )
-    batch_size: int = field(default=64, metadata={"help": "With --histories: histories at once."})
-    device: str | None = field(default=None, metadata={"help": "For example cpu or cuda:0."})
+    batch_size: int = field(
+        default=64, metadata={"help": "With --histories: number of histories that the model reads at once."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Device to run on, for example cpu or cuda:0."})
 
 
 @dataclass
@@ -197,7 +206,7 @@ class ExportArguments:
     """The options of `export`."""
 
     output: str = field(metadata={"help": "The ONNX file to write."})
-    top_k: int = field(default=10, metadata={"help": "Number of items the graph answers with."})
+    top_k: int = field(default=10, metadata={"help": "Number of items that the graph recommends."})
 
 
 @dataclass
@@ -207,21 +216,24 @@ class ConvertArguments:
     output: str = field(metadata={"help": "The model folder to write; with --to recbole, the file."})
     to: str = field(
         default="bert4rec_hf",
-        metadata={"choices": ["bert4rec_hf", "recbole"], "help": "recbole: what RecBole 1.2 and hopwise load."},
+        metadata={
+            "choices": ["bert4rec_hf", "recbole"],
+            "help": "Format to write. bert4rec_hf: a model folder; recbole: a file that RecBole 1.2 and hopwise load.",
+        },
     )
     items: str | None = field(
         default=None,
         metadata={
-            "help": "The raw item ids, which a checkpoint lacks: RecBole's saved dataset (.pth), its atomic file "
-            "(.inter), or a list in the order of the internal ids (.json, or text with one id a line)."
+            "help": "File with the raw item ids, which a checkpoint lacks: RecBole's saved dataset (.pth), its atomic "
+            "file (.inter), or a list in the order of the internal ids (.json, or text with one id per line)."
         },
     )
     item_titles: str | None = field(
-        default=None, metadata={"help": "CSV or Parquet file with the columns item_id and title."}
+        default=None, metadata={"help": "CSV or Parquet file of titles, with the columns item_id and title."}
     )
     drop_oldest_item: bool = field(
         default=True,
-        metadata={"help": "Drop a history's oldest item even if there is room, as RecBole does; false: keep it."},
+        metadata={"help": "Drop the oldest item of a history even if there is room, as RecBole does."},
     )
 
 
@@ -229,16 +241,18 @@ class ConvertArguments:
 class ConvertConfigArguments:
     """The options of `convert-config`."""
 
-    output: str | None = field(default=None, metadata={"help": "The recipe to write; left out: standard output."})
+    output: str | None = field(
+        default=None, metadata={"help": "The recipe to write; written to standard output if left out."}
+    )
 
 
 def _architecture_arguments() -> type:
-    """A dataclass of the config's own fields; None where the command line says nothing."""
+    """A dataclass of the fields of `Bert4RecConfig`. A field that the command line does not set is None."""
     from .defaults import default_architecture
 
     described = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", Bert4RecConfig.__doc__ or "", re.MULTILINE)
     sentences = {name: " ".join(text.split()).split(". ")[0].rstrip(".") for name, text in described}
-    chosen = default_architecture(1, 1, {})  # a log for which no field is left as the config has it
+    chosen = default_architecture(1, 1, {})  # the keys are the fields that are chosen from the log
     fields = []
     for name, annotation in Bert4RecConfig.__annotations__.items():
         if name in DERIVED_FIELDS:
@@ -246,12 +260,12 @@ def _architecture_arguments() -> type:
         default = getattr(Bert4RecConfig, name)
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else None
         kind = str if choices else type(default)
-        told = f"Architecture. {sentences.get(name, '')}"
-        metadata: dict[str, Any] = {"help": f"{told}; default {default}."}
+        description = f"Architecture. {sentences.get(name, '')}"
+        metadata: dict[str, Any] = {"help": f"{description}; default {default}."}
         if name in ("max_position_embeddings", "filter_seen_items"):
-            metadata["help"] = f"{told}; default: as the prepared folder says."
+            metadata["help"] = f"{description}; default: the value of the prepared folder."
         elif name in chosen:
-            metadata["help"] = f"{told}; chosen from the log if left out."
+            metadata["help"] = f"{description}; chosen from the log if left out."
         if choices:
             metadata["choices"] = choices
         fields.append((name, kind | None, field(default=None, metadata=metadata)))
@@ -259,23 +273,23 @@ def _architecture_arguments() -> type:
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    """A raw log -> a prepared folder."""
+    """Turn a raw log into a prepared folder."""
     parser = _Parser((PrepareArguments, PrepareOptions), prog="bert4rec prepare", description=prepare.__doc__)
-    parser.add_argument("log", help="CSV or Parquet file, a glob pattern, or a dataset's name: ml-100k.")
-    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    parser.add_argument("log", help="A CSV or Parquet file, a glob pattern, or the name of a dataset: ml-100k.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     words = parser.with_recipe(arguments)
     where, options, rest = parser.parse_args_into_dataclasses(words)
 
     if options.min_rating is None and any(word.split("=")[0] == "--rating_column" for word in words):
         parser.error(
-            f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add that"
+            f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add --min_rating"
         )
     _prepare(rest.log, where.output, options)
     print(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
 
 
 def _prepare(log: str, output: str, options: PrepareOptions) -> None:
-    """Prepare a log, and print what it is and what was chosen for it."""
+    """Prepare a log, and print its statistics and the defaults that were chosen for it."""
     import duckdb
 
     from .data import preparation
@@ -285,7 +299,7 @@ def _prepare(log: str, output: str, options: PrepareOptions) -> None:
     except duckdb.Error as error:
         raise OSError(f"DuckDB could not prepare {log}: {error}") from error
     except RuntimeError as error:
-        if "interrupted" in str(error).lower():  # by Ctrl-C in the middle of a query
+        if "interrupted" in str(error).lower():  # DuckDB raises this for Ctrl-C in the middle of a query
             raise KeyboardInterrupt from error
         raise
     statistics = prepared["statistics"]
@@ -304,25 +318,25 @@ def _prepare(log: str, output: str, options: PrepareOptions) -> None:
     identical = statistics["num_duplicate_rows"]
     if identical and options.duplicates == "keep":
         print(
-            f"{identical:,} rows have the user, item and time of another one: if the log has them by mistake, "
+            f"{identical:,} rows repeat the user, item and time of another row: if these are duplicates by mistake, "
             "--duplicates drop_identical keeps one of each"
         )
     if prepared["split"]["name"] == "none":
-        print("no targets held out: all events train")
+        print("no targets are held out: all events train")
     else:
         print(
             f"{prepared['split']['name']}: {statistics['num_validation_targets']:,} validation and "
             f"{statistics['num_test_targets']:,} test targets"
         )
     if options.max_length:
-        chosen = "as told"
+        reason = "as given"
     elif lengths["p75"] <= prepared["max_length"]:
-        chosen = "the shortest of 50, 100, 200 that holds three quarters"
+        reason = "the shortest of 50, 100, 200 that three quarters of the histories fit into"
     else:
-        chosen = "the longest of 50, 100, 200; more than a quarter are longer"
-    print(f"history length {prepared['max_length']} ({chosen})")
+        reason = "the longest of 50, 100, 200; more than a quarter of the histories are longer"
+    print(f"history length {prepared['max_length']} ({reason})")
     if options.filter_seen_items is not None:
-        reason = "as told"
+        reason = "as given"
     elif prepared["filter_seen_items"]:
         reason = "fewer than 5 % of events are repeats"
     else:
@@ -333,7 +347,7 @@ def _prepare(log: str, output: str, options: PrepareOptions) -> None:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """A prepared folder, or a log -> a model folder, which every checkpoint is too."""
+    """Train a model on a prepared folder or a log. Every checkpoint is a model folder."""
     from .runs import train_prepared
     from .training.arguments import Bert4RecTrainingArguments
     from .training.resume import check_output
@@ -344,8 +358,8 @@ def train(arguments: Sequence[str]) -> None:
         usage="bert4rec train --data FOLDER_OR_LOG --output_dir FOLDER [--config RECIPE] [OPTION …]",
         description=train.__doc__,
     )
-    parser.add_argument("--config", help="Recipe (YAML) of defaults, which the command line overrides.")
-    # Transformers' own, a hundred of them, stand behind ours.
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    # The help lists the options of this package first, then the hundred options of Transformers.
     actions = parser._optionals._group_actions
     others = parser.add_argument_group("other training arguments, those of Transformers")
     own = {"output_dir", *Bert4RecTrainingArguments.__annotations__}
@@ -353,23 +367,23 @@ def train(arguments: Sequence[str]) -> None:
     for action in [action for action in actions if action.dest in inherited]:
         actions.remove(action)
         others._group_actions.append(action)
-    parser._option_string_actions["--output_dir"].help = "The folder that the model goes to, and its checkpoints."
-    parser._option_string_actions["--resume_from_checkpoint"].help = 'A checkpoint\'s folder, or "last".'
+    parser._option_string_actions["--output_dir"].help = "The folder to write the model and its checkpoints to."
+    parser._option_string_actions["--resume_from_checkpoint"].help = 'The folder of a checkpoint, or "last".'
     options, training_arguments, architecture, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     data, output_dir = options.data, training_arguments.output_dir
-    if not Path(data).is_dir():  # a log
+    if not Path(data).is_dir():  # data is a log
         check_output(output_dir, training_arguments.resume_from_checkpoint)
         log, data = data, f"{Path(output_dir)}-data"
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 if Path(data).exists():
-                    parser.error(f"{data}, where {log} would be prepared, is there already: train on it, --data {data}")
+                    parser.error(f"{data}, where {log} would be prepared, exists: train on it with --data {data}")
                 try:
                     _prepare(log, data, PrepareOptions())
                 except FileNotFoundError as error:
                     raise FileNotFoundError(f"{error}, or a prepared folder") from error
                 except ValueError as error:
-                    raise ValueError(f"{error} (options are those of bert4rec prepare, to be run first)") from error
+                    raise ValueError(f"{error} (for options of bert4rec prepare, run that first)") from error
                 print(f"wrote {data}")
     trainer = train_prepared(
         data,
@@ -386,10 +400,10 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Rank held-out targets with a model and with the baselines; the numbers go into the model folder."""
+    """Rank held-out targets with a model and with baselines, and write the metrics into the model folder."""
     parser = _Parser(EvaluateArguments, prog="bert4rec evaluate", description=evaluate.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
-    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
     from .hub.model_card import read_evaluations
@@ -409,11 +423,11 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def recommend(arguments: Sequence[str]) -> None:
-    """The next items of one history typed by item id, or of a Parquet file of histories."""
+    """Recommend the next items for one history of item ids, or for a Parquet file of histories."""
     parser = _Parser(RecommendArguments, prog="bert4rec recommend", description=recommend.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
     parser.add_argument("items", nargs="*", help="Item ids of one history, oldest first.")
-    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     if (options.histories is None) != (options.output is None):
         parser.error("--histories and --output belong together")
@@ -451,14 +465,14 @@ def recommend(arguments: Sequence[str]) -> None:
     if rest.items and set(pipe.tokenizer.item_ids_to_token_ids(rest.items)) == {UNK_TOKEN_ID}:
         raise ValueError(
             f"the catalogue of {rest.model} has none of the items of the history ({_first(rest.items)}); expected ids "
-            f"such as {_first(pipe.tokenizer.items)}, or no item at all for an empty history"
+            f"such as {_first(pipe.tokenizer.items)}, or no items for an empty history"
         )
     answer = pipe(rest.items)
     if pipe.tokenizer.titles is not None:
         for item in rest.items:
             print(f"{'had':>5}  {item:>8}  {'':8}  {_one_line(pipe.tokenizer.title(item) or '')}".rstrip())
     if not answer:
-        print("nothing is left to recommend: candidates, exclusions and seen items leave none")
+        print("no item is left to recommend: every item is excluded, seen or not a candidate")
     for rank, entry in enumerate(answer, start=1):
         print(
             f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {_one_line(entry.get('title') or '')}".rstrip()
@@ -466,10 +480,10 @@ def recommend(arguments: Sequence[str]) -> None:
 
 
 def export(arguments: Sequence[str]) -> None:
-    """A model -> an ONNX file for other runtimes."""
+    """Export a model as an ONNX file for other runtimes."""
     parser = _Parser(ExportArguments, prog="bert4rec export", description=export.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
-    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
     from .hub.load import load_model
@@ -483,10 +497,12 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """A checkpoint of RecBole or hopwise -> a model folder, or back with --to recbole."""
+    """Convert a checkpoint of RecBole or hopwise to a model folder, or back with --to recbole."""
     parser = _Parser(ConvertArguments, prog="bert4rec convert", description=convert.__doc__)
-    parser.add_argument("checkpoint", help="Their checkpoint (.pth); with --to recbole, a model folder or Hub id.")
-    parser.add_argument("--config", help="Recipe (YAML) of defaults.")
+    parser.add_argument(
+        "checkpoint", help="A checkpoint (.pth) of RecBole or hopwise; with --to recbole, a model folder or Hub id."
+    )
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
     from .convert.recbole import convert_from_recbole, convert_to_recbole, read_items
@@ -510,12 +526,12 @@ def convert(arguments: Sequence[str]) -> None:
 
 
 def convert_config(arguments: Sequence[str]) -> None:
-    """A YAML file of RecBole or hopwise -> a recipe for train."""
+    """Convert a YAML file of RecBole or hopwise to a recipe for train."""
     parser = _Parser(ConvertConfigArguments, prog="bert4rec convert-config", description=convert_config.__doc__)
-    parser.add_argument("settings", help="Their YAML file.")
+    parser.add_argument("settings", help="The YAML file of RecBole or hopwise.")
     options, rest = parser.parse_args_into_dataclasses(arguments)
     if options.output is not None and Path(options.output).exists():
-        parser.error(f"{options.output} is there already; choose another --output")
+        parser.error(f"{options.output} exists; choose another --output")
 
     from .convert.recbole_settings import config_recipe
     from .files import write_file
@@ -525,7 +541,7 @@ def convert_config(arguments: Sequence[str]) -> None:
         print(text, end="")
         return
     write_file(Path(options.output), text)
-    print(f"wrote {options.output}, whose first lines say how to prepare the log; next:")
+    print(f"wrote {options.output}; its first lines say how to prepare the log; next:")
     print(f"bert4rec train --config {options.output} --data DATA --output_dir MODEL")
 
 
@@ -541,11 +557,18 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; user errors are one line on standard error and exit status 2."""
+    """Run a subcommand. A user error prints one line on standard error and gives exit status 2.
+
+    Args:
+        arguments: The words of the command line after `bert4rec`. None: those of the process.
+
+    Returns:
+        The exit status.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of titles that the terminal's code page lacks
+            stream.reconfigure(errors="backslashreplace")  # titles may have characters that the terminal cannot show
     parser = argparse.ArgumentParser(
         prog="bert4rec", formatter_class=argparse.RawDescriptionHelpFormatter, description=_overview()
     )
@@ -561,9 +584,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         parser.parse_args(arguments or ["--help"])
     if arguments[0] != "train" and threading.current_thread() is threading.main_thread():
-        # Ends a command as Ctrl-C does, without half-written files; the Trainer's workers need the signal themselves.
+        # SIGTERM ends a command like Ctrl-C, without half-written files. The Trainer's workers handle it themselves.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # The bars of reading and writing weights are over before they are seen; downloads keep theirs.
+    # Reading and writing weights is too short for a progress bar. Downloads keep theirs.
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
     try:
@@ -579,7 +602,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def format_evaluation(record: dict[str, Any]) -> str:
-    """A table of the model's metrics and those of the baselines, under their protocol."""
+    """Format an evaluation as text: its protocol, and a table of the metrics of the model and the baselines.
+
+    Args:
+        record: A record of evaluation.json.
+    """
     from .evaluation.metrics import shown_metrics
     from .evaluation.protocol import Protocol
 

@@ -1,17 +1,17 @@
-"""Defaults derived from the log; docs/defaults.md has the rules side by side, and what they give."""
+"""Defaults derived from the log. docs/defaults.md lists all rules, with the metrics that they lead to."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Input lengths that are chosen from.
+# The input lengths that `default_max_length` chooses from.
 LENGTH_CHOICES = (50, 100, 200)
 # Share of repeated events below which seen items are filtered.
 FILTER_SEEN_BELOW = 0.05
-# Number of training events from which on a model is 128 wide.
+# Models have width 128 from this number of training events on.
 WIDE_FROM_EVENTS = 500_000
-# Items are rare below this number of events an item. The model is then 256 wide, with high dropout.
+# Items are rare below this number of training events per item. The model then has width 256 and high dropout.
 RARE_BELOW_EVENTS_PER_ITEM = 30
-# Number of items above which a model keeps no transitions, and is not 256 wide.
+# Above this number of items, a model has no transitions, and its width is not raised to 256.
 LARGE_CATALOGUE = 100_000
 # Width of an attention head.
 HEAD_WIDTH = 32
@@ -20,26 +20,36 @@ REPEAT_WEIGHT = 1.0
 
 
 def default_max_length(history_length_p75: float) -> int:
-    """The smallest of `LENGTH_CHOICES` that holds three quarters of the histories whole, else the largest."""
+    """The shortest of `LENGTH_CHOICES` that three quarters of the histories fit into, or else the longest.
+
+    Args:
+        history_length_p75: 75th percentile of the history lengths.
+    """
     return next((length for length in LENGTH_CHOICES if length >= history_length_p75), LENGTH_CHOICES[-1])
 
 
 def default_filter_seen_items(share_repeated_events: float) -> bool:
-    """Whether to leave out seen items: where people come back in fewer than `FILTER_SEEN_BELOW` of events."""
+    """Whether serving leaves out seen items: True if the share of repeated events is below `FILTER_SEEN_BELOW`."""
     return share_repeated_events < FILTER_SEEN_BELOW
 
 
 def default_architecture(num_events: int, num_items: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `Bert4RecConfig`, what a new model has unless it is told (benchmarks/results/ablations.md).
+    """The fields of `Bert4RecConfig` for a new model (measured in benchmarks/results/ablations.md).
 
-    64 wide, 128 from half a million training events on; 256 where items are rare, with fewer than 30 events each, of
-    at most 100,000; dropout .1, or .5 where they are rare; heads of 32; gated SiLU feed-forward layers with as many
-    weights as plain ones four times as wide have; 64 transitions an item, of at most 100,000; where seen items are
-    kept, a `repeat_weight` of 1.
+    - Width: 64, and 128 from 500,000 training events on. If items are rare (fewer than 30 events per item) and there
+      are at most 100,000 of them, 256. Attention heads have width 32.
+    - Dropout: .1, and .5 if items are rare.
+    - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
+    - Transitions: 64 per item for at most 100,000 items, otherwise none.
+    - `repeat_weight`: 1 if seen items are kept, otherwise 0.
 
     Args:
-        num_events, num_items: Of the training part and the catalogue.
-        given: Fields that are told, from which the others follow.
+        num_events: Number of events in the training part.
+        num_items: Number of items in the catalogue.
+        given: Fields that are fixed by the user. The other fields are derived from them.
+
+    Returns:
+        The derived fields and the given ones.
     """
     are_rare = _are_rare(num_events, num_items)
     hidden_size = 64 if num_events < WIDE_FROM_EVENTS else 128
@@ -64,30 +74,31 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
 
 
 def default_start_with_mean(num_events: int, num_items: int) -> bool:
-    """Whether a new model's first layer starts by handing the mean of a history on, see `start_from_cooccurrence`.
+    """Whether the first layer of a new model starts by averaging the history; see `start_from_cooccurrence`.
 
-    It saves small logs two thirds of their epochs; large ones end no better, and rare items worse.
+    On small logs, this start saves two thirds of the epochs. On large logs it does not improve the result, and with
+    rare items it makes the result worse.
     """
     return num_events < WIDE_FROM_EVENTS and not _are_rare(num_events, num_items)
 
 
 def default_num_transitions(num_items: int) -> int:
-    """Of each item: 64, and none where items are too many."""
+    """Number of transitions per item: 64, or 0 for more than `LARGE_CATALOGUE` items."""
     return 64 if num_items <= LARGE_CATALOGUE else 0
 
 
 def default_transition_weight(num_events: int, num_items: int) -> float:
-    """Of transitions in the scores: 20 by the events an item, between .25 and 1.5.
+    """Weight of the transitions in the scores: 20 / (events per item), between .25 and 1.5.
 
-    The rarer items are, the less of them has been learnt.
+    The fewer events an item has, the less the network has learnt about it, and the more the counts help.
     """
     return min(1.5, max(0.25, 20 * num_items / max(1, num_events)))
 
 
 def default_batch_size(num_rows: int) -> int:
-    """Histories a step of all processes together: 32, doubled while an epoch has more than 500 steps, 1,024 at most.
+    """Number of rows per training step, over all processes: 32, doubled while an epoch has more than 500 steps.
 
-    Small batches learn fastest a history; a large log has enough histories for larger ones.
+    The maximum is 1,024. Small batches learn most from each row. A large log has enough rows for larger batches.
     """
     batch_size = 32
     while batch_size < 1024 and num_rows > 500 * batch_size:
@@ -96,12 +107,12 @@ def default_batch_size(num_rows: int) -> int:
 
 
 def default_mask_ratio(mean_length: float) -> float:
-    """.2, or .4 where rows have fewer than 20 items on average, of which a fifth is few."""
+    """.2, or .4 if rows have fewer than 20 items on average, since .2 of these would be too few masks."""
     return 0.4 if mean_length < 20 else 0.2
 
 
 def default_learning_rate(hidden_size: int) -> float:
-    """.002, or .001 for a model 256 wide or wider."""
+    """.002, or .001 for models of width 256 or more."""
     return 2e-3 if hidden_size < 256 else 1e-3
 
 

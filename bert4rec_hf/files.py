@@ -1,4 +1,4 @@
-"""Atomic writing: files and folders are written beside their place and moved there when they are complete."""
+"""Atomic writing: files and folders are written beside their destination and moved there when they are complete."""
 
 import os
 import tempfile
@@ -9,14 +9,14 @@ from uuid import uuid4
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file, so that a reader never sees half of it."""
+    """Write a file atomically, so that a reader never sees half of it."""
     with file_beside(path) as beside:
         beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def file_beside(path: Path) -> Iterator[Path]:
-    """A file to write, which replaces the one at `path` when the block ends, and is removed if it fails."""
+    """Yield a temporary path to write to. It replaces `path` when the block ends, and is removed if the block fails."""
     beside = path.with_name(f".{path.name}.{uuid4().hex}.new")
     try:
         yield beside
@@ -27,7 +27,7 @@ def file_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def files_beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder, whose files are moved into `folder` when the block ends, over those of the same names."""
+    """Yield a temporary folder. When the block ends, its files replace those of the same names in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         yield Path(temporary)
@@ -39,14 +39,15 @@ def files_beside(folder: Path) -> Iterator[Path]:
 def folder_beside(
     destination: Path, *, last_file: str, own_files: Callable[[Path], Collection[str]] | None = None
 ) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `destination` when the block ends, and is removed if it fails.
+    """Yield a folder to fill. It replaces `destination` when the block ends, and is removed if the block fails.
 
     Args:
-        destination: The folder to write: missing, empty, or one to replace. An empty one stays and is filled: it may be
-            a volume, or in a folder of somebody else's.
-        last_file: The file that makes a folder whole; it is moved last into an empty destination.
-        own_files: Called when the block has ended, with a destination that is not empty. Returns the names that are
-            replaced; other files stay. Raises if the folder is not ours. None: the destination must be empty.
+        destination: The folder to write. It is missing, empty, or a folder to replace. An empty folder is not replaced
+            but filled, since it may be a volume, or its parent may not be writable.
+        last_file: The file that marks a folder as complete. It is moved last into an empty destination.
+        own_files: Called at the end of the block with a destination that is not empty. Returns the names of the files
+            to replace; other files stay. Raises if the destination must not be replaced. None: the destination must be
+            empty.
 
     Raises:
         ValueError: If an empty destination is no longer empty.
@@ -64,7 +65,7 @@ def folder_beside(
         elif is_empty or own_files is None:
             others = [path.name for path in destination.iterdir() if path not in folder.parents]
             if others:
-                raise ValueError(f"{destination} was empty and now holds {others[0]}: choose another --output")
+                raise ValueError(f"{destination} was empty before and now holds {others[0]}: choose another --output")
             for path in sorted(folder.iterdir(), key=lambda path: path.name == last_file):
                 os.rename(path, destination / path.name)
         else:
@@ -72,7 +73,7 @@ def folder_beside(
 
 
 def _replace_folder(folder: Path, destination: Path, old: Path, own_files: Collection[str]) -> None:
-    """Move the destination to `old`, the folder into its place, and files that are not ours back into it."""
+    """Move the destination to `old` and the folder into its place. Files that are not in `own_files` are moved back."""
     os.rename(destination, old)
     try:
         os.rename(folder, destination)

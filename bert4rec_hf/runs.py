@@ -1,4 +1,4 @@
-"""`bert4rec train` and `evaluate` as functions: from a prepared folder to a model folder, and to its numbers."""
+"""`bert4rec train` and `bert4rec evaluate` as functions: `train_prepared` and `evaluate_prepared`."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ from .training.trainer import Bert4RecTrainer
 
 logger = logging.getLogger(__name__)
 
-# A model and its tokenizer, the histories in its token ids, the content of preparation.json.
+# A model, its tokenizer, the histories in its token ids, and the content of preparation.json.
 ModelAndData = tuple[Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, Histories, dict[str, Any]]
 
 
@@ -51,32 +51,35 @@ def train_prepared(
     callbacks: Sequence[TrainerCallback] = (),
     **architecture: Any,
 ) -> Bert4RecTrainer:
-    """From a prepared folder to a model folder, `args.output_dir`.
+    """Train a model on a prepared folder, and write the model folder `args.output_dir`.
 
-    Warns at the end of a run that is under-trained, no better than a baseline, or no better than the model that it
-    went on from. Where nobody has a validation target (`--split none`, `--validation false`), nothing is evaluated, and
-    the last step is the model.
+    The run ends with a warning if it is under-trained, no better than a baseline, or no better than the model that it
+    started from. Without validation targets (`--split none`, `--validation false`), nothing is evaluated, and the model
+    is that of the last step.
 
     Args:
         data: The prepared folder.
-        args: `resume_from_checkpoint` is a checkpoint's folder, or "last", which True stands for as well.
-        model_name_or_path: A model to go on from. Its token ids stay; items that are new come behind them.
-        publish_code: Whether the folder gets our code, see `publish_code`.
-        callbacks: As the Trainer takes them.
-        architecture: Fields of `Bert4RecConfig`, for a new model; the others as `default_architecture` has them.
+        args: The training arguments. `resume_from_checkpoint` is the folder of a checkpoint, or "last" or True for the
+            newest one in `output_dir`.
+        model_name_or_path: A model folder or Hub id to train further. Its token ids stay, and new items are appended.
+            None: a new model.
+        publish_code: Whether the model's code is copied into the folder; see `publish_code`.
+        callbacks: Further callbacks of the Trainer.
+        architecture: Fields of `Bert4RecConfig` for a new model. `default_architecture` chooses the other fields.
 
     Returns:
-        The trainer, with the best model. Its `hyperparameter_search` starts each trial from a model as this run did.
+        The trainer, with the best model. Each trial of its `hyperparameter_search` starts from the same initial model
+        as this run.
 
     Raises:
-        TypeError: If the architecture has a name that is no field of `Bert4RecConfig`.
-        ValueError: If a folder is not what it should be, if `output_dir` holds something else, or if there is to be
-            early stopping without validation targets.
+        TypeError: If a name in `architecture` is not a field of `Bert4RecConfig`.
+        ValueError: If a folder is not a prepared folder or a model folder, if `output_dir` holds other files, if the
+            checkpoint does not fit the run, or if the architecture differs from that of the model to train further.
     """
     unknown = architecture.keys() - Bert4RecConfig.__annotations__.keys()
     if unknown:
         raise TypeError(
-            f"train_prepared got {', '.join(sorted(unknown))}, no fields of Bert4RecConfig; how to train is for "
+            f"expected fields of Bert4RecConfig; got {', '.join(sorted(unknown))}: training options belong into "
             "Bert4RecTrainingArguments"
         )
     check_output(args.output_dir, args.resume_from_checkpoint)
@@ -104,18 +107,21 @@ def train_prepared(
             ranks = personal_popularity_ranks(validation, histories, tokenizer.num_items)
             baseline_metrics["personal popularity"] = ranking_metrics(ranks)
     else:
-        logger.warning("%s has no validation targets: nothing is evaluated, the last step is the model", data)
-        args = copy(args)  # another run with these may have some
-        if args.early_stopping_patience is not None:  # from the recipe of the run that was evaluated, say
+        logger.warning(
+            "%s has no validation targets: nothing is evaluated, and the model is that of the last step", data
+        )
+        args = copy(args)  # the caller's arguments stay as they are
+        if args.early_stopping_patience is not None:  # for example from the recipe of an evaluated run
             args.early_stopping_patience = None
             logger.warning(
-                "nothing stops early: all %g epochs (max_steps %d) are trained, so give the number that the stopped "
-                "run needed, --num_train_epochs", args.num_train_epochs, args.max_steps,
+                "early stopping is off without validation targets: all %g epochs (max_steps %d) are trained; set "
+                "--num_train_epochs to the number after which the evaluated run stopped",
+                args.num_train_epochs, args.max_steps,
             )  # fmt: skip
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     if model_name_or_path is not None and args.eval_strategy != IntervalStrategy.NO and not args.resume_from_checkpoint:
         args = copy(args)
-        args.eval_on_start = True  # the weights that it went on from may be better than any that follow
+        args.eval_on_start = True  # the initial weights may be better than all later ones
     trainer = Bert4RecTrainer(
         model,
         args,
@@ -141,19 +147,19 @@ def train_prepared(
         if checkpoint == "last" or checkpoint is True:
             checkpoint = last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
-                logger.warning("going on from %s", checkpoint)
+                logger.warning("resuming from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer, preparation)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # the folder is the main process's work, and may be read at once
+    trainer.accelerator.wait_for_everyone()  # only the main process writes the folder; callers may read it at once
     training = trainer.training_record()
     if training is not None and trainer.is_world_process_zero():
         for warning in training["warnings"]:
             logger.warning(warning)
-    # From now on each `train` starts anew, as a search over hyperparameters needs it.
+    # With model_init, each later call of `train` starts from the initial model, as a hyperparameter search needs.
     trainer.model_init = lambda: _model_and_data(data, args, model_name_or_path, architecture)[0]
     return trainer
 
@@ -164,13 +170,13 @@ def _model_and_data(
     model_name_or_path: str | os.PathLike | None,
     architecture: Mapping[str, Any],
 ) -> ModelAndData:
-    """A model before training: a new one, or one that goes on."""
+    """The model before training, either new or to be trained further, with its data."""
     if model_name_or_path is None:
         model, tokenizer, histories, preparation = _new_model(data, args, dict(architecture))
     else:
         model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, dict(architecture))
     if model.config.num_transitions:
-        # A model that goes on gets the transitions of its new log, and their weight.
+        # A model that is trained further gets the transitions of its new log, and the default weight for this log.
         weight = model.config.transition_weight if model_name_or_path is None else None
         keep_transitions(model, histories, tokenizer.num_items, weight=weight, seed=args.seed)
     return model, tokenizer, histories, preparation
@@ -204,15 +210,16 @@ def _skip_random_numbers(config: Bert4RecConfig) -> None:
 
 
 def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, architecture: dict[str, Any]) -> ModelAndData:
-    """A model that goes on, with the items of the log that are new to it."""
+    """A model that is trained further. The new items of the log are added to it."""
     model = load_model(folder)
-    policy = architecture.pop("filter_seen_items", None)  # of serving, no weights depend on it
+    policy = architecture.pop("filter_seen_items", None)  # may change, since no weights depend on it
     if policy is not None:
         model.config.filter_seen_items = policy
     other = [f"{name}={value}" for name, value in architecture.items() if getattr(model.config, name) != value]
     if other:
         raise ValueError(
-            f"a model that goes on training keeps its architecture; {folder} has not {', '.join(other)}: leave that out"
+            f"a model that is trained further keeps its architecture; {folder} does not have {', '.join(other)}: leave "
+            "these options out"
         )
     tokenizer = Bert4RecTokenizer.from_pretrained(folder)
     catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
@@ -222,17 +229,17 @@ def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, archite
     histories, tokenizer, preparation = read_prepared(data, tokenizer)
     _warn_of_other_preparation(folder, preparation)
     if not old_items.intersection(catalogue.items):
-        logger.warning("%s knows none of the items of %s: all of them are new", folder, data)
+        logger.warning("the catalogue of %s has none of the items of %s: all of them are new", folder, data)
     kept, asked = model.config.filter_seen_items, preparation["filter_seen_items"]
     if policy is None and kept != asked:
         logger.warning(
-            "%s was prepared with filter_seen_items %s, the model goes on with its own, %s: --filter_seen_items %s "
-            "changes that", data, asked, kept, str(asked).lower(),
+            "%s was prepared with filter_seen_items %s, but the model keeps its own, %s: --filter_seen_items %s "
+            "changes the model", data, asked, kept, str(asked).lower(),
         )  # fmt: skip
     length = model.config.max_position_embeddings
     if length != preparation["max_length"]:
         logger.warning(
-            "%s was prepared for length %d, the model goes on with its own, %d", data, preparation["max_length"], length
+            "%s was prepared for length %d, but the model keeps its own, %d", data, preparation["max_length"], length
         )
     return model, tokenizer, histories, preparation
 
@@ -250,27 +257,33 @@ def evaluate_prepared(
 ) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the baselines.
 
+    If the model is a local folder, the metrics are also written into its evaluation.json and its card.
+
     Args:
         model: A model folder or Hub id.
         data: The prepared folder.
         part: "validation" or "test".
-        protocol: "full", or "paper": among 100 items drawn by popularity, see `rows.sampled_candidates`, with
-            metrics whose names say so, and no baselines.
-        per_device_eval_batch_size, use_cpu, disable_tqdm: As in `TrainingArguments`.
-        report: A folder for report.json, report.md, report.png and each user's rank, see `report.write_report`; the
-            full protocol only.
-
-    Raises:
-        ValueError: If a folder is not what it should be, if nobody has a target, or for a report of sampled ranks.
+        protocol: "full" ranks each target among the whole catalogue. "paper" ranks it among 100 items drawn by
+            popularity (see `rows.sampled_candidates`); the names of the metrics start with "sampled_", and there are no
+            baselines.
+        per_device_eval_batch_size: Number of histories ranked at once.
+        use_cpu: Whether to leave an accelerator unused.
+        disable_tqdm: Whether to show no progress bar.
+        report: A folder for report.json, report.md, report.png and ranks.parquet; see `report.write_report`. Only for
+            the full protocol. None: no report.
 
     Returns:
-        The record {source, protocol, metrics, baselines}, and groups if users without a past are among them. It is
-        written into the model's folder as well if that is a local one.
+        The record of evaluation.json: source, protocol, metrics and baselines. If some users have an empty history, it
+        also has groups: the metrics of the users with and without a past.
+
+    Raises:
+        ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
+            the data, if no user has a target, or if a report is asked for with the protocol "paper".
     """
     check_prepared(data)
     if report is not None:
         if protocol == "paper":
-            raise ValueError("a report is of the full ranking: leave out --protocol paper or --report")
+            raise ValueError("a report needs the full ranking; got --protocol paper: leave out one of the two")
         check_report_folder(report)
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
@@ -279,15 +292,18 @@ def evaluate_prepared(
         catalogues = (tokenizer.items, Bert4RecTokenizer.from_pretrained(data).items)
         known, asked = (", ".join(map(repr, items[:3])) for items in catalogues)
         raise ValueError(
-            f"{model} knows none of the items of {data}: its ids look like {known}, those of the data like {asked}"
+            f"the catalogue of {model} has none of the items of {data}: its ids look like {known}, those of the data "
+            f"like {asked}; give data with the model's item ids"
         )
     _warn_of_other_preparation(model, preparation)
     if os.path.isdir(model):
-        read_evaluations(model)  # raises before the work if the numbers could not be added
+        read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
     policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
     rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
     if not len(rows):
-        raise ValueError(f"no user of {data} has a {part} target")
+        raise ValueError(
+            f"no user of {data} has a {part} target; choose another --part, or prepare with another --split"
+        )
     if protocol == "paper":
         rows = sampled_candidates(rows, histories)
     with tempfile.TemporaryDirectory() as nowhere:
@@ -303,7 +319,7 @@ def evaluate_prepared(
             ),
             processing_class=tokenizer,
         )
-        trainer.remove_callback(PrinterCallback)  # the record says it all
+        trainer.remove_callback(PrinterCallback)  # the record has all metrics
         prediction = trainer.predict(rows)
     described = Protocol.of(histories, preparation, part, tokenizer.num_items, policy)
     rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
@@ -339,7 +355,7 @@ def evaluate_prepared(
             add_evaluation(model, record)
             write_model_card(model)
         except OSError as error:
-            logger.warning("the numbers are not kept in %s: %s", model, error)
+            logger.warning("the metrics could not be written into %s: %s", model, error)
     return record
 
 
@@ -349,10 +365,11 @@ def _numbers_of(rows: Dataset) -> str:
 
 
 def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
-    """Warn of a model that may have trained on targets of this preparation.
+    """Warn if a model may have trained on targets of this preparation.
 
-    That is, if it was trained on all events, or with another split or filter, unless a cut in time says that all of
-    its training was before the first of these targets. Names of files say nothing: a log may grow under one or many.
+    This is possible if the model was trained on all events, or with another split or filter. The exception is a
+    temporal split whose training part ends before the first of these targets. File names are not compared: a growing
+    log may keep its name or get a new one.
     """
     own = Path(model) / PREPARATION_FILE
     if not own.is_file() or preparation["split"]["name"] == "none":
@@ -360,8 +377,8 @@ def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[st
     trained = json.loads(own.read_text("utf-8"))
     if trained["split"]["name"] == "none":
         logger.warning(
-            "%s was trained on all events of %s: those that %s has too are no test of it, nor of a model that goes on "
-            "from it", model, trained["source"], os.path.basename(preparation["source"]),
+            "%s was trained on all events of %s: targets of %s among these events are no test of this model, nor of a "
+            "model that is trained further from it", model, trained["source"], os.path.basename(preparation["source"]),
         )  # fmt: skip
         return
     other = [
@@ -370,10 +387,11 @@ def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[st
         if trained[name] != preparation[name]
     ]
     ends = [split.get("validation_cut", split.get("test_cut")) for split in (trained["split"], preparation["split"])]
-    are_alike = None not in ends and isinstance(ends[0], str) == isinstance(ends[1], str)  # dates, or numbers
+    # Both cuts are dates, or both are numbers.
+    are_alike = None not in ends and isinstance(ends[0], str) == isinstance(ends[1], str)
     was_before = are_alike and ends[0] <= ends[1]
     if other and not was_before:
         logger.warning(
-            "%s was trained on another preparation, of %s (%s): if that is the same log, or one that goes on, what it "
-            "trained on may hold targets of this one", model, trained["source"], "; ".join(other),
+            "%s was trained on another preparation, of %s (%s): if both are of the same or a growing log, the model "
+            "may have trained on targets of this one", model, trained["source"], "; ".join(other),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tests run offline, and on one thread: the machine has better uses for the others."""
+"""Tests run offline and on one thread."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Programs that tests start as processes of their own import the helpers as well; pytest has them by `pythonpath`.
+# Processes that tests start import the helpers too. pytest itself finds them through `pythonpath`.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent / "helpers"), os.environ.get("PYTHONPATH")))
 )

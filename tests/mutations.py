@@ -1,4 +1,4 @@
-"""Mistakes that the tests must notice: each is made in a copy of the package, and the test that guards against it run.
+"""Mistakes that the tests must notice. Each is made in a copy of the package, and the test that must fail is run.
 
 python tests/mutations.py [words of the mistakes to make; all by default]
 """
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-# By file: the mistake, the text it is made in, what that becomes, the test that must fail.
+# For each file: the mistake, the text that it replaces, the new text, and the test that must fail.
 MUTATIONS = {
     "model/configuration_bert4rec": [
         ("the names of published code are kept in copies without it", "if self._auto_class is None:", "if False:",
@@ -296,9 +296,9 @@ MUTATIONS = {
 def run(folder: Path, *tests: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "PYTHONPATH": str(folder),
-        # A file that changes twice in a second, or keeps its length, would be taken for its compiled self.
+        # Python may not recompile a file that changes twice in a second or keeps its length.
         "PYTHONDONTWRITEBYTECODE": "1",
-        # Room for a test's name and its error in one line.
+        # Wide lines have room for the name of a test and its error.
         "COLUMNS": "500",
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
@@ -335,7 +335,7 @@ def main(words: list[str]) -> int:
             path.write_text(source.replace(old, new), "utf-8")
             outcome = run(folder, test)
             path.write_text(source, "utf-8")
-            # 1 is also an error in a fixture; and code that no longer runs fails in other ways than a test's own.
+            # Exit status 1 may also be an error in a fixture, or code that does not run. Only failed assertions count.
             failed = re.findall(r"^FAILED .* - (?:assert|AssertionError|Failed)", outcome.stdout, re.MULTILINE)
             found = outcome.returncode == 1 and len(failed) > 0
             caught += found

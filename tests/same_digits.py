@@ -3,9 +3,9 @@
 python tests/same_digits.py record CHECKOUT DIGITS.json [--fixtures FOLDER]
 python tests/same_digits.py compare BEFORE.json AFTER.json
 
-`record` works with the code of one checkout: it prepares MovieLens 100K, trains the quickstart's recipe, evaluates,
-writes a report, recommends for a file of histories, exports ONNX, builds an item index, trains with two processes,
-and converts each RecBole checkpoint in the fixtures folder. Some four minutes on two cores.
+`record` runs the code of one checkout: it prepares MovieLens 100K, trains the quickstart's recipe, evaluates, writes a
+report, recommends for a file of histories, exports ONNX, builds an item index, trains with two processes, and converts
+each RecBole checkpoint in the fixtures folder. It takes about four minutes on two cores.
 """
 
 import argparse
@@ -53,7 +53,7 @@ print(json.dumps(answers))
 
 
 def record(checkout: Path, fixtures: Path | None) -> dict[str, object]:
-    """Digests by name of what a checkout makes."""
+    """Digests, by name, of the files that a checkout writes."""
     environment = os.environ | {
         "PYTHONPATH": str(checkout.resolve()), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
@@ -96,7 +96,7 @@ def record(checkout: Path, fixtures: Path | None) -> dict[str, object]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of each file that holds numbers: weights by their names, tables by their rows, JSON without the order of keys."""
+    """A digest of each file with numbers. Weights are hashed by name, tables by row, JSON without the order of keys."""
     from safetensors.torch import load_file
 
     found = {}

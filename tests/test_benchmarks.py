@@ -1,4 +1,4 @@
-"""What benchmarks/ computes itself: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP, a plan."""
+"""The computations of benchmarks/: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP, the plan."""
 
 import itertools
 import math
@@ -168,7 +168,7 @@ def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path):
 
 
 def test_systems_are_followed_to_their_quality_epoch_by_epoch(tmp_path):
-    """Ours and BertForMaskedLM, on a log in which each item has one next; of 30 items, ten chance ones reach .15."""
+    """Tests our model and BertForMaskedLM on a log in which each item has one successor. Chance reaches .15."""
     rows = [(user, (7 * user + place) % 30, place) for user in range(500) for place in range(8)]
     log = tmp_path / "log.csv"
     log.write_text("user_id,item_id,timestamp\n" + "".join(f"{user},{item},{at}\n" for user, item, at in rows))
@@ -189,7 +189,7 @@ def test_ties_stand_before_the_target():
 
 
 def small_step() -> tuple:
-    """Two histories of length 5, the last item masked; 7 items, one head of 32, feed-forward layers of 64."""
+    """A step with two histories of length 5, the last item masked; 7 items, one head of 32, feed-forward width 64."""
     batch = step.make_collator(7, 5, last_item_ratio=1)(list(step.make_rows(2, 5, 7)))
     return step.make_model(32, 7), batch, torch.float32
 

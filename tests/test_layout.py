@@ -1,4 +1,4 @@
-"""The layout of the package: which folder imports which, and what importing it loads."""
+"""The layout of the package: which folders import which, and which libraries an import loads."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bert4rec_hf"
-# Each may import those above it, and no other.
+# Each entry may import only the entries above it.
 ORDER = [
     {"version", "files", "defaults"},
     {"model"},
@@ -30,7 +30,7 @@ def module(path: Path) -> tuple[str, ...]:
 
 
 def imported(path: Path) -> list[tuple[str, ...]]:
-    """Modules of the package that a file imports, wherever in the file, as parts of their names."""
+    """The modules of the package that a file imports anywhere, each as the parts of its name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:

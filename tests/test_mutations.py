@@ -1,4 +1,4 @@
-"""The mistakes of mutations.py can be made: `make test-mutations` makes them, which takes longer."""
+"""Each text in mutations.py occurs exactly once. `make test-mutations` makes the mistakes, which takes longer."""
 
 import pytest
 from mutations import MUTATIONS, REPOSITORY

@@ -1,4 +1,4 @@
-"""What `import bert4rec_hf` gives."""
+"""The names that `import bert4rec_hf` provides."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The recipes of the repository are ones that the programs they are for take."""
+"""Every recipe of the repository is valid for its program."""
 
 from pathlib import Path
 

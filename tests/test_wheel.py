@@ -19,7 +19,7 @@ def test_the_installed_wheel_has_every_module_and_its_command_runs(tmp_path):
     venv.create(environment)
     python = environment / "bin" / "python"
     folder = Path(sysconfig.get_path("purelib", vars={"base": environment, "platbase": environment}))
-    # The dependencies are those of the development environment; the package in it, an editable one, is not seen.
+    # The dependencies come from the development environment. Its editable copy of the package is hidden.
     (folder / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", folder, wheel], check=True)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of RecBole's and hopwise's BERT4Rec, in and out."""
+"""Converting checkpoints of RecBole's and hopwise's BERT4Rec to model folders, and back."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from .safe_pickle import read_pickle, strings
 
 logger = logging.getLogger(__name__)
 
-# Their names of layers, and ours.
+# RecBole's names of the parts of a layer, and the names here.
 LAYER_NAMES = {
     "multi_head_attention.query": "attention.query",
     "multi_head_attention.key": "attention.key",
@@ -43,43 +43,44 @@ def convert_from_recbole(
     drop_oldest_item: bool = True,
     titles: Mapping[Any, str] | None = None,
 ) -> Bert4RecForMaskedItemPrediction:
-    """A model folder whose scores are those of a checkpoint of RecBole 1.0 to 1.2 or hopwise.
+    """Convert a checkpoint of RecBole 1.0 to 1.2 or hopwise to a model folder. The scores stay the same.
 
-    The pickle in a checkpoint is read by an unpickler that runs nothing; see `read_pickle`.
+    The pickle in a checkpoint is read by an unpickler that executes nothing; see `read_pickle`.
 
     Args:
-        checkpoint: The .pth file that their trainer saved.
-        items: The raw item ids, which a checkpoint lacks, in the order of their internal ids, from 1: a sequence;
-            or a file: their saved dataset (.pth), an atomic file (.inter), JSON (a list), or text, one id a line.
-        output: The model folder, which must not exist or be empty.
-        drop_oldest_item: As RecBole 1.2 and hopwise do, leave out a history's oldest item before the [MASK] is
-            appended, although there may be room. False: scores of histories shorter than the window differ from
-            theirs. Their older layout never drops it.
-        titles: By raw id.
+        checkpoint: The .pth file that the trainer of RecBole or hopwise saved.
+        items: The raw item ids, which a checkpoint lacks, in the order of RecBole's internal ids, starting with that of
+            id 1: a sequence, or a file. A file is a dataset that RecBole saved (.pth), an atomic file (.inter), a JSON
+            list, or text with one id per line.
+        output: The model folder. It must be missing or empty.
+        drop_oldest_item: Whether the oldest item of a history is dropped before the [MASK] is appended, even if there
+            is room, as in RecBole 1.2 and hopwise. False: the scores of histories shorter than the window differ from
+            theirs. Has no effect on checkpoints of the older layout without a prediction head, which never drops it.
+        titles: Titles by raw item id.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If a file is not what it should be, holds code, or the number of items is another.
+        ValueError: If a file is damaged, of another kind or holds code, or if the number of items does not match.
     """
-    output = Path(output).resolve()  # a link to an empty folder is that folder
+    output = Path(output).resolve()  # follows a link to an empty folder
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already and not an empty folder; choose another --output")
+        raise ValueError(f"{output} exists and is not an empty folder; choose another --output")
     state, settings = read_checkpoint(checkpoint)
     has_head = BIAS in state
     filters = [name for name, none in FILTERS.items() if settings.get(name, none) not in (None, none)]
     if filters and str(items).endswith(".inter"):
         raise ValueError(
-            f"{checkpoint} was trained with {', '.join(filters)}, by which internal ids come in another order than in "
-            f"one file: {items} does not tell it; give RecBole's saved dataset (save_dataset: True)"
+            f"{checkpoint} was trained with {', '.join(filters)}, which change the order of the internal ids: {items} "
+            "does not have that order; give RecBole's saved dataset (save_dataset: True)"
         )
     raw_ids = read_items(items, str(settings.get("ITEM_ID_FIELD") or "item_id"))
     num_items = state[ITEMS].shape[0] - 2  # without [PAD] and [MASK]
     if len(raw_ids) != num_items:
         raise ValueError(
-            f"{checkpoint} has {num_items:,} items, {_name(items)} has {len(raw_ids):,}: give the items of the log as "
-            "it was trained on, after its filters; RecBole's saved dataset (save_dataset: True) has them"
+            f"{checkpoint} has {num_items:,} items, {_name(items)} has {len(raw_ids):,}: give the items of the "
+            "training log after its filters, for example RecBole's saved dataset (save_dataset: True)"
         )
     num_positions = state[POSITIONS].shape[0]
     tokenizer = Bert4RecTokenizer.from_items(
@@ -100,7 +101,7 @@ def convert_from_recbole(
         )
         model = Bert4RecForMaskedItemPrediction(config)
         model.load_state_dict(_our_state(state, len(tokenizer)))
-    except Exception as error:  # of settings that are no numbers, and of weights of another shape
+    except Exception as error:  # settings may be no numbers, and weights may have another shape
         raise ValueError(f"{checkpoint} has settings or weights that make no BERT4Rec: {error}") from error
     with folder_beside(output, last_file="config.json") as folder:
         model.save_pretrained(folder)
@@ -110,22 +111,22 @@ def convert_from_recbole(
 
 
 def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> None:
-    """A file that RecBole 1.2 and hopwise take: `load_state_dict(torch.load(file)["state_dict"])`.
+    """Write a file that RecBole 1.2 and hopwise load with `load_state_dict(torch.load(file)["state_dict"])`.
 
-    It has "state_dict"; "config", the settings that their model must be made with; and "item_id", the raw ids in the
-    order of their internal ids, [PAD] first.
+    The file is a mapping with the keys "state_dict"; "config", the settings that RecBole's model must be created with;
+    and "item_id", the raw ids in the order of RecBole's internal ids, [PAD] first.
 
     Args:
         model: A folder or Hub id of a model with the paper's architecture: positions learned from the start,
-            post-normalisation, prediction head.
-        output: The file; it must not exist.
+            post-normalisation and a prediction head.
+        output: The file to write. It must not exist.
 
     Raises:
-        ValueError: If the architecture is not theirs.
+        ValueError: If the model has another architecture, or the file exists.
     """
     output = Path(output)
     if output.exists():
-        raise ValueError(f"{output} is there already; choose another --output")
+        raise ValueError(f"{output} exists; choose another --output")
     ours = load_model(model)
     config, tokenizer = ours.config, Bert4RecTokenizer.from_pretrained(model)
     architecture = ARCHITECTURE
@@ -139,15 +140,15 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
         )
     if not tokenizer.drop_oldest_item:
         logger.warning(
-            "RecBole leaves out the oldest item of every history: its scores of histories that are shorter than the "
-            "window will differ from those of %s",
+            "RecBole drops the oldest item of every history: for histories shorter than the window, its scores will "
+            "differ from those of %s",
             model,
         )
     state = ours.state_dict()
     table, bias = state["model.embeddings.item_embeddings.weight"], state["item_bias.weight"].clone()
     if not config.pad_in_softmax:
         bias[PAD_TOKEN_ID] = SPECIAL_TOKEN_LOGIT
-    # [PAD], the items, [MASK]; there is no unknown item.
+    # RecBole's table has [PAD], the items and [MASK]. It has no row for unknown items.
     rows = torch.tensor([PAD_TOKEN_ID, *range(FIRST_ITEM_ID, len(tokenizer)), MASK_TOKEN_ID])
     theirs = {
         ITEMS: table[rows],
@@ -171,10 +172,10 @@ def convert_to_recbole(model: str | os.PathLike, output: str | os.PathLike) -> N
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """State dict and settings of a RecBole or hopwise BERT4Rec checkpoint.
+    """Read the state dict and the settings of a BERT4Rec checkpoint of RecBole or hopwise.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the file is not such a checkpoint.
     """
     content = read_pickle(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
@@ -195,27 +196,33 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     expected = {ITEMS, POSITIONS, *_their_names(settings["n_layers"])}
     if BIAS in state:
         expected.add(BIAS)
-    else:  # the older layout, without a head
+    else:  # the older layout, without a prediction head
         expected -= {name for name in expected if name.startswith("output_")}
     if state.keys() != expected or not all(isinstance(value, torch.Tensor) for value in state.values()):
         odd = sorted(map(str, state.keys() ^ expected))
-        raise ValueError(f"{path} is no BERT4Rec that is known here: its weights differ in {', '.join(odd[:5])}")
+        raise ValueError(
+            f"{path} is no BERT4Rec of a known layout: missing or unexpected weights are {', '.join(odd[:5])}"
+        )
     if state[ITEMS].dim() != 2 or state[POSITIONS].dim() != 2:
-        raise ValueError(f"the tables in {path} must have two dimensions")
+        raise ValueError(
+            f"the tables in {path} must have two dimensions; got {state[ITEMS].dim()} and {state[POSITIONS].dim()}"
+        )
     if state[ITEMS].shape[1] != settings["hidden_size"]:
-        raise ValueError(f"hidden_size in {path} is {settings['hidden_size']}, its items have {state[ITEMS].shape[1]}")
+        raise ValueError(
+            f"hidden_size in {path} is {settings['hidden_size']}, its item vectors have {state[ITEMS].shape[1]} values"
+        )
     return state, settings
 
 
 def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "item_id") -> list[str]:
-    """Raw item ids in the order of the internal ids, from 1; see `convert_from_recbole`.
+    """Read raw item ids in the order of RecBole's internal ids, starting with that of id 1.
 
     Args:
-        items: As there; or the file that `convert_to_recbole` wrote.
-        item_column: Of an atomic file.
+        items: A sequence or a file, as `convert_from_recbole` describes it; or a file that `convert_to_recbole` wrote.
+        item_column: Column of the item ids in an atomic file.
 
     Raises:
-        ValueError: If the file has none.
+        ValueError: If the file has no item ids that can be read.
     """
     if not isinstance(items, (str, os.PathLike)):
         raw_ids = list(items)
@@ -249,7 +256,7 @@ def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "ite
 
 
 def _items_of_atomic_file(path: Path, item_column: str) -> list[str]:
-    """In the order of their first appearance, which is that of their internal ids."""
+    """The item ids in the order of their first appearance, which is the order of RecBole's internal ids."""
     with path.open(encoding="utf-8-sig") as file:
         header = file.readline().rstrip("\r\n").split("\t")
         names = [name.partition(":")[0] for name in header]
@@ -267,7 +274,7 @@ def _name(items: Any) -> str:
 
 
 def _their_names(num_layers: int) -> list[str]:
-    """All but the tables."""
+    """RecBole's names of all weights except the tables."""
     layers = [f"trm_encoder.layer.{number}.{name}" for number in range(num_layers) for name in LAYER_NAMES]
     return [f"{name}.{part}" for name in [*OTHER_NAMES, *layers] for part in ("weight", "bias")]
 
@@ -281,7 +288,7 @@ def _our_name(name: str) -> str:
 
 
 def _our_state(state: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
-    """Rows [PAD], items, [MASK] -> [PAD], [MASK], [UNK], items."""
+    """RecBole's state dict as one of this package: rows [PAD], items, [MASK] become [PAD], [MASK], [UNK], items."""
     theirs = state[ITEMS].float()
     table = torch.cat((theirs[:1], theirs[-1:], torch.zeros_like(theirs[:1]), theirs[1:-1]))
     bias = torch.zeros(vocab_size)

@@ -1,4 +1,4 @@
-"""Settings of RecBole and hopwise as recipes of `bert4rec train`."""
+"""Converting settings of RecBole and hopwise to recipes of `bert4rec train`."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..evaluation.metrics import ranking_metrics
 from ..model.configuration_bert4rec import Bert4RecConfig
 
-# Their settings, and our fields.
+# Settings of RecBole, and the fields of `Bert4RecConfig` with the same meaning.
 SETTINGS = {
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -27,13 +27,13 @@ SETTINGS = {
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "initializer_range",
 }
-# Settings that leave rows of the log out, and what they are if they do not.
+# Settings that filter the log, and their values that filter nothing.
 FILTERS = {
     "user_inter_num_interval": "[0,inf)", "item_inter_num_interval": "[0,inf)", "val_interval": None,
     "rm_dup_inter": None, "benchmark_filename": None,
 }  # fmt: skip
 ITEM_LOSSES = {"CE": "softmax", "BPR": "bpr"}
-# What their architecture is in our configuration.
+# RecBole's architecture in fields of `Bert4RecConfig`, and its lack of counted scores.
 ARCHITECTURE = {
     "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
     "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
@@ -41,29 +41,41 @@ ARCHITECTURE = {
 
 
 def convert_config(path: str | os.PathLike) -> dict[str, Any]:
-    """The recipe for `bert4rec train --config` that trains what a YAML file of RecBole or hopwise does.
+    """Convert a YAML file of RecBole or hopwise to a recipe for `bert4rec train --config`.
 
-    Of model and objective, what the file lacks is as RecBole 1.2 has it; of the training loop, as we have it.
+    Settings that the file lacks have RecBole 1.2's defaults if they concern the model or the objective, and the
+    defaults of this package if they concern the training loop.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The recipe: values by option of `bert4rec train`.
 
     Raises:
-        ValueError: If the file is none, or is for another model.
+        ValueError: If the file is not such a YAML file, has invalid values, or is for another model.
     """
     return _converted(path)[0]
 
 
 def config_recipe(path: str | os.PathLike) -> str:
-    """`convert_config` as YAML, with comments: how to prepare the log, what differs, and what was not taken over.
+    """The recipe of `convert_config` as YAML, with comments.
+
+    The comments say how to prepare the log, where the recipe differs from RecBole, and which settings were left out.
+
+    Args:
+        path: The YAML file of RecBole or hopwise.
 
     Raises:
-        ValueError: As `convert_config`.
+        ValueError: If `convert_config` raises it.
     """
     recipe, prepare, remarks, left_out = _converted(path)
     comments = [
-        f"From {Path(path).name}, settings of RecBole or hopwise.",
-        f"The log, first: {shlex.join(prepare)}",
-        "Then: bert4rec train --config RECIPE.yaml --data DATA --output_dir MODEL",
-        *(["What is different:", *(f"  {remark}" for remark in remarks)] if remarks else []),
-        *(["Not taken over:"] if left_out else []),
+        f"Converted from {Path(path).name}, settings of RecBole or hopwise.",
+        f"First prepare the log: {shlex.join(prepare)}",
+        "Then train: bert4rec train --config RECIPE.yaml --data DATA --output_dir MODEL",
+        *(["Differences:", *(f"  {remark}" for remark in remarks)] if remarks else []),
+        *(["Left out:"] if left_out else []),
         *(f"  {', '.join(keys)}: {reason}" for reason, keys in left_out.items()),
     ]
     lines = [f"# {' '.join(comment.splitlines())}\n" for comment in comments]
@@ -71,7 +83,7 @@ def config_recipe(path: str | os.PathLike) -> str:
 
 
 def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list[str], dict[str, list[str]]]:
-    """Recipe, prepare command, remarks, and the keys that were left out by reason."""
+    """The recipe, the prepare command, the remarks, and the keys that were left out by reason."""
     try:
         given = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
     except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -100,12 +112,12 @@ def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list
         Bert4RecConfig(**{name: value for name, value in recipe.items() if name in Bert4RecConfig.__annotations__})
         most = int(recipe["mask_ratio"] * recipe["max_position_embeddings"])
     except (OverflowError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{path} has no settings of a model: {error}") from error
+        raise ValueError(f"the settings in {path} make no BERT4Rec: {error}") from error
     if most > 0:
         recipe["max_predictions"] = most
     missing = [key for key in DEFAULTS if key not in given and key in RECIPE and not key.endswith("_FIELD")]
     if missing:
-        remarks.append(f"not in the file, so RecBole's defaults: {', '.join(missing)}")
+        remarks.append(f"these settings are not in the file and have RecBole's defaults: {', '.join(missing)}")
     name = settings.get("dataset")
     log = "LOG.inter" if name is None else Path(str(settings.get("data_path") or "dataset"), str(name), f"{name}.inter")
     words = ["bert4rec", "prepare", str(log), "--output", "DATA"]
@@ -113,7 +125,7 @@ def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as theirs does; YAML 1.1 wants 1.0e-3."""
+    """Reads 1e-3 as a number, as RecBole's loader does. YAML 1.1 only accepts 1.0e-3."""
 
 
 _Loader.add_implicit_resolver(
@@ -122,7 +134,7 @@ _Loader.add_implicit_resolver(
 
 
 def _unknown(value: Any) -> str:
-    return "unknown here and no setting of BERT4Rec in RecBole or hopwise"
+    return "unknown settings, which BERT4Rec of RecBole and hopwise does not have"
 
 
 def _left_out(reason: str, keys: str) -> dict[str, Callable[[Any], str]]:
@@ -130,12 +142,12 @@ def _left_out(reason: str, keys: str) -> dict[str, Callable[[Any], str]]:
 
 
 def _seen_items(value: Any) -> dict[str, Any]:
-    remark = "their BERT4Rec runs with True only and may recommend seen items"
+    remark = "RecBole's BERT4Rec only runs with True and may recommend seen items"
     return {"filter_seen_items": not value} | ({} if value else {"#": remark})
 
 
 def _last_item_ratio(value: Any) -> dict[str, Any]:
-    return {"last_item_ratio": value} | ({"#": "a share of the rows; theirs is of the batches"} if value else {})
+    return {"last_item_ratio": value} | ({"#": "a share of the rows; in RecBole, of the batches"} if value else {})
 
 
 def _item_loss(value: Any) -> dict[str, Any]:
@@ -143,18 +155,21 @@ def _item_loss(value: Any) -> dict[str, Any]:
         raise ValueError(f"must be one of {', '.join(ITEM_LOSSES)}; got {value!r}")
     if value == "CE":
         return {"item_loss": ITEM_LOSSES[value]}
-    remark = "all labels of a batch share its negatives; more of them, say 256, give the same mean with less noise"
+    remark = "all labels of a batch share its negatives; 256 negatives give the same mean loss with less noise"
     return {"item_loss": ITEM_LOSSES[value], "num_negatives": 1, "#": remark}
 
 
 def _optimizer(value: Any) -> dict[str, Any] | str:
     names = {"adam": "adamw_torch", "adamw": "adamw_torch"} | {name: name for name in ("sgd", "adagrad", "rmsprop")}
     name = names.get(str(value).lower())
-    return {"optim": name} if name else f"no --optim is {value}"
+    return {"optim": name} if name else f"no --optim corresponds to {value}"
 
 
 def _weight_decay(value: Any) -> dict[str, Any]:
-    remark = "AdamW shrinks the weights themselves, items, biases, norms excepted; their Adam adds it to all gradients"
+    remark = (
+        "AdamW decays the weights directly, except item vectors, biases and norms; RecBole's Adam adds the decay to "
+        "all gradients"
+    )
     return {"weight_decay": value} | ({"#": remark} if value else {})
 
 
@@ -168,18 +183,18 @@ def _clipping(value: Any) -> dict[str, Any]:
 
 
 def _best_metric(value: Any) -> dict[str, Any] | str:
-    """With one target, recall and hit are the same, precision orders alike, and MAP is MRR."""
+    """The equivalent metric: with one target, recall is hit, precision orders models like hit, and MAP is MRR."""
     name, _, cutoff = str(value).lower().partition("@")
     if name in ("mrr", "map"):
-        return {"metric_for_best_model": "MRR", "#": f"MRR is that of the whole ranking, not of the first {cutoff}"}
+        return {"metric_for_best_model": "MRR", "#": f"MRR is of the whole ranking, not of its first {cutoff} items"}
     ours = {"ndcg": "NDCG", "hit": "HR", "recall": "HR", "precision": "HR"}.get(name, name)
     if f"{ours}@{cutoff}" not in ranking_metrics(np.ones(1)):
-        return f"no metric here is {value}; best is the highest --metric_for_best_model, NDCG@10 if left out"
+        return f"no metric corresponds to {value}; the best checkpoint is chosen by --metric_for_best_model, NDCG@10"
     return {"metric_for_best_model": f"{ours}@{cutoff}"}
 
 
 def _interval(value: Any) -> tuple[str, float, float] | None:
-    """Left bracket and ends of "[5,inf)"; None if it is several intervals."""
+    """The left bracket and the two ends of an interval such as "[5,inf)"; None for several intervals."""
     number = r"\s*([-+.\w]+)\s*"
     match = re.fullmatch(rf"([\[(]){number},{number}[\])]", str(value).strip())
     try:
@@ -194,7 +209,7 @@ def _least_number(option: str) -> Callable[[Any], dict[str, Any] | str]:
             return {}
         interval = _interval(value)
         if interval is None or not math.isfinite(interval[1]):
-            return f"{value} is no interval with a least number; see bert4rec prepare {option}"
+            return f"{value} is no interval with a lower limit; see bert4rec prepare {option}"
         bracket, low, high = interval
         least = math.ceil(low) if bracket == "[" else math.floor(low) + 1
         remark = {"#": f"prepare has no upper limit of {high:g}"} if math.isfinite(high) else {}
@@ -211,7 +226,10 @@ def _min_rating(value: Any) -> dict[str, Any] | str:
     field, interval = next(iter(value.items()))
     ends = _interval(interval)
     if len(value) > 1 or ends is None or ends[0] != "[" or ends[2] != math.inf:
-        return f"prepare filters by one column at least N (--rating_column, --min_rating); filter the log for {value}"
+        return (
+            "prepare filters one column by a lower limit (--rating_column, --min_rating); filter the log yourself for "
+            f"{value}"
+        )
     return {"--rating_column": f"{field}:float", "--min_rating": f"{ends[1]:g}"}
 
 
@@ -220,7 +238,7 @@ def _split(value: Any) -> dict[str, Any] | str:
         raise ValueError(f"must be a mapping; got {value!r}")
     split, modes = value.get("split") or {"LS": "valid_and_test"}, value.get("mode") or "full"
     if not isinstance(split, dict) or "LS" not in split:
-        return f"prepare splits leave-one-out or at a time (--split temporal), not by {split}"
+        return f"prepare has the splits leave-one-out and temporal, not {split}"
     options = {"--split": "leave-one-out"} | ({"--validation": "false"} if split["LS"] == "test_only" else {})
     both = split["LS"] in ("valid_and_test", "test_only")
     remarks = [] if both else [f"both validation and test targets are held out, not {split['LS']}"]
@@ -236,8 +254,9 @@ def _model(value: Any) -> dict[str, Any]:
     return {}
 
 
-# What a setting of theirs is to `bert4rec train`: an option, or a function of its value. That returns options, with
-# --those of `bert4rec prepare`, and a remark ("#"); or a reason why there are none.
+# For each setting of RecBole: the option of `bert4rec train` with the same value, or a function of its value. The
+# function returns options, with "--" if they are options of `bert4rec prepare`, and possibly a remark under "#"; or the
+# reason why the setting is left out.
 RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
     **SETTINGS,
     "mask_ratio": "mask_ratio",
@@ -251,8 +270,8 @@ RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
     "clip_grad_norm": _clipping,
     "train_batch_size": lambda value: {
         "per_device_train_batch_size": value,
-        "#": "rows here are users, theirs are prefixes of users, many more: an epoch has fewer steps; --max_steps sets "
-        "their number, a smaller batch gives more",
+        "#": "a row is a user, in RecBole it is a prefix of a user's history, so an epoch has fewer steps; --max_steps "
+        "sets their number, a smaller batch gives more",
     },
     "eval_batch_size": "per_device_eval_batch_size",
     "epochs": "num_train_epochs",
@@ -274,12 +293,12 @@ RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
     "item_inter_num_interval": _least_number("--min_item_events"),
     "val_interval": _min_rating,
     "rm_dup_inter": lambda value: (
-        {"--duplicates": "drop"} if value == "first" else {} if value is None else "prepare keeps the first (drop) only"
+        {"--duplicates": "drop"} if value == "first" else {} if value is None else "--duplicates drop keeps the first"
     ),
     "eval_args": _split,
     "stopping_step": "early_stopping_patience",
-    **_left_out("--eval_steps and --save_steps count steps or are a share of all", "eval_step"),
-    **_left_out("follows from the metric", "valid_metric_bigger"),
+    **_left_out("--eval_steps and --save_steps are numbers or shares of steps, not of epochs", "eval_step"),
+    **_left_out("the metric decides it", "valid_metric_bigger"),
     **_left_out("always HR and NDCG at 1 to 100, and MRR", "metrics topk metric_decimal_place loss_decimal_place"),
     **_left_out("CUDA_VISIBLE_DEVICES chooses devices, accelerate launch processes", "gpu_id nproc world_size offset "
                 "ip port local_rank device single_spec"),
@@ -288,26 +307,26 @@ RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
     **_left_out("train writes to --output_dir, prepare to --output", "checkpoint_dir save_dataset dataset_save_path "
                 "save_dataloaders dataloaders_save_path"),
     **_left_out("set WANDB_PROJECT", "wandb_project"),
-    **_left_out("of their logs", "state progress_bar_rich config_file"),
-    **_left_out("masking and its negatives are the data collator's", "transform train_neg_sample_args MASK_ITEM_SEQ "
+    **_left_out("settings of RecBole's logs", "state progress_bar_rich config_file"),
+    **_left_out("the data collator masks items and draws negatives", "transform train_neg_sample_args MASK_ITEM_SEQ "
                 "POS_ITEMS NEG_ITEMS MASK_INDEX"),
-    **_left_out("prepare finds it out", "field_separator seq_separator"),
-    **_left_out("prepare reads the columns it is told, --event_columns among them", "load_col unload_col unused_col "
-                "additional_feat_suffix"),
-    **_left_out("prepare is told the column that val_interval names", "RATING_FIELD"),
-    **_left_out("always so", "filter_inter_by_user_or_item"),
-    **_left_out("prepare splits a log itself", "benchmark_filename"),
-    **_left_out("names inside their batches", "NEG_PREFIX LABEL_FIELD ITEM_LIST_LENGTH_FIELD LIST_SUFFIX "
+    **_left_out("prepare detects the separators", "field_separator seq_separator"),
+    **_left_out("prepare reads the columns that its options name, such as --event_columns", "load_col unload_col "
+                "unused_col additional_feat_suffix"),
+    **_left_out("--rating_column is the column that val_interval names", "RATING_FIELD"),
+    **_left_out("prepare always filters users and items together", "filter_inter_by_user_or_item"),
+    **_left_out("prepare splits the log itself", "benchmark_filename"),
+    **_left_out("names inside RecBole's batches", "NEG_PREFIX LABEL_FIELD ITEM_LIST_LENGTH_FIELD LIST_SUFFIX "
                 "POSITION_FIELD"),
     **_left_out("BERT4Rec reads item ids only", "seq_len threshold numerical_features alias_of_user_id "
                 "alias_of_item_id alias_of_entity_id alias_of_relation_id preload_weight preload_weight_path "
                 "normalize_field normalize_all discretization require_pow reg_weight embedding_size"),
-    **_left_out("of knowledge graphs and paths, not of BERT4Rec", "HEAD_ENTITY_ID_FIELD TAIL_ENTITY_ID_FIELD "
+    **_left_out("settings of knowledge graphs and paths, not of BERT4Rec", "HEAD_ENTITY_ID_FIELD TAIL_ENTITY_ID_FIELD "
                 "RELATION_ID_FIELD ENTITY_ID_FIELD ui_relation kg_reverse_r entity_kg_num_interval "
                 "relation_kg_num_interval path_hop_length MAX_PATHS_PER_USER context_length metapaths "
                 "path_sample_args tokenizer"),
 }  # fmt: skip
-# Theirs, of model, objective and columns.
+# RecBole's defaults of model, objective and columns.
 DEFAULTS: dict[str, Any] = {
     "n_layers": 2, "n_heads": 2, "hidden_size": 64, "inner_size": 256, "hidden_dropout_prob": 0.2,
     "attn_dropout_prob": 0.2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "initializer_range": 0.02,

@@ -1,4 +1,4 @@
-"""Pickles of RecBole and hopwise, read without running or importing anything that stands in them."""
+"""Reading pickles of RecBole and hopwise without executing or importing anything that they name."""
 
 import math
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 class Inert:
-    """What stands in place of any object but a container, number or string: what the pickle says of it."""
+    """Placeholder for an object that is not a container, number or string, with its pickled arguments and state."""
 
     args: tuple = ()
     state: Any = None
@@ -30,7 +30,7 @@ class Inert:
         self.state = state
 
 
-# What stands in their files. None of it is imported.
+# Names that pickles of RecBole and hopwise contain. None of them is imported.
 KNOWN_MODULES = ("recbole", "hopwise", "pandas")
 KNOWN_NAMES = {
     ("yaml.loader", "FullLoader"), ("logging", "getLogger"), ("builtins", "slice"), ("torch", "device"),
@@ -45,7 +45,7 @@ STORAGES = {
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Builds containers, numbers and strings; a known name is `Inert`, any other an error."""
+    """Builds containers, numbers and strings. A known name becomes an `Inert` class; any other name is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -66,19 +66,20 @@ class InertUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: str | os.PathLike) -> Any:
-    """What `torch.save` or `pickle.dump` wrote, without running or importing anything that stands in it.
+    """Read a file of `torch.save` or `pickle.dump` without executing or importing anything that it names.
 
-    `torch.load(weights_only=True)` cannot read pickle protocol 4, which RecBole and hopwise write. Here tensors in a
-    "state_dict" are read; all other objects of names that stand in their files are `Inert`; other names are an error.
+    `torch.load(weights_only=True)` cannot read pickle protocol 4, which RecBole and hopwise write. Here the tensors of
+    a "state_dict" are read. Other objects become `Inert` if their name is known in such files, and are an error
+    otherwise.
 
     Raises:
-        ValueError: If it is no such file, is damaged, or names anything else.
+        ValueError: If the file is of another kind, is damaged, or has an unknown name.
     """
     try:
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 if file.read(4) == b"PK\3\4":
-                    raise pickle.UnpicklingError("it is not whole; fetch it again")
+                    raise pickle.UnpicklingError("it is incomplete; download it again")
                 file.seek(0)
                 return _load(file)
         with zipfile.ZipFile(path) as archive:
@@ -109,7 +110,7 @@ def _load(file: IO[bytes]) -> Any:
 
 
 def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:
-    """Of the arguments of `torch._utils._rebuild_tensor_v2`, whose storage is a persistent id."""
+    """Build a tensor from the arguments of `torch._utils._rebuild_tensor_v2`, whose storage is a persistent id."""
     storage, offset, size, stride, *_ = stored.args
     _, dtype, key, *_ = storage.args[0]
     if len(size) > 2:
@@ -118,12 +119,12 @@ def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:
     number = math.prod(size)
     contiguous = tuple(math.prod(size[place + 1 :]) for place in range(len(size)))
     if tuple(stride) != contiguous or not 0 <= offset <= offset + number <= len(values):
-        raise pickle.UnpicklingError("a tensor in it is not what torch.save writes of weights")
+        raise pickle.UnpicklingError("a tensor in it is not contiguous or exceeds its storage")
     return values[offset : offset + number].reshape(size).clone()
 
 
 def strings(stored: Any) -> list[str]:
-    """Of a string, a list, or of numpy's strings and arrays of strings as they are pickled."""
+    """Convert a string, a list, or a pickled numpy string or array of strings to a list of strings."""
     if isinstance(stored, list):
         return [string for value in stored for string in strings(value)]
     if not isinstance(stored, Inert):
@@ -135,5 +136,5 @@ def strings(stored: Any) -> list[str]:
     if dtype.args[0].startswith("U") and dtype.state[1] == "<" and number >= 0:
         return np.frombuffer(data, f"<U{int(dtype.args[0][1:])}", count=number).tolist()
     if not isinstance(data, list) or number < 0:
-        raise ValueError(f"an array of type {dtype.args[0]}")
+        raise ValueError(f"expected an array of strings; got an array of type {dtype.args[0]}")
     return strings(data)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # Greatest distance between two items that count as neighbours.
 NEIGHBOUR_WINDOW = 5
-# Levy, Goldberg & Dagan 2015: of neighbours, numbers to this power make rare ones less surprising.
+# Exponent that smooths the counts of neighbours, so that rare ones get less weight (Levy, Goldberg & Dagan 2015).
 NEIGHBOUR_POWER = 0.75
 # Root mean square of the vectors' elements.
 VECTOR_RMS = 0.05
@@ -22,42 +22,43 @@ VECTOR_RMS = 0.05
 MAX_NORM_RATIO = 10.0
 # Greatest distance between an item and its successor.
 SUCCESSOR_WINDOW = 3
-# Number of events that are counted. Of a larger log, whole histories are drawn at random.
+# Maximum number of events that are counted. For a larger log, whole histories are sampled at random.
 MAX_COUNTED_EVENTS = 2_500_000
-# Number of items from which on the factorisation is one that takes less time, and rounds differently.
+# Catalogues above this size use a factorisation that is faster and rounds differently.
 SPARSE_FACTORISATION_FROM_ITEMS = 300_000
 POWER_ITERATIONS = 4
 
 
 def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int, *, seed: int = 0) -> torch.Tensor:
-    """Vectors whose products tell how much more often than by chance two items stand near one another.
+    """Item vectors from co-occurrence: items that occur together more often than by chance have a high product.
 
-    The positive pointwise mutual information of items up to `NEIGHBOUR_WINDOW` apart in the training part, factorised
-    by a truncated SVD, of which both sides have the square root of the singular values (Levy & Goldberg, NeurIPS 2014;
-    Levy, Goldberg & Dagan, TACL 2015); turned at random, so that no dimension stands out.
+    The function counts pairs of items up to `NEIGHBOUR_WINDOW` positions apart in the training part, computes their
+    positive pointwise mutual information and factorises it by a truncated SVD. Each side of the SVD is scaled by the
+    square root of the singular values (Levy & Goldberg, NeurIPS 2014; Levy, Goldberg & Dagan, TACL 2015). A random
+    rotation then spreads the variance over all dimensions.
 
     Args:
-        histories: As `read_prepared` returns them.
-        num_items: Of the catalogue.
+        histories: Histories from `read_prepared`.
+        num_items: Number of items in the catalogue.
         hidden_size: Length of a vector.
-        seed: Equal seeds give equal vectors.
+        seed: Seed of the sampled histories, the factorisation and the rotation. Equal seeds give equal vectors.
 
     Returns:
-        (num_items, hidden_size); 0 for an item that has no neighbours.
+        (num_items, hidden_size) float32. The vector of an item without neighbours is 0.
     """
     first, second, count = _neighbours(histories, num_items, seed)
     if not len(count):
         return torch.zeros(num_items, hidden_size)
     information = _positive_information(first, second, count, num_items)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not those of the caller's devices
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the caller's devices
         rank = min(hidden_size, num_items)
         if num_items > SPARSE_FACTORISATION_FROM_ITEMS:
             logger.warning(
-                "starting from which of %d items stand near one another takes a minute; --item_initialization random "
-                "does without", num_items,
+                "computing item vectors from the co-occurrence of %d items takes about a minute; "
+                "--item_initialization random skips it", num_items,
             )  # fmt: skip
-            # The other way round the counts are the same, and stand in the same places.
+            # The counts are symmetric, so the transposed matrix has its values in the same places.
             transposed = _positive_information(second, first, count, num_items)
             matrix = _compressed(first, second, information, num_items)
             transposed = torch.sparse_csr_tensor(
@@ -84,20 +85,23 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
 def transitions(
     histories: Histories, num_items: int, number: int, *, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each item those that most call for being shown after it, and how strongly.
+    """The strongest successors of each item, with their scores.
 
-    Items up to `SUCCESSOR_WINDOW` after an item in the training part are counted, each half as much as one that is one
-    nearer. How strongly an item calls for one that follows it is their positive pointwise mutual information times the
-    logarithm of 1 plus their count: the information alone is largest where a chance is seen once. A history without
-    items, of which training has hardly any, gets what is most popular of late.
+    A successor follows an item within `SUCCESSOR_WINDOW` positions in the training part. A pair at distance d counts
+    1 / 2 ** (d - 1). The score of a pair is its positive pointwise mutual information times ln(1 + count). The
+    mutual information alone would be highest for pairs that occur once by chance. The row of [PAD] is for an empty
+    history: it holds the items that were most popular recently.
 
     Args:
-        histories, num_items, seed: As in `cooccurrence_vectors`.
-        number: K, of each item.
+        histories: Histories from `read_prepared`.
+        num_items: Number of items in the catalogue.
+        number: Number K of successors to keep for each item.
+        seed: Seed of the sampled histories. Equal seeds give equal transitions.
 
     Returns:
-        (num_items + 3, K) token ids, int32, and (num_items + 3, K) scores, float32, by token id, the strongest first; 0
-        where there are no more. Those of [PAD] are for a history without items: ln(1 + popularity).
+        successor_ids (num_items + 3, K) int32 token ids and successor_scores (num_items + 3, K) float32, both indexed
+        by token id. Each row is in descending order of score and padded with 0. The scores of [PAD] are
+        ln(1 + number of recent events).
     """
     keys, counts = [], []
     for distance, (first, second) in enumerate(_pairs(histories, SUCCESSOR_WINDOW, seed)):
@@ -107,7 +111,7 @@ def transitions(
     count = torch.zeros(len(unique)).index_add_(0, places, torch.cat(counts))
     first, second = unique // num_items, unique % num_items
     scores = _positive_information(first, second, count, num_items) * count.log1p()
-    # The strongest of an item first; how many are before one of the same item is its column.
+    # Pairs are sorted by item, and within an item by descending score. The rank within an item is the column.
     order = torch.argsort(scores, descending=True, stable=True)
     order = order[torch.argsort(first[order], stable=True)]
     first, second, scores = first[order], second[order], scores[order]
@@ -128,7 +132,10 @@ def transitions(
 
 
 def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each distance up to the window the items (from 0) that are so far apart in the training part, in order."""
+    """Yield, for each distance from 1 to the window, the earlier and the later item of each pair at that distance.
+
+    Only the training part counts. Items are numbered from 0.
+    """
     rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
     counted = histories.is_trained()
     share = MAX_COUNTED_EVENTS / max(1, counted.sum())
@@ -143,8 +150,8 @@ def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch
 
 
 def _neighbours(histories: Histories, num_items: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Items that stand near one another, in order, each pair either way round; how often they do."""
-    pairs = []  # one number each
+    """The pairs of neighbouring items in both directions, in ascending order, and how often each occurs."""
+    pairs = []  # a pair is encoded as one number
     for first, second in _pairs(histories, NEIGHBOUR_WINDOW, seed):
         pairs += [first * num_items + second, second * num_items + first]
     unique, counts = torch.unique(torch.cat(pairs), return_counts=True)
@@ -154,17 +161,18 @@ def _neighbours(histories: Histories, num_items: int, seed: int) -> tuple[torch.
 def _positive_information(
     first: torch.Tensor, second: torch.Tensor, count: torch.Tensor, num_items: int
 ) -> torch.Tensor:
-    """How much more often than by chance, as a logarithm and at least 0, the second stand by the first."""
+    """(pairs,) positive pointwise mutual information of the items `first` and `second`, from their counts."""
     of_item = torch.zeros(num_items).index_add_(0, first, count)
     of_neighbour = torch.zeros(num_items).index_add_(0, second, count) ** NEIGHBOUR_POWER
     return (count / (of_item[first] * (of_neighbour / of_neighbour.sum())[second])).log().clamp(min=0)
 
 
 def _leading(matrix: torch.Tensor, transposed: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left singular vectors (rows, number) and values of a sparse matrix, the largest first, without the right ones.
+    """The leading left singular vectors (rows, number) and singular values of a sparse matrix, in descending order.
 
-    As `torch.svd_lowrank` (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1), but for rounding; of a million
-    items in far less time and memory.
+    The algorithm is that of `torch.svd_lowrank` (Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1), with
+    different rounding. For a million items it needs far less time and memory, partly because it does not compute the
+    right singular vectors.
     """
     basis = _orthonormal(matrix @ torch.randn(matrix.shape[1], number))
     for _ in range(POWER_ITERATIONS):
@@ -176,11 +184,11 @@ def _leading(matrix: torch.Tensor, transposed: torch.Tensor, number: int) -> tup
 
 
 def _orthonormal(basis: torch.Tensor) -> torch.Tensor:
-    """A basis (rows, few) of the same columns, written over it: QR would hold it three times."""
+    """An orthonormal basis (rows, columns) of the same column space, in place: QR would need three times the memory."""
     parts = basis.split(2**16)
     products = sum(part.double().T @ part.double() for part in parts)
     squares, turn = torch.linalg.eigh(products)
-    # What is smaller is rounding.
+    # Smaller eigenvalues are rounding errors.
     turn = torch.where(squares > 1e-12 * squares[-1], turn / squares.abs().sqrt(), 0).float()
     for part in parts:
         part.copy_(part @ turn)
@@ -188,7 +196,7 @@ def _orthonormal(basis: torch.Tensor) -> torch.Tensor:
 
 
 def _compressed(first: torch.Tensor, second: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
-    """(size, size), sparse, of places in order; with indices of 32 bits, which the library that multiplies takes."""
+    """A sparse CSR matrix (size, size) from sorted coordinates, with int32 indices, which MKL needs to multiply."""
     starts = torch.zeros(size + 1, dtype=torch.int32)
     starts[1:] = torch.bincount(first, minlength=size).cumsum(0)
     with warnings.catch_warnings():

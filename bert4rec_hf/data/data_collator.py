@@ -15,39 +15,41 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
 @dataclass
 class DataCollatorForMaskedItemPrediction:
-    """Mask items of histories for training; pad evaluation rows as they are.
+    """Masks items of training rows, and pads evaluation rows without masking them.
 
-    A row is a mapping with `input_ids`: a list, numpy array or torch tensor of token ids of any length. Rows that
-    have `labels` too are evaluation rows (`ranking_rows` makes them) and are not masked; their `history_ids`,
-    `exclude_ids` and `candidate_ids` are padded with 0. Other columns are left out.
+    A row is a mapping with `input_ids`: a list, numpy array or torch tensor of token ids of any length. A row with
+    `labels` is an evaluation row (see `ranking_rows`): it is not masked, and its `history_ids`, `exclude_ids` and
+    `candidate_ids` are padded with 0. Other columns are dropped.
 
-    Random numbers come from torch's global generator, which the Trainer seeds and data-loader workers get anew
-    every epoch: equal seeds give equal masks, epochs and workers differ.
+    Random numbers come from torch's global generator. The Trainer seeds it, and each data-loader worker gets a new
+    seed every epoch. So equal seeds give equal masks, while epochs and workers differ.
 
     Args:
         tokenizer: The catalogue.
-        mask_ratio: Probability of each item to become [MASK] (Sun et al. 2019, section 3.6), always [MASK], never
-            a random item. Every row that has items gets at least one.
-        last_item_ratio: Share of rows whose only mask is their last item, as in serving.
-        max_predictions: Most masks of a row; of more, a random part stays. None: no limit.
-        max_length: Longest row; None: the tokenizer's `model_max_length`.
-        random_windows: Of a longer history, take a random window instead of the newest items.
-        num_negatives: Items drawn for each training batch, with which all its labels are compared by the item
-            losses that are not the full softmax; 0: none.
-        negative_sampling: "uniform": each item at most once, all of them if `num_negatives` is larger than the
-            catalogue; "popularity": in proportion to the tokenizer's training counts, with replacement.
+        mask_ratio: Probability that an item is replaced by [MASK] (Sun et al. 2019, section 3.6). Unlike BERT, the
+            collator never inserts a random item. Every row with items gets at least one mask.
+        last_item_ratio: Share of rows in which only the last item is masked, as in serving.
+        max_predictions: Maximum number of masks in a row; surplus masks are removed at random. None: no limit.
+        max_length: Longest row. None: the tokenizer's `model_max_length`.
+        random_windows: Whether a history longer than `max_length` is cut to a random window. False: it is cut to its
+            newest items.
+        num_negatives: Number K of negative items drawn for each training batch. All labels of the batch share them.
+            The full softmax does not use them. 0: none.
+        negative_sampling: "uniform" draws each item at most once, and all items if `num_negatives` is larger than the
+            catalogue. "popularity" draws in proportion to the tokenizer's training counts, with replacement.
 
     Returns:
-        When called: `input_ids` and `attention_mask` (batch, length); `masked_positions` (batch, P), where P is the
-        largest number of masks in a row, padded with -1, and `labels` (batch, P) there, padded with -100. For
-        evaluation rows that have them, `history_ids`, `exclude_ids` and `candidate_ids`, (batch, longest). For training
-        rows with `num_negatives`, `negative_ids` (K,); by popularity, also `negative_log_probabilities` (K,), of each
-        negative to be drawn, and `positive_log_probabilities` (batch, P), of each label to be among the K draws, 0
-        where there is none. A label that the counts lack is taken as counted once.
+        The collator returns a batch when it is called. `input_ids` and `attention_mask` are (batch, length).
+        `masked_positions` is (batch, P), padded with -1, where P is the largest number of masks in a row. `labels` is
+        (batch, P), the items at these positions, padded with -100. Evaluation rows keep `history_ids`, `exclude_ids`
+        and `candidate_ids`, each (batch, longest). With `num_negatives`, training batches have `negative_ids` (K,).
+        With "popularity" they also have `negative_log_probabilities` (K,), the log probability that one draw gives the
+        negative, and `positive_log_probabilities` (batch, P), the log probability that a label is among the K draws, or
+        0 without a label. A label whose training count is 0 is treated as if it had been counted once.
 
     Raises:
-        TypeError: If a row has raw item ids, or numbers that are no integers.
-        ValueError: If a ratio is out of range, a token id is not of the tokenizer's, or the counts are missing.
+        TypeError: If a row has raw item ids, or numbers that are not integers.
+        ValueError: If a ratio is out of range, a token id is not in the tokenizer, or the training counts are missing.
     """
 
     tokenizer: Bert4RecTokenizer
@@ -100,7 +102,7 @@ class DataCollatorForMaskedItemPrediction:
         order = random.random(input_ids.shape)
         only_last = random.random(len(rows)) < self.last_item_ratio
         masked[only_last] = False
-        # A row that chance has left without a mask gets one; a row may be chosen to have its last item only.
+        # Rows without a mask get one: at the last item if `last_item_ratio` selected the row, else at a random item.
         needed = np.flatnonzero(~masked.any(axis=1) & (last >= 0))
         anywhere = np.where(is_item[needed], order[needed], -1.0).argmax(axis=1)
         masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True
@@ -115,7 +117,7 @@ class DataCollatorForMaskedItemPrediction:
         return batch | self._negatives(labels, random) if self.num_negatives else batch
 
     def _negatives(self, labels: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
-        """Drawn for labels (batch, P)."""
+        """The negatives of a batch, with their log probabilities, for labels (batch, P)."""
         num_items = self.tokenizer.num_items
         if self.negative_sampling == "uniform":
             items = random.choice(num_items, min(self.num_negatives, num_items), replace=False, shuffle=False)
@@ -140,8 +142,8 @@ class DataCollatorForMaskedItemPrediction:
         self, features: Sequence[Mapping[str, Any]], rows: list[np.ndarray]
     ) -> dict[str, torch.Tensor]:
         labels = [np.asarray(feature["labels"], dtype=np.int64) for feature in features]
-        # The label does not say where the [MASK] is: it is -100 for a target that the catalogue lacks, and such rows
-        # are ranked as well.
+        # The [MASK] is located in input_ids, not in labels: the label of a target outside the catalogue is -100, and
+        # such rows are ranked as well.
         masked_positions = _pad([(row == MASK_TOKEN_ID).nonzero()[0] for row in rows], -1)
         input_ids = _pad(rows, PAD_TOKEN_ID)
         batch = {
@@ -162,8 +164,8 @@ class DataCollatorForMaskedItemPrediction:
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self.tokenizer):
             raise ValueError(
-                f"token ids must lie between 0 and {len(self.tokenizer) - 1}, the tokenizer's last; got "
-                f"{ids.min()} to {ids.max()}: make them with this tokenizer"
+                f"token ids must lie between 0 and {len(self.tokenizer) - 1}, the largest id of the tokenizer; got "
+                f"{ids.min()} to {ids.max()}: make the rows with this tokenizer"
             )
 
     @staticmethod
@@ -175,8 +177,8 @@ def _token_ids(row: Any) -> np.ndarray:
     row = np.asarray(row)
     if len(row) and row.dtype.kind not in "iu":
         raise TypeError(
-            f"input_ids must be token ids, integers; got {row[0]!r}: tokenizer.item_ids_to_token_ids makes them of raw "
-            "item ids"
+            f"input_ids must be token ids, integers; got {row[0]!r}: convert raw item ids with "
+            "tokenizer.item_ids_to_token_ids"
         )
     return row.astype(np.int64, copy=False)
 
@@ -187,7 +189,7 @@ def _at(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
-    """(rows, longest row), filled up on the right; at least one column, without which no model or Trainer can do."""
+    """(rows, longest row), padded on the right. There is at least one column, because models need one."""
     padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
     for filled, row in zip(padded, rows, strict=True):
         filled[: len(row)] = row

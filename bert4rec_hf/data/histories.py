@@ -1,4 +1,4 @@
-"""The prepared folder as arrays: histories in token ids."""
+"""Reading a prepared folder: its histories as arrays of token ids."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 HISTORIES_FILE = "histories.parquet"
 PREPARATION_FILE = "preparation.json"
 PARTS = ("validation", "test")
-# Share of the training events, the newest, that "recent popularity" counts.
+# Share of the training events, counted from the newest, that the baseline "recent popularity" uses.
 RECENT_SHARE = 0.1
 
 
@@ -27,11 +27,11 @@ class Histories:
 
     Attributes:
         user_id: (users,) strings, in any number of chunks.
-        item_ids: (events,) token ids; 2, [UNK], for items that the catalogue lacks.
-        offsets: (users + 1,).
-        train_end: (users,) so many leading events train.
-        target_positions: For each of `PARTS`, (users,): the place of the target in the history, -1 if none.
-        timestamps: (events,) or None.
+        item_ids: (events,) int32 token ids; 2, that of [UNK], for an item that is not in the catalogue.
+        offsets: (users + 1,) int64, where each history starts and ends in `item_ids`.
+        train_end: (users,) number of leading events that train.
+        target_positions: For each of `PARTS`, (users,): the position of the target in the history, or -1 without one.
+        timestamps: (events,) numbers in the unit of the log, or None if the log has no times.
     """
 
     user_id: pa.Array | pa.ChunkedArray
@@ -49,11 +49,15 @@ class Histories:
         return self.places() < np.repeat(self.train_end, np.diff(self.offsets))
 
     def is_trained(self) -> np.ndarray:
-        """(events,) whether an event trains: it belongs to the training part, and its item to the catalogue."""
+        """(events,) whether an event belongs to the training part and its item to the catalogue."""
         return self.is_training() & (self.item_ids >= FIRST_ITEM_ID)
 
     def is_recent(self) -> np.ndarray:
-        """(events,) the newest tenth of the events that train: by time; without times of each history, one at least."""
+        """(events,) whether an event is in the newest tenth (`RECENT_SHARE`) of the trained events.
+
+        With timestamps, the tenth is taken over the whole log. Without, it is taken from each history, at least one
+        event.
+        """
         trained = self.is_trained()
         if self.timestamps is not None and trained.any():
             first = np.quantile(self.timestamps[trained], 1 - RECENT_SHARE, method="inverted_cdf")
@@ -62,24 +66,24 @@ class Histories:
         return trained & (self.places() >= np.repeat(first, np.diff(self.offsets)))
 
     def places(self) -> np.ndarray:
-        """(events,) the place of each in its history, from 0 on."""
+        """(events,) the position of each event in its history, from 0."""
         return np.arange(len(self.item_ids)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
 
 def read_prepared(
     folder: str | os.PathLike, tokenizer: Bert4RecTokenizer | None = None
 ) -> tuple[Histories, Bert4RecTokenizer, dict[str, Any]]:
-    """What `prepare` wrote.
+    """Read a folder that `prepare` wrote.
 
     Args:
         folder: The prepared folder.
-        tokenizer: Of a model that goes on training or is evaluated; None: the folder's own.
+        tokenizer: The tokenizer of a trained model that is trained further or evaluated. None: the folder's own.
 
     Returns:
-        The histories in the tokenizer's ids, the tokenizer, the content of preparation.json.
+        The histories in the tokenizer's token ids, the tokenizer, and the content of preparation.json.
 
     Raises:
-        ValueError: If the folder is no prepared one.
+        ValueError: If the folder is not a prepared folder.
     """
     check_prepared(folder)
     folder = Path(folder)
@@ -90,7 +94,7 @@ def read_prepared(
 
 
 def check_prepared(folder: str | os.PathLike) -> None:
-    """Raise ValueError if a folder is no prepared one."""
+    """Raise ValueError if a folder is not a prepared folder."""
     missing = [name for name in (HISTORIES_FILE, PREPARATION_FILE) if not (Path(folder) / name).is_file()]
     if missing:
         raise ValueError(
@@ -100,8 +104,13 @@ def check_prepared(folder: str | os.PathLike) -> None:
 
 
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
-    """Histories as `histories` makes them, in token ids."""
-    items = table["item_id"]  # in chunks: one array of strings holds 2 GiB of text at most
+    """Convert histories to token ids.
+
+    Args:
+        table: The table that `histories` returns, as an Arrow table, or histories.parquet of a prepared folder.
+        tokenizer: The catalogue.
+    """
+    items = table["item_id"]  # stays chunked, since one Arrow array of strings holds at most 2 GiB of text
     vocabulary = pa.array(tokenizer.items, items.type.value_type)
     indices = pc.index_in(pc.list_flatten(items), value_set=vocabulary)
     item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), UNK_TOKEN_ID).to_numpy()

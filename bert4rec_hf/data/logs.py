@@ -1,4 +1,4 @@
-"""The files of a raw log as an Ibis table: which they are, how they are written, which columns are ids."""
+"""Reading a raw log from files or data frames into an Ibis table."""
 
 import csv
 import glob
@@ -22,44 +22,47 @@ from .named_datasets import NAMED_DATASETS
 
 logger = logging.getLogger(__name__)
 
-SOURCE_ROW = "__source_row__"  # added by `read_log`: the row's place in the source
+SOURCE_ROW = "__source_row__"  # column that `read_log` adds: the number of the row in the source
 DELIMITERS = (",", "\t", ";", "|")
-# How dates and times must be written; of those without a time zone, none of them may have one.
+# Accepted spellings of dates and times. `WITHOUT_ZONE` is for columns in which no value may have a time zone.
 YEAR_FIRST = r"^\s*\d{4}[-/]"
 WITHOUT_ZONE = YEAR_FIRST + r"\d{1,2}[-/]\d{1,2}([ T]\s*\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?)?\s*$"
 
 
 def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id")) -> ir.Table:
-    """A CSV, TSV or Parquet log, or one in memory, as an Ibis table on a DuckDB connection of its own.
+    """Read a log from CSV, TSV or Parquet files, or from memory, as an Ibis table on its own DuckDB connection.
 
-    No more than first rows are read before the table is used. `SOURCE_ROW` is added, so that events of the same
-    time can keep the order that they have in the source.
+    The table is lazy: DuckDB reads the rows when the table is used. The column `SOURCE_ROW` is added, so that events
+    with the same time keep their order in the source.
 
     Args:
-        source: A file or a glob pattern, or a data frame of pandas or Polars, a `datasets.Dataset` or an Arrow table.
-            The files of a glob follow one another in the order of their names. A CSV file is UTF-8, starts with a
-            header, may be gzipped, and uses one of `DELIMITERS`.
-        id_columns: Columns of a CSV file that are read as text, so that leading zeros and long numbers
-            survive. The types of the other columns are guessed. Parquet files must agree in the types of these.
+        source: A file, a glob pattern, a data frame of pandas or Polars, a `datasets.Dataset`, or an Arrow table. The
+            files of a pattern are read in the order of their names. A CSV file must be UTF-8, start with a header and
+            use one of `DELIMITERS`; it may be gzipped.
+        id_columns: Columns of a CSV file to read as text, so that leading zeros and long numbers survive. The types of
+            the other columns are guessed. All Parquet files of a pattern must have the same types in these columns.
+
+    Returns:
+        The columns of the log and `SOURCE_ROW`.
 
     Raises:
-        TypeError: If the source is something else.
-        FileNotFoundError: If there is no such file, or none that matches the pattern.
+        TypeError: If the source is of another type.
+        FileNotFoundError: If the file does not exist, or no file matches the pattern.
         ValueError: If a file is empty, or neither CSV nor Parquet, or if the files differ in kind, in header or in the
             types of the id columns.
     """
-    if type(source).__module__ == "datasets.arrow_dataset":  # which is not imported for this
+    if type(source).__module__ == "datasets.arrow_dataset":  # comparing the name avoids importing datasets
         source = source.with_format("arrow")[:]
     if hasattr(source, "__arrow_c_stream__"):
         rows = pa.table(source)
         connection = connect()
-        # Ibis' own way meets issue 12101 of ibis-project/ibis.
+        # Registering the table through Ibis fails (ibis-project/ibis issue 12101).
         connection.con.register("log", rows.append_column(SOURCE_ROW, pa.array(np.arange(len(rows)))))
         return connection.table("log")
     if not isinstance(source, str | Path):
         raise TypeError(
-            f"expected the path of a log, a pattern, or a data frame; got {type(source).__name__}: for several files "
-            "give a pattern, or a table that ibis.read_parquet makes of them"
+            f"expected the path of a log, a pattern, or a data frame; got {type(source).__name__}: for several files, "
+            "give a pattern, or a table from ibis.read_parquet"
         )
     paths = _log_files(source)
     connection = connect()
@@ -71,27 +74,29 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
             names = pq.read_schema(paths[0]).names
             _check_names(paths[0], names)
             _check_columns(paths, id_columns)
-            # Names of files are no patterns, and folders such as day=2026-01-01 no columns; a column whose type is not
-            # the same in all files gets one that holds them all.
+            # File names are escaped, since DuckDB would read them as patterns, and folders such as day=2026-01-01 are
+            # not read as columns. A column with different types in different files gets a common type.
             files = [glob.escape(path) for path in paths]
             log = connection.read_parquet(files, hive_partitioning=False, union_by_name=True).select(names)
         else:
             delimiter, header = _csv_header(paths[0])
             for path in paths[1:]:
                 if _csv_header(path) != (delimiter, header):
-                    raise ValueError(f"{path} has another header than {paths[0]}; expected the same columns in each")
+                    raise ValueError(
+                        f"{path} has another header than {paths[0]}; expected the same columns in all files"
+                    )
             as_text = {column: "VARCHAR" for column in id_columns if column in header}
             try:
                 log = _read_csv(connection, paths, delimiter, types=as_text)
-            except duckdb.Error:  # whoever guesses types does not say in which line they could not
+            except duckdb.Error:  # the error of type guessing has no line number; reading as text gives one with it
                 text = dict.fromkeys(header, "VARCHAR")
                 _read_csv(connection, paths, delimiter, columns=text, auto_detect=False).count().execute()
                 raise
             times = [name for name, kind in log.schema().items() if kind.is_date() or kind.is_timestamp()]
             if times:
                 written = _read_csv(connection, paths, delimiter, types=as_text | dict.fromkeys(times, "VARCHAR"))
-                # DuckDB guesses which of 01/02/03 is the year, and drops a time zone that only some times have. Text
-                # is refused where a time is needed.
+                # DuckDB guesses which part of 01/02/03 is the year, and drops time zones that only some values have.
+                # Such columns are read as text, which `prepare` refuses as a time column.
                 patterns = {name: YEAR_FIRST if _has_zone(log[name].type()) else WITHOUT_ZONE for name in times}
                 clear = {name: written[name].re_search(pattern).all() for name, pattern in patterns.items()}
                 unclear = [name for name, all_are in written.aggregate(**clear).to_pyarrow().to_pylist()[0].items()
@@ -105,11 +110,11 @@ def read_log(source: Any, *, id_columns: Sequence[str] = ("user_id", "item_id"))
 
 
 def connect() -> Any:
-    """DuckDB in memory. Its temporary files, by default in the working directory, go where those of the machine do."""
+    """An in-memory DuckDB. Its temporary files go to the system's folder, not to the working directory."""
     folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
     connection = ibis.duckdb.connect(temp_directory=folder)
     if sys.stdout.isatty():
-        connection.raw_sql("SET enable_progress_bar = true")  # of queries that take more than two seconds
+        connection.raw_sql("SET enable_progress_bar = true")  # it appears for queries of more than two seconds
     return connection
 
 
@@ -121,8 +126,8 @@ def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, **options: 
         delim=delimiter,
         quote='"',
         escape='"',
-        comment="",  # else DuckDB may guess that lines starting with # are comments, and leave them out
-        sample_size=-1,  # all rows: else a value that the guessed type does not hold may be rounded to one that it does
+        comment="",  # otherwise DuckDB may take lines that start with # for comments and drop them
+        sample_size=-1,  # guess types from all rows, since a later value that does not fit may be rounded
         **options,
     )
 
@@ -130,7 +135,20 @@ def _read_csv(connection: Any, paths: Sequence[str], delimiter: str, **options: 
 def read_titles(
     item_titles: Mapping[str, str] | str | Path | None, item_column: str, catalogue: Iterable[str]
 ) -> dict[str, str] | None:
-    """The titles of the catalogue's items, from a mapping or a file."""
+    """Read the titles of the catalogue's items.
+
+    Args:
+        item_titles: Titles by raw item id; or a CSV or Parquet file with `item_column` and a column title. None: no
+            titles.
+        item_column: Column of the item ids.
+        catalogue: Raw item ids.
+
+    Returns:
+        Titles by raw item id, for the items of the catalogue that have one; None without titles.
+
+    Raises:
+        ValueError: If a column is missing, or no title belongs to an item of the catalogue.
+    """
     if item_titles is None:
         return None
     catalogue = list(catalogue)
@@ -148,15 +166,14 @@ def read_titles(
         pairs = set(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
         titles = dict(sorted(pairs, key=lambda pair: pair[1] or ""))
         if len(pairs) > len(titles):
-            logger.warning("%s has %d titles too many, for items that have one: of each the last by alphabet is taken",
-                           item_titles, len(pairs) - len(titles))  # fmt: skip
-    # A missing title of a data frame is NaN.
+            logger.warning("%s has several titles for some items, %d more than it needs: the last in alphabetical "
+                           "order is used", item_titles, len(pairs) - len(titles))  # fmt: skip
+    # Data frames represent a missing title as NaN.
     found = {item: titles[item] for item in catalogue if isinstance(titles.get(item), str) and titles[item]}
     if not found:
         raise ValueError(
-            f"none of the {len(titles)} titles belongs to an item of the catalogue, whose ids look like "
-            f"{', '.join(map(repr, catalogue[:3]))}; those of the titles like "
-            f"{', '.join(map(repr, list(titles)[:3]))}"
+            f"none of the {len(titles)} titles belongs to an item of the catalogue: the ids of the catalogue look like "
+            f"{', '.join(map(repr, catalogue[:3]))}, those of the titles like {', '.join(map(repr, list(titles)[:3]))}"
         )
     if len(found) < len(catalogue):
         logger.warning("%d of %d items have no title", len(catalogue) - len(found), len(catalogue))
@@ -193,11 +210,14 @@ def _has_zone(kind: Any) -> bool:
 
 
 def _check_columns(paths: Sequence[str], id_columns: Sequence[str]) -> None:
-    """Raise unless all files have the columns of the first, and ids of one type: else 7 and '007' would be two."""
+    """Raise unless all files have the columns of the first, and the same types of ids.
+
+    With different types, the ids 7 and '007' of the same item would become two items.
+    """
     seen: dict[str, tuple[str, pa.DataType]] = {}
     first_names = [name.lower() for name in pq.read_schema(paths[0]).names]
     for path in paths if len(paths) > 1 else ():
-        kinds = {field.name.lower(): field.type for field in pq.read_schema(path)}  # DuckDB knows no case of names
+        kinds = {field.name.lower(): field.type for field in pq.read_schema(path)}  # DuckDB's names ignore case
         missing = [name for name in first_names if name not in kinds]
         if missing:
             raise ValueError(f"{path} lacks the column {missing[0]!r}, which {paths[0]} has")
@@ -214,7 +234,7 @@ def _check_columns(paths: Sequence[str], id_columns: Sequence[str]) -> None:
 
 
 def _id_type(kind: pa.DataType) -> pa.DataType:
-    """One type for all whose ids have the same text."""
+    """The type that stands for all types whose ids have the same text, such as int64 for every integer type."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_integer(kind):
         return pa.int64()
@@ -223,7 +243,7 @@ def _id_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _csv_header(path: str) -> tuple[str, list[str]]:
-    """The delimiter and the column names of a CSV file; raises if it is no text or has no header."""
+    """The delimiter and the column names of a CSV file. Raises if the file is not text or has no header."""
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
         line = file.readline(1 << 20)
     try:
@@ -239,7 +259,7 @@ def _csv_header(path: str) -> tuple[str, list[str]]:
     except csv.Error as error:
         raise ValueError(
             f"the first line of {path} is no CSV header ({error}); expected lines that end with \\n or \\r\\n: "
-            "convert the file first, as tr '\\r' '\\n' does where lines end with \\r"
+            "convert the file first, for example with tr '\\r' '\\n' if its lines end with \\r"
         ) from error
     delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))
     _check_names(path, headers[delimiter])

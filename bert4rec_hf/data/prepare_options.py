@@ -17,37 +17,37 @@ class PrepareOptions:
     """How a raw log becomes histories.
 
     Attributes:
-        user_column: Text or integers; cast to text.
-        item_column: Text or integers; cast to text.
-        time_column: Numbers or timestamps; None for a log that has only a sequence column. Decimals become int64 or,
-            if they have decimal places, float64.
-        sequence_column: Numbers or timestamps that order the events of the same time, or all events if there is no
-            time. With it, the order of the log's rows does not matter. None: no sequence; but a log without the
-            default column "timestamp" is ordered by its column "position", if it has one.
-        rating_column: Column that `min_rating` filters by.
+        user_column: Column of the user ids: text or integers, which are cast to text.
+        item_column: Column of the item ids: text or integers, which are cast to text.
+        time_column: Column of the times: numbers or timestamps. Decimals are converted to int64, or to float64 if they
+            have decimal places. None: the log has only a sequence column.
+        sequence_column: Column of numbers or timestamps that orders events of the same time, or all events of a log
+            without times. With it, the order of the rows in the log does not matter. None: no sequence column, except
+            that a log without the column "timestamp" is ordered by its column "position" if it has one.
+        rating_column: Column of the ratings, which `min_rating` filters by.
         min_rating: Events rated lower, or not rated (null or NaN), are left out.
         min_user_events: Users with fewer events are left out. Users and items are filtered in turns until nothing
             changes (the k-core).
         min_item_events: Items with fewer events are left out.
-        duplicates: What happens to a user's repeated events of an item. "keep": all stay. "drop": the first stays.
-            "drop_consecutive": an event is left out if the user's event just before it has the same item.
-            "drop_identical": of events with the same user, item, time and sequence one stays. A log that was sent
-            twice has such events.
-        event_columns: Columns of the log to carry along.
+        duplicates: What happens to a user's repeated events of an item. "keep" keeps all of them. "drop" keeps the
+            first. "drop_consecutive" drops an event if the user's previous event has the same item. "drop_identical"
+            keeps one of the events with the same user, item, time and sequence number, for logs that contain events
+            twice by mistake.
+        event_columns: Columns of the log that are copied into the histories.
         split: How targets are held out. "leave-one-out": a user's last item is the test target, and the second last
             the validation target. Users with fewer than 3 events train only. The k-core is that of the whole log.
             "temporal": one cut in time for all users. A user's target is the first event at or after the cut. The
-            k-core is that of the events before the validation cut. It decides who trains; all users and events stay.
-            "none": no targets, all events train. This is for a model that serves, after a split has told how good it
-            is.
+            k-core is that of the events before the validation cut. It decides which users train; all users and events
+            stay. "none": there are no targets and all events train. This is for the model that serves, after its
+            recipe has been evaluated with another split.
         validation: Whether validation targets are held out. False: these events train, and a temporal split has one
             cut.
-        validation_cut: Cut of a temporal split; events before it train. A share of all events between 0 and 1, a
-            value of the time column, or an ISO date in UTC. If times are numbers, a date means seconds since 1970, or
-            milli-, micro- or nanoseconds if the numbers are that large. None: 0.8.
-        test_cut: Cut of the test part, given like `validation_cut`. None: 0.9.
+        validation_cut: Cut of a temporal split: events before it train. It is a share of all events between 0 and 1, a
+            value of the time column, or an ISO date in UTC. If times are numbers, a date is converted to seconds since
+            1970, or to milli-, micro- or nanoseconds if the numbers are that large. None: 0.8.
+        test_cut: Cut of the test part, in the same forms as `validation_cut`. None: 0.9.
         item_titles: Titles by raw item id, or a CSV or Parquet file with `item_column` and a column `title`.
-        max_length: Longest input of the model. None: `default_max_length`.
+        max_length: Longest input of the model, the [MASK] included. None: `default_max_length`.
         filter_seen_items: Whether serving leaves out a user's past items. None: `default_filter_seen_items`.
 
     Raises:
@@ -61,8 +61,8 @@ class PrepareOptions:
     sequence_column: str | None = field(
         default=None,
         metadata={
-            "help": "Orders events of the same time, or all where there is no time; default there: position, if the "
-            "log has it."
+            "help": "Column that orders events of the same time, or all events of a log without times; by default "
+            "position, if a log without times has that column."
         },
     )
     rating_column: str = field(default="rating", metadata={"help": "Column of the ratings, for --min_rating."})
@@ -73,35 +73,42 @@ class PrepareOptions:
         default="keep",
         metadata={
             "choices": DUPLICATES,
-            "help": "A user's repeated events of an item: keep all, the first, the first of each run, or of those of "
-            "the same time one.",
+            "help": "What happens to a user's repeated events of an item. keep: all stay; drop: the first stays; "
+            "drop_consecutive: the first of each run stays; drop_identical: one of those with the same time stays.",
         },
     )
     event_columns: list[str] = field(
-        default_factory=list, metadata={"action": "extend", "help": "Columns to carry along."}
+        default_factory=list, metadata={"action": "extend", "help": "Columns to copy into the histories."}
     )
     split: str = field(
         default="leave-one-out",
         metadata={
             "choices": SPLITS,
-            "help": "How targets are held out; none: all events train, for a model that serves.",
+            "help": "How targets are held out. leave-one-out: the last two items of each user; temporal: the first "
+            "event after a cut in time; none: no targets, all events train, for the model that serves.",
         },
     )
-    validation: bool = field(
-        default=True, metadata={"help": "Hold out validation targets too; false: only those of the test."}
-    )
-    # The command line reads the second type of a union: text, which `resolve_cuts` understands.
+    validation: bool = field(default=True, metadata={"help": "Hold out validation targets as well as test targets."})
+    # The command line parses the second type of a union, here text, which `resolve_cuts` converts.
     validation_cut: float | str | date | None = field(
-        default=None, metadata={"help": "Temporal split: a share of the events, a time or an ISO date; default 0.8."}
+        default=None,
+        metadata={
+            "help": "Temporal split: where the validation part begins, as a share of the events, a time or an ISO "
+            "date; default 0.8."
+        },
     )
     test_cut: float | str | date | None = field(
-        default=None, metadata={"help": "Likewise, of the test part; default 0.9."}
+        default=None,
+        metadata={
+            "help": "Temporal split: where the test part begins, as a share of the events, a time or an ISO date; "
+            "default 0.9."
+        },
     )
     item_titles: Mapping[str, str] | str | Path | None = field(
-        default=None, metadata={"help": "CSV or Parquet file with the item column and a column title."}
+        default=None, metadata={"help": "CSV or Parquet file of titles, with the item column and a column title."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Of the model's input; chosen from the log if left out."}
+        default=None, metadata={"help": "Longest input of the model; chosen from the log if left out."}
     )
     filter_seen_items: bool | None = field(
         default=None, metadata={"help": "Never recommend a user's past items; chosen from the log if left out."}
@@ -126,17 +133,21 @@ class PrepareOptions:
             if cut is not None and self.split != "temporal":
                 raise ValueError(
                     f"{name} is for --split temporal; got {cut} with the split {self.split}: leave it out, or choose "
-                    "that split"
+                    "--split temporal"
                 )
         if self.validation_cut is not None and not self.validation:
             raise ValueError(
-                f"without validation targets there is no validation_cut; got {self.validation_cut}: leave it out, or "
-                "--validation false"
+                f"validation_cut needs validation targets; got {self.validation_cut} with --validation false: leave "
+                "one of the two out"
             )
 
     @classmethod
     def of(cls, options: "PrepareOptions | None", changes: Mapping[str, Any]) -> "PrepareOptions":
-        """The options, or the defaults, with some of them changed.
+        """Return the options, or the defaults, with some fields changed.
+
+        Args:
+            options: None: the defaults.
+            changes: New values by field name.
 
         Raises:
             TypeError: If a name is no option.

@@ -1,4 +1,4 @@
-"""From histories to the rows that train and the rows that are ranked (`datasets.Dataset`)."""
+"""From histories to training rows and ranking rows (`datasets.Dataset`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,21 +18,22 @@ from .histories import PARTS, Histories
 def training_rows(
     histories: Histories, *, max_length: int | None = None, windows: str = "whole", window_step: float = 0.5
 ) -> Dataset:
-    """The training part of each history that has one.
+    """Rows for training: the training part of each history. Histories without one are left out.
 
     Args:
-        histories: As `read_prepared` returns them.
-        max_length: Of the model; not needed for whole histories.
-        windows: "whole": each history once, whole; the data collator cuts the windows. "proportional": the same, but a
-            history of n items stands in the dataset ceil(n / max_length) times, so that an epoch draws windows in
-            proportion to its length. "sliding": every window of max_length items, counted back from the newest.
-        window_step: How far a sliding window moves, as a share of max_length.
+        histories: Histories from `read_prepared`.
+        max_length: Longest input of the model. Not needed with `windows="whole"`.
+        windows: "whole": each history is one uncut row; the data collator cuts windows. "proportional": a history of n
+            items is ceil(n / max_length) uncut rows, so that the number of windows in an epoch is proportional to its
+            length. "sliding": one row for each window of `max_length` items, starting from the newest items.
+        window_step: Distance between two sliding windows, as a share of `max_length`.
 
     Returns:
-        user_id (string), input_ids (list<int32>).
+        Columns user_id (string) and input_ids (list<int32>).
 
     Raises:
-        ValueError: If `windows` is unknown or lacks a `max_length`, or if nobody has a training part.
+        ValueError: If `windows` is unknown, if it needs a `max_length` and gets none, or if no history has a training
+            part.
     """
     if windows not in ("whole", "proportional", "sliding"):
         raise ValueError(f"windows must be whole, proportional or sliding; got {windows!r}")
@@ -43,7 +44,7 @@ def training_rows(
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
     lengths = np.diff(offsets)
     if not lengths.any():
-        raise ValueError("no history has a training part; prepare a log with more events a user")
+        raise ValueError("no history has a training part; prepare a log with more events per user")
     rows = Dataset(pa.table({"user_id": histories.user_id, "input_ids": lists}))
     if windows == "whole":
         return rows.select(np.flatnonzero(lengths))
@@ -56,7 +57,7 @@ def training_rows(
     steps = np.concatenate([np.arange(number) for number in num_windows])
     ends = np.repeat(offsets[1:], num_windows) - steps * step
     starts = np.maximum(ends - max_length, np.repeat(offsets[:-1], num_windows))
-    # The oldest window is as long as the others.
+    # The oldest window is extended to the length of the others.
     ends = np.minimum(starts + max_length, np.repeat(offsets[1:], num_windows))
     token_ids = histories.item_ids[kept]
     cut = _lists([token_ids[start:end] for start, end in zip(starts, ends, strict=True)])
@@ -64,19 +65,19 @@ def training_rows(
 
 
 def stream_training_rows(files: str | Path | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
-    """The rows of `training_rows`, read as they are needed: for histories that do not fit into memory.
+    """Training rows that are read from disk as they are needed, for histories that do not fit into memory.
 
     Args:
-        files: Parquet files as `histories` or `prepare` writes them, paths or glob patterns. Processes and data-loader
-            workers share them out; with as many files as there are of these, each reads its own only.
+        files: Parquet files of histories, as `prepare` writes them: paths or glob patterns. Processes and data-loader
+            workers share the files. With at least as many files as workers, each worker reads only its own files.
         tokenizer: The catalogue.
 
     Returns:
-        input_ids (list<int32>); histories without a training part are left out.
+        Column input_ids (list<int32>). Histories without a training part are left out.
     """
     files = str(files) if isinstance(files, Path) else files
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    # Functions of the module, which data-loader workers can be sent.
+    # Data-loader workers can pickle functions of a module, but no lambdas.
     rows = rows.map(_tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows.column_names)
     return rows.filter(_has_items)
 
@@ -98,22 +99,23 @@ def ranking_rows(
     filter_seen_items: bool,
     max_length: int | None = None,
 ) -> Dataset:
-    """One row for each user that has a target: what serving would get, and the target.
+    """Rows for evaluation: for each user with a target, the input that serving would get, and the target.
 
     Args:
-        histories: As `read_prepared` returns them.
+        histories: Histories from `read_prepared`.
         tokenizer: Appends the [MASK].
         part: "validation" or "test".
-        filter_seen_items: Whether a user's past items are excluded, those before the window as well.
-        max_length: Of the model; None: the tokenizer's.
+        filter_seen_items: Whether the user's past items are excluded, including those before the window.
+        max_length: Longest input of the model. None: the tokenizer's `model_max_length`.
 
     Returns:
-        user_id; input_ids ending with [MASK]; labels, -100 but for the target in the [MASK]'s place, and there
-        too if the catalogue lacks the target; history_ids, the known items before the target, uncut; exclude_ids;
-        history_length, the number of events before the target.
+        Columns user_id (string); input_ids (list<int32>), which end with [MASK]; labels (list<int32>), the target at
+        the position of the [MASK] and -100 elsewhere, also for a target outside the catalogue; history_ids
+        (list<int32>), all known items before the target; exclude_ids (list<int32>); history_length (int32), the number
+        of events before the target.
 
     Raises:
-        ValueError: If `part` is neither.
+        ValueError: If `part` is neither "validation" nor "test".
     """
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}; got {part!r}")
@@ -133,7 +135,7 @@ def ranking_rows(
     labels = np.full(len(input_ids.values), IGNORE_INDEX, np.int32)
     labels[input_ids.offsets.to_numpy()[1:] - 1] = np.where(targets == UNK_TOKEN_ID, IGNORE_INDEX, targets)
     table = {
-        # Not take, which makes one array of the chunks.
+        # `filter` keeps the chunks; `take` would concatenate them into one array, which may be too large.
         "user_id": histories.user_id.filter(pa.array(histories.target_positions[part] >= 0)),
         "input_ids": input_ids,
         "labels": pa.ListArray.from_arrays(input_ids.offsets, pa.array(labels)),
@@ -145,16 +147,20 @@ def ranking_rows(
 
 
 def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: int = 100, seed: int = 42) -> Dataset:
-    """Evaluation rows with `candidate_ids`: items to rank the target among, as in Sun et al. 2019, section 4.2.
+    """Add `candidate_ids` to evaluation rows: sampled items to rank the target among (Sun et al. 2019, section 4.2).
 
-    They are drawn by popularity, each once, among the items that the user never had. A metric of them is no metric of
-    the catalogue and may order models differently (Krichene & Rendle, KDD 2020).
+    The candidates of a user are drawn by popularity, without replacement, among the items that the user never had. A
+    metric over sampled candidates differs from the metric over the catalogue and may order models differently
+    (Krichene & Rendle, KDD 2020).
 
     Args:
-        rows: Of `ranking_rows`.
-        histories: Those of the rows; popularity is the number of events in their training part.
-        num_candidates: Fewer, where a user has had all but so many of the items that occur.
+        rows: Rows from `ranking_rows`.
+        histories: The histories of the rows. The popularity of an item is its number of events in the training part.
+        num_candidates: Number of candidates per user. A user for whom fewer items are left gets fewer.
         seed: Equal seeds give equal candidates.
+
+    Returns:
+        The rows with the column candidate_ids (list<int32>).
     """
     counts = np.bincount(histories.item_ids[histories.is_trained()])
     cumulative, occurring = counts.cumsum(), np.flatnonzero(counts)
@@ -166,10 +172,10 @@ def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: i
         random = np.random.default_rng((seed, users[user_id]))
         others = np.setdiff1d(occurring, had, assume_unique=True)
         wanted, drawn = min(num_candidates, len(others)), np.zeros(0, np.int64)
-        if len(others) < 10 * num_candidates:  # the last of few would be long in coming: the same by a race of all
+        if len(others) < 10 * num_candidates:  # rejection is slow for few items; exponential races sample the same way
             drawn = others[(random.standard_exponential(len(others)) / counts[others]).argsort()]
         while len(drawn) < wanted:
-            # Drawn one after the other, with what has come before and what the user has had passed over.
+            # Items are drawn in sequence. Items that were drawn before, or that the user has had, are rejected.
             draws = random.integers(cumulative[-1], size=4 * num_candidates)
             more = cumulative.searchsorted(draws, side="right")
             items, first = np.unique(np.concatenate((drawn, more[~np.isin(more, had)])), return_index=True)
@@ -179,19 +185,19 @@ def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: i
 
 
 def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
-    """A column of int32 lists; pa.array would make a Python object of every number."""
+    """A column of int32 lists, built from flat arrays: pa.array would make a Python object of every number."""
     offsets = np.cumsum([0, *map(len, rows)])
     values = np.concatenate([np.zeros(0, np.int32), *rows])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
 
 
 def target_ids_of(rows: Dataset) -> np.ndarray:
-    """(users,) the targets of `ranking_rows` as token ids; -100 for one that the catalogue lacks."""
+    """(users,) the targets of `ranking_rows` as token ids; -100 for a target outside the catalogue."""
     labels, lengths = list_values(rows, "labels")
     return labels[lengths.cumsum() - 1]
 
 
 def list_values(rows: Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a list column, and the length of each row's."""
+    """The values of a list column as one flat array, and (rows,) the length of each list."""
     lists = rows.with_format("arrow")[name][:]
     return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()

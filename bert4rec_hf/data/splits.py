@@ -1,4 +1,4 @@
-"""Which events train and which are targets: the k-core, the cuts in time, one history a user (Ibis)."""
+"""Splits: the k-core, the cuts in time, and one history per user with the positions of its targets (Ibis)."""
 
 import weakref
 from collections.abc import Sequence
@@ -9,15 +9,16 @@ from typing import Any
 import ibis
 import ibis.expr.types as ir
 
-DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9  # shares of the events
+# Shares of the events that lie before the cuts.
+DEFAULT_VALIDATION_CUT, DEFAULT_TEST_CUT = 0.8, 0.9
 
 
 def stored_table(table: ir.Table) -> ir.Table:
-    """The table, computed once and dropped when nothing refers to it any more."""
+    """Compute the table once and store it. It is dropped when nothing refers to it any more."""
     connection = table.get_backend()
     if connection.name != "duckdb":
         return table.cache()
-    # Ibis 12 cannot drop what `cache` made if sqlglot is 30.18 or later (ibis-project/ibis issue 12101).
+    # Ibis 12 cannot drop a cached table with sqlglot 30.18 or later (ibis-project/ibis issue 12101).
     name = ibis.util.gen_name("bert4rec")
     stored = connection.create_table(name, table, temp=True)
     weakref.finalize(stored.op(), connection.raw_sql, f'DROP TABLE IF EXISTS "{name}"').atexit = False
@@ -25,16 +26,19 @@ def stored_table(table: ir.Table) -> ir.Table:
 
 
 def event_order(events: ir.Table) -> dict[str, ir.Column]:
-    """The columns that order a user's events, first things first."""
+    """The columns that order a user's events, in descending priority."""
     return {name: events[name] for name in ("timestamp", "_sequence", "_tie") if name in events.columns}
 
 
 def k_core(
     events: ir.Table, min_user_events: int, min_item_events: int
 ) -> tuple[ir.Table, ir.Table] | tuple[None, None]:
-    """The k-core: tables of the users and items that have enough events with each other (None: no filter).
+    """The k-core: the users and the items that have enough events with each other.
 
-    Only the two small tables are kept from round to round, so that a large log is not copied.
+    Only the two small tables are stored from round to round, so that a large log is not copied.
+
+    Returns:
+        Tables with the columns user_id and item_id; (None, None) if both minimums are 1, which filters nothing.
     """
     if min_user_events <= 1 and min_item_events <= 1:
         return None, None
@@ -55,15 +59,16 @@ def _frequent(events: ir.Table, column: str, minimum: int) -> ir.Table:
 
 
 def resolve_cuts(events: ir.Table, *cuts: float | str | date) -> list[Any]:
-    """The cuts, of validation and test or of test alone, as values of the time column.
+    """Convert the cuts, (validation, test) or (test,), to values of the time column.
 
-    Raises if a part of the split would have no events.
+    Raises:
+        ValueError: If a cut cannot be read, if the cuts are not in order, or if a part of the split has no events.
     """
     num_events = int(events.count().execute())
     values = [_cut_value(events, num_events, cut) for cut in cuts]
     if len(values) == 2 and not values[0] < values[1]:
         raise ValueError(
-            f"validation_cut must lie before test_cut; {cuts[0]} and {cuts[1]} mean the times "
+            f"validation_cut must lie before test_cut; got {cuts[0]} and {cuts[1]}, which mean the times "
             f"{plain_time(values[0])} and {plain_time(values[1])}"
         )
     time = events.timestamp
@@ -76,15 +81,15 @@ def resolve_cuts(events: ir.Table, *cuts: float | str | date) -> list[Any]:
         first, last = plain_time(row["first"]), plain_time(row["last"])
         raise ValueError(
             f"cuts at {' and '.join(str(plain_time(value)) for value in values)} leave {parts[0]} events "
-            f"before{between} and {parts[-1]} after them; expected some in each. The log goes from {first} to {last} "
-            "(where times are numbers, a date is seconds since 1970, or a finer unit); choose other --validation_cut "
-            "and --test_cut"
+            f"before{between} and {parts[-1]} after them; expected some in each part. The log goes from {first} to "
+            f"{last} (if times are numbers, a date is converted to seconds since 1970, or to a finer unit); choose "
+            "another --validation_cut and --test_cut"
         )
     return values
 
 
 def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
-    """A share, a value, or a date as a value of the time column."""
+    """Convert a cut, which is a share of the events, a value or a date, to a value of the time column."""
     kind = events.timestamp.type()
     if isinstance(cut, str):
         try:
@@ -102,11 +107,12 @@ def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         if not kind.is_timestamp():
             seconds, last = int(moment.timestamp()), events.timestamp.max().to_pyarrow().as_py()
-            # Of seconds, milli-, micro- and nanoseconds, the finest in which the date is not behind the log's end.
+            # The unit is the finest of seconds, milli-, micro- and nanoseconds in which the date is not after the
+            # log's last event.
             return seconds * max((unit for unit in (1, 10**3, 10**6, 10**9) if seconds * unit <= last), default=1)
         return moment if kind.timezone else moment.replace(tzinfo=None)
     if 0 < cut < 1:
-        # Exact, where a quantile would interpolate between two times.
+        # The time of an event is exact; a quantile would interpolate between two times.
         times = events.select("timestamp").order_by("timestamp").limit(1, offset=int(cut * num_events + 1e-9))
         return times.timestamp.max().to_pyarrow().as_py()
     if kind.is_timestamp():
@@ -121,16 +127,19 @@ def collect_histories(
     cuts: Sequence[Any] | None = None,
     users: ir.Table | None = None,
 ) -> ir.Table:
-    """One row a user, with the positions of the split: the last events, or temporal if cuts are given.
+    """Collect the events of each user into one row, with the positions of the split.
 
     Args:
-        events: What is to be in the histories.
-        event_columns: As in `histories`.
-        num_targets: Of a user: 2 for validation and test, 1 for test, or 0.
-        cuts: As many, in this order.
-        users: With cuts: the users that train (None: all).
+        events: The events of the histories.
+        event_columns: Columns to collect beside item_id and timestamp.
+        num_targets: Number of targets per user: 2 for validation and test, 1 for test, 0 for none.
+        cuts: `num_targets` values of the time column for a temporal split. None: the last events are the targets.
+        users: The users that train in a temporal split. None: all.
+
+    Returns:
+        The columns that `histories` documents.
     """
-    # A sorted array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
+    # Sorting an array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
     fields = event_order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
     before = {f"_before_{number}": (events.timestamp < cut).sum() for number, cut in enumerate(cuts or ())}
     table = events.group_by("user_id").aggregate(
@@ -141,7 +150,8 @@ def collect_histories(
     nothing = ibis.null("int32")
     if cuts is None:
         has_targets = table._number > num_targets
-        ends = [table._number - number for number in range(num_targets, -1, -1)]  # of training part and targets
+        # The end of the training part, and the end of each target.
+        ends = [table._number - number for number in range(num_targets, -1, -1)]
         train_end = has_targets.ifelse(ends[0], table._number)
         positions = [has_targets.ifelse(end.cast("int32"), nothing) for end in ends[:-1]]
     else:
@@ -163,5 +173,5 @@ def collect_histories(
 
 
 def plain_time(value: Any) -> Any:
-    """A time as JSON has it."""
+    """A time as a value that JSON can hold."""
     return value.isoformat() if isinstance(value, date) else value

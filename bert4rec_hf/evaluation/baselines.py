@@ -15,26 +15,29 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.history_scores import HistoryScores, Pairs, values_of
 from ..model.losses import IGNORE_INDEX
 
-# Rows ranked at once.
+# Number of rows that are ranked at once.
 ROWS_PER_BATCH = 256
 # Scaled so that popularity (< 1) only breaks ties.
 SCALE_OVER_POPULARITY = 1e6
 
 
 def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.ndarray]:
-    """Ranks of rankings without a model, under the protocol of `rows`.
+    """Rank the targets of `rows` with baselines, which need no trained model.
 
     Args:
-        rows: Of `ranking_rows`.
-        histories: That the rows are of. Their training part is what is counted.
-        num_items: Of the catalogue.
+        rows: Rows from `ranking_rows`. Their excluded items are excluded here too.
+        histories: The histories of the rows. The baselines are counted in their training part.
+        num_items: Number of items in the catalogue.
 
     Returns:
-        (users,) ranks of: "popularity", the number of training events; "recent popularity", of the newest tenth
-        of them; "last-item co-occurrence", how often an item follows the history's last item in the training
-        part; "transitions", see `transition_ranks`, unless items are too many; and, unless seen items are filtered,
-        "personal popularity", how often an item stands in the user's own history, also before what a row holds. Ties
-        are broken by popularity.
+        For each baseline, (users,) ranks of the targets: from 1, or 0 for a target that is never shown. Ties between
+        items are broken by popularity. The baselines are:
+
+        - "popularity": the number of training events of an item.
+        - "recent popularity": the same, among the newest tenth of the training events.
+        - "last-item co-occurrence": how often an item directly follows the history's last item in the training part.
+        - "transitions": see `transition_ranks`. Left out for catalogues for which the defaults count no transitions.
+        - "personal popularity": how often the user's whole history has an item. Left out if seen items are filtered.
     """
     size = num_items + FIRST_ITEM_ID
     training = histories.is_trained()
@@ -66,14 +69,20 @@ def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[
     return ranks
 
 
-# The name that the function had.
+# The former name of the function.
 floors = baseline_ranks
 
 
 def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
-    """(users,) ranks by the transitions that the defaults add to a model's scores, without a network.
+    """Rank the targets by the transitions that the defaults add to a model's scores, without a network.
 
-    Ties are broken by popularity.
+    Args:
+        rows: Rows from `ranking_rows`.
+        histories: The histories of the rows. The transitions are counted in their training part.
+        num_items: Number of items in the catalogue.
+
+    Returns:
+        (users,) ranks; ties are broken by popularity.
     """
     config = Bert4RecConfig(
         vocab_size=num_items + FIRST_ITEM_ID, num_transitions=default_num_transitions(num_items), hidden_size=2,
@@ -85,29 +94,29 @@ def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.
 
 
 def personal_popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
-    """(users,) ranks of the baseline "personal popularity" alone, see `baseline_ranks`."""
+    """(users,) ranks of the baseline "personal popularity" only; see `baseline_ranks`."""
     scores = HistoryScores(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, repeat_weight=1.0))
     return _history_ranks(rows, histories, num_items, scores)
 
 
 def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
-    """(users,) ranks of the baseline "popularity" alone, see `baseline_ranks`; some seconds for a million users."""
+    """(users,) ranks of the baseline "popularity" only; see `baseline_ranks`. Takes seconds for a million users."""
     return _frequency_ranks(rows, histories.item_ids[histories.is_trained()], num_items)
 
 
 def _history_ranks(
     rows: Dataset, histories: Histories, num_items: int, scores: Callable[[torch.Tensor], Pairs]
 ) -> np.ndarray:
-    """(users,) ranks of the targets by what a history adds to some items, ties broken by popularity.
+    """(users,) ranks of the targets by scores that a history gives to some items; ties are broken by popularity.
 
-    No item is looked at but those pairs and the excluded ones: `search`, which scores the whole catalogue, would take
-    hours for a million users and items.
+    Only the items of these pairs and the excluded items are scored. `search` scores the whole catalogue, which would
+    take hours for a million users and items.
 
     Args:
-        scores: From histories (batch, length), padded with 0 in front, to `Pairs`.
+        scores: Maps histories (batch, length), padded with 0 on the left, to `Pairs`.
     """
     counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=num_items + FIRST_ITEM_ID)
-    popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than any pair adds
+    popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than the value of any pair
     ascending = popularity[FIRST_ITEM_ID:].sort().values
     columns = [_tensors(rows, name) for name in ("history_ids", "exclude_ids")]
     targets, ranks = torch.from_numpy(target_ids_of(rows)).long(), []
@@ -132,18 +141,18 @@ def _history_ranks(
 
 
 def _tensors(rows: Dataset, name: str) -> list[torch.Tensor]:
-    """The rows of a list column."""
+    """The lists of a list column, as tensors."""
     values, lengths = list_values(rows, name)
     return list(torch.from_numpy(values.copy()).long().split(lengths.tolist()))
 
 
 def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(rows, longest), padded with 0 in front; at least one column."""
+    """(rows, longest), padded with 0 on the left. There is at least one column."""
     return nn.utils.rnn.pad_sequence([torch.zeros(1, dtype=torch.long), *parts], True, 0, padding_side="left")[1:]
 
 
 def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.ndarray:
-    """(users,) ranks of the targets by how often each item stands in `item_ids`."""
+    """(users,) ranks of the targets by how often each item occurs in `item_ids`."""
     counts = np.bincount(item_ids, minlength=num_items + FIRST_ITEM_ID)
     targets = target_ids_of(rows)
     excluded, lengths = list_values(rows, "exclude_ids")

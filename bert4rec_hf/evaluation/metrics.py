@@ -1,4 +1,4 @@
-"""Ranks -> HR, NDCG, MRR."""
+"""Ranking metrics, HR, NDCG and MRR, from the ranks of the targets."""
 
 from collections.abc import Mapping
 
@@ -10,19 +10,19 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 COVERAGE_CUTOFF = 10
-# In tables; all of them are stored.
+# Metrics that tables show. evaluation.json has all of them.
 SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
 SAMPLED_METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 
 
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
-    """HR, NDCG and MRR of one target a user.
+    """HR, NDCG and MRR, with one target per user.
 
     Args:
-        ranks: (users,) from 1; 0 for a target that is never shown, a miss everywhere.
+        ranks: (users,) ranks from 1. 0 stands for a target that is never shown, which is a miss at every cutoff.
 
     Returns:
-        HR@k and NDCG@k for k in `CUTOFFS`, and MRR; 0 if there are no users.
+        HR@k and NDCG@k for k in `CUTOFFS`, and MRR. All are 0 if there are no users.
     """
     ranks = np.asarray(ranks)
     places = np.where(ranks > 0, ranks, np.inf)
@@ -37,35 +37,35 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
 
 
 def result_metrics(logged: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Of what the Trainer logs, the results without their prefix, and no timing."""
+    """The metrics and the loss among the values that the Trainer logs, without their prefix."""
     names = {name.removeprefix(f"{prefix}_"): value for name, value in logged.items()}
     return {name: value for name, value in names.items() if "@" in name or name in ("MRR", "loss")}
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[str]:
-    """The names for a table."""
+    """The names of the metrics that a table shows."""
     return [name for name in (*SHOWN_METRICS, *(f"sampled_{name}" for name in SAMPLED_METRICS)) if name in metrics]
 
 
 def sampled_metrics(ranks: np.ndarray) -> dict[str, float]:
-    """Those of Sun et al. 2019, of ranks among sampled items, which their names say."""
+    """The metrics of Sun et al. 2019, from ranks among sampled items. Their names start with "sampled_"."""
     metrics = ranking_metrics(ranks)
     return {f"sampled_{name}": metrics[name] for name in SAMPLED_METRICS}
 
 
 def target_ranks(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """The rank of each row's target, as the plain `transformers.Trainer`'s `preprocess_logits_for_metrics`.
+    """Rank each row's target by the logits: `preprocess_logits_for_metrics` for a plain `transformers.Trainer`.
 
-    So no scores are gathered over an evaluation. The ranks are the network's alone, without `HistoryScores`, and
-    among all items: neither exclude_ids nor candidate_ids of the rows are read, since the plain Trainer hands over
-    logits and labels only. `Bert4RecTrainer` ranks as serving does.
+    With it, the Trainer gathers ranks instead of scores over the catalogue. The ranks use the network's scores only,
+    without `HistoryScores`, and are among all items. The columns exclude_ids and candidate_ids have no effect, since a
+    plain Trainer passes only logits and labels. `Bert4RecTrainer` ranks as serving does.
 
     Args:
-        logits: (batch, positions, vocab size).
-        labels: (batch, positions) token ids; one of a row is its target, the others are -100.
+        logits: (batch, positions, vocab size), or a tuple that starts with them.
+        labels: (batch, positions) token ids. One label of a row is its target, the others are -100.
 
     Returns:
-        (batch,) ranks from 1, where a tie counts against the target; 0 for a row whose labels are all -100.
+        (batch,) ranks from 1; a tie counts against the target. 0 for a row whose labels are all -100.
 
     Raises:
         ValueError: If logits and labels have different shapes.
@@ -83,14 +83,18 @@ def target_ranks(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """For a plain `transformers.Trainer`, after `target_ranks`.
+    """`ranking_metrics` as `compute_metrics` of a plain `transformers.Trainer`, together with `target_ranks`.
+
+    Args:
+        prediction: Its `predictions` are the ranks (users,) from `target_ranks`.
 
     Raises:
-        ValueError: If the predictions are no ranks.
+        ValueError: If the predictions are not ranks.
     """
     if np.ndim(prediction.predictions) != 1:
         raise ValueError(
-            "expected ranks, one for each row: give the plain Trainer preprocess_logits_for_metrics=target_ranks too; "
-            "Bert4RecTrainer has metrics of its own"
+            f"expected ranks, one for each row; got an array with {np.ndim(prediction.predictions)} dimensions: give "
+            "the plain Trainer preprocess_logits_for_metrics=target_ranks too, or use Bert4RecTrainer, which needs "
+            "neither"
         )
     return ranking_metrics(prediction.predictions)

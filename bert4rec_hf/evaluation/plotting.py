@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-# Okabe and Ito's, which the colour-blind tell apart.
+# Colours from Okabe and Ito's palette, which people with colour blindness can tell apart.
 BLUE, VERMILION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#767676"
 
 

@@ -1,4 +1,4 @@
-"""The evaluation protocol as data."""
+"""The evaluation protocol as data, which is stored with every metric."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,17 +12,17 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a number came about; none is stored or printed without it.
+    """How a metric was computed. No metric is stored or printed without its protocol.
 
     Attributes:
-        split: "leave-one-out" or "temporal", with its cuts, and whether there was no validation.
+        split: "leave-one-out" or "temporal", with the cuts in time, and a note if there was no validation part.
         part: "validation" or "test".
-        candidates: What each target was ranked among.
-        filter_seen_items: Whether a user's past items were left out, and a target among them a miss.
-        num_users: Users with a target, all of them counted.
-        num_users_without_past: Of these, those ranked from an empty history.
-        share_seen_targets: Targets that the user has had before, and that the catalogue has.
-        share_unknown_targets: Targets that the catalogue lacks; misses.
+        candidates: The items that each target was ranked among, in words.
+        filter_seen_items: Whether a user's past items were excluded. A target among them is then a miss.
+        num_users: Number of users with a target. All of them count.
+        num_users_without_past: Number of these users that were ranked from an empty history.
+        share_seen_targets: Share of targets that are in the catalogue and in the user's history.
+        share_unknown_targets: Share of targets that are not in the catalogue. They are misses.
     """
 
     split: str
@@ -43,7 +43,15 @@ class Protocol:
         num_items: int,
         filter_seen_items: bool,
     ) -> "Protocol":
-        """The protocol of `ranking_rows` over the whole catalogue."""
+        """The protocol of ranking the rows of `ranking_rows` among the whole catalogue.
+
+        Args:
+            histories: Histories from `read_prepared`.
+            preparation: The content of preparation.json.
+            part: "validation" or "test".
+            num_items: Number of items in the catalogue.
+            filter_seen_items: Whether a user's past items are excluded.
+        """
         users = np.flatnonzero(histories.target_positions[part] >= 0)
         positions = histories.target_positions[part][users]
         targets = histories.item_ids[histories.offsets[users] + positions]
@@ -74,19 +82,19 @@ class Protocol:
         return asdict(self)
 
     def __str__(self) -> str:
-        """One line for people."""
+        """The protocol in one line."""
         filtered = "seen items filtered" if self.filter_seen_items else "seen items kept"
         return f"{self.split}, {self.part}; {self.candidates} ranked, {filtered}; {self.num_users:,} users"
 
     def describe_misses(self) -> str:
-        """One line on the targets that no model can hit."""
+        """One line about the targets that no model can rank."""
         without_past = (
             f" {self.num_users_without_past:,} users were ranked from an empty history."
             if self.num_users_without_past
             else ""
         )
         return (
-            f"{self.share_seen_targets:.1%} of the targets the user has had before"
-            f"{' (misses)' if self.filter_seen_items else ''}, {self.share_unknown_targets:.1%} the catalogue "
-            f"lacks (misses).{without_past}"
+            f"{self.share_seen_targets:.1%} of the targets are items that the user had before"
+            f"{' (misses)' if self.filter_seen_items else ''}, {self.share_unknown_targets:.1%} are not in the "
+            f"catalogue (misses).{without_past}"
         )

@@ -1,4 +1,4 @@
-"""Where a model is good and what it shows: metrics of groups of users, and the popularity of its recommendations."""
+"""The evaluation report: metrics of groups of users, and the popularity of the recommended items."""
 
 import io
 import itertools
@@ -24,51 +24,51 @@ from .plotting import BLUE, GREEN, ORANGE, VERMILION, png
 from .protocol import Protocol
 
 REPORT_FILES = ("report.json", "report.md", "report.png", "ranks.parquet")
-# Numbers of events before the target; each group goes up to the next.
+# Smallest history length, in events before the target, of each group of users.
 LENGTH_EDGES = (0, 1, 5, 10, 20, 50, 100, 200)
-# Shares of the training events.
+# Shares of the training events that separate head, torso and tail; see `item_groups`.
 HEAD_SHARE, TORSO_SHARE = 0.5, 0.8
 ITEM_GROUPS = ("head", "torso", "tail", "no training event")
 UNKNOWN_GROUP = "not in the catalogue"
 SYSTEM_COLOURS = (BLUE, GREEN, ORANGE, VERMILION)
-# From dark to light, as the groups are ordered.
+# Colours of `ITEM_GROUPS`, from dark to light.
 GROUP_COLOURS = ("#08306B", "#4292C6", "#C6DBEF", "#D0D0D0")
 
 
 def check_report_folder(folder: str | os.PathLike) -> None:
-    """Raise ValueError if a report would lie among, or over, files that are no report's."""
+    """Raise ValueError unless a folder is missing, empty, or holds nothing but an earlier report."""
     folder = Path(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --report takes a folder of its own")
+        raise ValueError(f"{folder} is a file; choose a folder for --report")
     names = sorted(path.name for path in folder.iterdir())
-    # What `write_file` was writing when a run was killed is ours too.
+    # Temporary files of `write_file` may remain from a run that was killed.
     half_written = {name for name in names if name.startswith((".report.", ".ranks.")) and name.endswith(".new")}
     others = [name for name in names if name not in REPORT_FILES and name not in half_written]
     if others or (names and not _is_report(folder / "report.json")):
         raise ValueError(
-            f"{folder} holds something else than a report ({(others or ['no report.json of bert4rec'])[0]}); give "
-            "--report a folder of its own"
+            f"{folder} holds something else than a report ({(others or ['no report.json of bert4rec'])[0]}); choose "
+            "another folder for --report"
         )
 
 
 def item_groups(counts: np.ndarray) -> np.ndarray:
-    """Head, torso and tail of a catalogue, by training events.
+    """Divide the items of a catalogue into head, torso and tail by their training events.
 
-    An item is head if the items that are more frequent than it hold less than `HEAD_SHARE` of all events, torso if
-    they hold less than `TORSO_SHARE`, else tail. So the head are the fewest items that hold half of the events, and
-    items of equal frequency stand in one group.
+    An item belongs to the head if all more frequent items together have less than `HEAD_SHARE` of the events, to the
+    torso if they have less than `TORSO_SHARE`, and to the tail otherwise. So the head is the smallest set of items with
+    half of the events, and equally frequent items are in the same group.
 
     Args:
-        counts: (items,) training events.
+        counts: (items,) number of training events of each item.
 
     Returns:
-        (items,) places in `ITEM_GROUPS`; the last is that of items without any event.
+        (items,) indices into `ITEM_GROUPS`. The last group has the items without training events.
     """
     values, places, sizes = np.unique(counts, return_inverse=True, return_counts=True)
     above = 1 - (values * sizes).cumsum() / max(counts.sum(), 1)
-    # Rounding must not move an item over a limit that it reaches.
+    # The tolerance keeps an item whose share equals a limit in its group despite rounding.
     groups = (above > HEAD_SHARE - 1e-9).astype(int) + (above > TORSO_SHARE - 1e-9)
     groups[values == 0] = 3
     return groups[places]
@@ -82,24 +82,29 @@ def evaluation_report(
     protocol: Protocol,
     num_items: int,
 ) -> dict[str, Any]:
-    """Metrics of groups of users, and what is recommended.
+    """Compute metrics for groups of users, and statistics of the recommended items.
 
     Args:
-        rows: Of `ranking_rows`.
-        histories: Those of the rows; their training part says how popular an item is.
-        rankings: (users,) ranks by name, those of the model and of `baseline_ranks`.
-        recommended: (users, 10) token ids of the model's recommendations; below 3 where there are fewer.
-        protocol: Of the ranks.
-        num_items: Of the catalogue.
+        rows: Rows from `ranking_rows`.
+        histories: The histories of the rows. The popularity of an item is counted in their training part.
+        rankings: (users,) ranks by name: "model" and the rankings of `baseline_ranks`.
+        recommended: (users, 10) token ids that the model recommends. Ids below 3 fill rows with fewer items.
+        protocol: The protocol of the ranks.
+        num_items: Number of items in the catalogue.
 
     Returns:
-        protocol; overall, the slice of all users; slices, by "history length", the events before the target, and by
-        "popularity of the target", each a list of {name, num_users, systems}, where systems holds for each ranking
-        HR@10, NDCG@10, its standard error over users (None of a single user), and MRR; groups without users are left
-        out. items: for each of `ITEM_GROUPS` its number of items and share of the training events. recommendations:
-        of model, popularity and the targets, average_popularity (mean number of training events of what is shown),
-        shares of `ITEM_GROUPS`, and, but for the targets, coverage@10 and gini, the inequality of how often each item
-        of the catalogue is shown (0: equally often, 1: one item alone).
+        The report, which report.json stores:
+
+        - protocol: the protocol as a mapping.
+        - overall: the slice of all users.
+        - slices: lists of slices by "history length" (events before the target) and by "popularity of the target".
+          A slice is {name, num_users, systems}. For each ranking, systems has HR@10, NDCG@10, the standard error of
+          NDCG@10 over users (None for a single user) and MRR. Groups without users are left out.
+        - items: the number of items and the share of training events of each of `ITEM_GROUPS`.
+        - recommendations: for the model, for popularity and for the targets: average_popularity (mean number of
+          training events of the shown items) and the shares of `ITEM_GROUPS`. The model and popularity also have
+          coverage@10 and gini. The Gini coefficient is 0 if all items of the catalogue are shown equally often, and
+          near 1 if a single item is shown.
     """
     trained = histories.item_ids[histories.is_trained()]
     counts = np.bincount(trained, minlength=num_items + FIRST_ITEM_ID)[FIRST_ITEM_ID:]
@@ -132,18 +137,21 @@ def evaluation_report(
 
 
 def popular_items(rows: Dataset, counts: np.ndarray) -> np.ndarray:
-    """(users, 10) token ids that popularity recommends, without each row's `exclude_ids`; 0 where there are fewer.
+    """The most popular items for each row, without the row's `exclude_ids`.
 
     Args:
-        rows: Of `ranking_rows`.
-        counts: (items,) training events; of equally frequent items the first come first.
+        rows: Rows from `ranking_rows`.
+        counts: (items,) number of training events. Among equally frequent items, the lower token id comes first.
+
+    Returns:
+        (users, 10) token ids, padded with 0.
     """
     order = np.argsort(-counts, kind="stable")
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     excluded, lengths = list_values(rows, "exclude_ids")
     users = np.repeat(np.arange(len(rows)), lengths)
-    # Of each user's excluded places in ascending order, the free places that each has before it.
+    # For each user's excluded places in ascending order: the number of places before it that are not excluded.
     ascending = np.sort(users * len(order) + places[excluded - FIRST_ITEM_ID]) - users * len(order)
     free_before = ascending - (np.arange(len(users)) - np.repeat(lengths.cumsum() - lengths, lengths))
     shown = np.zeros((len(rows), COVERAGE_CUTOFF), np.int64)
@@ -155,18 +163,22 @@ def popular_items(rows: Dataset, counts: np.ndarray) -> np.ndarray:
 
 
 def write_report(folder: str | os.PathLike, report: Mapping[str, Any], rows: Dataset, ranks: np.ndarray) -> None:
-    """report.json, report.md, report.png and ranks.parquet; raises ValueError as `check_report_folder`.
+    """Write report.json, report.md, report.png and ranks.parquet.
 
     Args:
-        folder: A folder of the report's own.
-        report: As `evaluation_report` makes it.
-        rows: Of `ranking_rows`.
-        ranks: (users,) of the model, for ranks.parquet: user_id and rank, 0 for a miss.
+        folder: A folder that is missing, empty, or holds nothing but an earlier report.
+        report: The report from `evaluation_report`.
+        rows: Rows from `ranking_rows`.
+        ranks: (users,) ranks of the model. ranks.parquet has the columns user_id and rank; the rank of a miss is 0.
+
+    Raises:
+        ValueError: If the folder holds other files.
     """
     check_report_folder(folder)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")  # first: it tells whose folder this is
+    # report.json is written first, because it identifies the folder as a report.
+    write_file(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_file(folder / "report.md", format_report(report))
     write_file(folder / "report.png", plot_report(report))
     content = io.BytesIO()
@@ -176,11 +188,11 @@ def write_report(folder: str | os.PathLike, report: Mapping[str, Any], rows: Dat
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The tables, in Markdown."""
+    """The report as Markdown tables."""
     protocol, items = Protocol(**report["protocol"]), report["items"]
     systems = list(report["overall"]["systems"])
     parts = ["# Evaluation report", f"{protocol}. {protocol.describe_misses()}"]
-    parts.append("NDCG@10 ± its standard error over users; HR@10 and MRR of the model.")
+    parts.append("The tables show NDCG@10 ± its standard error over users, and HR@10 and MRR of the model.")
     header = ["users", *(f"{name}, NDCG@10" for name in systems), "model, HR@10", "model, MRR"]
     for title, slices in {"all users": [report["overall"]], **report["slices"]}.items():
         table = []
@@ -192,8 +204,9 @@ def format_report(report: Mapping[str, Any]) -> str:
         parts.append(_table(["" if title == "all users" else title, *header], table))
     parts.append("![Report](report.png)")
     parts.append(
-        f"The first {COVERAGE_CUTOFF} recommendations of all users, and what the users took. Average popularity is the "
-        "mean number of training events of an item; Gini is 0 if all items are shown equally often."
+        f"The table compares the first {COVERAGE_CUTOFF} recommendations of all users with their targets. Average "
+        "popularity is the mean number of training events of the shown items. Gini is 0 if all items are shown equally "
+        "often."
     )
     table = [
         [
@@ -207,8 +220,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     names = ["average popularity", *ITEM_GROUPS, f"coverage@{COVERAGE_CUTOFF}", "Gini"]
     parts.append(_table(["shown by", *names], table))
     parts.append(
-        f"An item is head if the items more frequent than it hold less than {HEAD_SHARE:.0%} of the training events, "
-        f"torso if they hold less than {TORSO_SHARE:.0%}, else tail."
+        "An item belongs to the head if all more frequent items together have less than "
+        f"{HEAD_SHARE:.0%} of the training events, to the torso if they have less than {TORSO_SHARE:.0%}, and to the "
+        "tail otherwise."
     )
     table = [
         [name, f"{group['num_items']:,}", f"{group['share_of_training_events']:.1%}"] for name, group in items.items()
@@ -218,8 +232,8 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def plot_report(report: Mapping[str, Any]) -> bytes:
-    """As PNG: NDCG@10 by slice, model beside baselines, and head, torso and tail of what is shown."""
-    from matplotlib.figure import Figure  # heavy, and needed here alone
+    """Plot NDCG@10 by slice for model and baselines, and the item groups of the shown items, as a PNG."""
+    from matplotlib.figure import Figure  # imported here because matplotlib is slow to load
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     figure.suptitle(str(Protocol(**report["protocol"])), fontsize=9, wrap=True)
@@ -229,7 +243,7 @@ def plot_report(report: Mapping[str, Any]) -> bytes:
     for panel, (title, slices) in zip(above.subplots(1, 2), report["slices"].items(), strict=True):
         for number, (name, colour, marker) in enumerate(zip(systems, SYSTEM_COLOURS, "os^D", strict=False)):
             found = [part["systems"][name] for part in slices]
-            places = np.arange(len(slices)) + (number - (len(systems) - 1) / 2) * 0.14  # side by side
+            places = np.arange(len(slices)) + (number - (len(systems) - 1) / 2) * 0.14  # markers stand side by side
             errors = [metrics["NDCG@10_standard_error"] or 0.0 for metrics in found]
             panel.errorbar(
                 places, [metrics["NDCG@10"] for metrics in found], errors,
@@ -238,7 +252,7 @@ def plot_report(report: Mapping[str, Any]) -> bytes:
         labels = [f"{textwrap.fill(part['name'], 11)}\nn={part['num_users']:,}" for part in slices]
         panel.set_xticks(range(len(slices)), labels, fontsize=8)
         panel.set_title(f"NDCG@10 ± standard error, by {title}", fontsize=10)
-        panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])  # a marker at 0 is seen whole
+        panel.set_ylim(bottom=-0.03 * panel.get_ylim()[1])  # room for markers at 0
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     above.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(systems), fontsize=8)
@@ -265,7 +279,7 @@ def plot_report(report: Mapping[str, Any]) -> bytes:
     panel.spines[:].set_visible(False)
     below.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(ITEM_GROUPS), fontsize=8)
     coverage, gini = shown["model"][f"coverage@{COVERAGE_CUTOFF}"], shown["model"]["gini"]
-    panel.set_title(f"Popularity of what is shown; the model: coverage@10 {coverage:.4f}, Gini {gini:.4f}", fontsize=10)
+    panel.set_title(f"Popularity of shown items; the model: coverage@10 {coverage:.4f}, Gini {gini:.4f}", fontsize=10)
     return png(figure)
 
 
@@ -287,7 +301,7 @@ def _slice(title: str, rankings: Mapping[str, np.ndarray], users: np.ndarray) ->
 
 
 def _exposure(token_ids: np.ndarray, counts: np.ndarray, groups: np.ndarray, catalogue: bool) -> dict[str, Any]:
-    """What was shown, of token ids of any shape; those below 3 are nothing."""
+    """Statistics of shown items, from token ids of any shape. Ids below 3 are padding."""
     items = token_ids[token_ids >= FIRST_ITEM_ID] - FIRST_ITEM_ID
     number = max(len(items), 1)
     shares = np.bincount(groups[items], minlength=len(ITEM_GROUPS)) / number
@@ -314,7 +328,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a file is a report.json of ours."""
+    """Whether a file is a report.json that `write_report` wrote."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Loading a model folder or Hub id, with an error that says what is wrong with it."""
+"""Loading a model from a folder or the Hub, with errors that name the problem."""
 
 import json
 import os
@@ -16,7 +16,14 @@ HUB_TIMEOUT_SECONDS = 10
 
 
 def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
-    """A model folder or Hub id; raises ValueError for a folder that is none."""
+    """Load a model.
+
+    Args:
+        model: A model folder or Hub id.
+
+    Raises:
+        ValueError: If the folder is not a BERT4Rec model folder, or the Hub has no such model.
+    """
     if os.path.isdir(model):
         config = Path(model) / "config.json"
         kind = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
@@ -28,21 +35,21 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
     try:
         return Bert4RecForMaskedItemPrediction.from_pretrained(model)
     except OSError as error:
-        raise ValueError(f"{model} is neither a model folder nor a model that the Hub gives: {error}") from error
+        raise ValueError(f"{model} is neither a model folder nor a model on the Hub: {error}") from error
 
 
 def _check_on_hub(name: str) -> None:
-    """Raise for what is no folder and no model of the Hub; its loader would ask for a minute before it says so."""
+    """Raise if a name is not a model on the Hub. `from_pretrained` would retry for a minute before it fails."""
     missing = f"there is no folder {name}"
     if not REPOSITORY_ID.fullmatch(name):
-        raise ValueError(f"{missing}; expected a model folder, which bert4rec train makes, or a Hub id, owner/name")
+        raise ValueError(f"{missing}; expected a model folder, made with bert4rec train, or a Hub id, owner/name")
     if os.path.isdir(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"):
-        return  # it was loaded before, and may be loaded without the Hub
+        return  # the model is in the cache and can be loaded offline
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
     except GatedRepoError:
-        return  # its files say how to get access
+        return  # the error of `from_pretrained` says how to get access
     except (HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"{missing}, and the Hub gives no such model: {error}") from error
-    except Exception as error:  # those of the HTTP library, which differs between versions of huggingface_hub
-        raise ValueError(f"{missing}, and the Hub cannot be asked for a model of that name: {error}") from error
+        raise ValueError(f"{missing}, and the Hub has no such model: {error}") from error
+    except Exception as error:  # the HTTP library, and so its exceptions, depends on the version of huggingface_hub
+        raise ValueError(f"{missing}, and the Hub cannot be reached: {error}") from error

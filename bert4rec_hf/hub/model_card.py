@@ -1,4 +1,4 @@
-"""evaluation.json and README.md of a model folder; the card is written from the folder's own files."""
+"""evaluation.json and the model card, README.md, of a model folder. The card is written from the folder's files."""
 
 import json
 import os
@@ -26,7 +26,7 @@ RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
 TAGS = ("bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf")
 THIS_FOLDER = "path-or-hub-id-of-this-folder"
-# The place in a card's code that names the model.
+# Finds the name of the model in the card's code snippet.
 SNIPPET_MODEL = re.compile(r'model="(.+?)"')
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
@@ -34,13 +34,16 @@ SHOWN_RECIPE = (
     "num_hidden_layers", "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob",
     "max_position_embeddings", "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
-# Number of evaluations in the table of a run, beside the chosen one; training.json has all.
+# Number of evaluations in the card's table of a run, beside the chosen one. training.json has all evaluations.
 SHOWN_EVALUATIONS = 10
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
 
 
 def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of evaluation.json: source, protocol, metrics, baselines; none if there is no file.
+    """Read the records of evaluation.json. Each has source, protocol, metrics and baselines.
+
+    Args:
+        folder: The model folder. Without the file, the list is empty.
 
     Raises:
         ValueError: If the file is damaged.
@@ -53,7 +56,7 @@ def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Write a record into evaluation.json, in the place of one of the same log under the same protocol."""
+    """Add a record to evaluation.json. It replaces a record of the same log and protocol."""
 
     def key(record: Mapping[str, Any]) -> tuple[Any, Any]:
         return record.get("source"), record["protocol"]
@@ -68,15 +71,16 @@ def write_model_card(
     tokenizer: Bert4RecTokenizer | None = None,
     **metadata: Any,
 ) -> None:
-    """README.md for a stranger: use, metrics under their protocol, limits, commands; one without `MARK` is left alone.
+    """Write the model card, README.md: use, metrics under their protocol, limits, and commands to reproduce them.
+
+    A README.md without `MARK` is left alone. A folder without config.json, such as that of a PEFT adapter, gets no
+    card.
 
     Args:
         folder: The model folder.
-        repo_id: Where it is or will be on the Hub; None: as the card has it.
-        tokenizer: The folder's, which takes seconds to read where items are a million; None: it is read.
-        metadata: Fields of `ModelCardData`, such as license. What the card's metadata has already stays.
-
-    A folder that holds an adapter alone (PEFT) is no model folder, and gets no card.
+        repo_id: The model's repository on the Hub. None: the name in the existing card, or a placeholder.
+        tokenizer: The folder's tokenizer. None: it is read, which takes seconds for a million items.
+        metadata: Fields of `ModelCardData`, such as license. Other metadata of an existing card stays.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -127,7 +131,8 @@ def write_model_card(
     if recipe:
         parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
     parts.append(
-        "Architecture: Sun et al., [BERT4Rec](https://arxiv.org/abs/1904.06690), CIKM 2019. Written by bert4rec_hf."
+        "Architecture: Sun et al., [BERT4Rec](https://arxiv.org/abs/1904.06690), CIKM 2019. bert4rec_hf wrote this "
+        "card."
     )
     write_file(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
 
@@ -161,27 +166,28 @@ def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | Non
 
 def _introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
     text = (
-        f"Next-item recommendation over {config['vocab_size'] - 3:,} items from histories of up to "
-        f"{config['max_position_embeddings'] - 1} items. Items that a user has had are "
-        f"{'not ' if config['filter_seen_items'] else ''}recommended again, unless told otherwise."
+        f"This model recommends the next item from {config['vocab_size'] - 3:,} items. It reads the newest "
+        f"{config['max_position_embeddings'] - 1} items of a history. By default, items that a user has had are "
+        f"{'not ' if config['filter_seen_items'] else ''}recommended again."
     )
     if config.get("num_transitions"):
         text += (
-            f" A score is the Transformer's, and what the log tells of the {config['num_transitions']} items that most "
-            "call for being shown after each of a history's newest."
+            " A score is the sum of the Transformer's score and a score that was counted in the log. The second part "
+            f"raises the {config['num_transitions']} strongest successors of each of the history's newest items."
         )
     if config.get("repeat_weight"):
-        text += f" What the history has n times scores {config['repeat_weight']:g} times ln(1 + n) more."
+        weight = config["repeat_weight"]
+        text += f" An item that the history has n times scores {weight:g} times ln(1 + n) more."
     if preparation:
         statistics, source = preparation["statistics"], preparation["source"]
         text += (
-            f" Trained on {statistics['num_training_events']:,} events of {statistics['num_training_users']:,} users "
-            f"in `{source}`."
+            f" It was trained on {statistics['num_training_events']:,} events of "
+            f"{statistics['num_training_users']:,} users in `{source}`."
         )
         if "model_name_or_path" in recipe:
-            text += f" It went on from `{recipe['model_name_or_path']}`, which was trained before."
+            text += f" Training continued from the model `{recipe['model_name_or_path']}`."
         if _holds_nothing_out(preparation):
-            text += " Nothing was held out: these are all events that there were, and nothing is left to evaluate on."
+            text += " No events were held out, so the model cannot be evaluated on this log."
         if source in NAMED_DATASETS:
             text += f" {NAMED_DATASETS[source].license} Cite {NAMED_DATASETS[source].citation}."
     return text
@@ -192,7 +198,7 @@ def _holds_nothing_out(preparation: Mapping[str, Any]) -> bool:
 
 
 def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
-    """A snippet that works when pasted, with the two most frequent items as history."""
+    """A code snippet that runs as it is, with the two most frequent items as history."""
     items, comment = ["item id", "newer item id"], ""
     if tokenizer is not None:
         counts = tokenizer.counts or [0] * tokenizer.num_items
@@ -204,7 +210,7 @@ def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
     return f"""With the Python package `bert4rec_hf` installed:
 
 ```python
-import bert4rec_hf  # makes the pipeline known
+import bert4rec_hf  # registers the pipeline
 from transformers import pipeline
 
 recommend = pipeline("sequential-recommendation", model="{repo_id}")
@@ -216,32 +222,35 @@ for item in recommend(history, top_k=5):  # oldest item first; unknown items are
 
 def _limits(config: Mapping[str, Any], tokenizer: Bert4RecTokenizer | None, records: list[dict[str, Any]]) -> str:
     lines = [
-        "The catalogue is fixed: an item that it lacks is left out of histories and never recommended; a user without "
-        "a history gets one answer for all."
+        "The catalogue is fixed: an unknown item is left out of histories and never recommended. All users without a "
+        "history get the same recommendations."
     ]
     if tokenizer is not None and tokenizer.counts is not None:
         num_cold = sum(count == 0 for count in tokenizer.counts)
-        lines[0] += f" {num_cold:,} of {tokenizer.num_items:,} items have no training event: their scores mean nothing."
+        lines[0] += (
+            f" {num_cold:,} of {tokenizer.num_items:,} items are cold: they have no training event, so their scores "
+            "are arbitrary."
+        )
     coverage = next((record["metrics"].get(f"coverage@{COVERAGE_CUTOFF}") for record in reversed(records)), None)
     lines.append(
-        "It learns from what people did, and with it the popularity bias of the log."
+        "The model learns from recorded behaviour, including the popularity bias of the log."
         + (
-            f" The first {COVERAGE_CUTOFF} recommendations of all evaluated users together show {coverage:.1%} of the "
+            f" The first {COVERAGE_CUTOFF} recommendations of all evaluated users together cover {coverage:.1%} of the "
             "catalogue."
             if coverage is not None
             else ""
         )
     )
     lines.append(
-        "The metrics replay a log: the one item that a user had next counts as right, all others as wrong, whatever "
-        "people were shown at the time. They do not say what people would choose if they were shown these "
-        "recommendations."
+        "The metrics replay a log: only the item that a user had next counts as correct, whatever was shown to the "
+        "user at the time. They do not say what people would choose if they were shown these recommendations."
     )
     if any(record["protocol"]["split"].startswith("leave-one-out") for record in records):
         lines.append(
-            "Leave-one-out trains on events later than other users' targets; a temporal split is closer to use."
+            "Leave-one-out trains on events that are later than the targets of other users. A temporal split is closer "
+            "to production use."
         )
-    lines.append("Scores are logits: they order the items of one answer and are no probabilities.")
+    lines.append("Scores are logits: they order the items of one answer. They are not probabilities.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
@@ -270,14 +279,15 @@ def _reproduction(
     return (
         "## Reproduce\n\n```bash\n"
         + "\n".join(commands)
-        + f"\n```\n\nOf `{RECIPE_FILE}`, which has all arguments:\n\n```yaml\n"
+        + f"\n```\n\n`{RECIPE_FILE}` has all arguments. The main ones are:\n\n```yaml\n"
         + f"{yaml.safe_dump(shown, sort_keys=False)}```"
     )
 
 
 def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
     protocol, source = Protocol(**record["protocol"]), record.get("source")
-    other = f"Of `{source}`: " if source and preparation and source != os.path.basename(preparation["source"]) else ""
+    is_other = source and preparation and source != os.path.basename(preparation["source"])
+    other = f"Evaluated on `{source}`: " if is_other else ""
     rows = {"**this model**": record["metrics"]} | record.get("baselines", {})
     for group, ranked in record.get("groups", {}).items():
         rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
@@ -292,8 +302,8 @@ def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | N
 def _training(record: Mapping[str, Any]) -> str:
     evaluations, step = record["evaluations"], record["chosen_step"]
     lines = [
-        f"These weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
-        f"Validation under: {Protocol(**record['protocol'])}. Every metric of every evaluation: `{TRAINING_FILE}`."
+        f"The weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
+        f"Validation protocol: {Protocol(**record['protocol'])}. `{TRAINING_FILE}` has all metrics of all evaluations."
     ]
     lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
     lines.append(f"![Learning curve]({CURVE_FILE})")

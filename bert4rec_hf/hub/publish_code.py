@@ -1,4 +1,4 @@
-"""`publish_code`: a model folder that also loads where this package is not installed."""
+"""`publish_code`: model folders that can be loaded without this package."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from ..files import write_file
 from ..model.configuration_bert4rec import Bert4RecConfig
 
 MODEL_CODE = Path(__file__).parent.parent / "model"
-# The whole folder is copied; its files import nothing of this package but one another.
+# All files of the folder are copied. They import only one another and libraries.
 CODE_FILES = tuple(sorted(path.name for path in MODEL_CODE.glob("*.py") if path.name != "__init__.py"))
-# Not our own task's name: under that, Transformers would ask our own users to trust the folder's code as well.
+# The task has another name than the registered one, for which Transformers would ask users of this package to trust the
+# folder's code.
 PUBLISHED_TASK = "bert4rec-recommendation"
 
 CONFIG_ENTRIES: dict[str, Any] = {
@@ -28,28 +29,34 @@ CONFIG_ENTRIES: dict[str, Any] = {
         }
     },
 }
-# The slow tokenizer, of which there is none, and the fast one.
+# Classes of the slow tokenizer, which does not exist, and of the fast one.
 TOKENIZER_ENTRIES = {"auto_map": {"AutoTokenizer": [None, "tokenization_bert4rec.Bert4RecTokenizer"]}}
 
 
 def publish_code(folder: str | os.PathLike) -> None:
-    """Put the code of model, tokenizer and pipeline into a model folder, for `trust_remote_code=True`.
+    """Copy the code of model, tokenizer and pipeline into a model folder, for `trust_remote_code=True`.
 
-    Without this package, `AutoConfig`, `AutoModel`, `AutoModelForMaskedLM`, `AutoTokenizer` and
-    `pipeline("bert4rec-recommendation", model=folder, trust_remote_code=True)` then load the folder. With it nothing
-    changes. Saving the model elsewhere leaves the code behind: publish the copy anew.
+    Without this package installed, `AutoConfig`, `AutoModel`, `AutoModelForMaskedLM`, `AutoTokenizer` and
+    `pipeline("bert4rec-recommendation", model=folder, trust_remote_code=True)` then load the folder. With this package
+    installed, loading does not change. `save_pretrained` does not copy the code: call this function for the new folder.
+
+    Args:
+        folder: A model folder with its tokenizer.
 
     Raises:
-        ValueError: If the folder is no model folder, or has no tokenizer.
+        ValueError: If the folder is not a model folder, or has no tokenizer.
     """
     folder = Path(folder)
     config = _read(folder / "config.json", "bert4rec train or model.save_pretrained")
     tokenizer_config = _read(folder / "tokenizer_config.json", "tokenizer.save_pretrained")
     if config.get("model_type") != Bert4RecConfig.model_type:
-        raise ValueError(f"{folder} holds no BERT4Rec model: its model_type is {config.get('model_type')!r}")
+        raise ValueError(
+            f"{folder} holds no BERT4Rec model: expected model_type {Bert4RecConfig.model_type!r} in config.json; got "
+            f"{config.get('model_type')!r}"
+        )
     for name in CODE_FILES:
         write_file(folder / name, (MODEL_CODE / name).read_bytes())
-    # Behind the code that they name.
+    # These files are written last, because they name the code.
     for name, content in (
         ("config.json", config | CONFIG_ENTRIES),
         ("tokenizer_config.json", tokenizer_config | TOKENIZER_ENTRIES),
@@ -59,5 +66,5 @@ def publish_code(folder: str | os.PathLike) -> None:
 
 def _read(path: Path, written_by: str) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}, which {written_by} writes; nothing was published")
+        raise ValueError(f"{path.parent} has no {path.name}; write it with {written_by}. Nothing was published")
     return json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""What is pushed to the Hub: the model folder after training, and checkpoints while it goes on."""
+"""Uploads to the Hub: the model folder after training, and checkpoints during training."""
 
 import logging
 import os
@@ -15,19 +15,22 @@ from transformers.trainer_utils import HubStrategy
 
 logger = logging.getLogger(__name__)
 
-# A pickle with the paths of the machine that trained.
+# Files that are never uploaded: a pickle that holds paths of the training machine.
 PRIVATE_FILES = ["training_args.bin"]
 # Files of a checkpoint that only the Trainer reads.
 RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, **options: Any) -> Any:
-    """Upload a model folder, without its checkpoints, hidden files and `PRIVATE_FILES`.
+    """Upload a model folder without its checkpoints, hidden files and `PRIVATE_FILES`.
 
     Args:
         folder: The model folder.
         repo_id: The model's repository.
-        options: Those of `huggingface_hub.upload_folder`.
+        options: Further arguments of `huggingface_hub.upload_folder`.
+
+    Returns:
+        The return value of `huggingface_hub.upload_folder`.
     """
     ignored = ["_*", "checkpoint-*", *PRIVATE_FILES]
     return upload_folder(repo_id=repo_id, folder_path=Path(folder), ignore_patterns=ignored, **options)
@@ -36,13 +39,13 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **options: Any) -> Any:
 class PushCheckpoints(TrainerCallback):
     """Uploads each checkpoint, which is a model folder, as the repository's model, in the background.
 
-    With the strategies "checkpoint" and "all_checkpoints", the whole checkpoint is uploaded into a folder of the
-    repository as well, so that the run can be resumed from there. The Trainer's own uploads would leave out the card,
-    the evaluations and the recipe. Uploads read a copy, since the Trainer deletes old checkpoints.
+    With the strategies "checkpoint" and "all_checkpoints", the callback also uploads the whole checkpoint into a folder
+    of the repository, so that the run can be resumed from there. The Trainer's own uploads lack the card, the
+    evaluations and the recipe. An upload reads a copy of the checkpoint, since the Trainer deletes old checkpoints.
 
     Args:
-        trainer: Whose `hub_model_id` and arguments are used.
-        strategy: The arguments' `hub_strategy`.
+        trainer: The trainer; its `hub_model_id` names the repository.
+        strategy: The `hub_strategy` of the training arguments.
     """
 
     def __init__(self, trainer: Any, strategy: HubStrategy | str):
@@ -78,7 +81,7 @@ class PushCheckpoints(TrainerCallback):
         self.finish()
 
     def finish(self) -> None:
-        """Wait for the uploads. A failed one is a warning: the whole folder is pushed at the end of the run."""
+        """Wait for the uploads. A failed upload is only a warning, since the model folder is pushed after the run."""
         for upload in self.uploads:
             error = upload.exception()
             if error is not None:

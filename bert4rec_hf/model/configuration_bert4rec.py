@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""The architecture of BERT4Rec, and the item loss that `forward(labels=...)` computes."""
+"""`Bert4RecConfig`: the architecture, the item loss, the weights of counted scores, and the serving policy."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 # Special tokens come first, then the items.
 PAD_TOKEN_ID, MASK_TOKEN_ID, UNK_TOKEN_ID, FIRST_ITEM_ID = range(4)
-# Fields that follow from the catalogue, and are nobody's choice.
+# Fields that are fixed or follow from the catalogue, so that users do not set them.
 DERIVED_FIELDS = ("vocab_size", "pad_token_id", "mask_token_id", "unk_token_id", "tie_word_embeddings")
 
 
@@ -18,69 +18,70 @@ class Bert4RecConfig(PreTrainedConfig):
     r"""
     Configuration of a BERT4Rec model (Sun et al., CIKM 2019, https://arxiv.org/abs/1904.06690).
 
-    The defaults are a small model with rotary positions and pre-normalisation, which learns in a fraction of the
-    steps of the paper's. The paper's architecture is `position_embedding_type="learned_from_start"`,
+    The default is a small model with rotary positions and pre-normalisation, which needs a fraction of the training
+    steps of the paper's model. The paper's architecture is `position_embedding_type="learned_from_start"`,
     `normalization="post"`, `prediction_head=True`.
 
     Args:
         vocab_size (`int`, defaults to 1003):
-            Number of token ids: the special tokens 0, 1, 2 and the items from 3 on.
+            Number of token ids: the three special tokens and the items.
         hidden_size (`int`, defaults to 64):
             Width of the item embeddings and of the encoder.
         num_hidden_layers (`int`, defaults to 2):
             Number of Transformer layers.
         num_attention_heads (`int`, defaults to 2):
-            Number of attention heads; divides `hidden_size`.
+            Number of attention heads, a divisor of `hidden_size`.
         intermediate_size (`int`, defaults to 256):
             Width of the feed-forward layers.
         hidden_act (`str`, defaults to `"gelu"`):
             Activation of the feed-forward layers: any name in `transformers.ACT2FN`.
         gated_feed_forward (`bool`, defaults to `False`):
-            Whether the feed-forward layers multiply their inner states with the activation of another projection
-            (Shazeer 2020, https://arxiv.org/abs/2002.05202), half as many weights more: `intermediate_size` is then
-            usually two thirds of what it would be.
+            Whether the feed-forward layers are gated: their inner states are multiplied by the activation of another
+            projection (Shazeer 2020, https://arxiv.org/abs/2002.05202). A gated layer has three weight matrices
+            instead of two, so `intermediate_size` is usually reduced to two thirds.
         hidden_dropout_prob (`float`, defaults to 0.1):
-            Dropout of the embeddings and of the output of every sublayer.
+            Dropout probability of the embeddings and of the output of every sublayer.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
-            Dropout of the attention weights. Above 0 it costs the fast attention kernels on CPU.
+            Dropout probability of the attention weights. A value above 0 disables the fast attention kernels on CPU.
         max_position_embeddings (`int`, defaults to 200):
-            Longest input, the [MASK] at its end included.
+            Longest input, including the [MASK] at its end.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights.
         layer_norm_eps (`float`, defaults to 1e-12):
             Epsilon of the layer normalisations.
         position_embedding_type (`str`, defaults to `"rotary"`):
-            `"rotary"` (RoPE, https://arxiv.org/abs/2104.09864), `"learned_from_start"`: one vector for the first
-            item, one for the second …, or `"learned_from_end"`: counted back from the newest.
+            How positions are encoded: `"rotary"` (RoPE, https://arxiv.org/abs/2104.09864), `"learned_from_start"`
+            (a learned vector per position, counted from the oldest item) or `"learned_from_end"` (the same, counted
+            back from the newest item).
         rope_theta (`float`, defaults to 10000.0):
             Base of the rotary frequencies.
         normalization (`str`, defaults to `"pre"`):
-            `"pre"`: a LayerNorm before each sublayer and one after the last; `"post"`: after the embeddings and
-            after each residual connection, as in BERT.
+            Place of the LayerNorms: `"pre"` (before each sublayer, and one after the last layer) or `"post"` (after the
+            embeddings and after each residual connection, as in BERT).
         prediction_head (`bool`, defaults to `False`):
-            Whether a dense layer, GELU and LayerNorm stand between encoder and item table (equation 7).
+            Whether a dense layer, GELU and LayerNorm follow the encoder, as in the paper (equation 7).
         item_loss (`str`, defaults to `"softmax"`):
-            What `forward(labels=...)` computes in training: `"softmax"` is the cross-entropy over all items,
-            `"sampled_softmax"`, `"bpr"` and `"gbce"` compare the label with sampled items, see losses.py.
+            Loss of `forward(labels=...)` in training: `"softmax"` is the cross-entropy over all items;
+            `"sampled_softmax"`, `"bpr"` and `"gbce"` compare the label with sampled items (see losses.py).
         gbce_calibration (`float`, defaults to 0.75):
-            The t of `"gbce"`, between 0, binary cross-entropy, and 1, the least overconfident.
+            The parameter t of `"gbce"`, from 0 (binary cross-entropy) to 1 (the least overconfident scores).
         num_transitions (`int`, defaults to 0):
-            Number of successors that are kept for each item, 0 for none, as in the paper. Transitions are counted in
-            the log, not learnt (`keep_transitions`), and added to the scores wherever items are ranked.
+            Number of successors to keep for each item; 0, as in the paper, for none. Transitions are counted in the log
+            by `keep_transitions`, and added to the scores wherever items are ranked.
         transition_weight (`float`, defaults to 1.0):
             Weight of the transitions in the scores.
         popularity_weight (`float`, defaults to 20.0):
-            Weight of log-popularity in the scores of an empty history, with `num_transitions`. It is large enough to
-            outweigh the network, which has hardly seen such a history.
+            Weight of log-popularity in the scores of an empty history, with `num_transitions`. The default outweighs
+            the network, which has hardly seen empty histories in training.
         repeat_weight (`float`, defaults to 0.0):
-            Weight of repeats in the scores: an item that the history has n times scores this times ln(1 + n) more. 0
-            for nothing, as in the paper.
+            Weight of repeats in the scores: an item that the history has n times scores `repeat_weight` * ln(1 + n)
+            more. 0, as in the paper, adds nothing.
         pad_in_softmax (`bool`, defaults to `False`):
-            Whether [PAD] has a score and takes part in the full softmax, as in RecBole: for converted models. It is
-            not recommended.
+            Whether [PAD] has a score and takes part in the full softmax, as in RecBole. This is for converted models.
+            [PAD] itself is never recommended.
         filter_seen_items (`bool`, defaults to `False`):
-            The serving policy: whether the items of a user's history are never recommended. The item loss leaves
-            them out as well then, so that the model learns nothing about repeats.
+            Whether serving never recommends the items of a user's history. The item loss then excludes these items too,
+            so that the model learns nothing about repeats.
     """
 
     model_type = "bert4rec"
@@ -124,7 +125,7 @@ class Bert4RecConfig(PreTrainedConfig):
         for name, fixed in (("pad", PAD_TOKEN_ID), ("mask", MASK_TOKEN_ID), ("unk", UNK_TOKEN_ID)):
             given = getattr(self, f"{name}_token_id")
             if given not in (fixed, None):
-                raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}")
+                raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}: leave it out")
         if self.num_transitions < 0:
             raise ValueError(f"num_transitions must be at least 0; got {self.num_transitions}")
         for name in ("transition_weight", "popularity_weight", "repeat_weight"):
@@ -132,7 +133,7 @@ class Bert4RecConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if not self.tie_word_embeddings:
             raise ValueError(
-                "tie_word_embeddings must be true: the same item vectors are read for input and output; got False"
+                "tie_word_embeddings must be True, since input and output share the item vectors; got False"
             )
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")
@@ -148,7 +149,7 @@ class Bert4RecConfig(PreTrainedConfig):
                 f"{self.hidden_size} / {self.num_attention_heads}: choose other sizes or learned positions"
             )
         if self._auto_class is None:
-            # They name code in the folder that was read (hub/publish_code.py), and would be wrong in a copy without it.
-            # Only classes that are that code themselves, loaded by `trust_remote_code`, need them.
+            # auto_map and custom_pipelines name code in the folder that was read (hub/publish_code.py), which a copy of
+            # the folder may lack. Only classes that were loaded from this code, by `trust_remote_code`, need them.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
         super().__post_init__(**kwargs)

@@ -1,15 +1,15 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""What was counted in the log and is added to the network's scores: successors of the newest items, and repeats."""
+"""Counted scores that are added to the network's: successors of the newest items, popularity, and repeats."""
 
 import torch
 from torch import nn
 
 from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID, Bert4RecConfig
 
-# Number of newest items whose successors are scored. Each counts half as much as the one after it, so that all items
-# before these would have less than half a percent.
+# Number of newest items whose successors are scored. Each counts half as much as the one after it, so all older items
+# together would have a share of less than half a percent.
 NUM_NEWEST_ITEMS = 8
-# Pairs of a history before those of the same item are summed: fewer than this.
+# Upper limit of the number of pairs of a history, before pairs of the same item are summed.
 MAX_PAIRS = 2**20
 
 # Token ids (batch, K) int64 and values (batch, K) float32. The ids of a row are unique and in ascending order; the
@@ -18,17 +18,18 @@ Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
 class HistoryScores(nn.Module):
-    """Scores that a history adds to some items, beside the network's.
+    """Scores that a history adds to some items, in addition to the network's scores.
 
-    The sum over the features that `features` returns, each times its weight in the config, which is read at every call:
+    The module sums the features that `features` returns, each multiplied by its weight in the config. The weights are
+    read at every call.
 
-    - `transitions` (`config.transition_weight`): what followed the newest items in the log. The mean over the newest
-      `NUM_NEWEST_ITEMS` items, where each item counts half as much as the next newer one.
-    - `popularity` (`config.popularity_weight`): how popular an item was of late, for a history without items.
+    - `transitions` (`config.transition_weight`): the successor scores of the newest `NUM_NEWEST_ITEMS` items. They are
+      averaged, and each item counts half as much as the next newer one.
+    - `popularity` (`config.popularity_weight`): the recent popularity of an item, for a history without items.
     - `repeats` (`config.repeat_weight`): ln(1 + n) for an item that the history has n times.
 
-    The counts are buffers, which FSDP never shards: `successor_ids` (vocab size, K) int32, the token ids of items that
-    follow an item, each once and padded with 0, and `successor_scores` (vocab size, K) float32. K is
+    The counts are buffers, which FSDP never shards. `successor_ids` (vocab size, K) int32 has the token ids of each
+    item's successors, each once and padded with 0. `successor_scores` (vocab size, K) float32 has their scores. K is
     `config.num_transitions`. The row of [PAD] holds the popular items. Both are None if K is 0.
     """
 
@@ -39,18 +40,18 @@ class HistoryScores(nn.Module):
         super().__init__()
         self.config = config
         shape = config.vocab_size, config.num_transitions
-        # The dtype is explicit, so that a model in half precision has them in float32: many items would tie otherwise.
+        # The dtype is explicit, since half precision would give many items equal scores.
         ids, scores = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.float32)
         self.register_buffer("successor_ids", ids if config.num_transitions else None)
         self.register_buffer("successor_scores", scores if config.num_transitions else None)
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is ever added to the network's scores."""
+        """Whether the module adds nothing to the network's scores."""
         return self.successor_ids is None and not self.config.repeat_weight
 
     def resize(self, vocab_size: int) -> None:
-        """Make room for new items, which have no successors."""
+        """Add rows for new items, which have no successors."""
         if self.successor_ids is not None:
             added = 0, 0, 0, vocab_size - len(self.successor_ids)
             self.successor_ids = nn.functional.pad(self.successor_ids, added)
@@ -85,7 +86,7 @@ class HistoryScores(nn.Module):
         return _sum_pairs(paired_ids, values, most)
 
     def features(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Pairs]:
-        """The unweighted pairs by name, as the class describes them; arguments and shapes are those of `forward`."""
+        """The unweighted pairs of each feature by name. Arguments and shapes are those of `forward`."""
         item_ids = _items(history_ids, attention_mask)
         repeated_ids, counts = item_counts(item_ids)
         features = {"repeats": _sum_pairs(repeated_ids, counts.log1p(), 1)}
@@ -103,20 +104,21 @@ class HistoryScores(nn.Module):
 
 
 def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The items whose successors are scored.
+    """The newest items of each history, whose successors are scored.
 
     Args:
-        item_ids: (batch, length) token ids, oldest first; 0 where there is no item.
+        item_ids: (batch, length) token ids, oldest first, 0 where there is no item.
 
     Returns:
-        newest_ids (batch, `NUM_NEWEST_ITEMS`), the newest first, [PAD] where there are no more; shares (same shape),
-        which halve from item to item and sum to 1, 0 for [PAD]; is_start (same shape), 1 in the first place of a
-        history without items, which begins with the successors of [PAD], else 0.
+        newest_ids: (batch, `NUM_NEWEST_ITEMS`) token ids, newest first, padded with [PAD].
+        shares: (batch, `NUM_NEWEST_ITEMS`), which halve from item to item and sum to 1; 0 for [PAD].
+        is_start: (batch, `NUM_NEWEST_ITEMS`), 1 in the first place of a history without items, else 0. Such a history
+            gets the successors of [PAD].
     """
     is_item = item_ids > 0
-    age = is_item.flip(1).cumsum(1).flip(1) - 1  # the number of items behind
+    age = is_item.flip(1).cumsum(1).flip(1) - 1  # the number of newer items
     places = age.where(is_item & (age < NUM_NEWEST_ITEMS), NUM_NEWEST_ITEMS)
-    # Other items all go into one more column, which is left out.
+    # Older items all go into an extra column, which is dropped.
     newest_ids = item_ids.new_zeros(item_ids.shape[0], NUM_NEWEST_ITEMS + 1).scatter(1, places, item_ids)[:, :-1]
     exponents = torch.arange(NUM_NEWEST_ITEMS, device=item_ids.device)
     shares = torch.pow(0.5, exponents) * (newest_ids > 0)
@@ -125,9 +127,14 @@ def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def item_counts(item_ids: torch.Tensor) -> Pairs:
-    """How often each item stands in a history: (batch, length) token ids, 0 for none -> ids and counts, float32.
+    """Count how often a history has each item.
 
-    The ids are in ascending order. An item has its count in one place, and 0 in the others.
+    Args:
+        item_ids: (batch, length) token ids, 0 where there is no item.
+
+    Returns:
+        The token ids in ascending order, and their counts (batch, length) float32. The count of an item is at its first
+        place, and 0 at its other places.
     """
     item_ids, _ = item_ids.sort(dim=1)
     is_first, number = _runs(item_ids)
@@ -137,9 +144,9 @@ def item_counts(item_ids: torch.Tensor) -> Pairs:
 
 
 def add_to_scores(scores: torch.Tensor, pairs: Pairs, start: int = 0) -> torch.Tensor:
-    """Add the values of pairs to scores (batch, C) of the token ids from `start` on, in place.
+    """Add the values of pairs in place to scores (batch, C) of the token ids `start` to `start + C - 1`.
 
-    The ids of a row are unique, so that sums are the same on every device.
+    The ids of a row are unique, so the sums are the same on every device.
     """
     item_ids, values = pairs
     if not item_ids.shape[1]:
@@ -150,7 +157,7 @@ def add_to_scores(scores: torch.Tensor, pairs: Pairs, start: int = 0) -> torch.T
 
 
 def values_of(pairs: Pairs, item_ids: torch.Tensor) -> torch.Tensor:
-    """The values of some items, token ids (batch, C): (batch, C), 0 for an item that is in no pair."""
+    """(batch, C) the values that pairs have for token ids (batch, C), or 0 for an item that is in no pair."""
     paired_ids, values = pairs
     if not paired_ids.shape[1]:
         return torch.zeros(item_ids.shape, device=item_ids.device)
@@ -159,7 +166,7 @@ def values_of(pairs: Pairs, item_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _items(history_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """(batch, length) token ids, 0 in place of special tokens and of what is not attended to."""
+    """(batch, length) token ids with 0 in place of special tokens and of positions that are not attended to."""
     is_item = history_ids >= FIRST_ITEM_ID
     if attention_mask is not None and attention_mask.dim() == 2:
         is_item = is_item & (attention_mask != 0)
@@ -167,14 +174,14 @@ def _items(history_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> to
 
 
 def _runs(in_order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of rows in ascending order: where a run of equal numbers starts, and the number of its run, from 0."""
+    """For rows in ascending order: whether a run of equal numbers starts at a place, and the run's number, from 0."""
     is_first = in_order != nn.functional.pad(in_order[:, :-1], (1, 0), value=-1)
     return is_first, is_first.cumsum(1) - 1
 
 
 def _sum_pairs(item_ids: torch.Tensor, values: torch.Tensor, most: int) -> Pairs:
-    """`Pairs` of some in any order, in which an item of a row has values in up to `most` places."""
-    # The keys are unique, so that values of an item are always summed in the same order. ONNX has no stable sort.
+    """`Pairs` from pairs in any order, in which an item of a row may occur up to `most` times."""
+    # The keys are unique, so the values of an item are always summed in the same order. ONNX has no stable sort.
     places = torch.arange(item_ids.shape[1], device=item_ids.device)
     keys = (item_ids.where(values != 0, 0) * MAX_PAIRS + places).sort(dim=1).values
     item_ids = keys // MAX_PAIRS

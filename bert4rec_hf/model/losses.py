@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""Item losses: plain functions of hidden states, item table, labels and, for all but the softmax, sampled negatives."""
+"""Item losses: functions of hidden states, item vectors, biases and labels, and (except softmax) sampled negatives."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 
 IGNORE_INDEX = -100
-# Logits are computed in chunks of this many values, a quarter of a GiB.
+# Chunk size of the logits, in values: a quarter of a GiB in float32.
 MAX_LOGITS_PER_CHUNK = 2**26
 
 
@@ -25,23 +25,23 @@ def softmax_loss(
     *,
     excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy over all items (Sun et al. 2019, equation 8), or all that may be recommended.
+    """Cross-entropy over all items (Sun et al. 2019, equation 8), or over the items that are not excluded.
 
     Args:
-        hidden_states: (N, hidden size), what stands at the masked positions.
-        item_weight: (number of items, hidden size), without the special tokens.
+        hidden_states: (N, hidden size) states at the masked positions.
+        item_weight: (number of items, hidden size) item vectors, without the special tokens.
         item_bias: (number of items,).
-        labels: (N,) row of `item_weight` to predict; `IGNORE_INDEX` where there is nothing to predict.
-        num_items_in_batch: What the sum is divided by: the labels of all batches that make one step. None: the
-            labels of this batch.
-        excluded_ids: (N, E) rows of `item_weight` that are left out of a label's sum, unless they are the label; below
-            0 none. None: all items count.
+        labels: (N,) row of `item_weight` to predict, or `IGNORE_INDEX` where there is nothing to predict.
+        num_items_in_batch: Number of labels that the sum of the losses is divided by: those of all batches of one
+            training step. None: those of this batch.
+        excluded_ids: (N, E) rows of `item_weight` to exclude from the softmax of each label. The label itself is never
+            excluded, and negative numbers have no effect. None: nothing is excluded.
 
     Returns:
-        A scalar; 0 with zero gradients if no label counts.
+        A scalar; 0 with zero gradients if there are no labels.
     """
     inputs = (hidden_states, item_weight, item_bias)
-    if not torch.is_grad_enabled():  # a view of a parameter requires a gradient even then
+    if not torch.is_grad_enabled():  # even then, a view of a parameter has requires_grad
         inputs = (hidden_states.detach(), item_weight.detach(), item_bias.detach())
     needs_gradient = any(tensor.requires_grad for tensor in inputs)
     loss, *_ = _CrossEntropy.apply(*inputs, labels, excluded_ids, needs_gradient)
@@ -62,7 +62,7 @@ def mask_seen(logits: torch.Tensor, seen_ids: torch.Tensor, labels: torch.Tensor
     Returns:
         The logits, -inf for each seen item.
     """
-    # [MASK] has no part in the softmax anyway, so it can stand in for what is not excluded.
+    # [MASK] is never in the softmax, so ids that must not exclude anything are replaced by its id.
     seen_ids = seen_ids.where(seen_ids >= FIRST_ITEM_ID, MASK_TOKEN_ID).unsqueeze(1).expand(*labels.shape, -1)
     is_seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, seen_ids, True)
     return logits.masked_fill(is_seen.scatter(-1, labels.clamp(min=0).unsqueeze(-1), False), -torch.inf)
@@ -98,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
         inputs = (hidden_states, item_weight, item_bias)
         dtype, precise = item_weight.dtype, torch.promote_types(item_weight.dtype, torch.float32)
         kind = hidden_states.device.type
-        # float16 has no range for sums that are divided later.
+        # float16 is not used, since its range is too small for sums that are divided later.
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             dtype = torch.bfloat16
         gradients = [torch.zeros_like(tensor, dtype=precise) for tensor in inputs] if needs_gradient else []
@@ -106,7 +106,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_labels = max(1, MAX_LOGITS_PER_CHUNK // len(item_weight))
         with torch.autocast(kind, enabled=False):
             states, weight, bias = (tensor.to(dtype) for tensor in inputs)
-            # With a range alone torch.compile would compile anew for each number of labels.
+            # A constant tuple keeps torch.compile from recompiling for each number of labels, as a range would.
             for start in range(0, len(labels), num_labels) if len(labels) > num_labels else (0,):
                 part = slice(start, start + num_labels)
                 logits = torch.addmm(bias, states[part], weight.T).to(precise)
@@ -126,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Keep the gradients. It is a method of its own for `torch.func`, which needs one."""
+        """Save the gradients. `torch.func` needs this as a separate method."""
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:])
 
@@ -150,32 +150,43 @@ def sampled_softmax_loss(
 ) -> torch.Tensor:
     """Cross-entropy over the label and its negatives (Bengio & Senecal 2008; Jean et al. 2015, section 3).
 
-    With the log probabilities, a negative's score o is o - log(K q), whose exponentials sum to an unbiased estimate of
-    the full sum; and a label's, which is there once however often it was drawn, o - log p, where p is the
-    probability to be among the K draws. (With K q for labels too, popular items get too high scores once K q is
-    above 1.) With all items as negatives, and no log probabilities, this is `softmax_loss`.
+    The log probabilities correct the scores for the sampling. A negative's score o becomes o - log(K q), so that the
+    exponentials of the negatives sum to an unbiased estimate of the full sum. The label counts once, however often it
+    was drawn, so its score o becomes o - log p, where p is the probability that the label is among the K draws. (With
+    K q instead of p, popular items would get too high scores once K q exceeds 1.) With all items as negatives and
+    without log probabilities, this is `softmax_loss`.
 
     Args:
-        hidden_states, item_weight, item_bias, labels, num_items_in_batch: As in `softmax_loss`.
-        negative_ids: (K,) rows of `item_weight` that all positions share, or (N, K), each position its own. Not
-            counted where it is the position's label, or below 0.
-        negative_log_probabilities: Shaped like `negative_ids`: log q, where q is the probability of the negative in
-            each of K draws with replacement. None: all items are drawn alike, which cancels.
-        positive_log_probabilities: (N,), log p of the labels, 1 - (1 - q)^K; finite also where nothing is to predict.
-        excluded_ids: (N, E) rows of `item_weight` that are no negatives of a label's; below 0 none. None: all may be.
+        hidden_states: (N, hidden size) states at the masked positions.
+        item_weight: (number of items, hidden size) item vectors, without the special tokens.
+        item_bias: (number of items,).
+        labels: (N,) row of `item_weight` to predict, or `IGNORE_INDEX` where there is nothing to predict.
+        num_items_in_batch: Number of labels that the sum of the losses is divided by. None: those of this batch.
+        negative_ids: (K,) rows of `item_weight` that all positions share, or (N, K) rows for each position. A negative
+            does not count where it is the label, or below 0.
+        negative_log_probabilities: Log q, in the shape of `negative_ids`, where q is the probability of the negative in
+            each of K draws with replacement. None: all items are equally probable, so that the correction cancels.
+        positive_log_probabilities: (N,) log p of the labels, with p = 1 - (1 - q)^K. Must be finite also where there is
+            nothing to predict.
+        excluded_ids: (N, E) rows of `item_weight` that are not negatives of the label; negative numbers have no effect.
+            None: all items may be negatives.
 
     Returns:
-        A scalar; a position without a negative adds 0.
+        A scalar. A position without a negative adds 0.
 
     Raises:
-        ValueError: If `negative_ids` has another shape, or one of the log probabilities comes without the other.
+        ValueError: If `negative_ids` has another shape, or only one of the two log probabilities is given.
     """
     positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     if negative_log_probabilities is not None and positive_log_probabilities is not None:
         positive = positive - positive_log_probabilities
         negative = negative - negative_log_probabilities - math.log(max(negative_ids.shape[-1], 1))
     elif negative_log_probabilities is not None or positive_log_probabilities is not None:
-        raise ValueError("expected both negative_log_probabilities and positive_log_probabilities, or neither")
+        given = "negative" if negative_log_probabilities is not None else "positive"
+        raise ValueError(
+            "expected both negative_log_probabilities and positive_log_probabilities, or neither; got only "
+            f"{given}_log_probabilities"
+        )
     scores = torch.cat((positive.unsqueeze(1), negative.masked_fill(~is_negative, -torch.inf)), dim=1)
     return _total(scores.logsumexp(dim=1) - positive, labels, is_negative, num_items_in_batch)
 
@@ -190,9 +201,24 @@ def bpr_loss(
     negative_ids: torch.Tensor,
     excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Bayesian personalized ranking (Rendle et al. 2009): -log sigmoid(s+ - s-), the mean over the negatives.
+    """Bayesian personalized ranking (Rendle et al. 2009): the mean of -log sigmoid(s+ - s-) over the negatives.
 
-    Args, Returns, Raises: As in `sampled_softmax_loss`.
+    Args:
+        hidden_states: (N, hidden size) states at the masked positions.
+        item_weight: (number of items, hidden size) item vectors, without the special tokens.
+        item_bias: (number of items,).
+        labels: (N,) row of `item_weight` to predict, or `IGNORE_INDEX` where there is nothing to predict.
+        num_items_in_batch: Number of labels that the sum of the losses is divided by. None: those of this batch.
+        negative_ids: (K,) rows of `item_weight` that all positions share, or (N, K) rows for each position. A negative
+            does not count where it is the label, or below 0.
+        excluded_ids: (N, E) rows of `item_weight` that are not negatives of the label; negative numbers have no effect.
+            None: all items may be negatives.
+
+    Returns:
+        A scalar. A position without a negative adds 0.
+
+    Raises:
+        ValueError: If `negative_ids` has another shape.
     """
     positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     losses = -nn.functional.logsigmoid(positive.unsqueeze(1) - negative).masked_fill(~is_negative, 0)
@@ -211,15 +237,29 @@ def gbce_loss(
     calibration: float = 0.75,
     excluded_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Generalised binary cross-entropy (Petrov & Macdonald, RecSys 2023), against overconfidence.
+    """Generalised binary cross-entropy (Petrov & Macdonald, RecSys 2023), which reduces overconfidence.
 
-    -(beta log sigmoid(s+) + sum of log(1 - sigmoid(s-))) / (K + 1), with beta = alpha (t (1 - 1 / alpha) + 1 / alpha)
-    = 1 - t (1 - alpha) and alpha = K / (number of items - 1), where K is the number of the position's negatives.
+    The loss is -(beta log sigmoid(s+) + sum of log(1 - sigmoid(s-))) / (K + 1). Here K is the number of the position's
+    negatives, alpha = K / (number of items - 1), and beta = alpha (t (1 - 1 / alpha) + 1 / alpha) = 1 - t (1 - alpha).
 
     Args:
-        calibration: t, from 0, binary cross-entropy, to 1, where scores tend to those of all items as negatives.
+        hidden_states: (N, hidden size) states at the masked positions.
+        item_weight: (number of items, hidden size) item vectors, without the special tokens.
+        item_bias: (number of items,).
+        labels: (N,) row of `item_weight` to predict, or `IGNORE_INDEX` where there is nothing to predict.
+        num_items_in_batch: Number of labels that the sum of the losses is divided by. None: those of this batch.
+        negative_ids: (K,) rows of `item_weight` that all positions share, or (N, K) rows for each position. A negative
+            does not count where it is the label, or below 0.
+        calibration: The parameter t, from 0 to 1. At 0 the loss is the binary cross-entropy. At 1 the scores tend to
+            those of training with all items as negatives.
+        excluded_ids: (N, E) rows of `item_weight` that are not negatives of the label; negative numbers have no effect.
+            None: all items may be negatives.
 
-    Other Args, Returns, Raises: As in `sampled_softmax_loss`.
+    Returns:
+        A scalar. A position without a negative adds 0.
+
+    Raises:
+        ValueError: If `negative_ids` has another shape.
     """
     positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     num_negatives = is_negative.sum(dim=1).to(positive.dtype)
@@ -238,13 +278,13 @@ def _scores(
     negative_ids: torch.Tensor,
     excluded_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores of the labels (N,) and of the negatives (N, K), and which of these count (N, K)."""
+    """The scores of the labels (N,), the scores of the negatives (N, K), and whether each negative counts (N, K)."""
     if negative_ids.dim() == 0 or negative_ids.shape[:-1] not in ((), labels.shape):
         raise ValueError(
             f"negative_ids must have shape (K,) or ({len(labels)}, K), a row for each label; got "
             f"{tuple(negative_ids.shape)}"
         )
-    # Looked up at once: each look-up has a gradient as large as the table.
+    # Labels and negatives are looked up together, since the gradient of each look-up is as large as the table.
     ids = torch.cat((labels, negative_ids.flatten())).clamp(min=0)
     weight, bias = nn.functional.embedding(ids, item_weight), item_bias[ids]
     positive_weight, negative_weight = weight[: len(labels)], weight[len(labels) :]
@@ -263,10 +303,13 @@ def _scores(
 
 
 def _are_among(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Whether ids (K,) or (N, K) are among their row's others (N, E): (N, K), without an (N, K, E) on the way."""
+    """(N, K) whether each of the ids (K,) or (N, K) is among the others (N, E) of its row.
+
+    The result is computed by binary search, without an intermediate tensor (N, K, E).
+    """
     num_ids = ids.shape[-1]
     in_order = ids.sort(dim=-1).values
-    # An id that is there twice is where it stands first.
+    # searchsorted gives a repeated id the place of its first occurrence.
     places = torch.searchsorted(in_order, ids.contiguous()).expand(len(others), -1)
     places_of_others = torch.searchsorted(in_order, others.contiguous()).clamp(max=num_ids - 1)
     found = in_order.expand(len(others), -1).gather(1, places_of_others) == others
@@ -276,7 +319,7 @@ def _are_among(ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def _in_single_precision(scores: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32; the others as they are."""
+    """The scores in float32 if they are in half precision, else unchanged."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -286,13 +329,13 @@ def _total(
     is_negative: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    """The sum of the losses (N,) of positions that have a label and a negative, divided."""
+    """The sum of the losses (N,) of positions with a label and a negative, divided by the number of labels."""
     counts = (labels != IGNORE_INDEX) & is_negative.any(dim=1)
     return _per_label(losses.masked_fill(~counts, 0).sum(), labels, num_items_in_batch)
 
 
 def _per_label(loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """A sum of losses, divided by the number of labels."""
+    """A sum of losses divided by the number of labels, which `num_items_in_batch` gives or `labels` have."""
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORE_INDEX).sum()
     if isinstance(num_items_in_batch, torch.Tensor):
@@ -314,19 +357,23 @@ def item_loss(
     positive_log_probabilities: torch.Tensor | None = None,
     calibration: float = 0.75,
 ) -> torch.Tensor:
-    """The item loss of a name, of token ids instead of rows.
+    """Compute the item loss with a given name. Unlike the losses themselves, it takes token ids instead of rows.
 
     Args:
         name: "softmax", "sampled_softmax", "bpr" or "gbce".
-        hidden_states: (..., hidden size) at the labels.
-        item_weight, item_bias: (items, hidden size) and (items,); row i is the item of token id i + 3.
-        labels: (...) token ids; special tokens and `IGNORE_INDEX` count as nothing to predict.
-        num_items_in_batch: As in `softmax_loss`.
-        seen_ids: (..., length) token ids that are left out of a label's softmax and of its negatives. None: none.
-        negative_ids: (K,) or (..., K) token ids that a label is compared with; special tokens do not count.
-        negative_log_probabilities, positive_log_probabilities: For "sampled_softmax", see there; shaped like
-            `negative_ids` and `labels`.
-        calibration: For "gbce", see `gbce_loss`.
+        hidden_states: (..., hidden size) states at the labels.
+        item_weight: (number of items, hidden size) item vectors. Row i belongs to token id i + 3.
+        item_bias: (number of items,).
+        labels: (...) token ids. At special tokens and `IGNORE_INDEX` there is nothing to predict.
+        num_items_in_batch: Number of labels that the sum of the losses is divided by. None: those of this batch.
+        seen_ids: (..., length) token ids that are excluded from a label's softmax or negatives. None: none.
+        negative_ids: (K,) or (..., K) token ids of the negatives; special tokens do not count.
+        negative_log_probabilities: For "sampled_softmax": log probabilities in the shape of `negative_ids`.
+        positive_log_probabilities: For "sampled_softmax": log probabilities in the shape of `labels`.
+        calibration: For "gbce": the parameter t of `gbce_loss`.
+
+    Returns:
+        A scalar.
 
     Raises:
         ValueError: If a loss other than "softmax" gets no `negative_ids`, or they have another shape.
@@ -353,7 +400,7 @@ def item_loss(
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
-    """(batch, P, K) -> (batch P, K); (K,) as it is."""
+    """Flatten all dimensions but the last, (batch, P, K) to (batch * P, K). A single dimension (K,) stays."""
     return values if values.dim() == 1 else values.flatten(0, -2)
 
 

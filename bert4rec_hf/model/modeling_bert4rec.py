@@ -23,9 +23,9 @@ from .history_scores import HistoryScores
 from .losses import IGNORE_INDEX, item_loss
 from .recommendation import RecommendationMixin
 
-# Special tokens are no items: this logit takes them out of the softmax, and is finite in half precision.
+# Logit of special tokens. It removes them from the softmax, and is finite in half precision.
 SPECIAL_TOKEN_LOGIT = -1e4
-# Added to attention scores of padding; finite in half precision, so that a row of padding alone stays finite.
+# Value added to attention scores of padding. It is finite in half precision, so that a row of padding stays finite.
 MASKED_SCORE = -6e4
 
 
@@ -39,8 +39,10 @@ class MaskedItemPredictionOutput(ModelOutput):
             The network's scores in float32, without `HistoryScores`. None with `skip_logits`.
         prediction_states (`torch.FloatTensor` of shape `(batch_size, positions, hidden_size)`):
             The states that the item vectors are multiplied with. None in training with labels.
-        hidden_states, attentions (`tuple(torch.FloatTensor)`):
-            With `output_hidden_states=True`, `output_attentions=True`.
+        hidden_states (`tuple(torch.FloatTensor)`, returned with `output_hidden_states=True`):
+            The hidden states of all layers.
+        attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
+            The attention weights of all layers.
     """
 
     loss: torch.Tensor | None = None
@@ -51,7 +53,7 @@ class MaskedItemPredictionOutput(ModelOutput):
 
 
 class Bert4RecDropout(nn.Dropout):
-    """`nn.Dropout`, on a CPU with 16 random bits an element, which takes half the time."""
+    """`nn.Dropout` that uses 16 random bits per element on a CPU, which takes half the time."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         threshold = round(self.p * 2**16)
@@ -64,39 +66,39 @@ class Bert4RecDropout(nn.Dropout):
 
 
 class ItemEmbeddings(nn.Embedding):
-    """The item vectors, for input and output alike. This `forward` is all that reads them.
+    """The item vectors, for input and output. Only this `forward` reads them.
 
-    So whatever wraps the module (LoRA, quantised weights, offloading, FSDP2) holds for the scores as well.
+    So a wrapper of the module (LoRA, quantised weights, offloading, FSDP2) applies to the scores as well.
     """
 
     def forward(self, item_ids: torch.Tensor | range) -> torch.Tensor:
-        """(...) token ids -> (..., hidden size); a range -> a view of its rows, without a copy."""
+        """Vectors (..., hidden size) of token ids (...), or of a range of token ids, as a view without a copy."""
         if isinstance(item_ids, range):
             return self.weight[item_ids.start : item_ids.stop]
         return super().forward(item_ids)
 
     @staticmethod
     def takes_ranges(module: nn.Module) -> bool:
-        """Whether rows can be viewed: not where something wraps the module, which knows token ids alone."""
+        """Whether a module accepts a range. A wrapped module accepts only token ids."""
         is_wrapped = type(module) is not ItemEmbeddings or "forward" in vars(module)
         return not is_wrapped and type(module.weight) is nn.Parameter
 
 
 class ItemBias(nn.Module):
-    """The item biases, a module of their own so that offloading and FSDP2 bring them in."""
+    """The item biases. They are a separate module so that offloading and FSDP2 load them."""
 
     def __init__(self, vocab_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, item_ids: torch.Tensor | range) -> torch.Tensor:
-        """(...) token ids -> (...)."""
+        """Biases (...) of token ids (...), or of a range of token ids."""
         if isinstance(item_ids, range):
             return self.weight[item_ids.start : item_ids.stop]
         return self.weight[item_ids]
 
     def resize(self, vocab_size: int) -> None:
-        """Add biases of 0, or leave the last ones out."""
+        """Append biases of 0, or remove the last ones."""
         grown = nn.functional.pad(self.weight.detach(), (0, vocab_size - len(self.weight)))
         self.weight = nn.Parameter(grown, requires_grad=self.weight.requires_grad)
 
@@ -129,7 +131,7 @@ class Bert4RecEmbeddings(nn.Module):
 class Bert4RecRotaryEmbedding(nn.Module):
     """Cosines and sines of positions times frequencies (Su et al. 2021).
 
-    The frequencies, from 1 down to nearly 1 / rope_theta, are no buffer: a model in half precision would round them.
+    The frequencies, from 1 down to nearly 1 / rope_theta, are not a buffer, since half precision would round them.
     """
 
     def __init__(self, config: Bert4RecConfig):
@@ -138,7 +140,7 @@ class Bert4RecRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, length) -> twice (batch, 1, length, head width): cosines, and sines as `rotate` takes them."""
+        """Positions (batch, length) to cosines and sines for `rotate`, each (batch, 1, length, head width)."""
         exponents = torch.arange(0, self.width, 2, dtype=torch.float, device=position_ids.device) / self.width
         angles = position_ids[:, None, :, None].float() * self.rope_theta**-exponents
         cosines, sines = angles.cos(), angles.sin()
@@ -146,9 +148,9 @@ class Bert4RecRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + width / 2) of the last dimension by its position's angle.
+    """Rotate each pair (i, i + width / 2) of the last dimension by the angle of its position.
 
-    The sines of the first half are negative.
+    The sines of the first half are expected to be negated.
     """
     first, second = states.chunk(2, dim=-1)
     return torch.addcmul(states * cosines, torch.cat((second, first), dim=-1), sines)
@@ -209,7 +211,7 @@ class Bert4RecAttention(nn.Module):
             query = rotate(query, cosines, sines)
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
         if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # Attention in half precision is slower than in float32 on a CPU, its backward by far.
+            # On a CPU, attention is slower in half precision than in float32, and its backward pass is much slower.
             query, key, value = query.float(), key.float(), value.float()
             autocast = torch.autocast("cpu", enabled=False)
         if attention_mask is not None and attention_mask.dtype.is_floating_point:
@@ -297,14 +299,15 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.successor_ids)
             initialization.zeros_(module.successor_scores)
         if isinstance(module, ItemBias):
-            # With gBCE each item starts as likely as any other, not as likely as not, which a bias of 0 would mean.
-            # Unlearning that, with all items as negatives, would destroy most of what the item vectors start with.
+            # With gBCE, a bias of 0 means that every item is predicted with probability 1/2. The biases start at
+            # probability 1 / num_items instead. Otherwise, correcting all probabilities, with all items as negatives,
+            # would destroy most of the information in the initial item vectors.
             num_items = len(module.weight) - FIRST_ITEM_ID
             initialization.constant_(module.weight, -math.log(num_items) if self.config.item_loss == "gbce" else 0.0)
 
 
 class Bert4RecModel(Bert4RecPreTrainedModel):
-    """The encoder: one hidden state a position."""
+    """The encoder: computes one hidden state per position."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config)
@@ -339,20 +342,21 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         """
         Args:
             input_ids: (batch, length) token ids, padded on either side.
-            attention_mask: (batch, length), 0 for padding. None: everything but [PAD] is attended to.
-            position_ids: (batch, length). None: counted over the attention mask, so that padding changes nothing.
-            inputs_embeds: (batch, length, hidden size), in place of `input_ids`.
+            attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+            position_ids: (batch, length). None: counted over the attention mask, so that padding has no effect.
+            inputs_embeds: (batch, length, hidden size) embeddings in place of `input_ids`.
             masked_positions: (batch, P) positions that the last layer computes, padded with -1. The last hidden state
                 is then (batch, P, hidden size). None: all positions.
-            output_attentions, output_hidden_states: Whether the output has the attention weights of all layers, and
-                their hidden states.
+            output_attentions: Whether to return the attention weights of all layers. None: as the config says.
+            output_hidden_states: Whether to return the hidden states of all layers. None: as the config says.
 
         Raises:
             ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the input is longer
                 than `max_position_embeddings`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"expected exactly one of input_ids and inputs_embeds; got {given}")
         inputs = inputs_embeds if input_ids is None else input_ids
         assert inputs is not None  # for the type checker
         if inputs.shape[1] > self.config.max_position_embeddings:
@@ -364,15 +368,15 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
         if position_ids is None:
             position_ids = self.positions(inputs, attention_mask)
-        else:  # of one row, if they are the same for all
+        else:  # one row of positions may stand for all rows
             position_ids = position_ids.expand(inputs.shape[0], -1)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
         if attention_mask is not None and attention_mask.dim() == 2 and self._computes_part_of_the_queries:
-            # One row for all queries; the square that Transformers makes takes longer than attention itself.
+            # One row of mask serves all queries. Building Transformers' square mask takes longer than attention.
             attention_mask = (attention_mask == 0)[:, None, None] * MASKED_SCORE
         else:
-            # Skipping the mask where nothing is padded would read it back from the device.
+            # The mask is not skipped for batches without padding, since the check would wait for the device.
             attention_mask = create_bidirectional_mask(
                 self.config, hidden_states, attention_mask, allow_is_bidirectional_skip=attention_mask is None
             )
@@ -380,7 +384,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             None if self.rotary_embedding is None else self.rotary_embedding(position_ids, dtype=hidden_states.dtype)
         )
         wanted = None if masked_positions is None else masked_positions.clamp(min=0)
-        # No kernel can compute no query at all.
+        # Attention kernels need at least one query.
         in_last_layer = wanted is not None and wanted.shape[1] > 0 and self._computes_part_of_the_queries
         for layer in self.layers:
             positions = wanted if in_last_layer and layer is self.layers[-1] else None
@@ -391,11 +395,11 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
 
     @property
     def _computes_part_of_the_queries(self) -> bool:
-        """Whether attention takes other queries than keys, and a mask that says so; other kernels do not."""
+        """Whether the attention implementation accepts fewer queries than keys, with a mask for them."""
         return self.config._attn_implementation in ("sdpa", "eager")
 
     def positions(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch, length): how many items stand before, or behind if positions are counted from the end."""
+        """(batch, length) the number of items before each position, or after it if the config counts from the end."""
         if attention_mask is None or attention_mask.dim() != 2:
             attention_mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         count = attention_mask.long().cumsum(dim=1)
@@ -405,7 +409,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
 
 
 class Bert4RecPredictionHead(nn.Module):
-    """Dense layer, GELU and LayerNorm before the item table (equation 7)."""
+    """Dense layer, GELU and LayerNorm before the product with the item vectors (equation 7)."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
@@ -420,16 +424,16 @@ class Bert4RecPredictionHead(nn.Module):
 class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedModel):
     """The encoder with scores of all items at any position: h · w(item) + b(item).
 
-    `HistoryScores`, which are counted and not learnt, are added where items are ranked (`RecommendationMixin`), never
-    here.
+    `HistoryScores` are counted, not learnt. Only the ranking functions of `RecommendationMixin` add them; `forward`
+    does not.
     """
 
-    # The loss divides by `num_items_in_batch`, which the Trainer hands over.
+    # Tells the Trainer to pass `num_items_in_batch`, which the loss is divided by.
     accepts_loss_kwargs = True
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config)
-        self.loss_type = "ForMaskedLM"  # of `loss_function`, for who calls it on logits; `forward` has the item losses
+        self.loss_type = "ForMaskedLM"  # for callers of `loss_function`; `forward` computes the item losses itself
         self.model = Bert4RecModel(config)
         self.head = Bert4RecPredictionHead(config) if config.prediction_head else nn.Identity()
         self.item_bias = ItemBias(config.vocab_size)
@@ -437,7 +441,7 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         self.post_init()
 
     def get_output_embeddings(self) -> None:
-        """None: the output reads the input embeddings."""
+        """None, since the output reads the input embeddings."""
 
     @can_return_tuple
     def forward(
@@ -458,13 +462,16 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
     ) -> MaskedItemPredictionOutput:
         """
         Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: As in `Bert4RecModel`.
+            input_ids: (batch, length) token ids, padded on either side.
+            attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+            position_ids: (batch, length). None: counted over the attention mask, so that padding has no effect.
+            inputs_embeds: (batch, length, hidden size) embeddings in place of `input_ids`.
             labels: (batch, length) token ids to predict, or (batch, P) beside `masked_positions`; -100 where there is
                 nothing to predict. Special tokens are never predicted. In training, the loss is
                 `config.item_loss`; in evaluation, it is the cross-entropy of the logits. With
-                `config.filter_seen_items`, both leave out the items that the row shows (`mask_seen`).
+                `config.filter_seen_items`, both exclude the items of the input row (`mask_seen`).
             masked_positions: (batch, P) positions whose logits are computed, padded with -1. None: all positions.
-                Training is fastest with them: nothing else of the last layer is computed.
+                Training is fastest with them, since the last layer computes only these positions.
             num_items_in_batch: The number of labels in all batches of one optimizer step, which the loss is divided
                 by. None: the number of labels of this batch.
             negative_ids: (K,) or (batch, P, K) token ids that labels are compared with in training, unless
@@ -474,12 +481,14 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
                 negative to be drawn.
             positive_log_probabilities: Shaped like `labels`, for "sampled_softmax": the log probability of each label
                 to be among the draws.
-            skip_logits: Whether to leave the logits out. None: in training with labels.
-            output_attentions, output_hidden_states: As in `Bert4RecModel`.
+            skip_logits: Whether not to compute the logits. None: True in training with labels, otherwise False.
+            output_attentions: Whether to return the attention weights of all layers. None: as the config says.
+            output_hidden_states: Whether to return the hidden states of all layers. None: as the config says.
 
         Raises:
-            ValueError: As `Bert4RecModel`; if labels have another shape, or the item loss lacks its negatives, or they
-                have another shape.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, if the input is longer than
+                `max_position_embeddings`, or if labels or negatives have another shape or the item loss gets no
+                negatives.
         """
         if skip_logits is None:
             skip_logits = self.training and labels is not None
@@ -502,14 +511,14 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
             inputs_embeds=inputs_embeds,
             masked_positions=masked_positions,
             return_dict=True,
-            **{name: value for name, value in recorded.items() if value is not None},  # else as the config says
+            **{name: value for name, value in recorded.items() if value is not None},  # None leaves it to the config
         )
         states, loss = outputs.last_hidden_state, None
         if labels is not None:
             seen_ids = None
             if input_ids is not None and self.config.filter_seen_items:
                 seen_ids = input_ids.unsqueeze(1).expand(*labels.shape, -1)
-            # Fewer states to compute; on a device, only where nothing would have to wait for their number.
+            # Only the states of labels are needed. Selecting them on a device would wait for their number.
             if self.training and skip_logits and (masked_positions is None or _is_eager_on_cpu(states)):
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
@@ -540,7 +549,7 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         name = self.config.item_loss if self.training else "softmax"
         with contextlib.nullcontext() if self.training else _in_float32(states):
             vectors, biases = self._item_rows(range(FIRST_ITEM_ID, self.config.vocab_size))
-            if self.config.pad_in_softmax and name == "softmax":  # last, so that items keep their rows
+            if self.config.pad_in_softmax and name == "softmax":  # [PAD] comes last, so that items keep their rows
                 pad_vector, pad_bias = self._item_rows(range(1))
                 vectors, biases = torch.cat((vectors, pad_vector)), torch.cat((biases, pad_bias))
             if not self.training:
@@ -560,7 +569,7 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
             )
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, P, hidden size) -> (batch, P, vocab size), where special tokens have `SPECIAL_TOKEN_LOGIT`."""
+        """Logits (batch, P, vocab size) of states (batch, P, hidden size). Special tokens get `SPECIAL_TOKEN_LOGIT`."""
         logits = self._scores(states, range(FIRST_ITEM_ID, self.config.vocab_size))
         if self.config.pad_in_softmax:
             logits = nn.functional.pad(logits, (FIRST_ITEM_ID - 1, 0), value=SPECIAL_TOKEN_LOGIT)
@@ -572,14 +581,14 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         return logits
 
     def _scores(self, states: torch.Tensor, item_ids: torch.Tensor | range) -> torch.Tensor:
-        """The network's scores of some items in float32.
+        """The network's scores of some items.
 
         Args:
             states: (batch, P, hidden size).
-            item_ids: A range or (C,) token ids, or (batch, C) where each row has its own.
+            item_ids: A range or (C,) token ids, or (batch, C) token ids for each row.
 
         Returns:
-            (batch, P, C). In half precision, neighbours in the ranking would tie, and ties count as misses.
+            (batch, P, C) float32. In half precision, neighbours in the ranking would tie, and ties count as misses.
         """
         with _in_float32(states):
             vectors, biases = self._item_rows(item_ids)
@@ -592,7 +601,7 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         """Item vectors (..., hidden size) and biases (...) of token ids."""
         embeddings = self.get_input_embeddings()
         if isinstance(item_ids, range) and not ItemEmbeddings.takes_ranges(embeddings):
-            # Of weights that Accelerate has offloaded, "meta" is the device; it brings ids to where it brings those.
+            # The device of weights that Accelerate has offloaded is "meta". Accelerate moves the ids to the weights.
             device = None if self.device.type == "meta" else self.device
             item_ids = torch.arange(item_ids.start, item_ids.stop, device=device)
         return embeddings(item_ids), self.item_bias(item_ids)
@@ -600,7 +609,13 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> ItemEmbeddings:
-        """Grow item vectors, biases and counts; new items have a bias of 0 and no counts. `add_items` does more."""
+        """Resize item vectors, biases and counts. New items have bias 0 and no counts. See `add_items` for new items.
+
+        Args:
+            new_num_tokens: New vocabulary size.
+            pad_to_multiple_of: As in Transformers.
+            mean_resizing: As in Transformers.
+        """
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.item_bias.resize(self.config.vocab_size)
         self.history_scores.resize(self.config.vocab_size)
@@ -608,16 +623,16 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
 
     @torch.no_grad()
     def add_items(self, tokenizer: Any, items: Iterable[str | int], titles: Mapping[Any, str] | None = None) -> int:
-        """Grow the catalogue: tokenizer, item vectors and biases together.
+        """Add new items to the catalogue: to tokenizer, item vectors and biases together.
 
-        A new item starts as the mean of the old ones, so that it is recommended no more than an average item before
-        it is trained. It has no transitions. Token ids, weights and counts of the old items stay as they are; titles
-        given for them replace theirs.
+        A new item gets the mean vector and the mean bias of the old items, so that before training it is recommended no
+        more often than an average item. It has no transitions. Token ids, weights and counts of old items do not
+        change.
 
         Args:
             tokenizer: The model's `Bert4RecTokenizer`.
-            items: Raw ids; those that the catalogue has are skipped.
-            titles: By raw id.
+            items: Raw ids. Known items among them are ignored.
+            titles: Titles by raw id, for new or old items.
 
         Returns:
             The number of new items.
@@ -627,7 +642,10 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         """
         old_size = self.config.vocab_size
         if len(tokenizer) != old_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} token ids, the model {old_size}: not its own")
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} token ids, the model {old_size}: give the tokenizer of the "
+                "model's folder"
+            )
         num_new = tokenizer.add_items(items, titles)
         if num_new:
             self.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -637,38 +655,38 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
 
 
 def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(batch, …, length, d) at (batch, P) -> (batch, …, P, d)."""
+    """Select positions (batch, P) of states (batch, …, length, d): (batch, …, P, d)."""
     if states.dim() == 4:
         positions = positions.unsqueeze(1).expand(-1, states.shape[1], -1)
     return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
 
 
 def _is_eager_on_cpu(states: torch.Tensor) -> bool:
-    """Not on a device, where shapes that follow from values wait for it, nor in a compiled graph, which they break."""
+    """Whether shapes may depend on values. On a device they would wait for it, and they break compiled graphs."""
     return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _in_float32(states: torch.Tensor) -> contextlib.AbstractContextManager:
-    """No autocast on the states' device."""
+    """A context without autocast on the device of the states."""
     return torch.autocast(states.device.type, enabled=False)
 
 
 def _check_special_tokens(gradient: torch.Tensor) -> None:
-    """Raise if a loss of the logits has a gradient at [MASK] and [UNK], which take no part in the softmax."""
+    """Raise if a loss has a gradient at the logits of [MASK] or [UNK], which are not part of the softmax."""
     if gradient[..., PAD_TOKEN_ID + 1 : FIRST_ITEM_ID].any():
         raise ValueError(
             "a loss reads the logits of special tokens, which are no items: with label_smoothing_factor use "
-            "Bert4RecTrainer, which smooths over items alone; in a loss of your own read logits[..., 3:]"
+            "Bert4RecTrainer, which smooths over items only; in your own loss, read logits[..., 3:]"
         )
 
 
 def _at_labels(values: torch.Tensor | None, is_label: torch.Tensor) -> torch.Tensor | None:
-    """Of values with a row for each position, the rows of the labels (batch, length)."""
+    """Select the rows of the labels from values with a row for each position. Shared values (K,) stay."""
     if values is None or values.dim() == 1:
         return values
     if values.shape[:2] != is_label.shape:
         raise ValueError(
             f"without masked_positions, expected values for all {tuple(is_label.shape)} positions of labels; got shape "
-            f"{tuple(values.shape)}: hand the collator's masked_positions over as well"
+            f"{tuple(values.shape)}: pass the collator's masked_positions as well"
         )
     return values[is_label]

@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""`pipeline("sequential-recommendation", model=folder)`: raw item ids in; raw item ids, titles, scores out."""
+"""`pipeline("sequential-recommendation", model=folder)`: raw item ids in; raw item ids, titles and scores out."""
 
 import logging
 import os
@@ -17,35 +17,37 @@ from .tokenization_bert4rec import Bert4RecTokenizer, is_history
 
 logger = logging.getLogger(__name__)
 
-# Number of unknown items that the warning about them names.
+# Number of unknown items that a warning names.
 UNKNOWN_SHOWN = 3
-# What a request may say, and columns of histories.parquet that it may bring along.
+# Keys of a request, and columns of histories.parquet that a request may have and that are ignored.
 REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
 IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
 
 
 class SequentialRecommendationPipeline(Pipeline):
-    """Recommendations in the user's own item ids.
+    """Recommends items for histories of raw item ids.
 
         recommend = pipeline("sequential-recommendation", model="path-or-hub-id")
         recommend(["318", "50", "296"], top_k=5)
 
-    Takes one history (a flat list of item ids, oldest first), or many: a list of lists gives a list, a generator or
-    a dataset an iterator. In place of a list of ids a mapping may stand, with `history` (or `item_id`, as in
-    histories.parquet) and optionally `exclude`, beside the call's, and `candidates`, in place of the call's. An empty
-    list is a history of which nothing is known.
+    The input is one history (a flat list of item ids, oldest first) or many histories. A list of lists gives a list of
+    answers; a generator or a dataset gives an iterator. A history may also be a mapping with `history` (or `item_id`,
+    as in histories.parquet). Its key `exclude` adds to that of the call, and its key `candidates` replaces that of the
+    call. An empty list is a history without items.
 
-    Args (of the call, or of `pipeline(...)`):
-        top_k: Number of items.
-        filter_seen_items: Whether the items of the whole history are left out; None: as the folder says.
+    The arguments are given to the call or to `pipeline(...)`.
+
+    Args:
+        top_k: Number of items to recommend, 10 by default.
+        filter_seen_items: Whether the items of the whole history are left out. None: `config.filter_seen_items`.
         exclude: Item ids never to recommend.
-        candidates: Item ids to choose from; None: the catalogue. Those that it lacks are left out, with a warning.
-        index: An `ItemIndex` of the model, for approximate search where no candidates are given.
-        batch_size: Histories at once.
+        candidates: Item ids to choose from. Unknown ids are left out, with a warning. None: the catalogue.
+        index: An `ItemIndex` of the model, for approximate search. Histories with candidates do not use it.
+        batch_size: Number of histories that the model reads at once.
 
     Returns:
-        A list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)} for each history, best
-        first; fewer than `top_k` if fewer items are left.
+        For each history, a list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)}, best item
+        first. The list is shorter than `top_k` if fewer items are left.
 
     Raises:
         ValueError: If `top_k` is below 1, the catalogue has none of the candidates, or a mapping has an unknown key.
@@ -60,22 +62,22 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.model.eval()  # one that has just been trained is not
+        self.model.eval()  # a model that has just been trained is in training mode
         if len(self.tokenizer) != self.model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} token ids, the model {self.model.config.vocab_size}: give "
-                "the tokenizer of the model's folder; model.add_items(tokenizer, items) lets both grow together"
+                "the tokenizer of the model's folder; model.add_items(tokenizer, items) adds new items to both"
             )
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        unknown: list[str] = []  # the first few, which `preprocess` notes
+        unknown: list[str] = []  # the first unknown items, which `preprocess` collects
         if isinstance(inputs, Mapping) or _is_one_history(inputs):
             answer, num_unknown = super().__call__(_AsOne(inputs, unknown), **kwargs)
             _warn(num_unknown, unknown)
             return answer
         if not isinstance(inputs, list | tuple):
             return self._answers(super().__call__((_AsOne(row, unknown) for row in inputs), **kwargs), unknown)
-        # So that histories of a batch are of like length, and little is padding.
+        # Sorting by length puts histories of similar length into a batch, which needs little padding.
         order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
         rows = [_AsOne(inputs[place], unknown) for place in order]
         answers = self._answers(super().__call__(rows, **kwargs), unknown)
@@ -130,7 +132,9 @@ class SequentialRecommendationPipeline(Pipeline):
         if isinstance(inputs, Mapping):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
-                raise ValueError(f"a mapping needs the key history, a list of item ids; got {', '.join(inputs)}")
+                raise ValueError(
+                    f"a mapping needs the key history, a list of item ids; got the keys {', '.join(inputs)}"
+                )
             _check_keys(inputs)
             if inputs.get("exclude") is not None:
                 exclude_ids = [*exclude_ids, *self._exclude_ids(inputs["exclude"])]
@@ -151,7 +155,7 @@ class SequentialRecommendationPipeline(Pipeline):
         return {
             "input_ids": torch.tensor([input_ids]),
             "attention_mask": torch.ones(1, len(input_ids), dtype=torch.long),
-            # At least one column, since Transformers cannot pad rows without any on the left.
+            # Rows have at least one column, since Transformers cannot pad empty rows on the left.
             "history_ids": torch.tensor([history or [0]]),
             "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
             "candidate_ids": torch.tensor([candidate_ids or [0]]),
@@ -159,11 +163,11 @@ class SequentialRecommendationPipeline(Pipeline):
         }
 
     def _exclude_ids(self, exclude: Iterable[str | int]) -> list[int]:
-        # An item that the catalogue lacks is never recommended anyway.
+        # Unknown items need no warning here, since they are never recommended.
         return self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude))
 
     def _candidate_ids(self, candidates: Iterable[str | int]) -> tuple[list[int], list[str]]:
-        """The token ids of those in the catalogue, and the others."""
+        """The token ids of the known candidates, and the raw ids of the unknown ones."""
         candidates = _item_list("candidates", candidates)
         token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
         lacking = [str(item) for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
@@ -171,8 +175,8 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
         if len(lacking) == len(candidates):
             raise ValueError(
-                f"the catalogue has none of the {len(candidates)} candidates, the first is {lacking[0]!r}; its own "
-                f"look like {self.tokenizer.items[0]!r}"
+                f"the catalogue has none of the {len(candidates)} candidates, the first is {lacking[0]!r}; the ids of "
+                f"the catalogue look like {self.tokenizer.items[0]!r}"
             )
         return [token_id for token_id in dict.fromkeys(token_ids) if token_id != UNK_TOKEN_ID], lacking
 
@@ -190,7 +194,7 @@ class SequentialRecommendationPipeline(Pipeline):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
                 candidates = part.pop("candidate_ids")
-                if rows is chooses:  # item vectors are looked up once where all choose from the same
+                if rows is chooses:  # if all rows have the same candidates, their vectors are looked up once
                     part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
                 found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
                 scores[rows, : found_scores.shape[1]] = found_scores
@@ -198,7 +202,7 @@ class SequentialRecommendationPipeline(Pipeline):
         return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
-        """One history's recommendations, and how many of its items were unknown."""
+        """The recommendations for one history, and the number of its unknown items."""
         shown = model_outputs["item_ids"][0] > 0
         scores = model_outputs["scores"][0][shown].tolist()
         items = self.tokenizer.token_ids_to_item_ids(model_outputs["item_ids"][0][shown].tolist())
@@ -213,9 +217,14 @@ class SequentialRecommendationPipeline(Pipeline):
         return answer, int(model_outputs["num_unknown"])
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write the model folder; without the code of this class, which would ask for trust_remote_code.
+        """Write the model and the tokenizer into a folder.
 
-        Loaded by trust_remote_code, model and tokenizer write their code, and this class comes along.
+        The folder gets the code of model, tokenizer and pipeline only if they were loaded with trust_remote_code.
+        Otherwise the code would make Transformers ask for trust_remote_code.
+
+        Args:
+            save_directory: The folder.
+            kwargs: Further arguments of `save_pretrained` of model and tokenizer.
         """
         if self.model.config._auto_class is not None:
             os.makedirs(save_directory, exist_ok=True)
@@ -225,11 +234,11 @@ class SequentialRecommendationPipeline(Pipeline):
 
 
 class _AsOne:
-    """A history on its way through `Pipeline.__call__`, which would take a list for a batch.
+    """Wraps a history, because `Pipeline.__call__` would take a list for a batch.
 
     Args:
-        history: As it was given.
-        unknown: Of the whole call: the first items that the catalogue lacks.
+        history: The history as the user gave it.
+        unknown: The first unknown items of the whole call, to which `preprocess` adds.
     """
 
     def __init__(self, history: Any, unknown: list[str]):
@@ -237,10 +246,10 @@ class _AsOne:
 
 
 def _check_keys(request: Mapping[str, Any]) -> None:
-    """Raise for a key that would be ignored, such as one that is misspelled."""
+    """Raise ValueError for a key that would be ignored, such as a misspelled one."""
     for key in request:
         if key in ("top_k", "filter_seen_items", "index", "batch_size"):
-            raise ValueError(f"{key} is for all histories of a call: give it beside them")
+            raise ValueError(f"{key} is for all histories of a call: give it as an argument of the call")
         if key not in REQUEST_KEYS + IGNORED_KEYS:
             nearest = get_close_matches(str(key), REQUEST_KEYS, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"a history may have {', '.join(REQUEST_KEYS)}"
@@ -255,20 +264,20 @@ def _is_one_history(inputs: Any) -> bool:
     if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
         return False
     if len(inputs) == 0:
-        # An empty list or array is a history; an empty dataset has none.
+        # An empty list or array is one history; an empty dataset has no history.
         return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
-    return not is_history(next(iter(inputs)))  # a pandas Series has labels, not places
+    return not is_history(next(iter(inputs)))  # inputs[0] would look up a label in a pandas Series
 
 
 def _length(history: Any) -> int:
-    """Of one history of many; 0 where it is not known before it is read."""
+    """The length of a history, or 0 if the length is unknown before the history is read."""
     if isinstance(history, Mapping):
         history = history.get("history", history.get("item_id", ()))
     return len(history) if hasattr(history, "__len__") else 0
 
 
 def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
-    """A list, since a generator would be used up by the first history."""
+    """The items as a list, because a generator would be exhausted after the first history."""
     if isinstance(items, str):
         raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
     return list(items)
@@ -276,5 +285,6 @@ def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
 
 def _warn(num_unknown: int, unknown: Sequence[str]) -> None:
     if num_unknown:
-        examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""  # none where workers noted them
+        # There are no examples if data-loader workers collected them in other processes.
+        examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""
         logger.warning("left out %d items that the catalogue lacks%s", num_unknown, examples)

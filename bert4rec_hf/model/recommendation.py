@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""Top-k and ranks over the catalogue: what is done with a model, as `GenerationMixin` has `generate`."""
+"""`RecommendationMixin`: top-k recommendations and ranks over the catalogue."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,18 +12,18 @@ from .losses import IGNORE_INDEX
 
 # Chunk size over the catalogue.
 CATALOGUE_CHUNK_SIZE = 2**16
-# On a CPU, histories are encoded in parts of this many positions, whose activations fit into its caches.
+# Number of positions that are encoded at once on a CPU, so that the activations fit into its caches.
 POSITIONS_ENCODED_AT_ONCE = 2**13
-# Candidates that each history has of its own are chunked to this number of gathered values, a quarter of a GiB.
+# Candidates given per row are chunked to this number of gathered values, a quarter of a GiB.
 MAX_GATHERED_VALUES = 2**26
 
 
 class RecommendationMixin:
-    """What is done with a trained model: recommend, rank, search; vectors of users and items.
+    """Methods that use a trained model: `recommend`, `rank`, `search`, and vectors of users and items.
 
-    An item's score is the network's, h · w(item) + b(item), plus what the history adds to it (`HistoryScores`).
-    For a `PreTrainedModel` with `history_scores`, `_item_rows` and `_scores`, as `GenerationMixin` is for models that
-    generate.
+    The score of an item is the network's score, h · w(item) + b(item), plus the scores that the history adds to it
+    (`HistoryScores`). The mixin is for a `PreTrainedModel` with `history_scores`, `_item_rows` and `_scores`, as
+    `GenerationMixin` is for models that generate.
     """
 
     config: Any
@@ -45,22 +45,22 @@ class RecommendationMixin:
         exclude_ids: torch.Tensor | None = None,
         index: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best items at the [MASK] of each history.
+        """Find the items with the highest scores at the [MASK] of each history.
 
         Args:
-            input_ids: (batch, length) token ids with one [MASK], the position that is read.
-            attention_mask: (batch, length), 0 for padding. None: everything but [PAD] is attended to.
-            history_ids: (batch, H) token ids of the uncut histories, padded with 0, for `HistoryScores`: an item that
-                is repeated may lie before the input. None: the items of `input_ids`.
-            top_k: Number of items; at most as many as there are token ids (or candidates).
+            input_ids: (batch, length) token ids with one [MASK] per row, the position to predict.
+            attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+            history_ids: (batch, H) token ids of the uncut histories, padded with 0, for `HistoryScores`, which also
+                reads items before the input. None: the items of `input_ids`.
+            top_k: Number of items, at most the number of token ids or candidates.
             candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
-            exclude_ids: (batch, E) or, for all alike, (1, E) token ids never to recommend, padded with 0.
-            index: An `ItemIndex` of the model, for approximate search where no candidates are given. What it finds is
-                scored exactly, together with the items that the history adds to.
+            exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            index: An `ItemIndex` of the model, for approximate search. It is not used with candidates. The items that
+                it finds, and the items that the history adds scores to, are scored exactly.
 
         Returns:
-            scores: (batch, k), logits in descending order; -inf where no item is left.
-            item_ids: (batch, k) token ids; 0 where no item is left.
+            scores: (batch, k) float32 logits in descending order, -inf where no item is left.
+            item_ids: (batch, k) int64 token ids, 0 where no item is left.
 
         Raises:
             ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
@@ -86,18 +86,23 @@ class RecommendationMixin:
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The place of each target in the list that `recommend` would give, from 1; a tie counts against it.
+        """The rank of each target in the list of `recommend`, from 1. A tie counts against the target.
 
         Args:
-            input_ids, attention_mask, history_ids, candidate_ids, exclude_ids: As in `recommend`. A target is ranked
-                among the candidates whether it is one of them or not.
-            target_ids: (batch,) token ids; -100 for a target that the catalogue lacks.
+            input_ids: (batch, length) token ids with one [MASK] per row, the position to predict.
+            target_ids: (batch,) token ids, -100 for a target outside the catalogue.
+            attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+            history_ids: (batch, H) token ids of the uncut histories, padded with 0. None: the items of `input_ids`.
+            candidate_ids: (C,) or (batch, C) token ids to rank the target among, padded with 0. The target need not be
+                one of them. None: the catalogue.
+            exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
 
         Returns:
-            (batch,) ranks; 0 where the target would never be shown, excluded or not in the catalogue.
+            (batch,) int64 ranks; 0 for a target that is excluded or outside the catalogue.
 
         Raises:
-            ValueError: As `recommend`; if `target_ids` has another shape.
+            ValueError: If a history has no [MASK], an id is beyond the vocabulary, a score is NaN, or `target_ids` has
+                another shape.
         """
         states = self.mask_states(input_ids, attention_mask)
         ranks, _, _ = self.search(
@@ -120,21 +125,25 @@ class RecommendationMixin:
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`rank` and `recommend` behind the encoder, in one pass over the catalogue.
+        """`rank` and `recommend` from encoded histories, in one pass over the catalogue.
 
         Args:
-            prediction_states: (batch, 1, hidden size), from `mask_states` or `forward`.
-            history_ids: As in `recommend`; needed unless the model has no `HistoryScores`.
-            target_ids: As in `rank`; None: no ranks.
-            top_k: As in `recommend`; None: no items.
-            candidate_ids, exclude_ids: As in `recommend`.
+            prediction_states: (batch, 1, hidden size) states from `mask_states` or `forward`.
+            history_ids: (batch, H) token ids of the uncut histories, padded with 0. None is allowed only for a model
+                without `HistoryScores`.
+            target_ids: (batch,) token ids, -100 for a target outside the catalogue. None: no ranks.
+            top_k: Number of items. None: no items.
+            candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
 
         Returns:
-            ranks (batch,), all 0 without targets; scores and item_ids (batch, k), with k = 0 without `top_k`.
+            ranks: (batch,) int64, all 0 without targets.
+            scores: (batch, k) float32, with k = 0 without `top_k`.
+            item_ids: (batch, k) int64 token ids.
 
         Raises:
-            ValueError: If `top_k` is below 1, an id is not the model's, the targets are not one a history, a score is
-                NaN, or the histories are missing.
+            ValueError: If `top_k` is below 1, an id is beyond the vocabulary, `target_ids` has another shape, a score
+                is NaN, or `history_ids` is missing.
         """
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {top_k}")
@@ -159,12 +168,13 @@ class RecommendationMixin:
             self._check_ids(target_ids.masked_fill(target_ids == IGNORE_INDEX, 0))
             target_ids = target_ids.unsqueeze(1)
             if candidate_ids is not None:
-                # The first candidate is the target, once.
+                # The target becomes the first candidate, and occurs only there.
                 others = candidate_ids.expand(batch_size, -1)
                 others = others.masked_fill(others == target_ids, 0)
                 candidate_ids = torch.cat((target_ids.clamp(min=0), others), dim=1)
             elif self.config.vocab_size > CATALOGUE_CHUNK_SIZE:
-                # From the same multiplication as the others' scores, so that it is equal to the bit.
+                # The target's score comes from the same product as the scores it is compared with, so that ties are
+                # exact.
                 for chunk_scores, chunk_ids in self._chunks(prediction_states, pairs, None, exclude_ids):
                     target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
         chunks = self._chunks(prediction_states, pairs, candidate_ids, exclude_ids)
@@ -172,7 +182,7 @@ class RecommendationMixin:
             if target_ids is not None:
                 if candidate_ids is None or number == 0:
                     target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-                # As floats: a sum of booleans makes a copy of them in 64 bits first.
+                # The comparison is stored as floats, since a sum of booleans would first copy them to int64.
                 reached = torch.ge(chunk_scores, target_scores, out=torch.empty_like(chunk_scores))
                 ranks += reached.sum(dim=1, keepdim=True).long()
             if top_k is not None:
@@ -186,19 +196,32 @@ class RecommendationMixin:
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, hidden size + 1): the dot products with `item_vectors` are the scores without `HistoryScores`."""
+        """(batch, hidden size + 1) float32. Products with `item_vectors` are the scores without `HistoryScores`.
+
+        Args:
+            input_ids: (batch, length) token ids with one [MASK] per row.
+            attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+        """
         return _with_one(self.mask_states(input_ids, attention_mask))
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
-        """(number of items, hidden size + 1), float32, the bias last; row i is the item of token id i + 3."""
+        """(number of items, hidden size + 1) float32. Row i belongs to token id i + 3; its last value is the bias."""
         _gather_weights(self)
         vectors, biases = self._item_rows(range(FIRST_ITEM_ID, self.config.vocab_size))
         return torch.cat((vectors, biases.unsqueeze(1)), dim=1).float()
 
     @torch.no_grad()
     def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, 1, hidden size) at the last [MASK] of each history, for `search`."""
+        """The states (batch, 1, hidden size) at the last [MASK] of each history, for `search`.
+
+        Args:
+            input_ids: (batch, length) token ids with one [MASK] per row.
+            attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+
+        Raises:
+            ValueError: If the model is in training mode, a history has no [MASK], or an id is beyond the vocabulary.
+        """
         if self.training:
             raise ValueError("the model is in training mode, where dropout is active: call model.eval() first")
         if not len(input_ids):
@@ -207,7 +230,8 @@ class RecommendationMixin:
         if not input_ids.eq(MASK_TOKEN_ID).any(dim=1).all():
             raise ValueError("every history needs a [MASK], the position to predict: see tokenizer.append_mask")
         at_once = len(input_ids)
-        if input_ids.device.type == "cpu" and not hasattr(self, "unshard"):  # FSDP2 wants equally many calls everywhere
+        # With FSDP2, all processes must call the model equally often, so the batch is not split.
+        if input_ids.device.type == "cpu" and not hasattr(self, "unshard"):
             at_once = max(1, POSITIONS_ENCODED_AT_ONCE // input_ids.shape[1])
         parts = input_ids.split(at_once)
         masks = [None] * len(parts) if attention_mask is None else attention_mask.split(at_once)
@@ -231,11 +255,11 @@ class RecommendationMixin:
         top_k: int,
         exclude_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """(batch, C) candidates, each once: what an index finds, and the items that the history adds to."""
+        """(batch, C) candidates, each once: the items that an index finds, and those in the history's pairs."""
         num_items = self.config.vocab_size - FIRST_ITEM_ID
         if len(index) != num_items:
             raise ValueError(f"the index has {len(index)} items, the catalogue {num_items}: build it from this model")
-        # Enough are left without those that are excluded.
+        # The index is asked for more items, so that enough are left after the exclusions.
         num_excluded = 0 if exclude_ids is None else exclude_ids.shape[1]
         _, found = index.search(_with_one(states), top_k + num_excluded)
         paired, _ = self.history_scores(history_ids)
@@ -257,11 +281,11 @@ class RecommendationMixin:
         candidate_ids: torch.Tensor | None,
         exclude_ids: torch.Tensor | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Scores (batch, C) and their token ids (1 or batch, C), -inf where an item may not be shown."""
+        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of an excluded item is -inf."""
         if candidate_ids is not None:
             if exclude_ids is not None:
                 exclude_ids = exclude_ids.sort(dim=1).values
-            # Those of each row its own are looked up, a vector each.
+            # Candidates given per row need one gathered vector each.
             at_once = CATALOGUE_CHUNK_SIZE
             if candidate_ids.dim() == 2:
                 at_once = max(1, MAX_GATHERED_VALUES // (len(states) * states.shape[-1]))
@@ -297,7 +321,7 @@ class RecommendationMixin:
 def _target_scores(
     target_scores: torch.Tensor, target_ids: torch.Tensor, scores: torch.Tensor, item_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Target scores (batch, 1), filled in where these have the target: one of a range, or the first candidate."""
+    """Update target scores (batch, 1) for targets in this chunk, a range of token ids or with the target first."""
     columns = target_ids - item_ids[:, :1]
     inside = (columns >= 0) & (columns < scores.shape[1])
     found = scores.gather(1, columns.where(inside, 0)).masked_fill(~inside, -torch.inf)
@@ -305,12 +329,12 @@ def _target_scores(
 
 
 def _check_finite(scores: torch.Tensor) -> None:
-    if scores.numel() and scores.amax().isnan():  # the maximum is NaN where any score is
+    if scores.numel() and scores.amax().isnan():  # the maximum is NaN if any score is
         raise ValueError("a score is NaN: the weights are not finite, training has diverged")
 
 
 def _mask_positions(input_ids: torch.Tensor) -> torch.Tensor:
-    """(batch, 1): where the last [MASK] of each row is."""
+    """(batch, 1) the position of the last [MASK] of each row."""
     numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
     return (input_ids.eq(MASK_TOKEN_ID) * numbers).argmax(dim=1, keepdim=True)
 
@@ -318,7 +342,7 @@ def _mask_positions(input_ids: torch.Tensor) -> torch.Tensor:
 def _uncut(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, history_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """The histories for `HistoryScores`: those that were given, or the items of the input before the [MASK]."""
+    """The histories for `HistoryScores`: `history_ids`, or without them the items of the input before the [MASK]."""
     if history_ids is not None or not input_ids.numel():
         return input_ids if history_ids is None else history_ids
     is_before = torch.arange(input_ids.shape[1], device=input_ids.device) < _mask_positions(input_ids)
@@ -328,14 +352,14 @@ def _uncut(
 
 
 def _with_one(states: torch.Tensor) -> torch.Tensor:
-    """States (batch, 1, hidden size) -> (batch, hidden size + 1), where a 1 meets the item's bias."""
+    """States (batch, 1, hidden size) with a 1 appended, (batch, hidden size + 1), which is multiplied by the bias."""
     states = states.squeeze(1).float()
     return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
 
 
 def _gather_weights(model: Any) -> None:
-    """FSDP2 gathers the weights of the whole model for `forward` alone; other methods have to ask for it."""
+    """Gather the weights of a model that FSDP2 has sharded. FSDP2 itself does so only for `forward`."""
     if hasattr(model, "unshard"):
-        # As `forward` does first. Else an item table that is sharded by itself would take itself for the whole model.
+        # `forward` initialises lazily too. Without it, a separately sharded item table would take itself for the root.
         model._get_fsdp_state()._lazy_init()
         model.unshard()

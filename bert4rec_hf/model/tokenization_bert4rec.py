@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""Raw item ids <-> token ids, titles and training counts, and the one function that appends [MASK]."""
+"""The tokenizer: raw item ids to token ids and back, titles and training counts. Only `append_mask` appends [MASK]."""
 
 import json
 import logging
@@ -19,9 +19,10 @@ from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, UNK_TOKEN_ID
 
 logger = logging.getLogger(__name__)
 
-# In the order of their ids.
+# Special tokens in the order of their ids.
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
-# A raw id that is spelled like a special token gets a backslash more in the vocabulary, and loses it on the way out.
+# A raw id that is spelled like a special token, with or without leading backslashes, has one more backslash in the
+# vocabulary.
 SPELLED_LIKE_SPECIAL = re.compile(r"\\*\[(PAD|MASK|UNK)\]")
 
 ItemId = str | int
@@ -29,20 +30,22 @@ ItemId = str | int
 
 class Bert4RecTokenizer(PreTrainedTokenizerFast):
     r"""
-    The catalogue: raw item ids <-> token ids.
+    The catalogue: maps raw item ids to token ids and back.
 
-    [PAD] is 0, [MASK] 1, [UNK] 2; items follow, sorted by raw id when the catalogue is made, and in the order of
-    their arrival afterwards. Raw ids are strings (integers are taken too and come back as strings) and are mapped
-    whole, whatever spaces, quotes or unicode they hold.
+    [PAD] is 0, [MASK] is 1, [UNK] is 2, and items start at 3. The first items are sorted by raw id; items that are
+    added later are appended. Raw ids are strings. Integers are accepted and come back as strings. A raw id is never
+    split or normalised, so it may contain spaces, quotes and any Unicode.
 
         tokenizer = Bert4RecTokenizer.from_items(["50", "318", "296"], titles={"50": "Star Wars (1977)"})
         tokenizer([["318", "50"], ["296"]], padding=True, return_tensors="pt")  # ends with [MASK]: for `recommend`
 
-    It keeps the newest items that fit into `max_length` (default: `model_max_length`) beside the [MASK];
-    `truncation=False` keeps all items. Called with `add_special_tokens=False` it appends no [MASK], and cuts only with
-    `truncation=True`. A flat list is one history, a list of lists a batch; unknown items are left out, with one warning
-    that names how many. With `drop_oldest_item`, which is for converted models, the oldest item of a history is always
-    left out before the [MASK] is appended.
+    A flat list of ids is one history, a list of lists is a batch. Unknown items are left out, with one warning that
+    counts them. By default, a call keeps the newest items that fit into `max_length` (default: `model_max_length`) and
+    appends [MASK]. `truncation=False` keeps all items. With `add_special_tokens=False`, a call appends no [MASK], and
+    truncates only with `truncation=True`.
+
+    With `drop_oldest_item`, which is for converted models, the oldest item of a history is always dropped before the
+    [MASK] is appended.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}
@@ -57,13 +60,13 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     ):
         if vocab is None:
             raise ValueError(
-                "expected a catalogue: Bert4RecTokenizer.from_items(items) makes one, and "
-                "tokenizer.save_pretrained(folder) puts it beside its model"
+                "expected a catalogue; got no vocabulary: create a tokenizer with Bert4RecTokenizer.from_items(items), "
+                "or load a folder that tokenizer.save_pretrained(folder) wrote"
             )
-        # transformers hands over `vocab` when it reads tokenizer.json.
+        # Transformers passes `vocab` when it reads tokenizer.json.
         self._tokenizer = _backend(vocab)
-        # It names code in the folder that was read, and would be wrong in a copy without it; where the code comes
-        # along, Transformers writes it anew.
+        # auto_map names code in the folder that was read. A copy of the folder may lack that code. If the code is
+        # copied too, Transformers writes auto_map again.
         kwargs.pop("auto_map", None)
         defaults = SPECIAL_TOKENS | {"truncation_side": "left", "padding_side": "right"}
         super().__init__(**(defaults | kwargs), drop_oldest_item=drop_oldest_item)
@@ -84,17 +87,19 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         sort: bool = True,
         drop_oldest_item: bool = False,
     ) -> "Bert4RecTokenizer":
-        """A tokenizer for a catalogue.
+        """Create a tokenizer for a catalogue.
 
         Args:
             items: Raw ids, each once.
-            titles: By raw id, for as many items as have one.
-            counts: How often each item occurs in the training data; an item not named occurs 0 times.
+            titles: Titles by raw id, for items that have one.
+            counts: Number of training events by raw id. Items that are not in the mapping have 0.
             model_max_length: Longest input of the model, the [MASK] included.
-            sort: Whether token ids go by raw id; False: in the given order, which a converted model has learnt.
-            drop_oldest_item: Whether `append_mask` always leaves out the oldest item, as RecBole does.
+            sort: Whether token ids are assigned in the order of the raw ids. False: in the given order, as a converted
+                model needs.
+            drop_oldest_item: Whether `append_mask` always drops the oldest item, as RecBole does.
 
         Raises:
+            TypeError: If an id is neither a string nor an integer.
             ValueError: If there are no items, or one occurs twice.
         """
         raw_ids = _raw_ids(items)
@@ -115,32 +120,43 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
 
     @property
     def num_items(self) -> int:
+        """Number of items in the catalogue, without special tokens."""
         return len(self._raw_ids)
 
     @property
     def items(self) -> list[str]:
-        """Raw ids in the order of their token ids, the first of which is 3."""
+        """Raw ids in the order of their token ids. The first item has token id 3."""
         return list(self._raw_ids)
 
     @property
     def counts(self) -> list[int] | None:
-        """How often each item occurs in the training data, in the order of `items`."""
+        """Number of training events of each item, in the order of `items`; None if it was never counted."""
         return self._counts
 
     @property
     def titles(self) -> list[str | None] | None:
-        """In the order of `items`; None where an item has none."""
+        """Title of each item, or None, in the order of `items`; None if no item has a title."""
         return self._titles
 
     def set_counts(self, counts: Mapping[Any, int]) -> None:
-        """Replace the training counts; an item that is not named occurs 0 times."""
+        """Replace the training counts.
+
+        Args:
+            counts: Number of training events by raw id. Items that are not in the mapping have 0.
+        """
         self._set(None, counts)
 
     def add_items(self, items: Iterable[ItemId], titles: Mapping[Any, str] | None = None) -> int:
-        """Append the items that are new, sorted by raw id; nothing is renumbered.
+        """Append new items to the catalogue, sorted by raw id. The token ids of old items do not change.
+
+        The model then needs `resize_token_embeddings(len(tokenizer))`; `model.add_items` does both.
+
+        Args:
+            items: Raw ids. Known items among them are ignored.
+            titles: Titles by raw id, for new or old items.
 
         Returns:
-            How many were new. The model then needs `resize_token_embeddings(len(tokenizer))`.
+            The number of new items.
         """
         new = sorted(set(_raw_ids(items)).difference(self._token_ids))
         vocabulary = self._tokenizer.get_vocab()
@@ -157,27 +173,35 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         return len(new)
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Of the special tokens alone, for Transformers' own calls; a catalogue grows by `add_items`."""
+        """Accept the special tokens only, which Transformers adds itself. Items are added with `add_items`.
+
+        Raises:
+            ValueError: If a token is not a special token.
+        """
         tokens = new_tokens if isinstance(new_tokens, list | tuple) else [new_tokens]
         others = [token for token in map(str, tokens) if token not in SPECIAL_TOKENS.values()]
         if others:
             raise ValueError(
                 f"expected no tokens but {', '.join(SPECIAL_TOKENS.values())}; got {others[0]!r}: "
-                "model.add_items(tokenizer, items) adds items to catalogue and model"
+                "model.add_items(tokenizer, items) adds items to the catalogue and the model"
             )
         return super().add_tokens(new_tokens, special_tokens)
 
     def item_ids_to_token_ids(self, items: Iterable[ItemId]) -> list[int]:
-        """Token ids of raw ids; 2, that of [UNK], for an item that the catalogue lacks."""
+        """Convert raw ids to token ids. The token id of an unknown item is 2, that of [UNK].
+
+        Raises:
+            TypeError: If an id is neither a string nor an integer, or `items` is a string.
+        """
         _check_list(items)
         known, unknown = self._token_ids, UNK_TOKEN_ID
         return [known.get(item if type(item) is str else _raw_id(item), unknown) for item in items]
 
     def token_ids_to_item_ids(self, token_ids: Iterable[int]) -> list[str]:
-        """Raw ids of token ids.
+        """Convert token ids to raw ids.
 
         Raises:
-            ValueError: If a token id is no item's.
+            ValueError: If a token id is not that of an item.
         """
         raw_ids, first = self._raw_ids, FIRST_ITEM_ID
         items = []
@@ -190,16 +214,19 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         return items
 
     def title(self, item: ItemId) -> str | None:
-        """The title of a raw id, None if it has none."""
+        """The title of an item, by its raw id; None if the item has no title or is unknown."""
         token_id = self._token_ids.get(_raw_id(item))
         return None if self._titles is None or token_id is None else self._titles[token_id - FIRST_ITEM_ID]
 
     def append_mask(self, token_ids: Sequence[int], max_length: int | None = None) -> list[int]:
-        """The newest items with one [MASK] behind them: what serving and evaluation predict from.
+        """Keep the newest items of a history and append [MASK]: the input of serving and evaluation.
 
         Args:
-            token_ids: One history of any length, possibly empty.
-            max_length: Of the result; None: `model_max_length`.
+            token_ids: One history of any length, possibly empty, oldest item first.
+            max_length: Longest result, the [MASK] included. None: `model_max_length`.
+
+        Returns:
+            At most `max_length` token ids, the last of which is [MASK].
 
         Raises:
             ValueError: If `max_length` is below 2.
@@ -217,10 +244,10 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         return super().encode(text, text_pair, **_cut_by_default(kwargs))
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """1, the [MASK]."""
+        """Number of tokens that a call appends: 1, the [MASK]."""
         return 1
 
-    # Private, since all public ways to encode text end here; a history is no text.
+    # This private method is overridden, since all public methods that encode text call it, and a history is no text.
     def _encode_plus(
         self,
         text: Any,
@@ -239,7 +266,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     ) -> BatchEncoding:
         for name in ("return_offsets_mapping", "return_overflowing_tokens", "return_token_type_ids"):
             if kwargs.get(name):
-                raise ValueError(f"{name} is for text; a history of item ids has no such thing: leave it out")
+                raise ValueError(f"{name} is for text and does not apply to histories of item ids: leave it out")
         if isinstance(text, str) or text_pair is not None:
             raise TypeError(
                 "expected a history, a list of item ids, or a list of histories; got "
@@ -249,14 +276,18 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         is_batch = len(text) > 0 and is_history(text[0])
         for history in text if is_batch else ():
             if not is_history(history):
-                raise TypeError(f"expected a list of histories, lists of item ids; got {history!r} among them")
+                raise TypeError(
+                    f"expected a list of histories, each a list of item ids; got {history!r} among the histories"
+                )
         histories = [self.item_ids_to_token_ids(history) for history in (text if is_batch else [text])]
         rows = self.without_unknown(histories)
         limit = self.model_max_length if max_length is None else max_length
         if truncation_strategy == TruncationStrategy.DO_NOT_TRUNCATE:
             limit = max([2, *(len(row) + 1 for row in rows)])  # all items and the [MASK]
         elif self.truncation_side != "left":
-            raise ValueError(f"histories lose their oldest items; got truncation_side {self.truncation_side!r}")
+            raise ValueError(
+                f"histories lose their oldest items; got truncation_side {self.truncation_side!r}: set it to 'left'"
+            )
         if add_special_tokens:
             rows = [self.append_mask(row, limit) for row in rows]
         else:
@@ -281,28 +312,28 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         )
 
     def without_unknown(self, histories: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Histories of token ids without [UNK]; one warning names how many were left out."""
+        """Remove [UNK] from histories of token ids, with one warning that counts the removed items."""
         known = [[token_id for token_id in row if token_id != UNK_TOKEN_ID] for row in histories]
         num_unknown = sum(map(len, histories)) - sum(map(len, known))
         if num_unknown:
             logger.warning("left out %d items of histories that the catalogue lacks", num_unknown)
         return known
 
-    # Private, since `decode` and `batch_decode` both end here.
+    # This private method is overridden, since `decode` and `batch_decode` both call it.
     def _decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
         token_ids = [
             token_id for token_id in map(int, token_ids) if token_id >= FIRST_ITEM_ID or not skip_special_tokens
         ]
         tokens = self.convert_ids_to_tokens(token_ids)
-        # A raw id that is spelled like a special token is shown as it is, not as the vocabulary escapes it.
+        # A raw id that is spelled like a special token is shown without the backslash that it has in the vocabulary.
         names = [
             token if number < FIRST_ITEM_ID else _from_token(token)
             for number, token in zip(token_ids, tokens, strict=True)
         ]
         return " ".join(names)
 
-    # Private, since `save_pretrained` pushes what it has written before an override of it could add a file.
+    # This private method is overridden, since `save_pretrained` pushes the files before an override could add one.
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -327,7 +358,7 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             known = {_raw_id(item): int(count) for item, count in counts.items()}
             self._counts = [known.get(raw_id, 0) for raw_id in self._raw_ids]
         if titles is not None:
-            # A missing title of a data frame is NaN.
+            # Data frames represent a missing title as NaN.
             named = {_raw_id(item): title for item, title in titles.items() if isinstance(title, str)}
             old = self._titles or [None] * self.num_items
             self._titles = [named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)]
@@ -340,7 +371,7 @@ def _backend(vocabulary: Mapping[str, int]) -> Tokenizer:
 def _raw_id(item: Any) -> str:
     if isinstance(item, str):
         return item
-    # numpy's and torch's integers have __index__ as well; booleans do, but are no ids.
+    # Integers of numpy and torch have __index__ as well. Booleans have it too, but are not accepted as ids.
     is_bool = isinstance(item, bool) or str(getattr(item, "dtype", "")).endswith("bool")
     if hasattr(item, "__index__") and not is_bool:
         return str(item.__index__())
@@ -358,15 +389,15 @@ def _check_list(items: Any) -> None:
 
 
 def _cut_by_default(options: dict[str, Any]) -> dict[str, Any]:
-    """Cut a history that is to end with [MASK], unless the call says otherwise."""
+    """Turn truncation on for calls that append [MASK], unless they set it."""
     if options.get("truncation") is None and options.get("add_special_tokens", True):
         options["truncation"] = True
     return options
 
 
 def is_history(value: Any) -> bool:
-    """Whether a value is a history, not an id."""
-    # A string can be iterated over as well, and a tensor of one number says so; either is one id.
+    """Whether a value is a history, not a single id."""
+    # Strings are iterable, and tensors of a single number have __iter__. Both are single ids.
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
 
 

@@ -14,7 +14,7 @@ from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..model.pipeline import SequentialRecommendationPipeline
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
-# Histories read, and recommendations written, per batch.
+# Number of histories that are read, and of recommendations that are written, at once.
 ROWS_PER_BATCH = 8192
 COLUMNS = ["user_id", "item_id", "rank", "score"]
 
@@ -26,24 +26,25 @@ def recommend_file(
     *,
     batch_size: int = 64,
 ) -> int:
-    """Write the recommendations of every history; memory does not grow with their number.
+    """Write the recommendations for a file of histories. The memory needed does not grow with their number.
 
     Args:
-        pipe: With its `top_k` and other options set.
-        histories: Parquet file with user_id and item_id (a list of item ids, oldest first), one history a row; nulls
-            are left out.
-        output: Parquet file of user_id, item_id, rank (from 1) and score, in the order of the input. Written beside
-            and moved there when complete. An earlier one is replaced, and nothing else.
-        batch_size: Histories at once.
+        pipe: The pipeline, with `top_k` and other options set.
+        histories: Parquet file with one history per row: user_id, and item_id, a list of item ids, oldest first. Nulls
+            in the list are left out.
+        output: Parquet file with the columns user_id, item_id, rank (from 1) and score, in the order of the input. It
+            is written atomically. The output of an earlier call is replaced; any other file is an error.
+        batch_size: Number of histories that the model reads at once.
 
     Returns:
-        Number of histories.
+        The number of histories.
 
     Raises:
-        ValueError: If a column is missing or has another type, or if `output` is a folder, `histories` itself or
-            another file that is no output of an earlier call, or if none of the items of the first histories is known.
+        ValueError: If `batch_size` is below 1; if `histories` is not a Parquet file, lacks a column, or a column has
+            the wrong type; if `output` is a folder, is `histories` itself, or exists and is not an earlier output; or
+            if the catalogue has none of the items of the first histories.
     """
-    output = Path(output).resolve()  # of a link, what it leads to
+    output = Path(output).resolve()  # follows links
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     try:
@@ -59,7 +60,7 @@ def recommend_file(
             raise ValueError(f"{histories} has the column {name!r} twice; rename one of them")
     if not (pa.types.is_list(schema.field("item_id").type) or pa.types.is_large_list(schema.field("item_id").type)):
         raise ValueError(
-            f"item_id of {histories} must be a list, one history a row; got {schema.field('item_id').type}: make "
+            f"item_id of {histories} must be a list, one history per row; got {schema.field('item_id').type}: make "
             "histories from a log with bert4rec prepare"
         )
     kinds = (schema.field("user_id").type, pa.string(), pa.int32(), pa.float32())
@@ -72,7 +73,7 @@ def recommend_file(
                 rows = [[item for item in items or () if item is not None] for items in batch["item_id"].to_pylist()]
                 if part == 0:
                     _check_items(pipe.tokenizer, rows, histories)
-                # The pipeline makes batches of similar length of a list.
+                # Given a list, the pipeline forms batches of histories of similar length.
                 yield from zip(batch["user_id"].to_pylist(), pipe(rows, batch_size=batch_size), strict=True)
                 progress.update(len(rows))
 
@@ -96,17 +97,19 @@ def _check_items(tokenizer: Bert4RecTokenizer, rows: list[list[Any]], histories:
     if shown and set(tokenizer.item_ids_to_token_ids(shown)) == {UNK_TOKEN_ID}:
         raise ValueError(
             f"the catalogue has none of the items of the first {len(rows):,} histories of {histories}, such as "
-            f"{shown[0]!r}; its own look like {tokenizer.items[0]!r}"
+            f"{shown[0]!r}; the ids of the catalogue look like {tokenizer.items[0]!r}"
         )
 
 
 def _check_output(output: Path, histories: str | os.PathLike) -> None:
-    """Raise unless the file is missing or an earlier output."""
+    """Raise ValueError unless the file is missing or an earlier output."""
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
     if not output.exists():
         if output.suffix in (".csv", ".json", ".jsonl", ".tsv"):
-            raise ValueError(f"the recommendations are a Parquet file; got the name {output}: let it end in .parquet")
+            raise ValueError(
+                f"the recommendations are a Parquet file; got the name {output}: choose a name that ends in .parquet"
+            )
         return
     if output.samefile(histories):
         raise ValueError(f"{output} holds the histories themselves; choose another --output")
@@ -116,6 +119,6 @@ def _check_output(output: Path, histories: str | os.PathLike) -> None:
         names = None
     if names != COLUMNS:
         raise ValueError(
-            f"{output} exists and is no Parquet file of {', '.join(COLUMNS)} that this command wrote; choose another "
+            f"{output} exists and is no Parquet file of {', '.join(COLUMNS)} from an earlier call; choose another "
             "--output"
         )

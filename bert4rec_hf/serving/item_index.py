@@ -1,4 +1,4 @@
-"""Approximate search over the item table, for catalogues whose exact ranking takes too long for one request."""
+"""Approximate search over the item vectors, for catalogues that are too large for exact ranking in one request."""
 
 import os
 from typing import Any
@@ -11,12 +11,12 @@ from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 
 
 class ItemIndex:
-    """An index of `model.item_vectors()` in a graph of neighbours (HNSW, Malkov & Yashunin 2016), by usearch.
+    """An approximate nearest-neighbour index of `model.item_vectors()`: HNSW (Malkov & Yashunin 2016), by usearch.
 
         index = ItemIndex.build(model)
         recommend = pipeline("sequential-recommendation", model=folder, index=index)
 
-    It is of one state of the weights: build it anew after training and after `add_items`.
+    The index is a copy of the weights: build it again after training and after `add_items`.
     """
 
     def __init__(self, index: Any):
@@ -31,17 +31,19 @@ class ItemIndex:
         expansion_add: int = 128,
         expansion_search: int = 256,
     ) -> "ItemIndex":
-        """Put all items of a model into an index.
+        """Build an index of all items of a model.
 
         Args:
-            model: Its weights are copied.
-            connectivity: Neighbours of an item in the graph.
-            expansion_add, expansion_search: Items looked at when one is added, and in a search: more find more of the
-                best, and take longer.
+            model: The model, whose item vectors are copied.
+            connectivity: Number of neighbours of an item in the graph.
+            expansion_add: Number of items that are examined when an item is added. A larger number makes searches more
+                accurate and building slower.
+            expansion_search: Number of items that are examined in a search. A larger number makes searches more
+                accurate and slower.
 
         Raises:
-            ImportError: Without usearch, `pip install 'bert4rec_hf[search]'`.
-            ValueError: If a weight is NaN.
+            ImportError: If usearch is not installed: `pip install 'bert4rec_hf[search]'`.
+            ValueError: If an item vector is NaN.
         """
         from usearch.index import Index
 
@@ -60,19 +62,20 @@ class ItemIndex:
         return cls(index)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one file."""
+        """Write the index to one file."""
         self.index.save(os.fspath(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, expansion_search: int = 256) -> "ItemIndex":
-        """What `save` wrote.
+        """Read an index that `save` wrote.
 
         Args:
             path: The file.
-            expansion_search: As in `build`; the file does not have it.
+            expansion_search: Number of items that are examined in a search; the file does not store it.
 
         Raises:
-            ValueError: If there is no such file, or it is none of these.
+            ImportError: If usearch is not installed: `pip install 'bert4rec_hf[search]'`.
+            ValueError: If the file does not exist, is damaged, or is not an index.
         """
         from usearch.index import Index
 
@@ -81,7 +84,7 @@ class ItemIndex:
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is no index, or a damaged one ({error}): build and save it again") from error
         if index is None:
-            raise ValueError(f"{path} is no index: expected a file that ItemIndex.save has written")
+            raise ValueError(f"{path} is no index: expected a file from ItemIndex.save")
         index.expansion_search = expansion_search  # type: ignore[misc]  # its setter has no type
         return cls(index)
 
@@ -89,18 +92,18 @@ class ItemIndex:
         return len(self.index)
 
     def search(self, vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The items with nearly the highest scores.
+        """Find approximately the items with the highest scores.
 
         Args:
-            vectors: (batch, width + 1), of `model.user_vectors`.
-            count: Number of items.
+            vectors: (batch, hidden size + 1) from `model.user_vectors`.
+            count: Number of items to find.
 
         Returns:
-            scores: (batch, at most count), logits in descending order; -inf where no item was found.
-            item_ids: Likewise, token ids; 0 where none was found.
+            scores: (batch, at most `count`) float32 logits in descending order, padded with -inf.
+            item_ids: (batch, at most `count`) int64 token ids, padded with 0.
 
         Raises:
-            ValueError: If the vectors are of a model of another width, or NaN.
+            ValueError: If the vectors have another width than the index, or are NaN.
         """
         if vectors.isnan().any():
             raise ValueError("a user vector is NaN: the weights are not finite, training has diverged")
@@ -110,7 +113,7 @@ class ItemIndex:
                 "from this model"
             )
         found = self.index.search(vectors.cpu().numpy(), count)
-        # Of a single vector usearch leaves the batch out.
+        # For a single vector, usearch returns arrays without the batch dimension.
         keys, distances = np.atleast_2d(found.keys).astype(np.int64), np.atleast_2d(found.distances)
         counts: Any = getattr(found, "counts", [keys.shape[1]])
         is_found = np.arange(keys.shape[1]) < np.asarray(counts)[:, None]

@@ -1,4 +1,4 @@
-"""A model as an ONNX graph: token ids in, the best token ids and their scores out, for runtimes without Python."""
+"""Exporting a model as an ONNX graph, for runtimes without Python: token ids in, recommendations and scores out."""
 
 import os
 from copy import deepcopy
@@ -14,11 +14,14 @@ from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 
 
 class Recommender(nn.Module):
-    """`recommend` as one graph without a loop or a check, for `torch.export` and ONNX.
+    """`recommend` as one graph without loops and checks, for `torch.export` and ONNX.
 
     Args:
-        model: In evaluation mode.
-        top_k: Number of items, at most as many as the catalogue has.
+        model: The model, which is put into evaluation mode.
+        top_k: Number of items to recommend, at most the number of items in the catalogue.
+
+    Raises:
+        ValueError: If `top_k` is below 1 or exceeds the number of items.
     """
 
     def __init__(self, model: Bert4RecForMaskedItemPrediction, top_k: int = 10):
@@ -36,10 +39,19 @@ class Recommender(nn.Module):
         exclude_ids: torch.Tensor,
         candidate_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, length) twice, (batch, H), (batch, E), (batch, C) -> scores and token ids (batch, top_k).
+        """Recommend items.
 
-        The arguments are those of `recommend`. Widths are at least 1. Histories, exclusions and candidates are padded
-        with 0; a row without candidates chooses from the catalogue. Where no item is left, the score is -inf.
+        Args:
+            input_ids: (batch, length) token ids with one [MASK] per row.
+            attention_mask: (batch, length), 0 for padding.
+            history_ids: (batch, H) token ids of the whole history, padded with 0. H is at least 1.
+            exclude_ids: (batch, E) token ids never to recommend, padded with 0. E is at least 1.
+            candidate_ids: (batch, C) token ids to choose from, padded with 0. C is at least 1. A row of zeros chooses
+                from the whole catalogue.
+
+        Returns:
+            scores (batch, top_k) float32, in descending order, -inf where no item is left; and item_ids
+            (batch, top_k) int64 token ids.
         """
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = (input_ids.eq(MASK_TOKEN_ID) * numbers).argmax(dim=1, keepdim=True)
@@ -59,20 +71,23 @@ class Recommender(nn.Module):
 def export_onnx(
     model: Bert4RecForMaskedItemPrediction, output: str | os.PathLike, *, top_k: int = 10
 ) -> torch.onnx.ONNXProgram:
-    """Write `Recommender` as an ONNX file of any batch size and any length up to the model's.
+    """Write a model as an ONNX file, for any batch size and any length up to the model's maximum.
 
-    Inputs: input_ids, attention_mask, history_ids, exclude_ids, candidate_ids (int64), as in `Recommender`; outputs:
-    scores (float32), item_ids.
+    The inputs are input_ids, attention_mask, history_ids, exclude_ids and candidate_ids (int64), as in
+    `Recommender.forward`. The outputs are scores (float32) and item_ids (int64).
 
     Args:
         model: A trained model.
-        output: The file; written beside and moved there. Weights of 2 GB and more go into a file next to it. A file
-            that is there already is replaced if its name ends in .onnx.
-        top_k: Number of items.
+        output: The file, which is written atomically. Weights of 2 GB and more go into a file next to it. An existing
+            file is replaced if its name ends in .onnx.
+        top_k: Number of items to recommend.
+
+    Returns:
+        The exported program.
 
     Raises:
-        ImportError: Without the packages onnx and onnxscript: `pip install 'bert4rec_hf[export]'`.
-        ValueError: If `output` is a folder, or a file of another name.
+        ImportError: If onnx or onnxscript is not installed: `pip install 'bert4rec_hf[export]'`.
+        ValueError: If `output` is a folder or an existing file with another ending, or if `top_k` is out of range.
     """
     output = Path(output)
     if output.is_dir():
@@ -102,7 +117,7 @@ def export_onnx(
         )  # fmt: skip
     finally:
         model.train(was_training)
-    assert program is not None  # it is one where dynamo=True
+    assert program is not None  # for the type checker: with dynamo=True there always is a program
     with files_beside(output.parent) as folder:
         program.save(folder / output.name)
     return program

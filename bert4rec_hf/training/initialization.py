@@ -1,4 +1,4 @@
-"""What was counted in the log, put into a new model."""
+"""Initialising a model from counts: item vectors from co-occurrence, and transitions."""
 
 from typing import Any
 
@@ -20,14 +20,17 @@ def start_from_cooccurrence(
     with_mean: bool = True,
     seed: int = 0,
 ) -> None:
-    """Give a new model the item vectors, and a first layer that hands their mean on.
+    """Set the item vectors of a new model to `cooccurrence_vectors`, and let its first layer pass on their mean.
 
     Args:
-        model: What changes. An item without neighbours keeps its vector.
-        histories, num_items, seed: As in `cooccurrence_vectors`. What `with_mean` draws, PyTorch's own generator gives.
-        with_mean: Whether values and output of the first layer's attention undo one another. Queries and keys are near
-            0, as they are in every new model: a history's [MASK] has the mean of its items' vectors then, and what
-            stands near them has the highest scores before anything is learnt.
+        model: The model, which is changed in place. An item without neighbours keeps its vector.
+        histories: Histories from `read_prepared`.
+        num_items: Number of items in the catalogue.
+        with_mean: Whether the output projection of the first layer's attention is set to the inverse of its value
+            projection, an orthogonal matrix from PyTorch's generator. Queries and keys of a new model are near 0, so
+            the attention averages over the history. The [MASK] then starts with the mean of the history's item
+            vectors, and the neighbours of these items get the highest scores before any training.
+        seed: Seed of `cooccurrence_vectors`.
     """
     vectors = cooccurrence_vectors(histories, num_items, model.config.hidden_size, seed=seed)
     has_neighbours = vectors.any(dim=1)
@@ -49,22 +52,27 @@ def keep_transitions(
     weight: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Give a model its transitions, `config.num_transitions` of each item, see `transitions`.
+    """Count transitions and store them in a model: the `config.num_transitions` strongest successors of each item.
 
-    They are added to the scores wherever items are ranked (`HistoryScores`). Training, which predicts the very pairs
-    that are counted, is without them: they would look surer than they are.
+    `HistoryScores` adds them to the scores wherever items are ranked. The training loss does not include them: it
+    predicts the same pairs that were counted, so the transitions would look more reliable than they are.
 
     Args:
-        model: What changes; its `num_transitions` is above 0. An item that has none in these histories keeps the
-            transitions that it has.
-        histories, num_items, seed: As in `cooccurrence_vectors`.
-        weight: The `config.transition_weight` from now on. None: `default_transition_weight`.
+        model: The model, which is changed in place. Its `num_transitions` must be above 0. An item without successors
+            in these histories keeps the transitions that it has.
+        histories: Histories from `read_prepared`.
+        num_items: Number of items in the catalogue.
+        weight: New value of `config.transition_weight`. None: `default_transition_weight`.
+        seed: Seed of `transitions`.
 
     Raises:
-        ValueError: If the model has no room for them.
+        ValueError: If `num_transitions` of the model is 0.
     """
     if not model.config.num_transitions:
-        raise ValueError("the model has no room for transitions: make it with Bert4RecConfig(num_transitions=64)")
+        raise ValueError(
+            "the model has no room for transitions; got num_transitions=0: create it with "
+            "Bert4RecConfig(num_transitions=64)"
+        )
     if weight is None:
         weight = default_transition_weight(int(histories.is_training().sum()), num_items)
     model.config.transition_weight = weight

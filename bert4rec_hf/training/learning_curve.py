@@ -1,4 +1,4 @@
-"""How a training run went: metrics an evaluation as data and as a picture, and what the curve warns of."""
+"""The learning curve of a training run: its evaluations as data and as a plot, and warnings about the run."""
 
 import json
 import math
@@ -16,11 +16,13 @@ from ..evaluation.protocol import Protocol
 from ..files import write_file
 from ..hub.model_card import CURVE_FILE, TRAINING_FILE
 
-# Of an evaluation, what the curve and its warnings are made of.
+# Metrics that an evaluation must have for the curve and its warnings.
 NEEDED = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 5, 10)}
-# Of the last evaluation's NDCG@10: a linear decay to zero lifts the last quarter of a converged run by up to 5 %.
+# Smallest rise of NDCG@10 in the last quarter of a run, as a share of its last value, that counts as under-trained.
+# A linear decay of the learning rate to zero lifts the last quarter of a converged run by up to 5 %.
 RISE = 0.07
-# Of the validation loss: the same decay takes up to .07 off it.
+# Smallest fall of the validation loss in the last quarter that counts as under-trained. The same decay lowers the loss
+# of a converged run by up to .07.
 LOSS_FALL = 0.09
 
 
@@ -31,18 +33,20 @@ def training_record(
     baselines: Mapping[str, Mapping[str, float]],
     chosen_step: int,
 ) -> dict[str, Any] | None:
-    """What training.json holds, or None without training or evaluation.
+    """The content of training.json.
 
     Args:
-        state, args: Of the Trainer; the state's log survives in checkpoints, and so does the curve.
-        protocol: Of the evaluations.
-        baselines: Metrics of rankings without a model on the same rows, by name.
-        chosen_step: The step that the weights are of.
+        state: The state of the Trainer. Its log is saved in checkpoints, so a resumed run has the whole curve.
+        args: The training arguments.
+        protocol: The protocol of the evaluations.
+        baselines: Metrics of the baselines on the same rows, by name.
+        chosen_step: The step of the weights that were kept.
 
     Returns:
-        protocol; step, max_steps, chosen_step; baselines; evaluations, each with epoch, step, training_loss (the last
-        that was logged), loss (of validation) and the metrics; training_losses, as often as they were logged;
-        warnings, sentences of `training_warnings`.
+        None if there was no training or no evaluation. Otherwise the keys are: protocol; step, max_steps and
+        chosen_step; baselines; evaluations, each with epoch, step, training_loss (the last logged one), loss (the
+        validation loss) and the metrics; training_losses, all logged ones; warnings, the sentences of
+        `training_warnings`.
     """
     evaluations: dict[int, dict[str, Any]] = {}
     losses: list[dict[str, Any]] = []
@@ -52,8 +56,8 @@ def training_record(
         place = {"epoch": entry.get("epoch"), "step": entry["step"]}
         if "loss" in entry:
             losses.append(place | {"loss": _finite(entry["loss"])})
-        # After the end it is the chosen weights that are evaluated, which need not be those of the last step. Metrics
-        # of somebody's own may lack what is needed here.
+        # An evaluation after the end of training is of the chosen weights, which may be of an earlier step. Evaluations
+        # with a user's own metrics may lack the metrics that the curve needs.
         elif entry.keys() >= NEEDED and not (ended and chosen_step != entry["step"]):
             metrics = {name: _finite(value) for name, value in result_metrics(entry, "eval").items()}
             training_loss = losses[-1]["loss"] if losses else None
@@ -78,35 +82,40 @@ def training_record(
 
 
 def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
-    """What a user should know of a run, one sentence each; none if all is well.
+    """Warnings about a training run, one sentence each. The list is empty if there is nothing to warn of.
 
-    Under-trained, by NDCG@10: the last evaluation is the best, and above the best of the first three quarters of the
-    run by more than two standard errors and by more than `RISE` of itself. The standard error is that of one
-    evaluation over its users; that of the difference between two evaluations of one run, user by user, is .6 to .8 of
-    it on MovieLens 100K. By validation loss, which has less noise: the best evaluation is in the last quarter, and the
-    loss at the end is below the least of the first three by more than `LOSS_FALL`, and by more than two standard
-    errors, the differences of users being spread by .5 (MovieLens 100K). A schedule that decays to zero flattens every
-    curve at its end: silence is no proof that a longer run would not be better.
+    - Under-trained by NDCG@10: the last evaluation is the best one, and it exceeds the best of the first three quarters
+      of the run by more than two standard errors and by more than `RISE` of its value. The standard error is that of
+      one evaluation over its users. The standard error of the difference of two evaluations, user by user, is .6 to .8
+      of it on MovieLens 100K.
+    - Under-trained by validation loss, which has less noise: the best evaluation is in the last quarter, and the last
+      loss is below the lowest of the first three quarters by more than `LOSS_FALL` and by more than two standard
+      errors. The differences of users are taken to have a standard deviation of .5, as on MovieLens 100K.
+    - No better than at its start: the evaluation before the first step is better than all later ones.
+    - At the popularity baseline: the best NDCG@10 does not exceed that of popularity by more than two standard errors
+      of the difference, with users taken as unpaired.
+    - No better than transitions alone: the best NDCG@10 does not exceed that of the transitions. The defaults add
+      transitions to the model's scores, and they can hide a network that has learnt nothing.
+    - No better than personal popularity alone: the same comparison with how often each user had an item, if seen items
+      are kept.
 
-    No better: the evaluation before the first step, if there was one, is above all others.
-
-    At the popularity baseline: the best NDCG@10 is not above that of popularity by two standard errors of the
-    difference, the users taken as unpaired. No better than transitions alone: it is not above that of what followed
-    each item, a count which the defaults add to the model's scores, so that it hides a model that has learnt nothing.
-    No better than personal popularity alone: likewise of how often each user had an item, where seen items are kept.
+    A schedule that decays to zero flattens every curve at its end. So the absence of a warning does not prove that a
+    longer run would not be better.
 
     Args:
-        record: As `training_record` makes it.
-        longer: The option that makes the run twice as long.
+        record: The record from `training_record`, still without its warnings.
+        longer: The command-line option that makes the run twice as long.
     """
     num_users, evaluations = record["protocol"]["num_users"], record["evaluations"]
     values = np.array([evaluation["NDCG@10"] for evaluation in evaluations])
-    losses = np.array([evaluation.get("loss") for evaluation in evaluations], float)  # None becomes NaN, no fall
+    losses = np.array(
+        [evaluation.get("loss") for evaluation in evaluations], float
+    )  # None becomes NaN, which is no fall
     steps = np.array([evaluation["step"] for evaluation in evaluations])
     best = evaluations[int(values.argmax())]
     warnings = []
     early = steps <= 0.75 * steps[-1]
-    # With fewer evaluations the rise since the last early one says little of the end.
+    # Without an evaluation in the third quarter, the rise may lie before the last quarter.
     if (early & (steps > 0.5 * steps[-1])).any() and best["step"] > 0.75 * steps[-1]:
         gain, fall = values[-1] - values[early].max(), losses[early].min() - losses[-1]
         clear_gain = max(2 * standard_error_from_metrics(best, num_users), RISE * values[-1])
@@ -125,7 +134,7 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     if steps[0] == 0 and len(values) > 1 and values[0] > values[1:].max():
         warnings.append(
             f"no better than at its start: validation NDCG@10 was {values[0]:.4f} before the first step and "
-            f"{values[1:].max():.4f} at most after it; keep the model that it went on from, or try a smaller "
+            f"{values[1:].max():.4f} at most after it; keep the model that training continued from, or try a smaller "
             "--learning_rate"
         )
     more = f"give the model more steps ({longer}, a smaller --per_device_train_batch_size) or another --learning_rate"
@@ -139,21 +148,26 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
                 f"that of popularity, {popularity['NDCG@10']:.4f} (standard error of the difference {error:.4f}); "
                 f"{more}",
             ]
-    counted = {"transitions": "what followed each item", "personal popularity": "how often each user had an item"}
+    counted = {"transitions": "each item's successors", "personal popularity": "how often each user had an item"}
     for name, what in counted.items():
         baseline = record["baselines"].get(name)
         if baseline is not None and best["NDCG@10"] <= baseline["NDCG@10"]:
             warnings.append(
-                f"no better than {name} alone: the best validation NDCG@10 is {best['NDCG@10']:.4f}, that of counting "
-                f"{what} {baseline['NDCG@10']:.4f}; {more}"
+                f"no better than {name} alone: the best validation NDCG@10 is {best['NDCG@10']:.4f}; counting {what} "
+                f"alone gives {baseline['NDCG@10']:.4f}; {more}"
             )
     return warnings
 
 
 def standard_error_from_metrics(metrics: Mapping[str, float], num_users: int) -> float:
-    """That of NDCG@10 over users, from HR and NDCG at 1, 5 and 10 alone: some percent too low at most.
+    """Estimate the standard error of NDCG@10 over users from HR and NDCG at 1, 5 and 10.
 
-    Within each of the ranks 1, 2 to 5 and 6 to 10, every hit is taken to gain the mean of them.
+    Within each of the groups of ranks 1, 2 to 5 and 6 to 10, every hit is taken to have the mean gain of the group. The
+    estimate is at most a few percent too low.
+
+    Args:
+        metrics: HR@k and NDCG@k for k = 1, 5, 10.
+        num_users: Number of users of the metrics.
     """
     second_moment = hits_above = gain_above = 0.0
     for k in (1, 5, 10):
@@ -164,14 +178,14 @@ def standard_error_from_metrics(metrics: Mapping[str, float], num_users: int) ->
 
 
 def write_training(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """training.json and learning_curve.png of a model folder."""
+    """Write training.json and learning_curve.png into a model folder."""
     write_file(Path(folder) / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
     write_file(Path(folder) / CURVE_FILE, plot_training(record))
 
 
 def plot_training(record: Mapping[str, Any]) -> bytes:
     """The learning curve as PNG: training loss, validation loss, NDCG@10 with the baselines."""
-    from matplotlib.figure import Figure  # heavy, and needed here alone
+    from matplotlib.figure import Figure  # imported here because matplotlib is slow to load
 
     evaluations, losses = record["evaluations"], record["training_losses"]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -205,5 +219,5 @@ def plot_training(record: Mapping[str, Any]) -> bytes:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """The value, or None if it is not finite, since JSON has no NaN."""
     return value if math.isfinite(value) else None

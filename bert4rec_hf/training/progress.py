@@ -9,9 +9,9 @@ from transformers import ProgressCallback
 
 
 class BriefProgress(ProgressCallback):
-    """A progress bar on a terminal, and one line an evaluation instead of fifteen metrics.
+    """Shows a progress bar, and one line per evaluation instead of fifteen metrics.
 
-    A log file gets the lines alone.
+    If standard error is not a terminal, there are only the lines.
     """
 
     loss = math.nan
@@ -19,7 +19,7 @@ class BriefProgress(ProgressCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.current_step = 0
         if state.is_world_process_zero:
-            # None: no bar where standard error is no terminal.
+            # disable=None hides the bar if standard error is not a terminal.
             self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=None)
             config = model.config
             self.training_bar.write(

@@ -1,4 +1,4 @@
-"""Whether a run may write into a folder, and whether it can go on from a checkpoint."""
+"""Checks whether a run may write into a folder, and whether it can resume from a checkpoint."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from ..hub.model_card import RECIPE_FILE
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
-# Arguments that a checkpoint's optimizer and scheduler were made with.
+# Arguments that must not change in a resumed run, since its optimizer and scheduler were created with them.
 OPTIMIZER_ARGUMENTS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest that is whole: its state is written last."""
+    """The newest complete checkpoint in a folder, or None. The Trainer's state is the file that is written last."""
     steps = [path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
     newest = max((int(step) for step in steps if step.isdecimal()), default=None)
     return None if newest is None else str(folder / f"checkpoint-{newest}")
@@ -33,16 +33,21 @@ def check_resumable(
     tokenizer: Bert4RecTokenizer,
     preparation: Mapping[str, Any],
 ) -> None:
-    """Raise if a run cannot go on from a checkpoint as it is asked to.
+    """Raise ValueError if a run cannot resume from a checkpoint.
 
-    That is, if it is none, is of another model or log, is beyond the end of the run, or would go on with its own
-    optimizer in spite of what is asked for.
+    The checkpoint must be complete, of the same architecture, catalogue and log, before the end of the run, and with
+    the same optimizer arguments as the run.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        args: The arguments of the run.
+        config: The config of the run's model.
+        tokenizer: The tokenizer of the run.
+        preparation: The content of preparation.json of the run's data.
     """
     if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
-        where = checkpoint or f"{args.output_dir}, where the last one was asked for,"
-        raise ValueError(
-            f"{where} is no checkpoint to resume from: name its folder, or leave --resume_from_checkpoint out"
-        )
+        found = f"{checkpoint} is no checkpoint" if checkpoint else f"{args.output_dir} has no checkpoint"
+        raise ValueError(f"{found} to resume from: name the folder of one, or leave --resume_from_checkpoint out")
     if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
         other = ["another catalogue"]
     else:
@@ -52,8 +57,8 @@ def check_resumable(
     if other:
         raise ValueError(
             f"{checkpoint} was trained on a log with {' and '.join(other)}: resume with the --data (and "
-            "--model_name_or_path) that it began with, or go on to new data with --model_name_or_path in another "
-            "--output_dir"
+            "--model_name_or_path) of the original run, or train it further on new data with --model_name_or_path and "
+            "another --output_dir"
         )
     began = Bert4RecConfig.from_pretrained(checkpoint)
     other = [
@@ -62,7 +67,9 @@ def check_resumable(
         if getattr(began, name) != getattr(config, name)
     ]
     if other:
-        raise ValueError(f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its architecture")
+        raise ValueError(
+            f"{checkpoint} has {'; '.join(other)}: a resumed run keeps its architecture; leave these options out"
+        )
     recipe = Path(checkpoint) / RECIPE_FILE
     recorded = yaml.safe_load(recipe.read_text("utf-8")) if recipe.is_file() else {}
     asked = args.to_dict()
@@ -73,26 +80,27 @@ def check_resumable(
     ]
     if other:
         raise ValueError(
-            f"{checkpoint} has {'; '.join(other)}: a run that is resumed keeps its optimizer; to go on with another, "
-            "give the checkpoint as --model_name_or_path, and another --output_dir"
+            f"{checkpoint} has {'; '.join(other)}: a resumed run keeps its optimizer; to train it further with another "
+            "one, give the checkpoint as --model_name_or_path, and another --output_dir"
         )
     if not any(Path(checkpoint).glob("optimizer*")) and not args.deepspeed:
         raise ValueError(
-            f"{checkpoint} has the model only (save_only_model), not the optimizer to resume with: give it as "
-            "--model_name_or_path, and another --output_dir"
+            f"{checkpoint} has the model only (save_only_model), not the optimizer to resume with: give the checkpoint "
+            "as --model_name_or_path, and another --output_dir"
         )
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    # At its last step a run would take one more before it notices.
+    # At exactly max_steps, the Trainer would still take one more step.
     is_beyond = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
     if is_beyond:
         raise ValueError(
-            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, at or beyond the end that was asked "
-            f"for (num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): ask for more"
+            f"{checkpoint} is at epoch {state.epoch:g}, step {state.global_step}, at or beyond the end of the run "
+            f"(num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): increase --num_train_epochs or "
+            "--max_steps"
         )
 
 
 def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:
-    """Raise if a new training run would write over something."""
+    """Raise ValueError if a new training run would overwrite files."""
     folder = Path(folder)
     if not folder.exists():
         return
@@ -103,12 +111,12 @@ def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) 
     if not names or (resume_from_checkpoint and checkpoints):
         return
     shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    hint = ", or go on with --resume_from_checkpoint last" if last_checkpoint(folder) else ""
+    hint = ", or resume with --resume_from_checkpoint last" if last_checkpoint(folder) else ""
     raise ValueError(f"{folder} is not empty ({shown}); choose another --output_dir{hint}")
 
 
 class BestCheckpointHere(TrainerCallback):
-    """After a run's folder was copied or moved, its best checkpoint is the one inside it, and not to be deleted."""
+    """Corrects the path of the best checkpoint in a run's folder that was moved, so that it is not deleted."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.best_model_checkpoint is not None:

@@ -10,13 +10,14 @@ from torch.utils.data import Sampler
 
 
 class SimilarLengthSampler(Sampler[int]):
-    """Rows in random order, another each epoch, with batches of similar length: little is padding.
+    """Yields rows in random order, in batches of rows of similar length, which need little padding.
 
-    Transformers' own goes from long to short over and over, and cannot be resumed in the middle of an epoch.
+    The order differs from epoch to epoch. Transformers' own sampler goes from long to short rows again and again, and
+    cannot resume in the middle of an epoch.
 
     Args:
-        lengths: (rows,), of what the model gets.
-        batch_size: Rows a batch.
+        lengths: (rows,) length of each row as the model gets it.
+        batch_size: Number of rows in a batch.
         seed: Equal seeds give equal orders.
     """
 
@@ -27,28 +28,29 @@ class SimilarLengthSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's data loader."""
+        """Set the epoch, which the order depends on. Accelerate's data loader calls this."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
         order = np.argsort(self.lengths * random.uniform(0.9, 1.1, len(self)))
-        order = np.roll(order, random.integers(len(self)))  # the last batch, a short one, is not always of the longest
+        # Without the roll, the longest rows would always form the last, incomplete batch.
+        order = np.roll(order, random.integers(len(self)))
         whole = len(self) // self.batch_size * self.batch_size
         batches = random.permutation(order[:whole].reshape(-1, self.batch_size))
         return iter([*batches.ravel().tolist(), *order[whole:].tolist()])
 
 
 def has_lengths(rows: Any) -> bool:
-    """Whether the rows are stored; those that a transform makes as they are read have no lengths yet."""
+    """Whether the lengths of the rows are known. Rows that a transform creates on reading have none yet."""
     return isinstance(rows, Dataset) and "input_ids" in rows.column_names
 
 
 def row_lengths(rows: Dataset) -> np.ndarray:
-    """(rows,), of their `input_ids`."""
+    """(rows,) the lengths of `input_ids`."""
     return pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_numpy(zero_copy_only=False)
 
 
 def by_length(rows: Dataset) -> np.ndarray:
-    """Numbers of the rows, the shortest first."""
+    """(rows,) the indices of the rows in ascending order of length."""
     return row_lengths(rows).argsort(kind="stable")

@@ -66,7 +66,7 @@ ARGUMENTS_OF_TRAIN_PREPARED = {"item_initialization", "train_windows", "window_s
 
 
 class ItemLabelSmoother(LabelSmoother):
-    """Transformers' own, over items: the logits of special tokens are so low that their mean would be all of it."""
+    """Transformers' `LabelSmoother` over the items only. The low logits of special tokens would dominate its mean."""
 
     def __call__(self, model_output: Any, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         items = {"logits": model_output["logits"][..., FIRST_ITEM_ID:]}
@@ -75,22 +75,29 @@ class ItemLabelSmoother(LabelSmoother):
 
 
 class Bert4RecTrainer(Trainer):
-    """The Transformers Trainer, evaluating with `search`, the function that serves.
+    """The Transformers Trainer. It evaluates with `search`, the function that serving calls, and writes model folders.
 
-    Evaluation rows come from `ranking_rows`. Metrics are those of `ranking_metrics` and coverage@10, the share of
-    the catalogue that stands in anybody's ten recommendations. `predict` returns ranks and those recommendations.
+    Evaluation rows come from `ranking_rows`. The metrics are those of `ranking_metrics`, and coverage@10, the share of
+    the catalogue that is in the first ten recommendations of at least one user. `predict` returns the ranks and these
+    recommendations.
 
     Args:
-        model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init: As in `Trainer`; the
-            collator is made from `Bert4RecTrainingArguments` if it is None.
-        protocol: Of the evaluation rows; metrics are stored in the model folder only with it.
-        baselines: Metrics of rankings without a model on the evaluation rows, or their ranks, by name, to stand in the
-            learning curve.
-        preparation: The content of preparation.json, kept in the model folder.
-        publish_code: Whether every folder that is saved gets our code, see `publish_code`.
+        model: A `Bert4RecForMaskedItemPrediction`. None: `model_init` creates it.
+        args: The training arguments. They are copied. None: the defaults of `TrainingArguments`.
+        data_collator: None: a `DataCollatorForMaskedItemPrediction` with the values of `Bert4RecTrainingArguments`.
+        train_dataset: Rows from `training_rows` or `stream_training_rows`.
+        eval_dataset: Rows from `ranking_rows`, or several such sets by name. None: nothing is evaluated.
+        processing_class: The tokenizer of the model.
+        model_init: Creates a model, for hyperparameter searches.
+        protocol: The protocol of the evaluation rows. Without it, no metrics are stored in the model folder.
+        baselines: Metrics or ranks of the baselines on the evaluation rows, by name. The learning curve shows them.
+        preparation: The content of preparation.json, which is copied into the model folder.
+        publish_code: Whether the model's code is copied into every saved folder; see `publish_code`.
+        kwargs: Further arguments of `Trainer`.
 
     Raises:
-        ValueError: Without a collator and what it is made from, `Bert4RecTrainingArguments` and a `processing_class`.
+        ValueError: If there is neither a model nor a `model_init`, if the tokenizer is of another size than the model,
+            if `data_collator`, `Bert4RecTrainingArguments` and tokenizer are missing, or if an argument does not fit.
     """
 
     def __init__(
@@ -110,27 +117,28 @@ class Bert4RecTrainer(Trainer):
         **kwargs: Any,
     ):
         if model is None and model_init is None:
-            raise ValueError("expected a model or a model_init that makes one")
+            raise ValueError("expected a model or a model_init, which creates one; got neither")
         self.model_init = model_init
         config: Bert4RecConfig = (self.call_model_init() if model is None else model).config
         if processing_class is not None and len(processing_class) != config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: make it with "
-                "Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) lets both grow together"
+                f"the tokenizer has {len(processing_class)} token ids, the model {config.vocab_size}: create the model "
+                "with Bert4RecConfig(vocab_size=len(tokenizer)); model.add_items(tokenizer, items) adds items to both"
             )
-        args = TrainingArguments() if args is None else copy(args)  # another run with them may choose otherwise
+        # The arguments are copied, since the values chosen from this log may not suit another run.
+        args = TrainingArguments() if args is None else copy(args)
         self.chooses_learning_rate = _is_left_out(args, "learning_rate")
         if isinstance(args, Bert4RecTrainingArguments):
             _choose(args, config, train_dataset)
             if eval_dataset is None and args.eval_strategy != IntervalStrategy.NO:
-                logger.warning("there is no eval_dataset: nothing is evaluated, and the last step is the model")
+                logger.warning("there is no eval_dataset: nothing is evaluated, and the model is that of the last step")
                 args.evaluate_nothing()
             elif "compute_metrics" not in kwargs:
                 args.check_metric(eval_dataset)
-        args.remove_unused_columns = False  # the collator takes what it needs, and `prediction_step` what is left
-        hub_strategy, args.hub_strategy = args.hub_strategy, HubStrategy.END  # `PushCheckpoints` pushes the others
+        args.remove_unused_columns = False  # the collator drops unused columns; `prediction_step` needs the others
+        hub_strategy, args.hub_strategy = args.hub_strategy, HubStrategy.END  # `PushCheckpoints` pushes checkpoints
         if args.n_gpu > 1:
-            # DataParallel, which the Trainer would take, gives each GPU a part of the negatives of a batch.
+            # The Trainer would use DataParallel, which would split the negatives of a batch between the GPUs.
             logger.warning("one of %d GPUs is used; accelerate launch -m bert4rec_hf train uses all", args.n_gpu)
             args._n_gpu = 1
         self.collates_by_args = data_collator is None
@@ -153,9 +161,12 @@ class Bert4RecTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if self.args.label_smoothing_factor:
             if config.item_loss != "softmax":
-                raise ValueError(f"label_smoothing_factor is for item_loss softmax alone; got {config.item_loss}")
+                raise ValueError(
+                    f"label_smoothing_factor is for item_loss softmax only; got {config.item_loss}: leave one of the "
+                    "two out"
+                )
             if config.filter_seen_items:
-                logger.warning("with label_smoothing_factor the loss is over all items, seen ones among them")
+                logger.warning("with label_smoothing_factor, the loss is over all items, including seen items")
             self.label_smoother: LabelSmoother | None = ItemLabelSmoother(self.args.label_smoothing_factor)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None:
@@ -168,12 +179,13 @@ class Bert4RecTrainer(Trainer):
         self.preparation = preparation
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
-        self.evaluated_step: int | None = None  # whose weights the evaluation is of; None: no longer these
+        # The step of the weights that `evaluation` was computed with. None: the weights have changed since.
+        self.evaluated_step: int | None = None
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
         self.evaluated_step = None
         if trial is not None and self.chooses_learning_rate:
-            self.args.learning_rate = None  # of the trial before; `create_optimizer` chooses one for this model
+            self.args.learning_rate = None  # `create_optimizer` chooses one for the model of this trial
         output = super().train(resume_from_checkpoint, trial, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_global_step != self.evaluated_step:
             self.evaluated_step = None
@@ -185,12 +197,12 @@ class Bert4RecTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.collates_by_args:  # a search over hyperparameters may have changed them
+        if self.collates_by_args:  # a hyperparameter search may have changed the arguments
             self.data_collator = _collator(self.args, self.model.config, self.processing_class)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if not isinstance(eval_dataset, str):  # the name of one of several sets
+        if not isinstance(eval_dataset, str):  # a string is the name of one of several sets
             eval_dataset = self._by_length(self.eval_dataset if eval_dataset is None else eval_dataset)
         with _for_evaluation(self.args):
             return super().get_eval_dataloader(eval_dataset)
@@ -203,7 +215,7 @@ class Bert4RecTrainer(Trainer):
         """HR, NDCG, MRR and coverage from `predictions=(ranks, recommended token ids)`."""
         found = prediction.predictions
         if not isinstance(found, tuple) or np.ndim(found[0]) != 1:
-            raise ValueError("expected evaluation rows of ranking_rows, which have exclude_ids")
+            raise ValueError("expected evaluation rows of ranking_rows; got rows without the column exclude_ids")
         ranks, recommended = found
         num_shown = np.unique(recommended[recommended > 0]).size
         num_items = self.model.config.vocab_size - FIRST_ITEM_ID
@@ -216,7 +228,7 @@ class Bert4RecTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Loss a row, (ranks, recommended token ids), targets: no scores leave the step."""
+        """The loss, (ranks, recommended token ids) and targets of a batch, without scores over the catalogue."""
         ranking = {name: inputs[name] for name in RANKING_INPUTS if name in inputs}
         inputs = {name: values for name, values in inputs.items() if name not in ranking}
         if prediction_loss_only or "exclude_ids" not in ranking:
@@ -225,13 +237,14 @@ class Bert4RecTrainer(Trainer):
         self.ranks_sampled = "candidate_ids" in ranking
         targets = inputs["labels"].amax(dim=1)
         with torch.no_grad(), self.compute_loss_context_manager():
-            # No logits here: `search` computes scores, of a part of the catalogue at a time.
+            # The logits are skipped, since `search` computes scores for one chunk of the catalogue at a time.
             outputs = model(**inputs, skip_logits=True)
             ranking = {"history_ids": inputs["input_ids"]} | ranking
             ranks, _, recommended = self.accelerator.unwrap_model(model).search(
                 outputs.prediction_states, target_ids=targets, top_k=COVERAGE_CUTOFF, **ranking
             )
-        # The Trainer takes the mean over rows, of which those whose target the catalogue lacks have no loss.
+        # The Trainer averages over rows. Rows with a target outside the catalogue have no loss, so they count as 0
+        # here, and `evaluation_loop` divides by the number of the other rows.
         is_known = targets != IGNORE_INDEX
         return outputs.loss.detach() * is_known.float().mean(), (ranks, recommended), targets
 
@@ -245,12 +258,12 @@ class Bert4RecTrainer(Trainer):
     ) -> EvalLoopOutput:
         if self.args.world_size > 1 and not has_length(dataloader):
             raise ValueError(
-                "several processes cannot tell the last rows of a stream from those that fill up its last batch: "
+                "several processes cannot tell the last rows of a stream from the rows that pad its last batch: "
                 "evaluate on a datasets.Dataset"
             )
         self.ranks_sampled = False
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # of `prediction_step` above
+        if isinstance(output.label_ids, np.ndarray) and output.label_ids.ndim == 1:  # targets from `prediction_step`
             num_known = max(1, int((output.label_ids != IGNORE_INDEX).sum()))
             output.metrics[f"{metric_key_prefix}_loss"] *= len(output.label_ids) / num_known
         if (
@@ -268,7 +281,7 @@ class Bert4RecTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        # The protocol is that of the trainer's own rows, all of them: of several sets, each is evaluated by itself.
+        # The protocol describes all rows of the trainer's own eval_dataset, not one of several sets.
         if self.protocol is not None and eval_dataset is None and not isinstance(self.eval_dataset, dict):
             source = {"source": os.path.basename(self.preparation["source"])} if self.preparation else {}
             self.evaluation = source | {
@@ -279,24 +292,24 @@ class Bert4RecTrainer(Trainer):
         return metrics
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        # Nor the item table: an item that no batch has would shrink all the same.
+        # The item vectors do not decay: the vectors of items that are in no batch would shrink too.
         return [name for name in super().get_decay_parameter_names(model) if "item_embeddings" not in name]
 
-    # Private, since a Trainer offers no public way to bring a sampler but a whole `get_train_dataloader` of one's own.
+    # This private method is overridden, since the only public alternative is to rewrite `get_train_dataloader`.
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not has_lengths(rows):
             return super()._get_train_sampler(train_dataset)
         lengths = np.minimum(row_lengths(rows), self.model.config.max_position_embeddings)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        # Of all processes together: they wait for one another at every step.
+        # The batches of all processes have similar lengths, since the processes wait for one another at every step.
         return SimilarLengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         output = super().predict(test_dataset, *args, **kwargs)
         if self._by_length(test_dataset) is test_dataset:
             return output
-        places = np.argsort(by_length(test_dataset))  # of the rows among what was predicted
+        places = np.argsort(by_length(test_dataset))  # the place of each row among the predictions
 
         def in_order(found: Any) -> Any:
             if isinstance(found, tuple):
@@ -306,9 +319,10 @@ class Bert4RecTrainer(Trainer):
         return output._replace(predictions=in_order(output.predictions), label_ids=in_order(output.label_ids))
 
     def _by_length(self, rows: Any) -> Any:
-        """Evaluation rows, the shortest first, so that little is padding.
+        """Sort evaluation rows by length, which reduces padding.
 
-        Rows without lengths stay as they are, and those of somebody's own metrics, which may need their order.
+        Rows without known lengths are not sorted, and neither are rows for a user's own metrics, which may depend on
+        the order.
         """
         if has_lengths(rows) and self.compute_metrics == self.compute_ranking_metrics:
             return rows.select(by_length(rows))
@@ -317,8 +331,11 @@ class Bert4RecTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a model folder: weights, configuration, catalogue, recipe, evaluations, learning curve and card.
 
-        The Trainer writes training_args.bin as well, a pickle of the arguments with this machine's paths, here
-        without tokens. It is pushed nowhere.
+        The Trainer also writes training_args.bin, a pickle of the arguments with paths of this machine. It has no
+        tokens here, and is never pushed.
+
+        Args:
+            output_dir: The folder. None: that of the training arguments.
         """
         folder = Path(output_dir or self.args.output_dir)
         old_weights = _weights_digest(folder) if self.args.should_save else None
@@ -330,13 +347,13 @@ class Bert4RecTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _complete_folder(self, folder: Path, old_weights: str | None) -> None:
-        """Write what makes a model folder of what the Trainer saves."""
+        """Write the files of a model folder that the Trainer itself does not write."""
         write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
         if self.preparation is not None:
             preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
             write_file(folder / PREPARATION_FILE, json.dumps(preparation, indent=2, ensure_ascii=False) + "\n")
         if _weights_digest(folder) != old_weights:
-            (folder / EVALUATION_FILE).unlink(missing_ok=True)  # numbers of other weights
+            (folder / EVALUATION_FILE).unlink(missing_ok=True)  # its metrics belong to the old weights
             (folder / TRAINING_FILE).unlink(missing_ok=True)
             (folder / CURVE_FILE).unlink(missing_ok=True)
         protocols = [record["protocol"] for record in read_evaluations(folder)]
@@ -351,16 +368,17 @@ class Bert4RecTrainer(Trainer):
         write_model_card(folder, self.hub_model_id, self.processing_class)
 
     def training_record(self) -> dict[str, Any] | None:
-        """How the run went up to now, see `learning_curve.training_record`; None without evaluations or protocol."""
+        """The record of the run so far; see `learning_curve.training_record`. None without evaluations or protocol."""
         if self.protocol is None:
             return None
         best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
         return training_record(self.state, self.args, self.protocol, self.baselines, best or self.state.global_step)
 
     def recipe(self) -> dict[str, Any]:
-        """All arguments and the architecture, as `bert4rec train --config` takes them.
+        """All training arguments and the architecture, in the form that `bert4rec train --config` reads.
 
-        Without a preparation, model and rows are somebody's own, and what `train_prepared` makes them of is left out.
+        Without a preparation, the user created model and rows, so arguments that only `train_prepared` reads are left
+        out.
         """
         left_out = (
             ARGUMENTS_LEFT_OUT_OF_RECIPES
@@ -382,11 +400,12 @@ class Bert4RecTrainer(Trainer):
             for name in Bert4RecConfig.__annotations__
             if name not in DERIVED_FIELDS and hasattr(config, name)
         }
-        precision = self.accelerator.mixed_precision  # which an Accelerate configuration may have set
+        precision = self.accelerator.mixed_precision  # an Accelerate configuration may have set it
         arguments |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-        # The command line knows only whether, where TrainingArguments have made the words "all" and "no" of it.
+        # TrainingArguments turn this option into "all" or "no", but the command line only accepts true or false.
         arguments["include_num_input_tokens_seen"] = arguments["include_num_input_tokens_seen"] != "no"
-        origin = config._name_or_path  # of a model that goes on; a folder's name would mean another one elsewhere
+        # The Hub id of the model that was trained further. A local path would be another folder on another machine.
+        origin = config._name_or_path
         if origin and not os.path.exists(origin):
             arguments["model_name_or_path"] = origin
         return json.loads(json.dumps(arguments | architecture, default=str))
@@ -399,9 +418,15 @@ class Bert4RecTrainer(Trainer):
         language: str | list[str] | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Write README.md of the output folder from what the folder says.
+        """Write README.md of the output folder from the files of the folder.
 
-        `push_to_hub` calls this with the arguments that it does not know itself: `push_to_hub(license="mit")`.
+        `push_to_hub` passes its further arguments to this function, as in `push_to_hub(license="mit")`.
+
+        Args:
+            model_name: Title of the card.
+            license: License of the model, for example "mit".
+            language: Language codes, for the metadata.
+            tags: Tags in addition to those of the package.
         """
         if self.is_world_process_zero():
             metadata = {"model_name": model_name, "license": license, "language": language, "tags": tags}
@@ -419,8 +444,15 @@ class Bert4RecTrainer(Trainer):
         """Upload the model folder, without checkpoints and training_args.bin.
 
         Args:
-            commit_message, blocking, token, revision, private: As in `Trainer.push_to_hub`.
-            kwargs: As in `create_model_card`.
+            commit_message: Message of the commit.
+            blocking: Whether to wait for the upload.
+            token: Access token. None: `hub_token` of the training arguments.
+            revision: Branch to push to. None: `hub_revision` of the training arguments.
+            private: Whether a repository that is created is private.
+            kwargs: Arguments of `create_model_card`.
+
+        Returns:
+            The return value of `huggingface_hub.upload_folder`; None on processes other than the main one.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
@@ -446,12 +478,12 @@ class Bert4RecTrainer(Trainer):
 
 
 def _is_left_out(args: TrainingArguments, name: str) -> bool:
-    """Whether an argument was left out, and not set since."""
+    """Whether an argument was left out when the arguments were created, and has not been set since."""
     return name in getattr(args, "chosen_from_log", ()) and getattr(args, name) == FALLBACKS[name]
 
 
 def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> None:
-    """Choose what was left out from the model and the training rows."""
+    """Set the arguments that were left out, from the model and the training rows."""
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
         lengths = np.minimum(row_lengths(rows), config.max_position_embeddings) if are_stored else np.inf
@@ -465,7 +497,7 @@ def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
 
 @contextlib.contextmanager
 def _for_evaluation(args: TrainingArguments) -> Iterator[None]:
-    """Arguments with which a data loader leaves no row out, and keeps the order of the rows."""
+    """Change the arguments so that a data loader drops no rows and keeps their order."""
     given = args.dataloader_drop_last, args.train_sampling_strategy
     args.dataloader_drop_last, args.train_sampling_strategy = False, "sequential"
     try:
@@ -476,7 +508,7 @@ def _for_evaluation(args: TrainingArguments) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_tokens(args: TrainingArguments) -> Iterator[None]:
-    """Arguments without secrets, for what writes them."""
+    """Remove tokens from the arguments while they are written to a file."""
     tokens = {name: value for name, value in vars(args).items() if name.endswith("_token")}
     try:
         for name in tokens:
@@ -491,9 +523,12 @@ def _collator(
     args: TrainingArguments | None, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer | None
 ) -> DataCollatorForMaskedItemPrediction:
     if not isinstance(args, Bert4RecTrainingArguments):
-        raise ValueError("expected Bert4RecTrainingArguments or a data_collator: masking has its own arguments")
+        raise ValueError(
+            f"expected Bert4RecTrainingArguments or a data_collator; got {type(args).__name__} and no data_collator: "
+            "masking needs arguments of its own"
+        )
     if tokenizer is None:
-        raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue")
+        raise ValueError("expected a processing_class, the Bert4RecTokenizer of the catalogue; got None")
     assert args.mask_ratio is not None  # for the type checker
     return DataCollatorForMaskedItemPrediction(
         tokenizer,
@@ -508,9 +543,9 @@ def _collator(
 
 
 def keep_inputs_and_outputs_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Let FSDP2's mixed precision leave inputs and outputs as they are: token ids and scores among them.
+    """Keep FSDP2's mixed precision from casting inputs and outputs, such as token ids and scores.
 
-    Its weights are in half precision all the same, and so is what is computed with them.
+    Weights, and the computations with them, stay in half precision.
     """
     policy: Any = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2 and policy is not None:
@@ -518,7 +553,7 @@ def keep_inputs_and_outputs_in_float32(plugin: FullyShardedDataParallelPlugin) -
 
 
 def _weights_digest(folder: Path) -> str:
-    """The same for the same weight files."""
+    """A digest of the weight files of a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*model*.safetensors")):
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Others' tools on our models: LoRA from PEFT, torchao's quantised weights, Accelerate's offloading.
+"""Adapters on our models: LoRA from PEFT, torchao's quantised weights, Accelerate's offloading.
 
-Item vectors are read at one place, so that what wraps or replaces them holds for every score. `make test-adapters` has
-an environment with all three; elsewhere the tests of what is missing are skipped.
+Item vectors are read in one place, so a wrapper or replacement of them applies to every score. `make test-adapters`
+has an environment with all three libraries. Elsewhere, tests of missing libraries are skipped.
 """
 
 import pytest
@@ -53,7 +53,7 @@ def new_model() -> Bert4RecForMaskedItemPrediction:
 
 @torch.no_grad()
 def move_adapter(model: nn.Module) -> None:
-    """Weights as after a training, where those of a new adapter change nothing."""
+    """Set the adapter's weights as training would, since a new adapter changes nothing."""
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora" in name:
@@ -76,7 +76,7 @@ def train(model: nn.Module, num_steps: int = 20) -> list[float]:
 
 
 def assert_answers_go_by_the_logits(model: nn.Module) -> None:
-    """`recommend`, `rank` and the vectors tell the scores of the plain forward, with what the history adds."""
+    """Check that `recommend`, `rank` and the vectors agree with the logits of `forward` plus the history's scores."""
     histories, found = histories_in_tokens(model), answers(model)
     products = found["user_vectors"] @ found["item_vectors"].T
     torch.testing.assert_close(products, found["logits"][:, 3:], atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Runs where ranx and RecTools, or RecBole, are installed: their metrics of our lists, their split of a log.
+"""Computes metrics of our lists with ranx and RecTools, and splits a log with RecBole, where these are installed.
 
 python peers.py metrics LISTS.json OUTPUT.json
 python peers.py split FILE.inter OUTPUT.json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def metrics(lists_file: str) -> dict:
-    """Of each case, ranx's and RecTools' means; of lists [[item, score], ...] and one target a user."""
+    """The mean metrics of ranx and RecTools for each case, from lists [[item, score], ...] and one target per user."""
     import pandas as pd
     from ranx import Qrels, Run, evaluate
     from rectools.metrics import MRR, NDCG, HitRate, calc_metrics
@@ -42,7 +42,7 @@ def metrics(lists_file: str) -> dict:
 
 
 def split(file: str) -> dict:
-    """Of each user, the items that train, in order, and those of validation and test, as RecBole has them."""
+    """For each user, RecBole's training items in order, and its validation and test items."""
     import numpy as np
 
     for name in ("bool", "float", "int", "object"):  # NumPy no longer has them and RecBole 1.2 reads them

@@ -1,9 +1,9 @@
-"""Evaluation agrees with others: metrics with ranx and RecTools, leave-one-out with RecBole and with SASRec's file.
+"""Compares evaluation with other libraries: metrics with ranx and RecTools, leave-one-out with RecBole and SASRec.
 
     python tests/agreement/run.py FOLDER
 
-Makes the others' environments in FOLDER (once) and prints what differs; the exit code is 1 if anything differs that
-docs/protocols.md does not explain.
+The script creates the environments of the libraries in FOLDER (once) and prints the differences. The exit code is 1 if
+there is a difference that docs/protocols.md does not explain.
 """
 
 import json
@@ -58,7 +58,7 @@ def ask(environments: Path, library: str, task: str, file: Path) -> Any:
 def search(
     scores: torch.Tensor, targets: torch.Tensor, exclude_ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[list[tuple[int, float]]]]:
-    """What serving gives for these scores (users, items): the targets' ranks, and whole lists of items and scores."""
+    """The answer of serving for scores (users, items): ranks of the targets, and whole lists of items and scores."""
     num_items = scores.shape[1]
     config = Bert4RecConfig(
         vocab_size=num_items + FIRST_ITEM_ID, hidden_size=num_items, num_hidden_layers=1, intermediate_size=4
@@ -96,7 +96,7 @@ def compare_metrics(environments: Path, folder: Path) -> bool:
             ours[kind][f"MRR@{k}"] = ranking_metrics(np.where(found <= k, found, 0))["MRR"]
 
     def ordered(sign: int) -> list[list[tuple[int, float]]]:
-        """The tied lists, the target last (1) or first (-1) among its equals, with scores that leave no doubt."""
+        """The tied lists with distinct scores, and the target last (1) or first (-1) among its ties."""
         rows = []
         for served, target in zip(lists["ties"], targets.tolist(), strict=True):
             row = sorted(served, key=lambda entry: (-entry[1], sign * (entry[0] == target)))
@@ -158,7 +158,7 @@ def compare_metrics(environments: Path, folder: Path) -> bool:
 
 
 def our_split(log: Path, user_column: str, item_column: str, **order: str | None) -> Parts:
-    """Of each user, the items that train, in order, and those of validation and test."""
+    """For each user, our training items in order, and our validation and test items."""
     table = histories(
         read_log(log, id_columns=(user_column, item_column)), user_column=user_column, item_column=item_column, **order
     )
@@ -172,7 +172,7 @@ def our_split(log: Path, user_column: str, item_column: str, **order: str | None
 
 
 def differing(ours: Parts, theirs: Parts, same: Callable[[Any], Any] = lambda parts: parts) -> set[str]:
-    """Users that only one has, or whose parts differ."""
+    """The users that only one of the splits has, or whose parts differ."""
     return {user for user in ours.keys() | theirs.keys() if same(ours.get(user, {})) != same(theirs.get(user, {}))}
 
 
@@ -230,7 +230,7 @@ def compare_with_recbole(environments: Path, folder: Path) -> bool:
 
 
 def sasrec_split(file: Path) -> Parts:
-    """The rule of SASRec's data_partition: the file's order, and users with fewer than three events train only."""
+    """The split of SASRec's data_partition: in the order of the file; users with fewer than 3 events train only."""
     items: dict[str, list[str]] = {}
     for line in file.read_text().splitlines():
         user, item = line.split(" ")

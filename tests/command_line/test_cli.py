@@ -59,12 +59,12 @@ def test_train_prepares_a_raw_log_beside_the_model(folder, log, model, data, tmp
     arguments[4] = f"{output}-"
     (tmp_path / "model--data").mkdir()
     line = fail(*arguments)
-    assert f"{output}--data, where {log} would be prepared, is there already: train on it, --data" in line
+    assert f"{output}--data, where {log} would be prepared, exists: train on it with --data" in line
     line = fail("train", "--data", tmp_path / "missing.csv", "--output_dir", tmp_path / "new", *train_flags())
     assert "no such file" in line
     other = write_log(tmp_path / "model-data" / "other.csv", [("a", "x", 1)], ("uid", "item_id", "timestamp"))
     line = fail("train", "--data", other, "--output_dir", tmp_path / "new", *train_flags())
-    assert "with --user_column (options are those of bert4rec prepare, to be run first)" in line
+    assert "with --user_column (for options of bert4rec prepare, run that first)" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model--data", "model-data"]
 
 
@@ -172,7 +172,7 @@ def test_excluded_items_may_be_named_one_by_one(model):
     assert lines
     assert not {line.split()[1] for line in lines} & set(best)
     assert succeed("recommend", model, 103, "--candidates", best[0], "--exclude", best[0]) == [
-        "nothing is left to recommend: candidates, exclusions and seen items leave none"
+        "no item is left to recommend: every item is excluded, seen or not a candidate"
     ]
 
 
@@ -251,7 +251,7 @@ ODD_IDS = [
 
 
 def pass_through(log, folder):
-    """Items and users of a log after prepare, train and recommend."""
+    """Return the items and users of a log after prepare, train and recommend."""
     data, model, output = folder / "data", folder / "model", folder / "out.parquet"
     succeed("prepare", log, "--output", data)
     succeed("train", "--data", data, "--output_dir", model, *train_flags())
@@ -291,8 +291,8 @@ def test_64_bit_integers_of_a_parquet_file_come_back_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("length", "line"),
     [
-        (60, "history length 100 (the shortest of 50, 100, 200 that holds three quarters)"),
-        (250, "history length 200 (the longest of 50, 100, 200; more than a quarter are longer)"),
+        (60, "history length 100 (the shortest of 50, 100, 200 that three quarters of the histories fit into)"),
+        (250, "history length 200 (the longest of 50, 100, 200; more than a quarter of the histories are longer)"),
     ],
 )
 def test_prepare_says_why_it_chose_a_length(tmp_path, length, line):
@@ -329,7 +329,7 @@ def test_help_of_train_says_what_a_field_is_if_it_is_left_out():
     assert re.search(r"--num_hidden_layers \w+ Architecture\. Number of Transformer layers; default 2\. --", text)
     assert "--no_load_best_model_at_end The same as --load_best_model_at_end false." in text
     assert "--position_embedding_type {rotary,learned_from_start,learned_from_end} " in text
-    assert 'A checkpoint\'s folder, or "last".' in text
+    assert 'The folder of a checkpoint, or "last".' in text
 
 
 def test_help_of_train_has_our_own_options_before_those_of_transformers():

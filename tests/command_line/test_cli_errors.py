@@ -73,11 +73,11 @@ def test_a_model_folder_is_not_prepared_over(model, log):
 def test_a_pattern_that_the_shell_has_expanded_is_to_be_quoted(tmp_path):
     line = fail("prepare", "events-0.parquet", "events-1.parquet", "--output", tmp_path / "data")
     assert line == (
-        "bert4rec prepare: expected one log, got events-1.parquet as well: quote a pattern of files, "
+        "bert4rec prepare: expected one log; got events-1.parquet as well: quote a pattern of files, "
         "as in 'events-*.parquet'"
     )
     line = fail("evaluate", "model", "another", "--data", "data")
-    assert line == "bert4rec evaluate: another is an argument too much; see bert4rec evaluate --help"
+    assert line == "bert4rec evaluate: unexpected argument another; see bert4rec evaluate --help"
 
 
 def test_a_package_that_is_missing_is_one_line(monkeypatch):
@@ -135,7 +135,7 @@ def test_a_bad_training_option_is_one_line_that_names_it(data, tmp_path, changes
 def test_a_model_to_go_on_from_keeps_its_architecture(model, data, tmp_path):
     arguments = ["--data", data, "--output_dir", tmp_path / "new", "--model_name_or_path", model]
     line = fail("train", *arguments, *train_flags(hidden_size=32))
-    assert re.search(r"keeps its architecture; .* has not hidden_size=32: leave that out$", line)
+    assert re.search(r"keeps its architecture; .* does not have hidden_size=32: leave these options out$", line)
     # Its own recipe names the architecture it has.
     succeed("train", *arguments, "--config", model / "recipe.yaml", "--num_train_epochs", 1)
 
@@ -222,7 +222,7 @@ def test_a_file_of_histories_that_is_no_parquet_leaves_nothing_behind(model, log
         ("- mask_ratio\n", r"must be a mapping of options to values; got \['mask_ratio'\]"),
         ("mask_ratio: [\n", r"cannot read the recipe .*recipe\.yaml"),
         ("mask_ratio: much\n", r"--mask_ratio.*invalid float value: 'much'"),
-        ("config: other.yaml\n", r"config in .*recipe\.yaml is for the command line alone"),
+        ("config: other.yaml\n", r"config in .*recipe\.yaml is for the command line only"),
     ],
 )
 def test_a_bad_recipe_is_one_line_that_names_the_nearest_known_key(data, tmp_path, text, message):
@@ -277,4 +277,4 @@ def test_an_evaluation_that_cannot_be_kept_is_printed_all_the_same(model, data, 
     out = "\n".join(succeed("evaluate", copy, "--data", data, "--use_cpu", "true"))
     assert "NDCG@10" in out
     assert "wrote" not in out
-    assert f"the numbers are not kept in {copy}: No space left on device" in caplog.text
+    assert f"the metrics could not be written into {copy}: No space left on device" in caplog.text

@@ -1,10 +1,10 @@
-"""Transformers' own common tests of models and configurations, run on ours.
+"""Runs Transformers' common tests of models and configurations on our model.
 
     python tests/conformance/run_upstream.py [pytest options]
 
-The source distribution of the installed transformers carries them; it is unpacked into the user's cache folder, never
-into the repository. It lacks the modules in `ABSENT`, whose mixins (generation, which BERT4Rec does not do, and
-exporters) are replaced by empty classes.
+The tests are in the source distribution of the installed transformers, which is unpacked into the user's cache folder,
+never into the repository. It lacks the modules in `ABSENT`. Their mixins (for generation, which BERT4Rec does not do,
+and for exporters) are replaced by empty classes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""RecBole's and hopwise's checkpoints: equal scores and losses, and pickles that run nothing."""
+"""Conversion of RecBole's and hopwise's checkpoints: equal scores and losses, and pickles that execute nothing."""
 
 import contextlib
 import copyreg
@@ -73,7 +73,7 @@ def their_state(config: dict, num_items: int, length: int) -> dict[str, torch.Te
 
 
 def their_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
-    """What `full_sort_predict` of RecBole 1.2 computes for internal ids: (number of items + 1,)."""
+    """The scores (number of items + 1,) that `full_sort_predict` of RecBole 1.2 computes for internal ids."""
     length, width = state["position_embedding.weight"].shape
     window = history[-length:]
     items = [*window, len(state["item_embedding.weight"]) - 1][1:]  # [MASK] behind, and the oldest is dropped
@@ -105,7 +105,7 @@ def their_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def installed(library: str):
-    """As if the library were there, whose classes a checkpoint names."""
+    """Pretend that the library is installed whose classes a checkpoint names."""
     names = [
         library,
         f"{library}.config",
@@ -263,7 +263,7 @@ def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path, capl
     model.save_pretrained(tmp_path / "ours")
     tokenizer.save_pretrained(tmp_path / "ours")
     assert main(["convert", str(tmp_path / "ours"), "--to", "recbole", "--output", str(tmp_path / "theirs.pth")]) == 0
-    assert "RecBole leaves out the oldest item of every history" in caplog.text
+    assert "RecBole drops the oldest item of every history" in caplog.text
     assert read_items(tmp_path / "theirs.pth") == tokenizer.items
     state = torch.load(tmp_path / "theirs.pth", weights_only=True)["state_dict"]
     # They drop the oldest of five, and so do we of five, with the [MASK].
@@ -325,7 +325,7 @@ def test_items_come_from_a_saved_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (ITEMS[:-1], r"has 7 items, the given list has 6: give the items of the log as it was trained on"),
+        (ITEMS[:-1], r"has 7 items, the given list has 6: give the items of the training log"),
         ([*ITEMS[:-1], ITEMS[0]], "occurs twice"),
     ],
     ids=["too-few", "twice"],
@@ -463,7 +463,7 @@ def write(path: Path, kind: str, checkpoint: Path) -> None:
         ("text", "cannot read"),
         ("weights-alone", "no state_dict with a Config"),
         ("another-model", "holds the model 'SASRec'; expected BERT4Rec"),
-        ("a-weight-missing", "differ in trm_encoder.layer.1.feed_forward.dense_1.bias"),
+        ("a-weight-missing", "missing or unexpected weights are trm_encoder.layer.1.feed_forward.dense_1.bias"),
         ("another-loss", "loss_type in .* must be one of CE, BPR; got 'XE'"),
     ],
 )
@@ -598,12 +598,12 @@ def test_a_class_of_theirs_is_not_imported(tmp_path, monkeypatch):
 def test_half_of_a_checkpoint_is_not_whole(checkpoint):
     content = checkpoint.read_bytes()
     checkpoint.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="it is not whole; fetch it again"):
+    with pytest.raises(ValueError, match="it is incomplete; download it again"):
         read_checkpoint(checkpoint)
 
 
 def test_sizes_that_the_weights_do_not_have_are_refused_before_a_model_is_made(tmp_path):
     config = settings()
     large = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config | {"hidden_size": 2048})
-    with pytest.raises(ValueError, match=r"hidden_size in .* is 2048, its items have 8"):
+    with pytest.raises(ValueError, match=r"hidden_size in .* is 2048, its item vectors have 8"):
         read_checkpoint(large)

@@ -1,4 +1,4 @@
-"""The page for users of RecBole and hopwise: its lines run, its tables are complete; their YAML becomes a recipe."""
+"""The documentation for users of RecBole and hopwise is complete and runs, and their YAML becomes a recipe."""
 
 import re
 from pathlib import Path
@@ -185,8 +185,8 @@ def test_recboles_defaults_become_its_architecture_and_training(tmp_path, capsys
         "bert4rec prepare LOG.inter --output DATA --user_column user_id:token --item_column item_id:token "
         "--time_column timestamp:float --split leave-one-out\n"
     ) in comments
-    assert "train_batch_size: rows here are users" in comments
-    assert "MRR is that of the whole ranking" in comments
+    assert "train_batch_size: a row is a user" in comments
+    assert "MRR is of the whole ranking" in comments
     for key in ("gpu_id", "metrics", "transform", "train_neg_sample_args", "field_separator"):
         assert re.search(rf"#   [\w, ]*\b{key}\b[\w, ]*: \w", comments), key
     assert "unknown" not in comments
@@ -199,7 +199,7 @@ def test_of_a_partial_file_the_model_is_recboles_and_the_training_loop_ours(tmp_
     architecture = (*Bert4RecConfig.__annotations__, *others)
     expected = {name: value for name, value in RECBOLE_RECIPE.items() if name in architecture}
     assert recipe == expected | {"hidden_size": 32}
-    assert "not in the file, so RecBole's defaults: n_layers, n_heads, inner_size" in comments
+    assert "these settings are not in the file and have RecBole's defaults: n_layers, n_heads, inner_size" in comments
     assert converted(write(tmp_path, ""), capsys)[0] == expected
 
 
@@ -221,7 +221,7 @@ def test_a_recipe_with_bpr_trains_from_the_log_that_its_comment_prepares(tmp_pat
     assert main(["convert-config", "theirs.yaml", "--output", "recipe.yaml"]) == 0
     assert "wrote recipe.yaml" in capsys.readouterr().out
     text = (tmp_path / "recipe.yaml").read_text()
-    (command,) = re.findall(r"# The log, first: bert4rec (.*)", text)
+    (command,) = re.findall(r"# First prepare the log: bert4rec (.*)", text)
     assert command == (
         "prepare logs/tiny/tiny.inter --output DATA --user_column who:token --item_column what:token --time_column "
         "when:float --min_user_events 2 --rating_column rating:float --min_rating 2 --duplicates drop"
@@ -252,7 +252,7 @@ def test_a_recipe_with_bpr_trains_from_the_log_that_its_comment_prepares(tmp_pat
     assert wanted["metric_for_best_model"] == "HR@10"
     assert wanted["max_grad_norm"] == 5
     assert "all labels of a batch share its negatives" in text
-    assert "weight_decay: AdamW shrinks the weights themselves" in text
+    assert "weight_decay: AdamW decays the weights directly" in text
     assert load_file("model/model.safetensors")["head.dense.weight"].shape == (8, 8)
 
 
@@ -273,26 +273,26 @@ def test_a_recipe_of_recboles_defaults_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("line", "option", "comment"),
     [
-        ("hidden_sise: 3", {}, "hidden_sise: unknown here"),
-        ('"odd\\nkey": 3', {}, "odd key: unknown here"),
-        ("ui_relation: '[UI-Relation]'", {}, "ui_relation: of knowledge graphs"),
-        ("learner: sparse_adam", {}, "learner: no --optim is sparse_adam"),
+        ("hidden_sise: 3", {}, "hidden_sise: unknown settings"),
+        ('"odd\\nkey": 3', {}, "odd key: unknown settings"),
+        ("ui_relation: '[UI-Relation]'", {}, "ui_relation: settings of knowledge graphs"),
+        ("learner: sparse_adam", {}, "learner: no --optim corresponds to sparse_adam"),
         ("learner: sgd", {"optim": "sgd"}, ""),
         ("valid_metric: NDCG@10", {"metric_for_best_model": "NDCG@10"}, ""),
         ("valid_metric: hit@5", {"metric_for_best_model": "HR@5"}, ""),
-        ("valid_metric: NDCG@7", {}, "valid_metric: no metric here is NDCG@7"),
-        ("valid_metric: AUC", {}, "valid_metric: no metric here is AUC"),
+        ("valid_metric: NDCG@7", {}, "valid_metric: no metric corresponds to NDCG@7"),
+        ("valid_metric: AUC", {}, "valid_metric: no metric corresponds to AUC"),
         ("clip_grad_norm: {max_norm: 2, norm_type: 1}", {"max_grad_norm": 2}, "the norm is always the 2-norm"),
-        ("repeatable: False", {"filter_seen_items": True}, "repeatable: their BERT4Rec runs with True only"),
+        ("repeatable: False", {"filter_seen_items": True}, "repeatable: RecBole's BERT4Rec only runs with True"),
         ("enable_amp: True", {"bf16": True}, ""),
         ("log_wandb: True", {"report_to": "wandb"}, ""),
         ("item_inter_num_interval: '[5,100]'", {}, "--min_item_events 5\n"),
         ("item_inter_num_interval: '[5,100]'", {}, "prepare has no upper limit of 100"),
-        ("item_inter_num_interval: '[1,2];[4,inf)'", {}, "is no interval with a least number"),
-        ("val_interval: {rating: '(3,inf)'}", {}, "val_interval: prepare filters by one column at least N"),
-        ("val_interval: {category: [a, b]}", {}, "val_interval: prepare filters by one column at least N"),
-        ("rm_dup_inter: last", {}, "rm_dup_inter: prepare keeps the first (drop) only"),
-        ("eval_args: {split: {RS: [0.8, 0.1, 0.1]}}", {}, "eval_args: prepare splits leave-one-out or at a time"),
+        ("item_inter_num_interval: '[1,2];[4,inf)'", {}, "is no interval with a lower limit"),
+        ("val_interval: {rating: '(3,inf)'}", {}, "val_interval: prepare filters one column by a lower limit"),
+        ("val_interval: {category: [a, b]}", {}, "val_interval: prepare filters one column by a lower limit"),
+        ("rm_dup_inter: last", {}, "rm_dup_inter: --duplicates drop keeps the first"),
+        ("eval_args: {split: {RS: [0.8, 0.1, 0.1]}}", {}, "eval_args: prepare has the splits leave-one-out and"),
         ("eval_args: {split: {LS: test_only}}", {}, "--split leave-one-out --validation false\n"),
         ("eval_args: {split: {LS: valid_only}}", {}, "both validation and test targets are held out, not valid_only"),
         ("eval_args: {mode: {valid: full, test: uni100}}", {}, "all items are ranked, not"),
@@ -320,7 +320,7 @@ def test_a_key_is_taken_over_or_named_with_the_reason(tmp_path, capsys, line, op
         ("val_interval: 3", "val_interval in .* must be a mapping of fields to intervals; got 3"),
         ("hidden_size: 63", "hidden_size must be a multiple of num_attention_heads"),
         ("n_layers: two", "num_hidden_layers"),
-        ("mask_ratio: much", "has no settings of a model"),
+        ("mask_ratio: much", "the settings in .* make no BERT4Rec"),
     ],
 )
 def test_a_wrong_file_is_one_line_and_nothing_is_written(tmp_path, capsys, text, message):
@@ -342,5 +342,5 @@ def test_a_missing_file_and_an_output_that_is_there_are_one_line(tmp_path, capsy
     with pytest.raises(SystemExit) as ended:
         main(["convert-config", str(write(tmp_path, "")), "--output", str(tmp_path / "recipe.yaml")])
     assert ended.value.code == 2
-    assert "recipe.yaml is there already; choose another --output" in capsys.readouterr().err
+    assert "recipe.yaml exists; choose another --output" in capsys.readouterr().err
     assert (tmp_path / "recipe.yaml").read_text() == "mine"

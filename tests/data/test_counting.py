@@ -1,4 +1,4 @@
-"""The vectors from which a new model's item table starts, and the transitions that it keeps."""
+"""Counting: item vectors from co-occurrence, and transitions."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ from bert4rec_hf.training.initialization import keep_transitions, start_from_coo
 
 
 def made(rows: list[str], held_out: int = 0):
-    """Histories of one-letter items, of which the last `held_out` do not train, and the catalogue in order."""
+    """Histories of one-letter items whose last `held_out` items do not train, and the catalogue in order."""
     tokenizer = Bert4RecTokenizer.from_items(sorted(set("".join(rows))), model_max_length=10)
     table = pa.table({
         "user_id": [str(number) for number in range(len(rows))],
@@ -273,6 +273,6 @@ def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch,
     expected = cooccurrence_vectors(histories, num_items, 16, seed=1)
     monkeypatch.setattr(cooccurrence, "SPARSE_FACTORISATION_FROM_ITEMS", num_items - 1)
     found = cooccurrence_vectors(histories, num_items, 16, seed=1)
-    assert "takes a minute" in caplog.text
+    assert "takes about a minute" in caplog.text
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-5, rtol=1e-3)
     assert torch.equal(found, cooccurrence_vectors(histories, num_items, 16, seed=1))

@@ -240,7 +240,7 @@ def test_a_last_item_ratio_out_of_range_is_an_error(last_item_ratio):
 @pytest.mark.parametrize("wrong", [103, -1])
 def test_ids_beyond_the_vocabulary_are_errors(wrong):
     collator = make_collator()
-    message = rf"between 0 and 102, the tokenizer's last; got .*{wrong}"
+    message = rf"between 0 and 102, the largest id of the tokenizer; got .*{wrong}"
     assert collator([{"input_ids": [102]}])["labels"].tolist() == [[102]]
     with pytest.raises(ValueError, match=message):
         collator([{"input_ids": [5, wrong]}])

@@ -300,8 +300,11 @@ def test_a_data_frame_or_an_arrow_table_is_prepared_as_its_file_is(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prepare(["a.csv", "b.csv"], "out"), "got list: for several files give a pattern"),
-        (lambda: histories(pandas.DataFrame()), "expected an Ibis table of events, got DataFrame: read_log makes one"),
+        (lambda: prepare(["a.csv", "b.csv"], "out"), "got list: for several files, give a pattern"),
+        (
+            lambda: histories(pandas.DataFrame()),
+            "expected an Ibis table of events; got DataFrame: make one with read_log",
+        ),
         (
             lambda: histories(read_log(pandas.DataFrame({"a": [1]})), event_columns="rating"),
             r"got 'rating': did you mean \['rating'\]",
@@ -358,7 +361,7 @@ def test_of_several_titles_of_an_item_one_is_taken_whatever_the_order_and_it_is_
     for number, rows in enumerate(([("x", "A"), ("x", "B"), ("y", "C")], [("y", "C"), ("x", "B"), ("x", "A")])):
         file = write_csv(tmp_path / f"items{number}.csv", rows, header=("item_id", "title"))
         assert read_titles(file, "item_id", ["x", "y"]) == {"x": "B", "y": "C"}
-        assert "has 1 titles too many" in caplog.text
+        assert "has several titles for some items, 1 more than it needs" in caplog.text
         caplog.clear()
     same = write_csv(tmp_path / "same.csv", [("x", "A"), ("x", "A")], header=("item_id", "title"))
     assert read_titles(same, "item_id", ["x"]) == {"x": "A"}

@@ -1,4 +1,4 @@
-"""Named datasets: the two sources agree, checksums are checked, the cache is used."""
+"""Named datasets: the two sources agree, checksums are verified, and the cache is used."""
 
 import hashlib
 import io

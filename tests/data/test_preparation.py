@@ -35,7 +35,7 @@ def test_a_user_who_is_no_person_is_told(tmp_path, caplog, monkeypatch):
     assert caplog.text == ""
     monkeypatch.setattr("bert4rec_hf.data.preparation.SUSPICIOUS_HISTORY_LENGTH", 11)
     prepare(log, tmp_path / "out")
-    assert "user bot has 12 of 23 events: if that is no person" in caplog.text
+    assert "user bot has 12 of 23 events: if this is not a person" in caplog.text
     caplog.clear()
     monkeypatch.setattr("bert4rec_hf.data.preparation.SUSPICIOUS_SHARE_OF_EVENTS", 0.6)
     prepare(log, tmp_path / "out")
@@ -112,7 +112,9 @@ def test_an_empty_folder_is_filled_and_a_volume_not_replaced(tmp_path, saved_cat
     assert volume.stat().st_ino == before  # a renamed one would be another, and the shell in a folder that is gone
     assert sorted(path.name for path in volume.iterdir()) == ["histories.parquet", "preparation.json"]
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).resolve() == volume)
-    with pytest.raises(ValueError, match=r"is not empty and cannot be replaced, being a volume .* --output .*data$"):
+    with pytest.raises(
+        ValueError, match=r"is not empty and cannot be replaced, because it is a volume .* --output .*data$"
+    ):
         prepare(log, volume)
     prepare(log, volume / "data")
     assert (volume / "data" / "preparation.json").is_file()

@@ -284,7 +284,7 @@ def test_cuts_that_leave_a_part_empty_are_refused(tmp_path, cuts, message):
         ({"split": "none", "test_cut": "0.7"}, "test_cut is for --split temporal; got 0.7 with the split none"),
         (
             {"split": "temporal", "validation": False, "validation_cut": 6},
-            "without validation targets there is no validation_cut; got 6",
+            "validation_cut needs validation targets; got 6 with --validation false",
         ),
         ({"min_user_events": -3}, "min_user_events must be at least 1.*got -3"),
         ({"min_item_events": 0}, "min_item_events must be at least 1.*got 0"),

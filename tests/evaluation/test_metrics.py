@@ -1,4 +1,4 @@
-"""Ranks to numbers, baselines, and the protocol, on cases worked out by hand."""
+"""Metrics, baselines and the protocol, on cases worked out by hand."""
 
 import math
 from dataclasses import replace

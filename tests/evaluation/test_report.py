@@ -1,4 +1,4 @@
-"""`evaluate --report`: slices, and the popularity of what is recommended."""
+"""`evaluate --report`: slices, and the popularity of the recommendations."""
 
 import json
 import random
@@ -190,7 +190,8 @@ def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is(traine
     status, out, error = evaluate(capsys, trained, "--report", str(tmp_path))
     assert (status, out) == (2, "")
     assert error == (
-        f"bert4rec evaluate: {tmp_path} holds something else than a report ({found}); give --report a folder of its own"
+        f"bert4rec evaluate: {tmp_path} holds something else than a report ({found}); choose another folder for "
+        "--report"
     )
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
@@ -204,9 +205,10 @@ def test_what_a_killed_run_left_half_written_is_no_obstacle(trained, tmp_path, c
 def test_a_file_and_the_papers_protocol_are_refused_before_anything_is_ranked(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert evaluate(capsys, trained, "--report", str(tmp_path / "file")) == (
-        2, "", f"bert4rec evaluate: {tmp_path / 'file'} is a file; --report takes a folder of its own",
+        2, "", f"bert4rec evaluate: {tmp_path / 'file'} is a file; choose a folder for --report",
     )  # fmt: skip
     assert evaluate(capsys, trained, "--report", str(tmp_path / "new"), "--protocol", "paper") == (
-        2, "", "bert4rec evaluate: a report is of the full ranking: leave out --protocol paper or --report",
+        2, "", "bert4rec evaluate: a report needs the full ranking; got --protocol paper: leave out one of "
+        "the two",
     )  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"file"}

@@ -1,8 +1,8 @@
-"""A Hugging Face Hub on this machine: as much of its HTTP protocol as transformers and datasets use.
+"""A local Hugging Face Hub with the part of the HTTP protocol that transformers and datasets use.
 
-Repositories are snapshots in memory, a dictionary of files for every commit. Large files go the LFS way: batch,
-upload, verification, commit, and a redirection to another host, the "CDN", when they are read. Xet is not spoken:
-clients set HF_HUB_DISABLE_XET=1.
+A repository is a list of snapshots in memory, a dictionary of files for every commit. Large files follow the LFS
+protocol: batch, upload, verification, commit, and a redirection to another host, the "CDN", on reading. Xet is not
+supported, so clients set HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -57,12 +57,12 @@ class HubServer(ThreadingHTTPServer):
     """`with HubServer() as hub:` answers at `hub.endpoint`.
 
     Attributes:
-        repositories: By id, "somebody/name"; those of datasets by "datasets/somebody/name".
+        repositories: Repositories by id, "somebody/name"; those of datasets by "datasets/somebody/name".
         objects: Large files that have arrived whole and verified, by sha256.
         requests: Method and path of all requests.
-        log: Called with each of these.
-        uploads_to_break: So many uploads of large files lose their connection half way.
-        uploads_to_refuse: So many after these are refused.
+        log: Called with each request.
+        uploads_to_break: Number of uploads of large files that lose their connection half way.
+        uploads_to_refuse: Number of uploads after these that are refused.
     """
 
     daemon_threads = True

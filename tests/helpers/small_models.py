@@ -118,7 +118,7 @@ class HostWaitsForDeviceError(RuntimeError):
 
 
 class NoSynchronization(TorchDispatchMode):
-    """Raises where a GPU would have to finish before Python can go on."""
+    """Raises if an operation would make Python wait for a GPU."""
 
     waiting = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 

@@ -1,4 +1,4 @@
-"""What anybody gets from model folders. As a program: with Transformers and without us; see test_publish.py."""
+"""The answers of a model folder. As a program, it loads the folder without this package; see test_publish_code.py."""
 
 import importlib
 import json

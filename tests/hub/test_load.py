@@ -1,4 +1,4 @@
-"""What is no model folder and no Hub id is told at once."""
+"""Loading models: names that are neither a model folder nor a Hub id fail at once."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def test_a_name_that_is_no_hub_id_is_told_without_asking_the_hub(name, capsys, m
     monkeypatch.setattr(load, "HfApi", None)
     assert main(["recommend", name, "1"]) == 2
     assert capsys.readouterr().err == (
-        f"bert4rec recommend: there is no folder {name}; expected a model folder, which bert4rec train makes, or a Hub "
+        f"bert4rec recommend: there is no folder {name}; expected a model folder, made with bert4rec train, or a Hub "
         "id, owner/name\n"
     )
 
@@ -30,7 +30,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "PATH": ""},
     )  # fmt: skip
-    assert "there is no folder owner/no_such_model, and the Hub cannot be asked for a model of that name" in done.stderr
+    assert "there is no folder owner/no_such_model, and the Hub cannot be reached" in done.stderr
     assert time.monotonic() - started < 40  # most of it imports; with retries it would be minutes
 
 
@@ -38,7 +38,7 @@ def test_a_model_that_the_hub_lacks_is_told(monkeypatch):
     with HubServer() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        with pytest.raises(ValueError, match=r"there is no folder somebody/nothing, and the Hub gives no such model"):
+        with pytest.raises(ValueError, match=r"there is no folder somebody/nothing, and the Hub has no such model"):
             load_model("somebody/nothing")
 
 

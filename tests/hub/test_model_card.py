@@ -1,4 +1,4 @@
-"""README.md of a model folder; what it is on the Hub is tested in test_hub.py."""
+"""README.md of a model folder. test_push.py tests the card on the Hub."""
 
 import json
 import random
@@ -51,8 +51,8 @@ def test_a_card_says_what_a_score_is_made_of(folder):
     config = Bert4RecConfig.from_pretrained(folder, num_transitions=7, repeat_weight=1.0)
     Bert4RecForMaskedItemPrediction(config).save_pretrained(folder)
     write_model_card(folder, "me/model")
-    assert "A score is the Transformer's, and what the log tells of the 7 items that most call for" in read(folder).text
-    assert "What the history has n times scores 1 times ln(1 + n) more." in read(folder).text
+    assert "raises the 7 strongest successors of each of the history's newest items" in read(folder).text
+    assert "An item that the history has n times scores 1 times ln(1 + n) more." in read(folder).text
 
 
 def test_metadata_and_repo_id_stay_when_the_card_is_written_again(folder):
@@ -151,5 +151,5 @@ def test_numbers_of_another_log_stand_under_its_name(folder):
     card = read(folder)
     found = {(result.dataset_name, result.metric_value) for result in card.data.eval_results}
     assert found == {("old", 0.5), ("newer", 0.125)}
-    assert "Of `newer.parquet`: " in card.text
+    assert "Evaluated on `newer.parquet`: " in card.text
     assert card.text.count("| **this model** |") == 2

@@ -1,4 +1,4 @@
-"""Folders with published code: loaded where this package cannot be imported, and by ourselves without a flag."""
+"""Folders with published code load without this package, and with it need no trust_remote_code."""
 
 import json
 import os
@@ -228,7 +228,7 @@ def test_a_copy_that_we_save_names_no_code_that_it_lacks(published, tmp_path):
     ("missing", "message"),
     [
         ("config.json", r"has no config\.json"),
-        ("tokenizer_config.json", r"has no tokenizer_config\.json, which tokenizer\.save_pretrained writes"),
+        ("tokenizer_config.json", r"has no tokenizer_config\.json; write it with tokenizer\.save_pretrained"),
     ],
 )
 def test_a_folder_that_lacks_its_half_is_refused_and_left_alone(tmp_path, missing, message):
@@ -244,7 +244,7 @@ def test_a_folder_of_another_architecture_is_refused_and_left_alone(tmp_path):
     folder = save_model(tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "bert"}')
     before = contents(folder)
-    with pytest.raises(ValueError, match="no BERT4Rec model: its model_type is 'bert'"):
+    with pytest.raises(ValueError, match=r"no BERT4Rec model: .* got 'bert'"):
         publish_code(folder)
     assert contents(folder) == before
 

@@ -1,4 +1,4 @@
-"""Pushing and loading over HTTP, from and to a Hub on this machine; every program is a process of its own."""
+"""Pushing to and loading from a local Hub over HTTP. Every program runs in its own process."""
 
 import json
 import os
@@ -186,7 +186,7 @@ def test_the_card_has_every_stored_metric_under_its_protocol(hub, pushed):
         f"leave-one-out, {part}; all 12 items ranked, seen items kept; 40 users" for part in ("validation", "test")
     }
     assert "| last-item co-occurrence |" in card.text
-    assert "2 of 12 items have no training event" in card.text
+    assert "2 of 12 items are cold: they have no training event" in card.text
     # What was told at the first push is kept.
     assert ModelCard(files(hub, pushed, "second")["README.md"].decode()).data.license == "mit"
 

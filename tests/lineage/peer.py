@@ -1,4 +1,4 @@
-"""Runs where RecBole or hopwise is installed: loads what `convert --to recbole` wrote and stores their scores.
+"""Loads a file of `convert --to recbole` with RecBole or hopwise, where they are installed, and stores their scores.
 
 python peer.py LIBRARY FILE.pth HISTORIES.json SCORES.pth
 """

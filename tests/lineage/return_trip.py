@@ -1,9 +1,9 @@
-"""There and back: RecBole and hopwise load what we write, strictly, and compute our scores.
+"""Checks that RecBole and hopwise load our converted files strictly and compute equal scores.
 
     python tests/lineage/return_trip.py FOLDER
 
-Makes an environment for each library in FOLDER (once), converts a model of ours and, where they are at hand, the real
-checkpoints to their format and compares whole-catalogue scores for histories of every length.
+The script creates an environment for each library in FOLDER (once). It converts one of our models, and real checkpoints
+if they are available, and compares scores over the whole catalogue for histories of every length.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Accumulated, distributed and plain steps give one update, though rows differ in their number of labels."""
+"""Accumulated, distributed and plain steps give the same update, although rows have different numbers of labels."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is counted in the log and added to the scores."""
+"""`HistoryScores`: counted scores that are added to the network's."""
 
 import math
 from collections import Counter, defaultdict

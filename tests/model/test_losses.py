@@ -1,4 +1,4 @@
-"""The item losses against slow references, their known values and limits, and a small training run of each."""
+"""The item losses against slow references, known values and limits, and a small training run with each."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def reference(
     excluded_ids: torch.Tensor | None = None,
     **options,
 ) -> float:
-    """One position and one negative at a time, as the papers write it."""
+    """Compute a loss for one position and one negative at a time, as the papers write it."""
     negatives_of = negative_ids.expand(7, -1).tolist()
     logs_of = options.get("negative_log_probabilities", torch.zeros(())).expand(7, len(negatives_of[0])).tolist()
     total, count = 0.0, 0

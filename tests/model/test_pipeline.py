@@ -207,7 +207,7 @@ def test_candidates_of_the_call_are_looked_up_once_for_all_histories(pipe, monke
 
 
 def test_a_mapping_without_a_history_is_an_error(pipe):
-    with pytest.raises(ValueError, match=r"needs the key history.*got items"):
+    with pytest.raises(ValueError, match=r"needs the key history.*got the keys items"):
         pipe({"items": ["100"]})
 
 
@@ -363,7 +363,9 @@ def test_candidates_of_which_none_is_known_are_an_error(pipe):
         lambda: pipe(["100"], candidates=["x", "y"]),
         lambda: pipe({"history": ["100"], "candidates": ["x", "y"]}),
     ):
-        with pytest.raises(ValueError, match="none of the 2 candidates, the first is 'x'; its own look like '"):
+        with pytest.raises(
+            ValueError, match="none of the 2 candidates, the first is 'x'; the ids of the catalogue look like '"
+        ):
             call()
 
 

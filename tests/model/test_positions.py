@@ -1,4 +1,4 @@
-"""What tests/mutations.py once found unguarded: how positions count, attention without a mask, a new item's bias."""
+"""How positions are counted, attention without a mask, and the bias of new items."""
 
 import pytest
 import torch

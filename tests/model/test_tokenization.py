@@ -1,4 +1,4 @@
-"""Raw ids <-> token ids: whatever an id holds, it comes back as it was."""
+"""The tokenizer: every raw id survives the conversion to token ids and back."""
 
 import copy
 import logging
@@ -314,7 +314,7 @@ def test_a_history_may_be_anything_with_items_in_order(convert):
 
 def test_a_folder_without_a_catalogue_says_so(tmp_path):
     Bert4RecConfig(vocab_size=9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected a catalogue: .*tokenizer.save_pretrained\(folder\) puts it beside"):
+    with pytest.raises(ValueError, match=r"expected a catalogue; .*tokenizer.save_pretrained\(folder\) wrote"):
         AutoTokenizer.from_pretrained(tmp_path)
 
 

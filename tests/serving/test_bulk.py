@@ -211,7 +211,7 @@ def test_a_missing_column_is_an_error_that_names_it_and_those_that_are_there(pip
 
 def test_a_log_in_the_place_of_histories_is_an_error_that_says_how_to_make_them(pipe, tmp_path):
     source = write(tmp_path / "in.parquet", ["a", "b"], ["10", "11"], pa.string())
-    with pytest.raises(ValueError, match=r"must be a list, one history a row; got string.*bert4rec prepare"):
+    with pytest.raises(ValueError, match=r"must be a list, one history per row; got string.*bert4rec prepare"):
         recommend_file(pipe, source, tmp_path / "out.parquet")
 
 
@@ -233,7 +233,8 @@ def test_a_folder_as_output_is_an_error_that_suggests_a_file(pipe, tmp_path):
 def test_histories_of_another_catalogue_are_an_error_and_two_runs_do_not_meet(pipe, tmp_path):
     strange = write(tmp_path / "strange.parquet", ["a", "b"], [[], ["nobody", "knows"]])
     with pytest.raises(
-        ValueError, match=r"none of the items of the first 2 histories of .*such as 'nobody'; its own look"
+        ValueError,
+        match=r"none of the items of the first 2 histories of .*such as 'nobody'; the ids of the catalogue look",
     ):
         recommend_file(pipe, strange, tmp_path / "out.parquet")
     source = write(tmp_path / "in.parquet", ["a"], [["10"]])

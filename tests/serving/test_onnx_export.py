@@ -1,4 +1,4 @@
-"""Other runtimes answer what the model answers."""
+"""The exported graph gives the answers of the model."""
 
 import onnxruntime
 import pytest

@@ -1,4 +1,4 @@
-"""Models that go on from others, and models that serve."""
+"""Models that are trained further, and models that are trained on all events."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     prepare(data.parent / "log.csv", tmp_path / "all", split="none")
     recipe = ["--config", str(tmp_path / "evaluated" / "recipe.yaml"), "--data", str(tmp_path / "all")]
     assert main(["train", *recipe, "--output_dir", str(tmp_path / "served")]) == 0
-    assert "no validation targets: nothing is evaluated, the last step is the model" in caplog.text
+    assert "no validation targets: nothing is evaluated, and the model is that of the last step" in caplog.text
     names = {path.name for path in (tmp_path / "served").iterdir() if path.is_file()}
     assert names == {path.name for path in (tmp_path / "evaluated").iterdir() if path.is_file()} - {
         "evaluation.json", "training.json", "learning_curve.png",
@@ -59,13 +59,13 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert_equal_weights(tmp_path / "served", next((tmp_path / "served").glob("checkpoint-*")))
     assert yaml.safe_load((tmp_path / "served" / "recipe.yaml").read_text())["num_train_epochs"] == 2
     card = (tmp_path / "served" / "README.md").read_text()
-    assert "Trained on 6,020 events of 301 users in `log.csv`. Nothing was held out" in card
+    assert "It was trained on 6,020 events of 301 users in `log.csv`. No events were held out" in card
     assert "--split none" in card
     assert "bert4rec evaluate" not in card
     assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
-    assert "nothing stops early" not in caplog.text
+    assert "early stopping is off" not in caplog.text
     train_prepared(tmp_path / "all", arguments(tmp_path / "other", early_stopping_patience=2), **SMALL)
-    assert "nothing stops early: all 2 epochs" in caplog.text
+    assert "early stopping is off without validation targets: all 2 epochs" in caplog.text
 
 
 def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tmp_path, caplog):
@@ -75,7 +75,9 @@ def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tm
     (tmp_path / "next.csv").write_text((data.parent / "log.csv").read_text())
     prepare(tmp_path / "next.csv", tmp_path / "next")
     prepare(tmp_path / "next.csv", tmp_path / "next all", split="none")
-    told = "served was trained on all events of log.csv: those that next.csv has too are no test of it"
+    told = (
+        "served was trained on all events of log.csv: targets of next.csv among these events are no test of this model"
+    )
     train_prepared(tmp_path / "next all", arguments(tmp_path / "on", max_steps=1), tmp_path / "served")
     assert told not in caplog.text
     for test in (
@@ -111,8 +113,8 @@ def test_a_model_that_goes_on_is_told_apart_from_where_it_began(chain, tmp_path,
     assert evaluations[0]["step"] == 0
     assert evaluations[0]["NDCG@10"] > max(found["NDCG@10"] for found in evaluations[1:])
     assert "no better than at its start: validation NDCG@10 was 0." in caplog.text
-    assert "was prepared with filter_seen_items True, the model goes on with its own, False" in caplog.text
-    assert "was prepared for length 7, the model goes on with its own, 50" in caplog.text
+    assert "was prepared with filter_seen_items True, but the model keeps its own, False" in caplog.text
+    assert "was prepared for length 7, but the model keeps its own, 50" in caplog.text
     assert trainer.model.config.filter_seen_items is False
     caplog.clear()
     trainer = train_prepared(

@@ -1,4 +1,4 @@
-"""What is chosen from the log and the model."""
+"""Defaults that are chosen from the log and the model."""
 
 import pytest
 import torch

@@ -43,7 +43,7 @@ def in_half_precision() -> list[bool]:
 
 
 def train_sharded(data: Path, start: Path, output: Path) -> None:
-    """What each of the two processes does."""
+    """The program of each of the two processes."""
     import torch.distributed as dist
     from transformers.distributed import DistributedConfig
 

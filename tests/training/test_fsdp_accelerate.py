@@ -49,7 +49,7 @@ def arguments(folder: Path) -> Bert4RecTrainingArguments:
 
 
 def train_sharded(data: Path, start: Path, output: Path) -> None:
-    """What each of the two processes does."""
+    """The program of each of the two processes."""
     shard_without_gpus()
     trainer = Bert4RecTrainer(Bert4RecForMaskedItemPrediction.from_pretrained(start), arguments(output), **pieces(data))
     trainer.train()

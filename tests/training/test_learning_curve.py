@@ -1,4 +1,4 @@
-"""The learning curve: what it holds, how it looks from outside, and when it warns."""
+"""The learning curve: its content, its plot and its warnings."""
 
 import json
 import logging
@@ -137,7 +137,7 @@ def test_a_model_that_is_not_clearly_above_popularity_is_at_the_floor(hits, warn
 
 @pytest.mark.parametrize(
     ("baseline", "what"),
-    [("transitions", "what followed each item"), ("personal popularity", "how often each user had an item")],
+    [("transitions", "each item's successors"), ("personal popularity", "how often each user had an item")],
 )
 @pytest.mark.parametrize(("hits", "told"), [(50, "at the popularity baseline"), (120, "no better than"), (121, None)])
 def test_a_model_that_adds_nothing_to_a_count_is_told(baseline, what, hits, told):
@@ -147,10 +147,8 @@ def test_a_model_that_adds_nothing_to_a_count_is_told(baseline, what, hits, told
     if told is not None:
         assert warnings[0].startswith(told)
     if hits == 120:
-        assert warnings[0].startswith(
-            f"no better than {baseline} alone: the best validation NDCG@10 is 0.1200, that of "
-        )
-        assert f"counting {what} 0.1200; give" in warnings[0]
+        assert warnings[0].startswith(f"no better than {baseline} alone: the best validation NDCG@10 is 0.1200; ")
+        assert f"counting {what} alone gives 0.1200; give" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_model_and_checkpoints_hold_curve_picture_and_table(chain, tmp_path):
         assert (folder / "learning_curve.png").read_bytes().startswith(PNG)
         card = (folder / "README.md").read_text("utf-8")
         assert "![Learning curve](learning_curve.png)" in card
-        assert f"These weights are those of step {read(folder)['chosen_step']}; the run was at step" in card
+        assert f"The weights are those of step {read(folder)['chosen_step']}; the run was at step" in card
     assert f"| **1** | **4** | **{first['evaluations'][0]['training_loss']:.4f}** |" in card
 
 

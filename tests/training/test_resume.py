@@ -1,4 +1,4 @@
-"""Checkpoints, and runs that go on from them."""
+"""Checkpoints, and runs that resume from them."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, ca
     options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
     trainer = train_prepared(data, arguments(tmp_path / "run", **options), **SMALL)
     assert trainer.state.global_step == 20
-    assert f"going on from {tmp_path / 'run' / 'checkpoint-10'}" in caplog.text
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint-10'}" in caplog.text
 
 
 class RowsSeen(TrainerCallback):
@@ -84,7 +84,7 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
 
     resume(data, "has hidden_size=32, not 16; num_attention_heads=1, not 2: a run that is resumed", hidden_size=16)
     resume(data, "has item_loss=softmax, not bpr", item_loss="bpr")
-    resume(data, r"has learning_rate=0\.\d+, not 1e-05: a run that is resumed keeps its optimizer", learning_rate=1e-5)
+    resume(data, r"has learning_rate=0\.\d+, not 1e-05: a resumed run keeps its optimizer", learning_rate=1e-5)
     resume(data, r"has weight_decay=0\.0, not 0\.1: .*give the checkpoint as --model_name_or_path", weight_decay=0.1)
     resume(tmp_path / "other data", "was trained on a log with another catalogue: resume with the --data")
     lines = (data.parent / "log.csv").read_text().splitlines()
@@ -93,9 +93,9 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(tmp_path / "fewer users", "was trained on a log with other statistics: resume with the --data")
     prepare(data.parent / "log.csv", tmp_path / "other split", validation=False)
     resume(tmp_path / "other split", "was trained on a log with other split and other statistics")
-    resume(data, r"is at epoch 1, step 10, at or beyond the end .*max_steps=10.*ask for more", max_steps=10)
+    resume(data, r"is at epoch 1, step 10, at or beyond the end .*max_steps=10.*: increase", max_steps=10)
     resume(
-        data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*ask for more", num_train_epochs=0.5
+        data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*: increase", num_train_epochs=0.5
     )
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     model_only = tmp_path / "checkpoint-10"

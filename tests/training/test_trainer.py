@@ -142,9 +142,11 @@ def test_the_trainer_alone_does_what_its_arguments_say_and_no_recipe_says_more(c
         Bert4RecTrainer(model, given, train_dataset=training_rows(histories), eval_dataset=rows)
     with pytest.raises(ValueError, match="expected a model or a model_init"):
         Bert4RecTrainer(args=given, **pieces)
-    with pytest.raises(ValueError, match=r"the tokenizer has 28 token ids, the model 29: make it with"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 28 token ids, the model 29: create the model"):
         Bert4RecTrainer(Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=29)), given, **pieces)
-    with pytest.raises(ValueError, match="expected evaluation rows of ranking_rows, which have exclude_ids"):
+    with pytest.raises(
+        ValueError, match="expected evaluation rows of ranking_rows; got rows without the column exclude_ids"
+    ):
         trainer.evaluate(rows.remove_columns("exclude_ids").select(range(2)))
     assert not Bert4RecTrainingArguments(str(tmp_path / "none"), eval_strategy="no").load_best_model_at_end
     with pytest.raises(ValueError, match="expected Bert4RecTrainingArguments or a data_collator"):
@@ -331,7 +333,7 @@ def test_one_seed_gives_one_model_and_another_seed_another(chain, tmp_path):
 
 def test_fields_that_are_none_are_told_and_callbacks_called(chain, tmp_path):
     data, _ = chain
-    with pytest.raises(TypeError, match=r"got hiden_size, mask_ratio, no fields of Bert4RecConfig; how to train is"):
+    with pytest.raises(TypeError, match=r"fields of Bert4RecConfig; got hiden_size, mask_ratio: training options"):
         train_prepared(data, arguments(tmp_path / "model"), hiden_size=32, mask_ratio=0.5)
     steps = []
 
@@ -387,11 +389,11 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
     (tmp_path / "log.csv").write_text((data.parent / "log.csv").read_text().replace("item ", ""))
     prepare(tmp_path / "log.csv", tmp_path / "other")
     with pytest.raises(
-        ValueError, match=r"model knows none of the items of .*like 'item 0', .*those of the data like '0'"
+        ValueError, match=r"model has none of the items of .*like 'item 0', .*those of the data like '0'"
     ):
         evaluate_prepared(tmp_path / "model", tmp_path / "other", use_cpu=True)
     train_prepared(tmp_path / "other", arguments(tmp_path / "new", max_steps=1), tmp_path / "model")
-    assert "knows none of the items of" in caplog.text
+    assert "has none of the items of" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -401,10 +403,10 @@ def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
         ({"window_step": 0.0}, "window_step must be above 0"),
         ({"train_windows": "newst"}, "train_windows must be one of newest, random, proportional, sliding; got 'newst'"),
-        ({"output_dir": None}, "say --output_dir FOLDER"),
+        ({"output_dir": None}, "add --output_dir FOLDER"),
         ({"prediction_loss_only": True}, "leave out --prediction_loss_only"),
         ({"batch_eval_metrics": True}, "leave out --prediction_loss_only, --batch_eval_metrics"),
-        ({"eval_do_concat_batches": False}, "the metrics are those of all ranks together"),
+        ({"eval_do_concat_batches": False}, "the metrics are computed from all ranks together"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "early_stopping_patience needs evaluations"),
     ],
 )

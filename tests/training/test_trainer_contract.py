@@ -1,4 +1,4 @@
-"""What Transformers' Trainer and a search over hyperparameters expect of model, arguments and trainer."""
+"""The contract of Transformers' Trainer, and of hyperparameter searches, with model, arguments and trainer."""
 
 import inspect
 import re
@@ -108,7 +108,7 @@ def test_a_trainer_without_evaluation_rows_trains_and_keeps_its_last_step(data, 
     parts = pieces(data)
     del parts["eval_dataset"]
     trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path / "model", max_steps=4), **parts)
-    assert "there is no eval_dataset: nothing is evaluated, and the last step is the model" in caplog.text
+    assert "there is no eval_dataset: nothing is evaluated, and the model is that of the last step" in caplog.text
     trainer.train()
     trainer.save_model()
     assert trainer.state.global_step == 4

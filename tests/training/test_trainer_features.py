@@ -1,4 +1,4 @@
-"""What users of the Trainer take for granted, with our trainer and with the plain one."""
+"""Features of the Trainer that users expect, with our trainer and with the plain one."""
 
 import shutil
 import sys
@@ -151,5 +151,5 @@ def test_label_smoothing_is_over_items_alone(data, tmp_path):
     )
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
     trainer.model.config.item_loss = "gbce"
-    with pytest.raises(ValueError, match="label_smoothing_factor is for item_loss softmax alone; got gbce"):
+    with pytest.raises(ValueError, match="label_smoothing_factor is for item_loss softmax only; got gbce"):
         Bert4RecTrainer(trainer.model, trainer.args, trainer.data_collator, eval_dataset=trainer.eval_dataset)
