@@ -1,4 +1,4 @@
-"""Memory of training by catalogue size, hidden size and history length: the table of docs/distributed.md.
+"""Memory of training by catalogue size, hidden size and history length: the table of docs/how-to/several-devices.md.
 
     python benchmarks/sizing.py
 

@@ -1,4 +1,4 @@
-"""Defaults derived from the log; docs/defaults.md has the rules side by side, and what they give."""
+"""Defaults derived from the log; docs/concepts/defaults.md has the rules side by side, and what they give."""
 
 from collections.abc import Mapping
 from typing import Any

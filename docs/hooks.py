@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mkdocs.plugins import event_priority
+import nbconvert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,6 @@ GENERATED = re.compile(r"^<!-- generated: (\w+)((?: [\w-]+)*) -->$", re.MULTILIN
 ON_THE_SITE = {
     "benchmarks/results/": "benchmarks/",
     "benchmarks/pictures/": "benchmarks/pictures/",
-    "notebooks/": "tutorials/",
 }
 # Files that are shown on a page, each under a heading of its own.
 SHOWN_ON = {"recipes": "reference/recipes.md", "examples": "how-to/own-training-code.md"}
@@ -37,27 +36,30 @@ def on_config(config: Any) -> None:
     for section in config.nav:
         ((title, pages),) = section.items()
         if title == "Tutorials":
-            pages += [f"tutorials/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+            pages += [f"tutorials/{path.stem}.md" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
         if title == "Benchmarks":
             pages += [f"benchmarks/{path.name}" for path in sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
 
 
-@event_priority(50)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: Any) -> Files:
     """The pages from elsewhere."""
     for folder, place in ON_THE_SITE.items():
         for path in sorted((ROOT / folder).iterdir()):
-            if path.suffix in (".md", ".png", ".svg", ".ipynb"):
-                file = File(f"{place}{path.name}", str(path.parent), config.site_dir, config.use_directory_urls)
-                file.abs_src_path = str(path)
-                files.append(file)
+            if path.suffix in (".md", ".png", ".svg"):
+                files.append(File.generated(config, f"{place}{path.name}", abs_src_path=str(path)))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text, found = nbconvert.MarkdownExporter().from_filename(path)
+        for name, picture in found["outputs"].items():
+            text = text.replace(f"({name})", f"({path.stem}-{name})")
+            files.append(File.generated(config, f"tutorials/{path.stem}-{name}", content=picture))
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links to files outside docs/, and what is generated."""
-    source = Path(page.file.abs_src_path or "")
-    if source.suffix == ".md":
+    if page.file.abs_src_path is not None:
+        source = Path(page.file.abs_src_path)
         markdown = LINK.sub(lambda found: _site_link(found, source, page.file.src_uri), markdown)
     return GENERATED.sub(lambda found: globals()[found[1]](*found[2].split()), markdown)
 
@@ -74,7 +76,9 @@ def _site_link(found: re.Match, source: Path, page: str) -> str:
         if not target.exists():
             return found[0]  # the build says that there is no such file
         folder = path.partition("/")[0]
-        if folder in SHOWN_ON:
+        if folder == "notebooks":
+            place, anchor = f"tutorials/{target.stem}.md", found[3]
+        elif folder in SHOWN_ON:
             place, anchor = SHOWN_ON[folder], f"#{_anchor(path)})" if target.is_file() else ")"
         else:
             prefix = next((prefix for prefix in ON_THE_SITE if path.startswith(prefix)), None)

@@ -3,7 +3,7 @@
     python tests/agreement/run.py FOLDER
 
 Makes the others' environments in FOLDER (once) and prints what differs; the exit code is 1 if anything differs that
-docs/protocols.md does not explain.
+docs/concepts/protocols.md does not explain.
 """
 
 import json

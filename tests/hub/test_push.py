@@ -387,7 +387,7 @@ def test_each_trainer_pushes_by_each_strategy_what_recommends_elsewhere(hub, ans
 @pytest.fixture(scope="module")
 def blocks() -> list[str]:
     """The documentation's programs about prepared histories."""
-    text = (Path(__file__).parent.parent.parent / "docs" / "publishing.md").read_text("utf-8")
+    text = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "publishing.md").read_text("utf-8")
     section = text.split("## Prepared histories\n")[1].split("\n## ")[0]
     return [block.replace("you/", f"{USER}/") for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
 
