@@ -6,6 +6,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import html
 import os
@@ -150,10 +151,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
     found: list[argparse.ArgumentParser] = []
     with mock.patch.object(cli._Parser, "print_help", lambda self, file=None: found.append(self)):
-        try:
+        with contextlib.suppress(SystemExit):
             cli.COMMANDS[command](["--help"])
-        except SystemExit:
-            pass
     return found[0]
 
 
@@ -164,9 +163,8 @@ def _options(actions: Iterable[argparse.Action]) -> str:
         names = [name for name in action.option_strings if name.startswith("--") and "-" not in name[2:]]
         if not names or names[0].startswith("--no_"):
             continue
-        required = ", required" if action.required else ""
         default = "" if action.default is None or action.default == argparse.SUPPRESS else f"`{action.default}`"
-        rows.append((f"`{names[0]}`", _help(action) + required, default))
+        rows.append((f"`{names[0]}`", _help(action), default))
     return _table(("option", "meaning", "default"), rows)
 
 
@@ -174,6 +172,7 @@ def _help(action: argparse.Action) -> str:
     text = " ".join((action.help or "").removeprefix("Architecture. ").replace("%%", "%").split())
     choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
     is_flag = set(action.choices or ()) <= {True, False}
+    text += " Required." if action.required and action.option_strings else ""
     return html.escape(text, quote=False) + (f" One of {choices}." if choices and not is_flag else "")
 
 

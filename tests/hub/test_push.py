@@ -167,7 +167,7 @@ print(json.dumps([answers("{REPO}", revision=revision) for revision in [*sys.arg
 def test_the_card_has_every_stored_metric_under_its_protocol(hub, pushed):
     snapshot = files(hub, pushed)
     card = ModelCard(snapshot["README.md"].decode())
-    assert card.data.library_name == "transformers"
+    assert card.data.library_name == "bert4rec-hf"
     assert card.data.pipeline_tag == "other"
     assert card.data.license == "mit"
     assert {"sequential-recommendation", "bert4rec", "films"} <= set(card.data.tags)
