@@ -150,9 +150,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     from bert4rec_hf import cli
 
     found: list[argparse.ArgumentParser] = []
-    with mock.patch.object(cli._Parser, "print_help", lambda self, file=None: found.append(self)):
-        with contextlib.suppress(SystemExit):
-            cli.COMMANDS[command](["--help"])
+    catch = mock.patch.object(cli._Parser, "print_help", lambda self, file=None: found.append(self))
+    with catch, contextlib.suppress(SystemExit):
+        cli.COMMANDS[command](["--help"])
     return found[0]
 
 
