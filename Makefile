@@ -1,4 +1,4 @@
-# One command each, on a fresh machine with Python 3.11 or newer: make quickstart, make test.
+# One command each, on a fresh machine with Python 3.11 or newer: make quickstart, make test, make docs.
 #
 # Where PyPI's torch would bring CUDA packages that you do not want:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations lint notebooks clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations lint notebooks docs clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -60,6 +60,12 @@ notebooks: $(VENV)/installed-dev
 	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute $(if $(UPDATE),--inplace,--output-dir $(VENV)/notebooks) \
 		--ExecutePreprocessor.timeout=900 notebooks/*.ipynb
 
+# The site, built strictly into build/site; its pages' code is run, its reference compared with the package.
+docs: $(VENV)/docs/installed
+	$(VENV)/docs/bin/codespell README.md CHANGELOG.md CONTRIBUTING.md docs bert4rec_hf benchmarks examples recipes
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
+	$(VENV)/docs/bin/python -m pytest tests/docs/check_pages.py
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -74,5 +80,10 @@ $(VENV)/adapters/installed: pyproject.toml constraints.txt
 	$(VENV)/adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" torchao
 	touch $@
 
+$(VENV)/docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart build/site

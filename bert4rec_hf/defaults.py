@@ -1,4 +1,4 @@
-"""Defaults derived from the log. docs/defaults.md lists all rules, with the metrics that they lead to."""
+"""Defaults derived from the log. docs/concepts/defaults.md lists all rules, with the metrics that they lead to."""
 
 from collections.abc import Mapping
 from typing import Any

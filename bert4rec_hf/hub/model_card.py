@@ -24,6 +24,8 @@ TRAINING_FILE = "training.json"
 CURVE_FILE = "learning_curve.png"
 RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
+# The library as the Hub names libraries: lower case, hyphens. docs/how-to/publishing.md says what the Hub shows for it.
+LIBRARY_NAME = "bert4rec-hf"
 TAGS = ("bert4rec", "sequential-recommendation", "recommender-system", "bert4rec_hf")
 THIS_FOLDER = "path-or-hub-id-of-this-folder"
 # Finds the name of the model in the card's code snippet.
@@ -103,7 +105,7 @@ def write_model_card(
     given = {name: value for name, value in metadata.items() if value is not None}
     tags = given.get("tags") or []
     written = {
-        "library_name": "transformers",
+        "library_name": LIBRARY_NAME,
         "tags": [*TAGS, *kept.get("tags", []), *([tags] if isinstance(tags, str) else tags)],
         "pipeline_tag": "other",
         "model_name": given.get("model_name") or old.get("model_name") or "BERT4Rec",

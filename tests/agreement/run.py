@@ -3,7 +3,7 @@
     python tests/agreement/run.py FOLDER
 
 The script creates the environments of the libraries in FOLDER (once) and prints the differences. The exit code is 1 if
-there is a difference that docs/protocols.md does not explain.
+there is a difference that docs/concepts/protocols.md does not explain.
 """
 
 import json

@@ -13,7 +13,7 @@ from bert4rec_hf import Bert4RecConfig, convert_config, prepare
 from bert4rec_hf.cli import main
 from bert4rec_hf.convert.recbole_settings import DEFAULTS, RECIPE
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "from-recbole-and-hopwise.md").read_text("utf-8")
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "from-recbole-and-hopwise.md").read_text("utf-8")
 # All that hopwise 0.9.1's BERT4Rec has, inherited names too (but full_sort_predict_kg), and the loss that it makes.
 HOPWISE_NAMES = [
     "n_layers", "n_heads", "hidden_size", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",

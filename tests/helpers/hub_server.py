@@ -365,7 +365,7 @@ ROUTES = [
 
 
 if __name__ == "__main__":
-    # For trying commands by hand, as in docs/publishing.md: prints every request until it is interrupted.
+    # For trying commands by hand, as in docs/how-to/publishing.md: prints every request until it is interrupted.
     with HubServer() as hub:
         hub.log = functools.partial(print, flush=True)
         hub.log(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1")

@@ -45,6 +45,17 @@ def test_the_snippet_is_python_whatever_the_item_ids_are(folder):
     compile(snippet, "snippet", "exec")
 
 
+def test_a_card_names_our_library_as_the_hub_names_libraries_also_where_it_named_another(folder):
+    write_model_card(folder, "me/model")
+    assert read(folder).data.library_name == "bert4rec-hf"
+    assert {"bert4rec", "bert4rec_hf", "sequential-recommendation"} <= set(read(folder).data.tags)
+    card = read(folder)
+    card.data.library_name = "transformers"  # as cards of earlier versions did
+    card.save(folder / "README.md")
+    write_model_card(folder)
+    assert read(folder).data.library_name == "bert4rec-hf"
+
+
 def test_a_card_says_what_a_score_is_made_of(folder):
     write_model_card(folder, "me/model")
     assert "Transformer's" not in read(folder).text

@@ -167,7 +167,7 @@ print(json.dumps([answers("{REPO}", revision=revision) for revision in [*sys.arg
 def test_the_card_has_every_stored_metric_under_its_protocol(hub, pushed):
     snapshot = files(hub, pushed)
     card = ModelCard(snapshot["README.md"].decode())
-    assert card.data.library_name == "transformers"
+    assert card.data.library_name == "bert4rec-hf"
     assert card.data.pipeline_tag == "other"
     assert card.data.license == "mit"
     assert {"sequential-recommendation", "bert4rec", "films"} <= set(card.data.tags)
@@ -387,7 +387,7 @@ def test_each_trainer_pushes_by_each_strategy_what_recommends_elsewhere(hub, ans
 @pytest.fixture(scope="module")
 def blocks() -> list[str]:
     """The documentation's programs about prepared histories."""
-    text = (Path(__file__).parent.parent.parent / "docs" / "publishing.md").read_text("utf-8")
+    text = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "publishing.md").read_text("utf-8")
     section = text.split("## Prepared histories\n")[1].split("\n## ")[0]
     return [block.replace("you/", f"{USER}/") for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
 
