@@ -1,4 +1,4 @@
-"""Computes the memory of training by catalogue size, hidden size and history length, for docs/how-to/several-devices.md.
+"""Computes the memory of training by catalogue size, hidden size and history length, for the page on several devices.
 
     python benchmarks/sizing.py
 

@@ -37,7 +37,8 @@ MUTATIONS = {
          "model/test_modeling.py::test_an_item_that_is_not_attended_to_counts_for_nothing"),
         ("attention looks back only", "[:, None, None] * MASKED_SCORE\n",
          "[:, None, None] * MASKED_SCORE\n"
-         "            attention_mask = attention_mask + torch.ones(2 * attention_mask.shape[-1:]).triu(1) * MASKED_SCORE\n",
+         "            square = torch.ones(2 * attention_mask.shape[-1:])\n"
+         "            attention_mask = attention_mask + square.triu(1) * MASKED_SCORE\n",
          "model/test_modeling.py::test_later_items_influence_an_earlier_mask"),
         ("attention looks back only where there is no mask", "self.is_causal = False", "self.is_causal = True",
          "model/test_positions.py::test_embeddings_without_a_mask_are_attended_to_on_both_sides"),
