@@ -122,8 +122,8 @@ def test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evalua
     trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path, **options), **pieces(data))
     trainer.train()
     assert trainer.state.global_step == 3  # 101 rows, one whole batch an epoch
-    assert len(trainer.predict(trainer.eval_dataset).label_ids) == 101
     assert len(trainer.get_eval_dataloader()) == 2  # of 64
+    assert len(trainer.predict(trainer.eval_dataset).label_ids) == 101
     assert trainer.args.dataloader_drop_last
 
 
