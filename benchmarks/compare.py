@@ -22,7 +22,7 @@ CHUNK = 100  # resamples at once
 
 
 def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
-    """The users in order, their NDCG@10 and HR@10 (2, users), the number of folders that these are means of."""
+    """The users in order, their NDCG@10 and HR@10 (2, users), and the number of folders that were averaged."""
     found = [pattern] if Path(pattern).is_dir() else sorted(glob.glob(pattern))
     folders = [folder for folder in found if (Path(folder) / RANKS_FILE).is_file()]
     if not folders:
@@ -44,12 +44,13 @@ def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
 
 
 def compare(of_a: np.ndarray, of_b: np.ndarray, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-    """For each metric the mean of A minus B, its 95 % interval, and the share of resamples where it is not above 0.
+    """For each metric: the mean of A minus B, its 95 % interval, and the share of resamples with a mean of 0 or less.
 
     Args:
-        of_a, of_b: (metrics, users), the same users.
-        resamples: Of users, drawn with replacement.
-        seed: Equal seeds draw equally.
+        of_a: (metrics, users) values of A.
+        of_b: (metrics, users) values of B for the same users.
+        resamples: Number of resamples of the users, drawn with replacement.
+        seed: Equal seeds give equal resamples.
     """
     differences = of_a - of_b
     random = np.random.default_rng(seed)

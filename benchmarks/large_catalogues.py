@@ -52,7 +52,7 @@ SHORT = {"eval_steps": 0.5, "save_steps": 0.5, "disable_tqdm": True}
 
 
 def train(item_loss: str, num_items: int, length: int = LENGTH) -> float:
-    """Seconds a training step, the median."""
+    """The median of the seconds per training step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, max_position_embeddings=length, item_loss=item_loss)
@@ -80,7 +80,7 @@ def train(item_loss: str, num_items: int, length: int = LENGTH) -> float:
 
 
 def peak_gib() -> float:
-    """Of this process up to now. Not ru_maxrss, which a process has from the one that started it."""
+    """The peak memory of this process so far. ru_maxrss is not used, since it is inherited from the parent process."""
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
 
 
@@ -100,7 +100,7 @@ def time_and_memory() -> list[str]:
 
 
 def generated(folder: Path) -> Path:
-    """A prepared log of a million items, each there once at least: users stay near one, the popular ones nearer."""
+    """A prepared log of a million items, each with at least one event. Users stay near an item, often a popular one."""
     num_items, users, length = 1_000_000, 70_000, LENGTH
     random = np.random.default_rng(0)
     near = (random.pareto(1.0, users * length) * 20).astype(np.int64)

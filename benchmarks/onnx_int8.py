@@ -32,7 +32,7 @@ ROUNDS, BATCH = 5, 64
 
 
 def exported(model: Bert4RecForMaskedItemPrediction, folder: Path) -> dict[str, tuple[Callable, int]]:
-    """By name: recommended token ids of a batch by onnxruntime on one thread, and the bytes of its files."""
+    """For each graph: a function that recommends for a batch with onnxruntime on one thread, and its size in bytes."""
     path, small = folder / "model.onnx", folder / "int8.onnx"
     export_onnx(model, path, top_k=10)
     quantize_dynamic(path, small, weight_type=QuantType.QInt8)

@@ -41,7 +41,7 @@ IMPLICIT = {
 
 
 def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:
-    """The first `ends` events of each history: user_id, item_id, place from 0."""
+    """The first `ends` events of each history: user_id, item_id, and the place from 0."""
     lists = [items[:end] for items, end in zip(histories["item_id"], ends, strict=True)]
     lengths = [len(items) for items in lists]
     return pd.DataFrame({
@@ -52,18 +52,18 @@ def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:
 
 
 def listed(user_ids: list[str], lists: list) -> pd.DataFrame:
-    """What `events` makes of histories, of lists of items: user_id, item_id, rank from 1."""
+    """Lists of items as a table: user_id, item_id, rank from 1."""
     found = pd.DataFrame({"user_id": user_ids, "item_id": lists})
     return events(found, found["item_id"].map(len)).assign(rank=lambda rows: rows["place"] + 1)
 
 
 def before(histories: pd.DataFrame, part: str) -> pd.Series:
-    """How many events each user has before the part's target; all, where there is none."""
+    """The number of events before each user's target of a part, or of all events without a target."""
     return histories[f"{part}_position"].where(histories[f"{part}_position"] >= 0, histories["item_id"].map(len))
 
 
 def validation_targets(histories: pd.DataFrame) -> pd.DataFrame:
-    """user_id and item_id of those who have one."""
+    """user_id and item_id of the validation targets."""
     rows = histories[histories["validation_position"] >= 0]
     targets = [items[place] for items, place in zip(rows["item_id"], rows["validation_position"], strict=True)]
     return pd.DataFrame({"user_id": rows["user_id"], "item_id": targets})
@@ -80,13 +80,13 @@ def read_histories(file: str | Path) -> pd.DataFrame:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed, and of Python."""
+    """The versions of Python and of the installed packages."""
     installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
     return {name: installed[name] for name in packages if name in installed} | {"python": platform.python_version()}
 
 
 def rectools_dataset(part: pd.DataFrame):
-    """RecTools' Dataset of what `events` makes."""
+    """RecTools' Dataset from the table of `events`."""
     from rectools.dataset import Dataset
 
     times = pd.Timestamp(0) + pd.to_timedelta(part["place"], unit="s")
@@ -101,7 +101,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     from rectools.models.nn.transformers.utils import leave_one_out_mask
 
     class Recall(lightning.Callback):
-        """recall@10 of the validation targets, as their benchmark counts it: seen items are ranked too."""
+        """recall@10 of the validation targets, computed as in RecTools' benchmark: seen items are ranked too."""
 
         def on_validation_epoch_start(self, trainer, module):
             self.hits = []

@@ -51,7 +51,7 @@ PEERS = {
 
 
 def run(data: Path, environments: Path, folder: Path, peer: str, seed: int, settings: dict) -> dict:
-    """Train and serve once; what is there already is read."""
+    """Train and serve once, or read an earlier result."""
     done = folder / "peer.json"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ test trains": the validation targets train too, and the last step is the model.
 
 
 def log_file(log: str) -> str:
-    """Of a log, or of what was prepared of it, the file as a command names it, or the data set's name."""
+    """The name of a log for commands, from a log or a prepared folder: a file, or the name of a dataset."""
     if Path(log).is_dir():
         log = json.loads((Path(log) / PREPARATION_FILE).read_text("utf-8"))["source"]
     path = Path(log)
@@ -83,7 +83,7 @@ def prepared(log: str, folder: Path, length: int | None, validation: bool = True
 
 
 def checksum(data: Path) -> str:
-    """Of who had what in which order, and what is held out; the file itself names what wrote it, and when that was."""
+    """A checksum of the histories and their targets. A checksum of the file would depend on the writer and the time."""
     columns = ["user_id", "item_id", "train_end", "validation_position", "test_position"]
     histories = pq.read_table(data / HISTORIES_FILE, columns=columns).to_pydict()
     return hashlib.sha256(json.dumps(histories).encode()).hexdigest()[:8]
@@ -103,7 +103,7 @@ def rank_baselines(folder: Path, data: Path) -> None:
 
 
 def train(data: Path, output: Path, recipe: dict, seed: int) -> Bert4RecTrainer:
-    """With a recipe as `bert4rec train --config` takes it, from its last checkpoint if there is one."""
+    """Train with a recipe for `bert4rec train --config`, from the last checkpoint if there is one."""
     fields = {name: value for name, value in recipe.items() if name in Bert4RecConfig.__annotations__}
     options = {name: value for name, value in recipe.items() if name not in fields} | {"seed": seed}
     resume = "last" if list(output.glob("checkpoint-*")) else None
@@ -112,7 +112,7 @@ def train(data: Path, output: Path, recipe: dict, seed: int) -> Bert4RecTrainer:
 
 
 def run(data: Path, output: Path, recipe: dict, seed: int) -> dict:
-    """Train and evaluate once; what is there already is read, if it is of this recipe and log."""
+    """Train and evaluate once, or read an earlier result of the same recipe and log."""
     done, given = output / "quality.json", {"recipe": recipe, "log": checksum(data)}
     if done.is_file():
         record = json.loads(done.read_text())
@@ -149,7 +149,7 @@ def spread(values: list[float]) -> str:
 def add_row(
     name: str, data: Path, protocol: Protocol, baselines: Mapping[str, Mapping[str, float]], cells: Sequence[str]
 ) -> None:
-    """In place of a row of the same run, on as many threads; below those of its log, or with baselines at the end."""
+    """Add a row below the rows of its log, or replace the row of the same run and number of threads."""
     log = f"{name} ({checksum(data)})"
     lines = (TABLE.read_text("utf-8") if TABLE.is_file() else HEADER).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("|---")) + 1
@@ -171,13 +171,13 @@ def add_row(
 
 
 def minutes(runs: Sequence[Mapping]) -> str:
-    """The mean over runs, and that of the first process's CPU time."""
+    """The mean minutes over runs, and the mean CPU minutes of their first processes."""
     seconds, of_cpu = (statistics.mean(run[name] for run in runs) for name in ("seconds", "cpu_seconds"))
     return f"{seconds / 60:.1f} (CPU {of_cpu / 60:.1f})"
 
 
 def named_values(pairs: Sequence[str]) -> dict:
-    """Of NAME=VALUE, values as YAML has them."""
+    """Parse NAME=VALUE, with values in YAML."""
     return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs)}
 
 

@@ -67,7 +67,7 @@ def train_step(item_loss: str, num_items: int, length: int = LENGTH) -> dict[str
 def rank_users(
     num_items: int, length: int = LENGTH, num_users: int = RANKED_AT_ONCE, with_index: bool = False
 ) -> dict[str, float]:
-    """Seconds a user until the ten best are there, seen items filtered, of a batch; and of an index."""
+    """Seconds per user for the ten best unseen items, with exact search in batches and with an index."""
     torch.set_num_threads(1)
     model = generated(num_items, length).eval()
     histories = generated_histories(num_items, num_users, length, torch.Generator().manual_seed(0))
@@ -104,7 +104,7 @@ def prepare_log(log: str, data: str) -> dict[str, float]:
 
 
 def make_batches(data: str, num_batches: int = 100) -> dict[str, float]:
-    """From the prepared folder to the Trainer's batches, and to the same from a stream."""
+    """Measure batches of the Trainer from a prepared folder, in memory and streamed."""
     start = time.perf_counter()
     histories, tokenizer, preparation = read_prepared(data)
     length = preparation["max_length"]
@@ -151,7 +151,7 @@ def in_own_process(measure: str, **options: Any) -> dict[str, float]:
 
 
 def write_log(path: Path, num_users: int) -> None:
-    """Every user's n-th event before anybody's next; items in proportion to 1 / rank."""
+    """Write a log with items drawn in proportion to 1 / rank. The n-th events of all users precede the next ones."""
     random = np.random.default_rng(0)
     schema = pa.schema([("user_id", pa.int32()), ("item_id", pa.int32()), ("timestamp", pa.int64())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -172,7 +172,7 @@ def measured(
     users: Sequence[int] = USERS,
     indexed: Sequence[int] = INDEXED,
 ) -> dict[str, list[Point]]:
-    """A list of points a series: what has grown, and what that took."""
+    """For each series, a list of points: the size, and the time and memory it needs."""
     series: dict[str, list[Point]] = {"history length": [], "catalogue": [], "catalogue, by an index": [], "users": []}
 
     def add(name: str, point: Point) -> None:
@@ -236,20 +236,20 @@ def measured(
 
 
 def proportional(points: Sequence[Point], name: str, at: float) -> float:
-    """What a series comes to far on, if it grows by as much a step as between its last two points."""
+    """Extrapolate a series linearly from its last two points."""
     (x, y), (next_x, next_y) = ((next(iter(point.values())), point[name]) for point in points[-2:])
     return next_y + (next_y - y) / (next_x - x) * (at - next_x)
 
 
 def by_power(points: Sequence[Point], name: str, at: float) -> float:
-    """What a series comes to far on, if it grows with the same power as between its last two points, or not at all."""
+    """Extrapolate a series with the power law of its last two points, without shrinking."""
     (x, y), (next_x, next_y) = ((next(iter(point.values())), point[name]) for point in points[-2:])
     return next_y * (at / next_x) ** max(0.0, math.log(next_y / y) / math.log(next_x / x))
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Most that it does a second, and the share of all of these that is taken to be reached."""
+    """Peak rates per second of a GPU, and the share of these rates that is assumed to be reached."""
 
     name: str = "A100 SXM"
     memory: float = 80 * GIB
@@ -287,7 +287,7 @@ RANKED_TRAFFIC, RANKED_TABLE_TRAFFIC = 18, 12
 
 @functools.cache
 def encoder_costs(hidden_size: int, length: int) -> tuple[int, float]:
-    """Of one history: FLOPs of a forward pass, with all positions of the last layer too, and bytes kept of it."""
+    """For one history: FLOP of a forward pass, also with all positions of the last layer, and bytes of activations."""
     model = on_meta(1, hidden_size, length)
     weights = sum(weight.numel() for weight in model.model.layers.parameters())
     flops = 2 * length * weights + 4 * model.config.num_hidden_layers * length**2 * hidden_size
@@ -307,10 +307,10 @@ def plan(
     logits_at_once: int = losses.MAX_LOGITS_PER_CHUNK,
     gpu: Gpu = A100,
 ) -> dict[str, float]:
-    """Bytes on each GPU, and seconds of a step and of an epoch with a window of each user.
+    """Bytes on each GPU, and seconds of a step and of an epoch with one window per user.
 
-    Weights, gradients and optimizer state are fp32 and sharded by FSDP2, products bf16. Biases and the encoder's
-    weights, less than a hundredth, are left out; activations are counted in fp32.
+    Weights, gradients and optimizer state are fp32 and sharded by FSDP2; products are bf16. Biases and the weights of
+    the encoder, less than a hundredth of the total, are left out. Activations are counted in fp32.
     """
     table = num_items * hidden_size
     histories = batch_size / num_gpus
@@ -343,14 +343,14 @@ def plan(
 
 
 def fewest_gpus(num_users: int, num_items: int, **options: Any) -> int:
-    """The power of two that holds it."""
+    """The smallest power of two of GPUs that the model fits into."""
     room = A100.share_of_memory * A100.memory
     numbers = (2**power for power in range(11))
     return next(number for number in numbers if plan(num_users, num_items, number, **options)["together"] <= room)
 
 
 def ranking_seconds(num_items: int, *, hidden_size: int = WIDTH, length: int = LENGTH, gpu: Gpu = A100) -> float:
-    """Of one GPU, for one user of a batch, exact: the encoder in bf16, the scores in fp32."""
+    """Seconds of exact ranking for one user of a batch on one GPU: the encoder in bf16, the scores in fp32."""
     moved = num_items * (RANKED_TRAFFIC + RANKED_TABLE_TRAFFIC * hidden_size / RANKED_AT_ONCE)
     encoder_flops, _ = encoder_costs(hidden_size, length)
     computing = encoder_flops / gpu.bf16_flops + 2 * num_items * hidden_size / gpu.fp32_flops
@@ -383,7 +383,7 @@ def draw(series: Mapping[str, list[Point]], path: Path) -> None:
 
 
 def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_items: int = 10**7) -> list[str]:
-    """The section on a plan, with what has been measured carried on to its size."""
+    """The section on the plan, with the measurements extrapolated to its size."""
     cases: list[tuple[int | None, dict[str, Any]]] = [
         (1, {"batch_size": 1024}),
         (1, {}),

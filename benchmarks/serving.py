@@ -68,7 +68,7 @@ def generated(
 def generated_histories(
     num_items: int, batch: int, length: int, random: torch.Generator, cluster_size: int = CLUSTER_SIZE
 ) -> Batch:
-    """As `recommend` takes them, each of items out of three clusters."""
+    """Generated histories for `recommend`, each with items from three clusters."""
     number = num_items // cluster_size
     of_user = torch.randint(number, (batch, CLUSTERS_OF_A_USER), generator=random)
     cluster = of_user.gather(1, torch.randint(CLUSTERS_OF_A_USER, (batch, length), generator=random))
@@ -80,7 +80,7 @@ def generated_histories(
 
 
 def histories_of(data: str, model: str, batch: int) -> Iterator[Batch]:
-    """Of test users in an order drawn at random, again and again."""
+    """The histories of test users in random order, repeatedly."""
     histories, tokenizer, _ = read_prepared(data, Bert4RecTokenizer.from_pretrained(model))
     length = tokenizer.model_max_length
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True, max_length=length)
@@ -104,7 +104,7 @@ def measure(
     index: ItemIndex,
     others: dict[str, Callable],
 ) -> dict[str, str]:
-    """Milliseconds by way; recall@10 of the index, each on the same batches."""
+    """Milliseconds of each way to search, and recall@10 of the index, on the same batches."""
 
     def requests() -> Iterator[Batch]:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ def on_meta(num_items: int, hidden_size: int, length: int) -> Bert4RecForMaskedI
 
 
 def kept_bytes(model: Bert4RecForMaskedItemPrediction, length: int) -> int:
-    """What autograd keeps of the encoder, for `BATCH` histories."""
+    """Bytes that autograd keeps of the encoder, for `BATCH` histories."""
     with torch.device("meta"):
         input_ids = torch.ones(BATCH, length, dtype=torch.long)
         positions = torch.zeros(BATCH, int(length * MASK_RATIO), dtype=torch.long)

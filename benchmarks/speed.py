@@ -72,7 +72,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(rounds: Sequence[dict[str, dict]], num_users: int, batch: int) -> list[str]:
-    """A row a system: medians over the rounds with least and most; ratios are those within a round."""
+    """One row per system: medians, minima and maxima over the rounds. Ratios are computed within a round."""
 
     def epoch(run: dict) -> float:
         return run["seconds_a_step"] * -(-run["rows"] // batch)

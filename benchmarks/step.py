@@ -71,7 +71,7 @@ def make_model(hidden_size: int, num_items: int = ITEMS) -> Bert4RecForMaskedIte
 
 
 def make_rows(num_rows: int, length: int = LENGTH, num_items: int = ITEMS) -> Dataset:
-    """Training rows as the Trainer has them, of random items."""
+    """Training rows of random items, in the form that the Trainer reads."""
     random = np.random.default_rng(0)
     histories = Histories(
         user_id=pa.array([str(user) for user in range(num_rows)]),
@@ -124,7 +124,7 @@ def both_ways(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> C
 def operations(
     model: Bert4RecForMaskedItemPrediction, batch: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> list[Operation]:
-    """What the step cannot do without; attention to each history from as many positions as it has labels on average."""
+    """The operations that a step needs. In the last layer, each history has its average number of labels as queries."""
     model = copy.deepcopy(model)  # AdamW is going to change it
     config, embeddings = model.config, model.model.embeddings
     layer: Any = model.model.layers[0]
@@ -192,7 +192,7 @@ def operations(
 
 
 def milliseconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """CPU time of a call of each, the median over rounds in which they take turns."""
+    """Milliseconds of CPU time per call of each function: the median over rounds in which they take turns."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for run, found in zip(runs, times, strict=True):
@@ -205,7 +205,7 @@ def milliseconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def by_operator(run: Callable[[], Any]) -> Counter[str]:
-    """Milliseconds of a call in each of PyTorch's operators, without those that it calls."""
+    """Milliseconds per call in each of PyTorch's operators, without the operators that it calls."""
     run()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(ROUNDS):
@@ -262,7 +262,7 @@ def step_section(
 
 
 def collation_rates(rows: Dataset, collator: DataCollatorForMaskedItemPrediction, batch_size: int) -> list[float]:
-    """Rows a second of CPU time: what the collator masks, and what the Trainer's data loader reads and masks."""
+    """Rows per second of CPU time that the collator masks, and that the Trainer's data loader reads and masks."""
     seconds = 0.0
     for features in DataLoader(rows, batch_size, collate_fn=list):
         start = time.process_time()

@@ -22,7 +22,7 @@ def machine(threads: int, processes: int = 1) -> str:
 
 
 def write_section(path: Path, header: str, title: str, lines: Sequence[str]) -> None:
-    """In place of the section of the same title, or at the end; a new table begins with the header."""
+    """Write a section in place of the one with the same title, or at the end. A new file begins with the header."""
     text = path.read_text("utf-8") if path.is_file() else header
     head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
     new = "\n".join([f"## {title}", "", *lines]) + "\n"

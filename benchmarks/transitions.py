@@ -31,7 +31,7 @@ from bert4rec_hf.evaluation.metrics import ranking_metrics
 def ranks_of(
     model: Bert4RecForMaskedItemPrediction, histories: Histories, tokenizer: Bert4RecTokenizer, part: str
 ) -> tuple[list[str], np.ndarray]:
-    """The users with a target in a part and its ranks, as `evaluate_prepared` counts them."""
+    """The users with a target in a part, and the ranks that `evaluate_prepared` computes."""
     policy, length = model.config.filter_seen_items, model.config.max_position_embeddings
     rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
     columns = rows.select_columns(["input_ids", "labels", "history_ids", "exclude_ids"])

@@ -82,7 +82,7 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
         with pytest.raises(ValueError, match=message):
             train_prepared(data, arguments(tmp_path / "run", **(given | options)), **(SMALL | fields))
 
-    resume(data, "has hidden_size=32, not 16; num_attention_heads=1, not 2: a run that is resumed", hidden_size=16)
+    resume(data, "has hidden_size=32, not 16; num_attention_heads=1, not 2: a resumed run", hidden_size=16)
     resume(data, "has item_loss=softmax, not bpr", item_loss="bpr")
     resume(data, r"has learning_rate=0\.\d+, not 1e-05: a resumed run keeps its optimizer", learning_rate=1e-5)
     resume(data, r"has weight_decay=0\.0, not 0\.1: .*give the checkpoint as --model_name_or_path", weight_decay=0.1)
@@ -100,7 +100,7 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     model_only = tmp_path / "checkpoint-10"
     shutil.copytree(tmp_path / "run" / "checkpoint-10", model_only, ignore=shutil.ignore_patterns("optimizer*"))
-    resume(data, "has the model only .*give it as --model_name_or_path", resume_from_checkpoint=str(model_only))
+    resume(data, "has the model only .*give the checkpoint as --model_name_or_path", resume_from_checkpoint=str(model_only))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
