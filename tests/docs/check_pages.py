@@ -4,7 +4,7 @@
   small log `events-*.parquet`, the prepared folder `data` and the model folder `model`. A block below
   `<!-- not run: REASON -->` is left out.
 - Every public name has a docstring and an entry in the reference; every option of the command line is in it too.
-- Pages name no file of the repository that is not there.
+- Pages name no file of the repository that is not there, and link to none: they are read in the repository too.
 """
 
 import ast
@@ -31,6 +31,13 @@ BLOCK = re.compile(r"((?:^[^\n]*\n)?)^( *)```python\n(.*?)^ *```$", re.MULTILINE
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 # A path of the repository, in backticks: with a folder of the repository before it.
 NAMED_FILE = re.compile(r"`((?:benchmarks|bert4rec_hf|docs|examples|notebooks|recipes|tests)/[\w./-]+\.\w+)`")
+LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")
+TEXTS = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+]
 NUM_USERS, NUM_ITEMS = 80, 200
 
 
@@ -85,10 +92,13 @@ def test_the_blocks_of_a_page_run(page, workplace, tmp_path):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+@pytest.mark.parametrize("page", TEXTS, ids=[page.relative_to(ROOT).as_posix() for page in TEXTS])
 def test_a_page_names_files_that_are_there(page):
-    for name in NAMED_FILE.findall(page.read_text("utf-8")):
+    text = page.read_text("utf-8")
+    for name in NAMED_FILE.findall(text):
         assert (ROOT / name).exists(), name
+    for link in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        assert (page.parent / link).exists(), link
 
 
 @pytest.fixture(scope="module")
