@@ -100,9 +100,7 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     model_only = tmp_path / "checkpoint-10"
     shutil.copytree(tmp_path / "run" / "checkpoint-10", model_only, ignore=shutil.ignore_patterns("optimizer*"))
-    resume(
-        data, "has the model only .*give the checkpoint as --model_name_or_path", resume_from_checkpoint=str(model_only)
-    )
+    resume(data, "has the model only .*give the checkpoint as --model", resume_from_checkpoint=str(model_only))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
