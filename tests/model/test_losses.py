@@ -429,7 +429,7 @@ def test_positions_may_have_negatives_of_their_own_and_log_probabilities():
     del batch["masked_positions"]
     batch |= training_batch()
     with pytest.raises(
-        ValueError, match=r"without masked_positions.*\(2, 4\) positions.*masked_positions over as well"
+        ValueError, match=r"without masked_positions.*\(2, 4\) positions.*masked_positions as well"
     ):
         model(**batch)
     rows, columns = [0, 0, 1], [1, 2, 0]
