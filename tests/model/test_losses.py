@@ -428,9 +428,7 @@ def test_positions_may_have_negatives_of_their_own_and_log_probabilities():
     # Without masked_positions, at each position of the input.
     del batch["masked_positions"]
     batch |= training_batch()
-    with pytest.raises(
-        ValueError, match=r"without masked_positions.*\(2, 4\) positions.*masked_positions as well"
-    ):
+    with pytest.raises(ValueError, match=r"without masked_positions.*\(2, 4\) positions.*masked_positions as well"):
         model(**batch)
     rows, columns = [0, 0, 1], [1, 2, 0]
     wide = {"negative_ids": own, "negative_log_probabilities": logs, "positive_log_probabilities": positive}
