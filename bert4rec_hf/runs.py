@@ -202,8 +202,8 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
 def _skip_random_numbers(config: Bert4RecConfig) -> None:
     """Let a seed give the model that it gave when the numbers in benchmarks/results were measured.
 
-    A decoder, whose weights were drawn and then tied to the item vectors, stood here. Remove this together with those
-    numbers, when they are measured anew.
+    The model then had a decoder. Its weights were drawn here, and then tied to the item vectors. Remove this function
+    when the numbers are measured again.
     """
     torch.nn.Linear(config.hidden_size, config.vocab_size)
     torch.empty(config.vocab_size, config.hidden_size).normal_()

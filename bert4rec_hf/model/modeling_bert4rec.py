@@ -440,9 +440,6 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
         self.history_scores = HistoryScores(config)
         self.post_init()
 
-    def get_output_embeddings(self) -> None:
-        """None, since the output reads the input embeddings."""
-
     @can_return_tuple
     def forward(
         self,
