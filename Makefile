@@ -10,10 +10,16 @@ DATA := quickstart/data
 MODEL := quickstart/model
 # A model this small gains nothing from more threads, and loses much where others compute as well.
 export OMP_NUM_THREADS ?= 1
+# This pip checks the hashes of constraints.txt also where not every requirement has one.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check pip==26.3
+endef
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-require-hashes -c constraints.txt
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations lint notebooks docs clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions lint notebooks docs release clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -50,6 +56,11 @@ test-adapters: $(VENV)/adapters/installed
 test-mutations: $(VENV)/installed-dev
 	$(BIN)/python tests/mutations.py
 
+# The whole suite with the oldest allowed, the pinned and the newest versions; writes docs/reference/compatibility.md.
+# NEWEST_PYTHON=python3.14 takes another Python for the newest.
+test-versions:
+	$(PYTHON) tests/versions.py $(VENV)/versions oldest pinned newest=$(NEWEST_PYTHON)
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -66,24 +77,28 @@ docs: $(VENV)/docs/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
 	$(VENV)/docs/bin/python -m pytest tests/docs/check_pages.py
 
+# Wheel and source distribution in dist/, each installed alone; the quickstart from the wheel; SBOM; audit.
+release:
+	$(PYTHON) tests/release.py $(VENV)/release dist
+
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(call environment,$(VENV))
+	$(BIN)/python $(INSTALL) -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(INSTALL) -e ".[dev]"
 	touch $@
 
 $(VENV)/adapters/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)/adapters
-	$(VENV)/adapters/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" torchao
+	$(call environment,$(VENV)/adapters)
+	$(VENV)/adapters/bin/python $(INSTALL) -e ".[dev]" torchao
 	touch $@
 
 $(VENV)/docs/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)/docs
-	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	$(call environment,$(VENV)/docs)
+	$(VENV)/docs/bin/python $(INSTALL) -e ".[dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart build/site
+	rm -rf $(VENV) quickstart build/site dist

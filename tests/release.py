@@ -1,0 +1,98 @@
+"""Builds the wheel and the source distribution, and uses each as somebody who has only this file.
+
+    python tests/release.py FOLDER DISTRIBUTIONS
+
+The script writes both files into DISTRIBUTIONS, and beside them the list of the wheel's dependencies (SBOM, CycloneDX).
+The environments are in FOLDER. The quickstart runs from the installed wheel, outside the checkout and without its
+recipes; its recommendations must be those of the README. Known vulnerabilities are looked up with pip-audit if its
+service can be reached.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+PINNED = ["--no-require-hashes", "--constraint", ROOT / "constraints.txt"]
+TOOLS = ("build", "twine", "cyclonedx-bom", "pip-audit")
+HISTORY = ("50", "172", "181")
+
+
+def run(*words: Any, **options: Any) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, words)], env=environment, stdout=subprocess.PIPE, text=True, check=False, **options)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, words))} failed with status {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+def environment(folder: Path, *packages: Any) -> Path:
+    """A new environment with these packages; the path of its programs."""
+    shutil.rmtree(folder, ignore_errors=True)
+    run(sys.executable, "-m", "venv", folder)
+    programs = folder / "bin"
+    run(programs / "python", *PIP, "install", "--upgrade", re.search(r"pip==\S+", (ROOT / "Makefile").read_text())[0])
+    run(programs / "python", *PIP, "install", *PINNED, *packages)
+    return programs
+
+
+def recommended(text: str) -> list[str]:
+    """The lines of recommendations: a place, an item id, a score and a title."""
+    return [line.strip() for line in re.findall(r"^ +\d+ +\S+ +\d+\.\d{3}  .+$", text, re.MULTILINE)]
+
+
+def quickstart(bert4rec: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        here: dict[str, Any] = {"cwd": folder, "stderr": subprocess.DEVNULL}
+        run(bert4rec, "prepare", "ml-100k", "--output", "data", **here)
+        quick = ("--max_position_embeddings", "50", "--num_train_epochs", "10")
+        run(bert4rec, "train", "--data", "data", "--output_dir", "model", *quick, **here)
+        print(run(bert4rec, "evaluate", "model", "--data", "data", **here))
+        output = run(bert4rec, "recommend", "model", *HISTORY, **here)
+    print(output)
+    expected = recommended((ROOT / "README.md").read_text("utf-8"))
+    assert expected, "README.md shows no recommendations"
+    assert recommended(output)[: len(expected)] == expected, f"README.md shows other recommendations: {expected}"
+
+
+def main() -> None:
+    folder, distributions = (Path(word).resolve() for word in sys.argv[1:])
+    shutil.rmtree(distributions, ignore_errors=True)
+    tools = environment(folder / "tools", *TOOLS)
+    run(tools / "python", "-m", "build", "--outdir", distributions, ROOT, stderr=subprocess.STDOUT)
+    (wheel,), (source,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
+    print(run(tools / "twine", "check", "--strict", wheel, source))
+
+    version = f"bert4rec_hf {wheel.name.split('-')[1]}\n"
+    from_source = environment(folder / "source", source)
+    assert run(from_source / "bert4rec", "--version") == version
+    from_wheel = environment(folder / "wheel", wheel)
+    assert run(from_wheel / "bert4rec", "--version") == version
+    # The SBOM and the audit are of the wheel and its dependencies, not of the tool that installed them.
+    run(from_wheel / "python", *PIP, "uninstall", "--yes", "setuptools")
+    sbom = distributions / f"{wheel.name.removesuffix('.whl')}.cdx.json"
+    run(tools / "cyclonedx-py", "environment", from_wheel / "python", "--output-file", sbom, stderr=subprocess.DEVNULL)
+
+    installed = folder / "installed.txt"
+    installed.write_text(run(from_wheel / "python", *PIP, "freeze", "--exclude", "bert4rec-hf"), "utf-8")
+    audit = [tools / "pip-audit", "--no-deps", "--disable-pip", "--progress-spinner", "off", "--requirement", installed]
+    done = subprocess.run(audit, capture_output=True, text=True, check=False, timeout=300)
+    if "ServiceError" in done.stderr or "ConnectionError" in done.stderr:
+        print("pip-audit: skipped, since its service cannot be reached")
+    else:
+        print(done.stdout + done.stderr)
+        assert done.returncode == 0, "pip-audit found a known vulnerability"
+
+    quickstart(from_wheel / "bert4rec")
+    for file in sorted(distributions.iterdir()):
+        print(f"{file.stat().st_size:9,} bytes  {file.name}")
+
+
+if __name__ == "__main__":
+    main()
