@@ -7,7 +7,7 @@
 - A step: 100,000 and a million items, drawn in proportion to 1 / rank; 32 histories of length 50, hidden size 64, 2
   layers, mask ratio .2, AdamW, one thread. Each loss runs in its own process.
 - A whole run: `bert4rec train` from a prepared log of a million items and 4.5 million events to the model folder, with
-  three steps only. Each loss runs in its own process.
+  three steps only. Each model runs in its own process.
 - Quality: validation NDCG@10 on LOG (in a form that benchmarks/quality.py accepts) after the given number of epochs.
 
 Each measurement writes its section of benchmarks/results/large_catalogues.md.
@@ -39,7 +39,7 @@ from bert4rec_hf.runs import train_prepared
 BATCH, LENGTH, MASK_RATIO, NUM_NEGATIVES, STEPS = 32, 50, 0.2, 1000, 5
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
 TABLE = Path(__file__).resolve().parent / "results" / "large_catalogues.md"
-HEADER = "# Large catalogues\n\nWritten by `benchmarks/large_catalogues.py`.\n"
+HEADER = "# Large catalogues\n\n`benchmarks/large_catalogues.py` writes this page, one section per command.\n"
 SAMPLED = {"item_loss": "sampled_softmax", "num_negatives": NUM_NEGATIVES}
 QUALITY: dict[str, dict] = {
     "softmax": {},
@@ -85,7 +85,7 @@ def peak_gib() -> float:
 
 
 def time_and_memory() -> list[str]:
-    lines = ["| items | loss | seconds a step | peak GiB of the process |", "|---|---|---|---|"]
+    lines = ["| items | loss | seconds per step | peak GiB of the process |", "|---|---|---|---|"]
     for num_items in (100_000, 1_000_000):
         for item_loss in ITEM_LOSSES:
             command = [sys.executable, __file__, "--step", item_loss, str(num_items)]
@@ -93,8 +93,9 @@ def time_and_memory() -> list[str]:
             lines.append(f"| {num_items:,} | {item_loss} | {seconds} | {peak} |")
             print(lines[-1], flush=True)
     intro = (
-        f"One thread, torch {torch.__version__}. {BATCH} histories of length {LENGTH}, hidden size 64, 2 layers, "
-        f"{BATCH * int(LENGTH * MASK_RATIO)} labels a step, {NUM_NEGATIVES:,} negatives where they are sampled."
+        f"`benchmarks/large_catalogues.py`, one thread, torch {torch.__version__}. A step has {BATCH} histories of "
+        f"length {LENGTH} and {BATCH * int(LENGTH * MASK_RATIO)} labels. The model has hidden size 64 and 2 layers. "
+        f"The sampled losses (sampled_softmax, gbce) have {NUM_NEGATIVES:,} negatives."
     )
     return [intro, "", *lines]
 
@@ -143,15 +144,16 @@ def whole_runs(folder: Path) -> list[str]:
             lines.append(f"| {width} | {initialization} | {seconds} | {peak} |")
             print(lines[-1], flush=True)
     intro = (
-        f"One thread, torch {torch.__version__}. 1,000,000 items, 4,500,000 events, histories of {LENGTH}; three steps "
-        f"on {BATCH} histories with the full softmax, AdamW; from reading the prepared log to the written model folder."
+        f"`benchmarks/large_catalogues.py --whole`, one thread, torch {torch.__version__}. The log has 1,000,000 "
+        f"items, 4,500,000 events and histories of length {LENGTH}. A run reads the prepared log, trains three steps "
+        f"of {BATCH} histories with the full softmax and AdamW, and writes the model folder."
     )
     return [intro, "", *lines]
 
 
 def quality(log: str, epochs: int, seeds: range, output: Path) -> list[str]:
     data = prepared(log, output / log_name(log), None)
-    lines = ["| loss | NDCG@10 | of the full softmax's | HR@10 | CPU minutes |", "|---|---|---|---|---|"]
+    lines = ["| loss | NDCG@10 | ratio to the full softmax | HR@10 | CPU minutes |", "|---|---|---|---|---|"]
     full = 0.0
     for title, change in QUALITY.items():
         runs = []
@@ -174,7 +176,8 @@ def quality(log: str, epochs: int, seeds: range, output: Path) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     protocol = Protocol(**trainer.evaluation["protocol"])
     command = f"`benchmarks/large_catalogues.py --quality {log_name(log)} --epochs {epochs} --seeds {len(seeds)}`"
-    return [f"{protocol}; {named_seeds(seeds)}; the defaults but for {epochs} epochs. {command}", "", *lines]
+    intro = f"{command}. {protocol}; {named_seeds(seeds)}. All settings are the defaults, except {epochs} epochs."
+    return [intro, "", *lines]
 
 
 def main() -> None:

@@ -43,14 +43,18 @@ CURVES = HERE / "pictures"
 RANKS_FILE = "ranks.parquet"
 HEADER = """# Quality
 
-One row a run of `benchmarks/quality.py`, or for a peer of `benchmarks/peers.py`, which its command names. Test
-targets, read once; the checkpoint is the best on validation (NDCG@10; a peer's, as the peer chooses). Leave-one-out,
-all items ranked, seen items filtered unless the log's row says otherwise, ties against the model; of a peer the lists
-of 100 items that it serves are judged. ± is the standard deviation over seeds; the sampling error over users comes on
-top: about .0036 NDCG@10 on 6,040 users, .0075 on 943. A log's checksum is that of its prepared histories, in
-whatever file they are. Parameters are those that are learnt, without transitions.
-Epochs lead to the learning curve of the first seed. `benchmarks/compare.py` tells two rows apart user by user. "All but
-test trains": the validation targets train too, and the last step is the model.
+Each row is a run of `benchmarks/quality.py`, or of `benchmarks/peers.py` for another implementation (a peer). The last
+column has the command.
+
+- **Protocol.** The metrics are those of the test targets, which are read once. The split is leave-one-out, all items
+  are ranked, and a tie counts against the model. Seen items are filtered unless the row of the log says otherwise. A
+  peer is judged by the lists of 100 items that it serves.
+- **Checkpoint.** The checkpoint is the one with the best validation NDCG@10. A peer chooses its checkpoint itself. In
+  rows with "all but test trains", the validation targets train too, and the model is that of the last step.
+- **Spread.** ± is the standard deviation over seeds. It does not include the sampling error over users, which is about
+  .0036 NDCG@10 for 6,040 users and .0075 for 943. `benchmarks/compare.py` compares two rows user by user.
+- **Columns.** The checksum of a log is that of its prepared histories. It does not depend on the format of the file.
+  Parameters are the learnt ones, without transitions. Epochs link to the learning curve of the first seed.
 
 | log (checksum) | ranking | parameters | epochs | minutes a seed | HR@10 | NDCG@10 | validation NDCG@10 | command |
 |---|---|---|---|---|---|---|---|---|

@@ -27,10 +27,11 @@ from bert4rec_hf.data.histories import read_prepared
 
 TABLE = HERE / "results" / "speed.md"
 HEADER = (
-    "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
+    "# Speed\n\n`benchmarks/speed.py` writes the tables of time and memory. `benchmarks/time_to_quality.py` writes the "
+    "tables of the time to a peer's best quality.\n"
 )
-# What the ratios are to comes first: what the package is told on a CPU, bfloat16 where the processor has it, with each
-# history once an epoch, as the others read them.
+# The ratios are to the first system: bfloat16 if the processor supports it, and each history once per epoch, as in the
+# other systems.
 OURS = ["ours-bf16-newest", "ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-newest", "ours-fp32"]
 SYSTEMS = {
     "ours-bf16-newest": "bert4rec_hf, bf16, `train_windows: newest`",
@@ -81,8 +82,8 @@ def table(rounds: Sequence[dict[str, dict]], num_users: int, batch: int) -> list
         return spread([of(runs[system]) / of(runs[OURS[0]]) for runs in rounds])
 
     lines = [
-        "| system | histories an epoch | seconds an epoch | times ours | histories a second | ours, times as many | "
-        f"GiB at most | seconds to rank {num_users:,} users | times ours |",
+        "| system | histories per epoch | seconds per epoch | system / ours | histories per second | ours / system | "
+        f"peak GiB | seconds to rank {num_users:,} users | system / ours |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for system in rounds[0]:
@@ -109,10 +110,10 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=20, help="training steps that are timed, of ours an epoch's")
+    parser.add_argument("--steps", type=int, default=20, help="timed training steps; for ours, those of an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--users", type=int, help="rank so many only, and multiply")
+    parser.add_argument("--users", type=int, help="number of users that are ranked, to estimate the time for all")
     default = [*OURS, "bert", "rectools", "replay", "hopwise"]
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=default)
     parser.add_argument("--output", default="speed")
@@ -130,7 +131,7 @@ def main() -> None:
             found = run(system, data, output / "environments", options.threads, asked)
             rounds[-1][system] = found
             print(f"round {number + 1}, {system}: {json.dumps(found)}", flush=True)
-        ranked = f"of {options.users:,} users, multiplied" if options.users else "of all users"
+        ranked = f"{options.users:,} users, from which the time for all is estimated" if options.users else "all users"
         given = f"--hidden_size {options.hidden_size} --length {options.length} --batch {options.batch}"
         given += f" --steps {options.steps} --repeats {len(rounds)} --threads {options.threads}"
         given += f" --users {options.users}" if options.users else ""
@@ -140,13 +141,20 @@ def main() -> None:
             HEADER,
             f"{name}, length {options.length}, width {options.hidden_size}, batches of {options.batch}",
             [
-                f"2 layers, 2 heads; {machine(options.threads)}. {len(rounds)} rounds, each system in turn: median "
-                "(least to most), of ratios to the first row too. Seconds an epoch are those of "
-                f"{options.steps} training steps after {WARMUP} (of ours an epoch's: its batches differ in length) "
-                "times the epoch's number of steps; an epoch of ours reads each history's newest window once, as the "
-                "others do, or by default a long history as often as it fills the length. "
-                f"Top 10 {ranked}, in batches of 64, seen items filtered; with bf16 in that too. "
-                f"`benchmarks/speed.py {name} {given}`",
+                f"`benchmarks/speed.py {name} {given}`, {machine(options.threads)}.",
+                "",
+                f"The models have 2 layers and 2 heads. The systems ran in turns, in {len(rounds)} rounds. A cell has "
+                "the median over the rounds, and in brackets the minimum and the maximum. Ratios are to the first row, "
+                "within a round. The peak memory is that of training.",
+                "",
+                f"Training: {options.steps} steps are timed after {WARMUP} warm-up steps, and multiplied by the number "
+                "of steps in an epoch. For ours, all steps of an epoch are timed, because its batches differ in "
+                "length. With `train_windows: newest`, ours reads the newest window of each history once per epoch. "
+                "By default, it reads a long history as often as the history fills the length. hopwise reads every "
+                "prefix of a history. The other systems read the newest window.",
+                "",
+                f"Ranking: the ten best items for {ranked}, in batches of 64, with seen items filtered. The rows with "
+                "bf16 also rank in bf16.",
                 "",
                 *table(rounds, num_users, options.batch),
             ],

@@ -517,7 +517,9 @@ def main(system: str, folder: str, options: str) -> None:
             "users": users,
         }
     else:
+        start = time.monotonic()
         record["curve"] = QUALITY[system](data, histories, options)
+        record["stopped"] = time.monotonic() - start > 60 * options["peer_minutes"]
     Path("speed.json").write_text(json.dumps(record))
 
 

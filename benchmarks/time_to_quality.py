@@ -48,25 +48,29 @@ def main() -> None:
         "settings": {"metric_decimal_place": 6},
     }
 
-    def curve(system: str) -> list[dict]:
+    def measured(system: str) -> dict:
         found = run(system, data, output / "environments", options.threads, given)
         print(json.dumps(found), flush=True)
-        return found["curve"]
+        return found
 
-    ours = curve("ours-recipe")
-    highest = max(point[METRIC] for point in ours)
+    def to_best(curve: list[dict]) -> tuple[dict, list[str]]:
+        best = max(curve, key=lambda point: point[METRIC])  # the first of equals
+        return best, [f"{best[METRIC]:.4f}", f"{best['seconds']:,.1f}", f"{best['cpu_seconds']:,.1f}"]
+
+    ours = measured("ours-recipe")["curve"]
+    cells = [f"bert4rec_hf, `{options.recipe}`", f"{ours[-1]['epoch']:.0f}", *to_best(ours)[1], *[""] * 4]
     lines = [
-        f"| | epochs run | best validation {METRIC} | seconds to it | CPU seconds | ours to it: epoch | seconds "
-        "| CPU seconds | the peer's CPU seconds by ours |",
+        f"| system | epochs | best validation {METRIC} | seconds to its best | CPU seconds to its best | our epoch "
+        "| our seconds | our CPU seconds | ratio of CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",
-        f"| bert4rec_hf, `{options.recipe}` | {ours[-1]['epoch']:.0f} | {highest:.4f} | | | | | | |",
+        f"| {' | '.join(cells)} |",
     ]
     for system in options.peers:
-        theirs = curve(system)
-        best = max(theirs, key=lambda point: point[METRIC])  # the first of equals
-        cells = [PEERS[system], f"{theirs[-1]['epoch']:.0f}", f"{best[METRIC]:.4f}"]
-        cells += [f"{best['seconds']:.1f}", f"{best['cpu_seconds']:.1f}"]
-        # Ours is looked at as often as the recipe evaluates.
+        found = measured(system)
+        best, to_its_best = to_best(found["curve"])
+        epochs = f"{found['curve'][-1]['epoch']:.0f}" + (", stopped" if found["stopped"] else "")
+        cells = [PEERS[system], epochs, *to_its_best]
+        # The recipe decides how often ours is evaluated.
         reached = next((point for point in ours if point[METRIC] >= best[METRIC]), None)
         if reached:
             cells += [f"{reached['epoch']:.1f}", f"{reached['seconds']:.1f}", f"{reached['cpu_seconds']:.1f}"]
@@ -74,14 +78,19 @@ def main() -> None:
         else:
             cells += ["never", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    command = f"benchmarks/time_to_quality.py {name} --recipe {options.recipe}"
+    command += f" --peers {' '.join(options.peers)}" if options.peers != list(PEERS) else ""
+    command += f" --peer_minutes {options.peer_minutes:g} --threads {options.threads}"
     write_section(
         TABLE,
         HEADER,
         f"{name}, time to a peer's best validation {METRIC}",
         [
-            f"{machine(options.threads)}. All items ranked, seen items not filtered; seconds of training; each peer "
-            f"given {options.peer_minutes:g} minutes. `benchmarks/time_to_quality.py {name} --recipe {options.recipe} "
-            f"--peer_minutes {options.peer_minutes:g} --threads {options.threads}`",
+            f"`{command}`, {machine(options.threads)}.",
+            "",
+            "All items are ranked and seen items are not filtered. Seconds are those of training, without evaluation. "
+            "Our epoch and our seconds are those at which our recipe first has the peer's best value. A peer with "
+            f'"stopped" was stopped after {options.peer_minutes:g} minutes: its best is the best within these minutes.',
             "",
             *lines,
         ],
