@@ -29,8 +29,8 @@ TABLE = HERE / "results" / "speed.md"
 HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )
-# What the ratios are to comes first: what the package is told on a CPU, bfloat16 where the processor has it, with each
-# history once an epoch, as the others read them.
+# All ratios are relative to the first entry: bfloat16 if the processor supports it, and each history once per epoch, as
+# the peers read them.
 OURS = ["ours-bf16-newest", "ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-newest", "ours-fp32"]
 SYSTEMS = {
     "ours-bf16-newest": "bert4rec_hf, bf16, `train_windows: newest`",
@@ -48,16 +48,16 @@ WARMUP = 3
 def run(system: str, data: Path, environments: Path, threads: int, options: dict) -> dict:
     """One run of benchmarks/speed_worker.py."""
     system, *variant = system.split("-")
-    # BertForMaskedLM is of the library that ours stands on: one environment has both.
-    alone = system not in ("ours", "bert")
-    python = peers.return_trip.environment(environments, system) if alone else Path(sys.executable)
+    # BertForMaskedLM is part of Transformers, which this environment has too.
+    is_peer = system not in ("ours", "bert")
+    python = peers.return_trip.environment(environments, system) if is_peer else Path(sys.executable)
     command = [python, HERE / "speed_worker.py", system, data.resolve()]
-    threads_of = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    thread_limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
             [*command, json.dumps(options | {name: name in variant for name in ("bf16", "newest")})],
             cwd=folder,
-            env=os.environ | threads_of,
+            env=os.environ | thread_limits,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=20, help="training steps that are timed, of ours an epoch's")
+    parser.add_argument("--steps", type=int, default=20, help="timed training steps; for bert4rec_hf at least an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--users", type=int, help="rank so many only, and multiply")
+    parser.add_argument("--users", type=int, help="users to rank; the seconds are scaled to all users")
     default = [*OURS, "bert", "rectools", "replay", "hopwise"]
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=default)
     parser.add_argument("--output", default="speed")
@@ -122,7 +122,7 @@ def main() -> None:
     num_users = int(np.count_nonzero(read_prepared(data)[0].target_positions["test"] >= 0))
     asked = {name: getattr(options, name) for name in ("hidden_size", "length", "batch", "steps", "users")}
     asked["warmup"] = WARMUP
-    systems = dict.fromkeys([OURS[0], *options.systems])  # ratios are to the first
+    systems = dict.fromkeys([OURS[0], *options.systems])  # ratios are relative to the first
     rounds = []
     for number in range(options.repeats):
         rounds.append({})

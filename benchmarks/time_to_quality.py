@@ -44,7 +44,7 @@ def main() -> None:
         "recipe": recipe,
         "length": recipe.get("max_position_embeddings", 200),
         "epochs": BERT_EPOCHS,
-        # hopwise: more decimals of the metric than four; all else as it comes.
+        # hopwise would round its metrics to four decimals. Its other settings are its own.
         "settings": {"metric_decimal_place": 6},
     }
 
@@ -63,10 +63,10 @@ def main() -> None:
     ]
     for system in options.peers:
         theirs = curve(system)
-        best = max(theirs, key=lambda point: point[METRIC])  # the first of equals
+        best = max(theirs, key=lambda point: point[METRIC])  # the earliest, if several are equal
         cells = [PEERS[system], f"{theirs[-1]['epoch']:.0f}", f"{best[METRIC]:.4f}"]
         cells += [f"{best['seconds']:.1f}", f"{best['cpu_seconds']:.1f}"]
-        # Ours is looked at as often as the recipe evaluates.
+        # Our curve has a point for each evaluation of the recipe.
         reached = next((point for point in ours if point[METRIC] >= best[METRIC]), None)
         if reached:
             cells += [f"{reached['epoch']:.1f}", f"{reached['seconds']:.1f}", f"{reached['cpu_seconds']:.1f}"]
