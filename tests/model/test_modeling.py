@@ -11,12 +11,12 @@ from small_models import (
     HISTORIES,
     MASK,
     NUM_ITEMS,
-    PLAIN,
     VOCAB,
     WITH_HISTORY,
     make_model,
     mask_scores,
     pad,
+    without_history_scores,
 )
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -84,7 +84,7 @@ def test_positions_of_all_rows_may_be_given_once(model):
     assert not torch.equal(shared, model(input_ids=ids, **options).logits)
 
 
-@PLAIN
+@without_history_scores
 def test_inputs_embeds_stand_in_for_input_ids(model):
     ids, mask = pad(HISTORIES)
     with torch.no_grad():

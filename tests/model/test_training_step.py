@@ -8,7 +8,6 @@ from small_models import (
     MASK,
     NUM_ITEMS,
     PAD,
-    PLAIN,
     VOCAB,
     HostWaitsForDeviceError,
     NoSynchronization,
@@ -16,6 +15,7 @@ from small_models import (
     gradients,
     make_model,
     training_batch,
+    without_history_scores,
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -46,7 +46,7 @@ def test_no_logits_are_made_in_training_with_labels(model):
     assert model(**at_masks(training_batch())).logits is None
 
 
-@PLAIN
+@without_history_scores
 def test_evaluation_returns_the_logits_and_the_loss_of_training(model):
     trained = model.train()(**training_batch()).loss
     model.eval()
@@ -102,7 +102,7 @@ def test_the_gradient_of_the_loss_is_that_of_a_function(model):
         torch.testing.assert_close(gradient, weights[name].grad)
 
 
-@PLAIN
+@without_history_scores
 def test_a_loss_that_reads_special_tokens_is_refused(model):
     model.train()
     batch = at_masks(training_batch())
@@ -118,7 +118,7 @@ def test_a_loss_that_reads_special_tokens_is_refused(model):
 
 @pytest.mark.parametrize("filter_seen_items", [False, True])
 @pytest.mark.parametrize("pad_in_softmax", [False, True])
-@PLAIN
+@without_history_scores
 def test_the_loss_is_that_of_the_logits(model, filter_seen_items, pad_in_softmax):
     model.config.filter_seen_items, model.config.pad_in_softmax = filter_seen_items, pad_in_softmax
     # Item 9 is seen and a label.
@@ -198,7 +198,7 @@ def test_losses_of_two_halves_add_up_to_that_of_the_whole(model, as_tensor):
     assert halves[1] > 0.1
 
 
-@PLAIN
+@without_history_scores
 def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     batch = training_batch()
     outputs = model(**batch)
@@ -215,7 +215,7 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(model):
 
 @pytest.mark.parametrize("positions", [False, True], ids=["labels-only", "masked-positions"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@PLAIN
+@without_history_scores
 def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
     model.config.filter_seen_items = True
     model.train(training)

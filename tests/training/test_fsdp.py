@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chain_runs import free_port
-from log_and_model import HIDDEN_SIZE, answers, pieces, write_log_and_model
+from log_and_model import HIDDEN_SIZE, answers, trainer_inputs, write_log_and_model
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
 from bert4rec_hf.training.trainer import keep_inputs_and_outputs_in_float32
@@ -49,7 +49,7 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
 
     dist.init_process_group("gloo")
     model = Bert4RecForMaskedItemPrediction.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=2))
-    trainer = Bert4RecTrainer(model, arguments(output), **pieces(data))
+    trainer = Bert4RecTrainer(model, arguments(output), **trainer_inputs(data))
     shard = model.get_input_embeddings().weight.to_local().shape
     trainer.train()
     metrics = trainer.evaluate()
@@ -83,7 +83,7 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     assert torch.equal(alone.history_scores.successor_ids, model.history_scores.successor_ids)
     assert torch.equal(alone.history_scores.successor_scores, model.history_scores.successor_scores)
     torch.testing.assert_close(answers(alone), torch.load(output / "answers.pt"), atol=1e-5, rtol=0)
-    metrics = Bert4RecTrainer(alone, arguments(tmp_path / "alone"), **pieces(data)).evaluate()
+    metrics = Bert4RecTrainer(alone, arguments(tmp_path / "alone"), **trainer_inputs(data)).evaluate()
     for name in ("eval_HR@10", "eval_NDCG@10", "eval_MRR", "eval_coverage@10"):
         assert metrics[name] == pytest.approx(report["metrics"][name], abs=1e-9)
 

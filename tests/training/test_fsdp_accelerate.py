@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from chain_runs import free_port
-from log_and_model import HIDDEN_SIZE, answers, pieces, write_log_and_model
+from log_and_model import HIDDEN_SIZE, answers, trainer_inputs, write_log_and_model
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
 
@@ -51,7 +51,9 @@ def arguments(folder: Path) -> Bert4RecTrainingArguments:
 def train_sharded(data: Path, start: Path, output: Path) -> None:
     """The program of each of the two processes."""
     shard_without_gpus()
-    trainer = Bert4RecTrainer(Bert4RecForMaskedItemPrediction.from_pretrained(start), arguments(output), **pieces(data))
+    trainer = Bert4RecTrainer(
+        Bert4RecForMaskedItemPrediction.from_pretrained(start), arguments(output), **trainer_inputs(data)
+    )
     trainer.train()
     model = trainer.model
     metrics = trainer.evaluate()
