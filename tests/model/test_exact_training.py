@@ -85,7 +85,7 @@ def test_one_seed_and_no_dropout_give_bit_equal_runs(tmp_path):
 @pytest.mark.processes
 def test_two_processes_give_the_update_of_one(tmp_path):
     one = train(tmp_path / "one")
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          __file__, str(tmp_path / "two")],

@@ -67,7 +67,7 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
 def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     output = tmp_path / "output"
     data, start, model = write_log_and_model(tmp_path)
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     outcome = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          __file__, str(data), str(start), str(output)],

@@ -82,7 +82,7 @@ def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp
     data, start, model = write_log_and_model(tmp_path)
     on_two_cpus = {"num_processes": 2, "use_cpu": True, "mixed_precision": precision}
     config.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | on_two_cpus))
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     outcome = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
          "--main_process_port", str(free_port()), __file__, str(data), str(start), str(output)],

@@ -63,7 +63,7 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, lau
     }[launcher]
 
     def launch(*words) -> str:
-        # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+        # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
         outcome = subprocess.run(
             [sys.executable, "-m", *command, str(free_port()), "-m", "bert4rec_hf", *map(str, words)],
             capture_output=True, text=True, timeout=300, check=False,
