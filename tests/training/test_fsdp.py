@@ -22,12 +22,15 @@ def arguments(folder: Path) -> Bert4RecTrainingArguments:
 
 
 def in_half_precision() -> list[bool]:
-    """Whether sharded weights in bfloat16 recommend what whole ones in float32 do, where transitions decide."""
+    """Whether weights sharded in bfloat16 recommend as whole weights in float32, and whether scores are float32.
+
+    Transitions decide the recommendations.
+    """
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    config = Bert4RecConfig(vocab_size=2003, hidden_size=32, num_transitions=4)  # more than bfloat16 can count to
+    config = Bert4RecConfig(vocab_size=2003, hidden_size=32, num_transitions=4)  # bfloat16 cannot represent all ids
     model = Bert4RecForMaskedItemPrediction(config).eval()
     model.history_scores.successor_ids[:] = torch.stack([torch.randperm(2000)[:4] + 3 for _ in range(2003)])
     model.history_scores.successor_scores[:] = torch.tensor([40.0, 38.0, 36.0, 34.0])
@@ -76,7 +79,7 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     assert (output / "report.json").is_file(), outcome.stderr[-3000:]
     report = json.loads((output / "report.json").read_text())
     assert report["half"] == [True, True]
-    # Each process holds half of the item table's 24 rows.
+    # Each process holds half of the 24 rows of the item table.
     assert report["shard"] == [12, HIDDEN_SIZE]
     alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)
     assert not torch.equal(alone.get_input_embeddings().weight, model.get_input_embeddings().weight)

@@ -55,7 +55,7 @@ def make_model(data: Path, **options) -> Bert4RecForMaskedItemPrediction:
 
 
 def test_metrics_written_for_run_mlm_work_in_a_plain_trainer(data, tmp_path):
-    """Accuracy where labels are not -100, of the argmax of the logits, as the example script computes it."""
+    """The accuracy of the argmax of the logits where labels are not -100, as in the example script run_mlm.py."""
 
     def preprocess_logits(logits, labels):
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
@@ -74,7 +74,7 @@ def test_metrics_written_for_run_mlm_work_in_a_plain_trainer(data, tmp_path):
     )
     assert trainer.label_names == ["labels"]
     trainer.train()
-    assert trainer.evaluate()["eval_accuracy"] > 0.4  # chance hits a fifteenth
+    assert trainer.evaluate()["eval_accuracy"] > 0.4  # chance gives 1/15
     prediction = trainer.predict(trainer.eval_dataset)
     assert prediction.label_ids.shape == (101, 1)
 
@@ -121,8 +121,8 @@ def test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evalua
     options = {"dataloader_drop_last": True, "per_device_train_batch_size": 64, "num_train_epochs": 3}
     trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path, **options), **trainer_inputs(data))
     trainer.train()
-    assert trainer.state.global_step == 3  # 101 rows, one whole batch an epoch
-    assert len(trainer.get_eval_dataloader()) == 2  # of 64
+    assert trainer.state.global_step == 3  # 101 rows have one full batch per epoch
+    assert len(trainer.get_eval_dataloader()) == 2  # of 64 rows and the rest
     assert len(trainer.predict(trainer.eval_dataset).label_ids) == 101
     assert trainer.args.dataloader_drop_last
 
@@ -162,7 +162,7 @@ def test_optuna_searches_with_each_trainer(data, tmp_path, made_by):
     assert best.objective > 0
     assert set(seen) <= {0.3, 0.6}
     assert len(seen) >= 2
-    # Not searched, so chosen for each model anew.
+    # The learning rate is not searched, so it is derived for each model.
     assert rates == [2e-3] * 2
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)},
@@ -184,8 +184,8 @@ def test_no_token_is_written_and_the_arguments_stay_as_they_were(data, tmp_path)
     assert not any(b"hf_secret" in path.read_bytes() for path in files)
 
 
-# The private methods of Transformers that our classes override. Where a public way appears, it should be taken; where
-# upstream renames one, this test fails before users notice that ours is no longer called.
+# The private methods of Transformers that our classes override. A public replacement should be used as soon as there is
+# one. If Transformers renames a method, this test fails before users notice that ours is no longer called.
 PRIVATE_HOOKS = {
     Bert4RecTrainer: {"_get_train_sampler"},
     Bert4RecForMaskedItemPrediction: {"_init_weights"},
