@@ -387,7 +387,7 @@ def quality_of_hopwise(data: Path, histories: pd.DataFrame, options: dict) -> li
             raise StopTrainingError
 
     trainer._train_epoch = watched
-    with contextlib.suppress(StopTrainingError):  # or hopwise stops early by itself
+    with contextlib.suppress(StopTrainingError):  # hopwise may also stop early by itself
         trainer.fit(train, validation, saved=False, show_progress=False, callback_fn=note)
     return watch.curve
 

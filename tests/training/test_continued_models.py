@@ -99,7 +99,7 @@ def test_a_model_may_go_on_week_by_week_where_a_cut_keeps_its_training_before_th
     train_prepared(tmp_path / "second week", arguments(tmp_path / "second", max_steps=1), tmp_path / "first")
     evaluate_prepared(tmp_path / "first", tmp_path / "second week", use_cpu=True)
     assert "another preparation" not in caplog.text
-    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # its targets were trained on
+    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # it has trained on these targets
     assert "second was trained on another preparation, of renamed.csv (split {" in caplog.text
 
 

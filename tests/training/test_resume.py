@@ -49,7 +49,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_unbroken_runs_weight
 def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, caplog):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
-    for step in (7, 99):  # saving was interrupted
+    for step in (7, 99):  # checkpoints whose saving was interrupted
         (tmp_path / "run" / f"checkpoint-{step}").mkdir()
         shutil.copy(tmp_path / "run" / "config.json", tmp_path / "run" / f"checkpoint-{step}")
     options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}

@@ -122,7 +122,7 @@ def test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evalua
     trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path, **options), **trainer_inputs(data))
     trainer.train()
     assert trainer.state.global_step == 3  # 101 rows have one full batch per epoch
-    assert len(trainer.get_eval_dataloader()) == 2  # of 64 rows and the rest
+    assert len(trainer.get_eval_dataloader()) == 2  # one of 64 rows and one of the rest
     assert len(trainer.predict(trainer.eval_dataset).label_ids) == 101
     assert trainer.args.dataloader_drop_last
 
