@@ -29,8 +29,8 @@ TABLE = HERE / "results" / "speed.md"
 HEADER = (
     "# Speed\n\nWritten by `benchmarks/speed.py` and `benchmarks/time_to_quality.py`, which say what is measured.\n"
 )
-# All ratios are relative to the first entry: bfloat16 if the processor supports it, and each history once per epoch, as
-# the peers read them.
+# What the ratios are to comes first: what the package is told on a CPU, bfloat16 where the processor has it, with each
+# history once an epoch, as the others read them.
 OURS = ["ours-bf16-newest", "ours-bf16", "ours-fp32"] if "avx512_bf16" in CPU else ["ours-newest", "ours-fp32"]
 SYSTEMS = {
     "ours-bf16-newest": "bert4rec_hf, bf16, `train_windows: newest`",
@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=20, help="timed training steps; for bert4rec_hf at least an epoch")
+    parser.add_argument("--steps", type=int, default=20, help="training steps that are timed, of ours an epoch's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--users", type=int, help="users to rank; the seconds are scaled to all users")
+    parser.add_argument("--users", type=int, help="rank so many only, and multiply")
     default = [*OURS, "bert", "rectools", "replay", "hopwise"]
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=default)
     parser.add_argument("--output", default="speed")

@@ -63,10 +63,10 @@ def main() -> None:
     ]
     for system in options.peers:
         theirs = curve(system)
-        best = max(theirs, key=lambda point: point[METRIC])  # the earliest, if several are equal
+        best = max(theirs, key=lambda point: point[METRIC])  # the first of equals
         cells = [PEERS[system], f"{theirs[-1]['epoch']:.0f}", f"{best[METRIC]:.4f}"]
         cells += [f"{best['seconds']:.1f}", f"{best['cpu_seconds']:.1f}"]
-        # Our curve has a point for each evaluation of the recipe.
+        # Ours is looked at as often as the recipe evaluates.
         reached = next((point for point in ours if point[METRIC] >= best[METRIC]), None)
         if reached:
             cells += [f"{reached['epoch']:.1f}", f"{reached['seconds']:.1f}", f"{reached['cpu_seconds']:.1f}"]
