@@ -65,7 +65,7 @@ CHANGES: dict[str, dict] = {
     "warm-up of 300 steps": {"warmup_steps": 300},
     "weight decay .01": {"weight_decay": 0.01},
     "weight decay .1": {"weight_decay": 0.1},
-    "twice the epochs": {"num_train_epochs": 2.0},  # times the recipe's
+    "twice the epochs": {"num_train_epochs": 2.0},  # factor of the recipe's epochs
     "sampled softmax, 256 negatives": {"item_loss": "sampled_softmax"},
     "gBCE, 256 negatives": {"item_loss": "gbce"},
 }

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 RANKS_FILE = "ranks.parquet"
 METRICS = ("NDCG@10", "HR@10")
-CHUNK = 100  # resamples at once
+CHUNK_SIZE = 100  # resamples
 
 
 def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
@@ -29,7 +29,9 @@ def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
         raise ValueError(f"no folder {pattern} has a {RANKS_FILE}")
     recipes = {re.sub(r"-\d+$", "", Path(folder).name) for folder in folders}
     if len(recipes) > 1:
-        raise ValueError(f"{pattern} matches runs of different recipes, {', '.join(sorted(recipes))}: one at a time")
+        raise ValueError(
+            f"{pattern} matches runs of different recipes, {', '.join(sorted(recipes))}; name a pattern of one recipe"
+        )
     users: list[str] = []
     values = []
     for folder in folders:
@@ -56,8 +58,8 @@ def compare(of_a: np.ndarray, of_b: np.ndarray, resamples: int = 10_000, seed: i
     random = np.random.default_rng(seed)
     num_users = differences.shape[1]
     means = np.concatenate([
-        differences[:, random.integers(num_users, size=(min(CHUNK, resamples - start), num_users))].mean(axis=2).T
-        for start in range(0, resamples, CHUNK)
+        differences[:, random.integers(num_users, size=(min(CHUNK_SIZE, resamples - start), num_users))].mean(axis=2).T
+        for start in range(0, resamples, CHUNK_SIZE)
     ])  # fmt: skip
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return np.stack([differences.mean(axis=1), low, high, (means <= 0).mean(axis=0)], axis=1)

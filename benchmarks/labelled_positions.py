@@ -1,4 +1,4 @@
-"""Compares a training step whose last layer and head compute labelled positions only with one that computes all.
+"""Compares two training steps: the last layer and head compute labelled positions only, or all positions.
 
     python benchmarks/labelled_positions.py
 
@@ -14,10 +14,10 @@ import sys
 import time
 
 BATCH, LENGTH, ITEMS, STEPS, ROUNDS = 128, 200, 3416, 5, 3
-WAYS = ("labelled positions", "everywhere")
+VARIANTS = ("labelled positions", "everywhere")
 
 
-def measure(way: str) -> None:
+def measure(variant: str) -> None:
     import numpy as np
     import torch
 
@@ -44,7 +44,7 @@ def measure(way: str) -> None:
     item_labels = item_labels.flatten()
 
     def loss() -> torch.Tensor:
-        if way == "labelled positions":
+        if variant == "labelled positions":
             return model(**batch).loss
         states = model.head(model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state)
         weight, bias = model.get_input_embeddings().weight[FIRST_ITEM_ID:], model.item_bias.weight[FIRST_ITEM_ID:]
@@ -64,18 +64,19 @@ def measure(way: str) -> None:
 
 
 def main() -> None:
-    results: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    results: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(ROUNDS):
-        for way in WAYS:
-            output = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True).stdout
-            results[way].append([float(word) for word in output.split()])
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, variant]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            results[variant].append([float(word) for word in output.split()])
     print(f"{'head':<20}{'seconds a step':>16}{'GiB on top':>12}{'loss':>10}")
-    for way, runs in results.items():
+    for variant, runs in results.items():
         seconds, memory, loss = (statistics.median(column) for column in zip(*runs, strict=True))
-        print(f"{way:<20}{seconds:>16.3f}{memory:>12.2f}{loss:>10.4f}")
-    few, all_ = (list(zip(*results[way], strict=True)) for way in WAYS)
-    speed = statistics.median(all_[0]) / statistics.median(few[0])
-    memory = statistics.median(all_[1]) / statistics.median(few[1])
+        print(f"{variant:<20}{seconds:>16.3f}{memory:>12.2f}{loss:>10.4f}")
+    labelled, everywhere = (list(zip(*results[variant], strict=True)) for variant in VARIANTS)
+    speed = statistics.median(everywhere[0]) / statistics.median(labelled[0])
+    memory = statistics.median(everywhere[1]) / statistics.median(labelled[1])
     print(f"{speed:.1f} times as fast, {memory:.1f} times less memory (medians of {ROUNDS} processes each)")
 
 

@@ -101,7 +101,7 @@ def time_and_memory() -> list[str]:
 
 
 def generated(folder: Path) -> Path:
-    """A prepared log of a million items, each with at least one event. Users stay near an item, often a popular one."""
+    """A prepared log of a million items, each with at least one event. The items of a user are near one item."""
     num_items, users, length = 1_000_000, 70_000, LENGTH
     random = np.random.default_rng(0)
     near = (random.pareto(1.0, users * length) * 20).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Trains a peer library on the split of a prepared folder, where it is installed, and writes its recommendations.
+"""Trains a peer library, in its own environment, on the split of a prepared folder, and writes its recommendations.
 
     python peer_worker.py PEER HISTORIES.parquet OUTPUT_FOLDER SEED SETTINGS
 
@@ -23,15 +23,15 @@ import pyarrow.parquet as pq
 
 LIST_LENGTH = 100
 
-# What RecTools' own benchmark sets, which are its defaults too; the benchmark's most epochs, and its patience for
-# recall@10 on validation: github.com/blondered/bert4rec_repro, recommenders/rectools/transformers.py.
+# The settings of RecTools' own benchmark: github.com/blondered/bert4rec_repro, recommenders/rectools/transformers.py.
+# They are also the defaults of RecTools, except for the number of epochs and the patience for recall@10 on validation.
 RECTOOLS = {
     "session_max_len": 100, "n_heads": 4, "n_factors": 256, "n_blocks": 2, "lr": 0.001, "loss": "softmax",
     "epochs": 200, "patience": 50, "precision": "32-true",
 }  # fmt: skip
 
-# Their BERT4Rec.yaml and overall.yaml hold, which are documented: 50 items, 2 layers, 64 wide, batches of 2048, 300
-# epochs, stopping after 10 evaluations without a better one.
+# The documented BERT4Rec.yaml and overall.yaml of RecBole and hopwise hold: histories of 50 items, 2 layers, hidden
+# size 64, batches of 2048, 300 epochs, and early stopping after 10 evaluations without improvement.
 RECBOLE_EPOCHS = 300
 
 IMPLICIT = {
@@ -41,7 +41,7 @@ IMPLICIT = {
 
 
 def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:
-    """The first `ends` events of each history: user_id, item_id, and the place from 0."""
+    """A table of the first `ends` events of each history: user_id, item_id, and place (from 0)."""
     lists = [items[:end] for items, end in zip(histories["item_id"], ends, strict=True)]
     lengths = [len(items) for items in lists]
     return pd.DataFrame({
@@ -52,7 +52,7 @@ def events(histories: pd.DataFrame, ends: pd.Series) -> pd.DataFrame:
 
 
 def listed(user_ids: list[str], lists: list) -> pd.DataFrame:
-    """Lists of items as a table: user_id, item_id, rank from 1."""
+    """A table of recommendation lists: user_id, item_id, and rank (from 1)."""
     found = pd.DataFrame({"user_id": user_ids, "item_id": lists})
     return events(found, found["item_id"].map(len)).assign(rank=lambda rows: rows["place"] + 1)
 
@@ -70,7 +70,7 @@ def validation_targets(histories: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_histories(file: str | Path) -> pd.DataFrame:
-    """One user a row; the position of a target that is missing is -1."""
+    """The histories, one row per user. The position of a missing target is -1."""
     histories = pq.read_table(file).select(
         ["user_id", "item_id", "train_end", "validation_position", "test_position"]
     ).to_pandas()  # fmt: skip
@@ -109,7 +109,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
         def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
             targets = batch["y"]
             logits = outputs.get("logits")
-            if logits is None:  # with a sampled loss its own are of a few items
+            if logits is None:  # a sampled loss has logits of a few items only
                 sessions = module.torch_model.encode_sessions(batch, module.item_embs)
                 logits = module.torch_model.similarity_module(sessions[:, -1], module.item_embs)
             best = logits.view(len(targets), -1).topk(10).indices
@@ -123,7 +123,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     epochs, patience = settings.pop("epochs"), settings.pop("patience")
     precision, minutes = settings.pop("precision"), settings.pop("minutes", None)
     best = ModelCheckpoint(dirpath=folder / "checkpoint", monitor="recall@10", mode="max")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # `deterministic` fills it, at 10 to 20 % of the time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs 10 to 20 % of the time
 
     def trainer() -> lightning.Trainer:
         return lightning.Trainer(
@@ -151,7 +151,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
         get_val_mask_func=lambda interactions: leave_one_out_mask(interactions, validated),
         **settings,
     )
-    past = rectools_dataset(events(histories, before(histories, "test")))  # the validation item is masked in training
+    past = rectools_dataset(events(histories, before(histories, "test")))  # get_val_mask_func hides validation items
     model.fit(past)
     fitted = model.fit_trainer
     kept = next(callback for callback in fitted.callbacks if isinstance(callback, ModelCheckpoint))
@@ -170,8 +170,8 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
 
 
 def recbole_trainer(library: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple:
-    """RecBole's or hopwise's trainer, with its model; data loaders of the three parts; dataset; log; items by code."""
-    # Names that NumPy 2 no longer has and RecBole 1.2 reads when it is imported.
+    """The trainer (with its model) of RecBole or hopwise; its three data loaders; dataset; log; and items by code."""
+    # RecBole 1.2 reads these names at import, but NumPy 2 no longer has them.
     for name in ("bool", "float", "int", "object"):
         if name not in np.__dict__:
             setattr(np, name, getattr(builtins, name))
@@ -183,7 +183,7 @@ def recbole_trainer(library: str, histories: pd.DataFrame, folder: Path, seed: i
     log["item_id"], items = pd.factorize(log["item_id"])
     (folder / "log").mkdir(parents=True, exist_ok=True)
     header = ["user_id:token", "item_id:token", "timestamp:float"]
-    log["user_id"] = pd.factorize(log["user_id"])[0]  # the row of the history
+    log["user_id"] = pd.factorize(log["user_id"])[0]  # row number of the history
     log.to_csv(folder / "log" / "log.inter", sep="\t", index=False, header=header)
 
     config = config_class(
@@ -219,7 +219,7 @@ def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, setting
     train, validation, test = loaders
     model = trainer.model
     trainer.fit(train, validation, saved=True, show_progress=False)
-    # RecBole's own reading fails with a torch that reads weights only.
+    # RecBole's own loading fails with a torch that by default loads weights only.
     checkpoint = torch.load(trainer.saved_model_file, weights_only=False)
     model.load_state_dict(checkpoint["state_dict"])
     model.eval()
@@ -240,8 +240,8 @@ def recbole(peer: str, histories: pd.DataFrame, folder: Path, seed: int, setting
             for number, target, row in zip(numbers, targets, scores, strict=True):
                 user_id, past = histories["user_id"][number], coded[number][: past_lengths[number]]
                 if target != coded[number][len(past)]:
-                    raise ValueError(f"user {user_id} has another test target there")
-                row[internal[past]] = -torch.inf  # what they do not filter themselves
+                    raise ValueError(f"{library} has another test target for user {user_id}")
+                row[internal[past]] = -torch.inf  # RecBole and hopwise do not filter seen items
                 best = row.topk(min(LIST_LENGTH, int(row.isfinite().sum()))).indices.numpy()
                 user_ids.append(user_id)
                 lists.append(items[codes[best]])
@@ -259,7 +259,7 @@ def implicit(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     from implicit import nearest_neighbours
     from scipy.sparse import csr_matrix
 
-    settings = IMPLICIT | settings  # the choice among which is validation's
+    settings = IMPLICIT | settings  # validation chooses among them
     items = pd.Index(np.unique(np.concatenate(histories["item_id"].tolist())))
 
     def matrix(ends: pd.Series) -> csr_matrix:
@@ -274,7 +274,7 @@ def implicit(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
         found = []
         for row in rows:
             best, scores = model.recommend(row, past[row], N=length)
-            found.append(best[scores > 0])  # where few items have a score, those that the user has had fill the list
+            found.append(best[scores > 0])  # when few items have a score, implicit fills the list with seen items
         return listed(histories["user_id"].to_numpy()[rows], [items[best] for best in found])
 
     targets = validation_targets(histories)

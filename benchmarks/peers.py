@@ -1,4 +1,4 @@
-"""Trains a peer library on our split and evaluates it with our metrics, as a row beside those of benchmarks/quality.py.
+"""Trains a peer library on our split, evaluates it with our metrics, and adds a row to the table of quality.py.
 
     python benchmarks/peers.py LOG --peer rectools-sasrec --seeds 3 [--output FOLDER] [--epochs N] [--set name=value …]
 
@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "lineage"))
 import return_trip  # noqa: E402
 
-PYARROW = "pyarrow==21.0.0"  # the last that takes RecBole's and RecTools' NumPy 1
+PYARROW = "pyarrow==21.0.0"  # the last version for NumPy 1, which RecBole and RecTools need
 RECTOOLS = ["torch==2.13.0", "rectools[torch]==0.19.0", "pytorch-lightning==2.5.2"]
 IMPLICIT = ["implicit==0.7.3", "pandas"]
 REPLAY = ["torch==2.13.0", "replay-rec[torch]==0.22.0"]  # for benchmarks/speed.py
@@ -64,7 +64,7 @@ def run(data: Path, environments: Path, folder: Path, peer: str, seed: int, sett
 
 
 def judge(lists: pa.Table, histories: Histories, tokenizer: Bert4RecTokenizer) -> tuple[list[str], np.ndarray]:
-    """The test users and the ranks of their targets in the lists; 0 for a target that is in none.
+    """The test users and the ranks of their targets in their lists. A target that is not in the list has rank 0.
 
     Raises:
         ValueError: If a list has an item twice, an item that the user has had, or a gap in its ranks.
@@ -76,8 +76,8 @@ def judge(lists: pa.Table, histories: Histories, tokenizer: Bert4RecTokenizer) -
     places = {user_id: place for place, user_id in enumerate(names)}
     served_to = np.array([places[user_id] for user_id in lists["user_id"].to_pylist()])
     ranks = lists["rank"].to_numpy()
-    # One number for a user and an item, or a user and a rank.
-    size, item_ids = len(tokenizer), histories.item_ids.astype(np.int64)  # of users times items
+    # A user and an item, or a user and a rank, are encoded as one number, which may exceed 32 bits.
+    size, item_ids = len(tokenizer), histories.item_ids.astype(np.int64)
     served = served_to * size + np.array(tokenizer.item_ids_to_token_ids(lists["item_id"].to_pylist()))
     had = np.concatenate([
         place * size + item_ids[start:end]
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--peer", required=True, choices=PEERS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", default="peers")
-    parser.add_argument("--epochs", type=int, help="most epochs, where the peer's own number takes too long")
+    parser.add_argument("--epochs", type=int, help="maximum number of epochs, if the peer's own takes too long")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the peer")
     options = parser.parse_args()
     settings = named_values(options.set)

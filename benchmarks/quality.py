@@ -98,7 +98,7 @@ def write_ranks(folder: Path, user_ids: Sequence[str], ranks: Sequence[int]) -> 
 
 
 def rank_baselines(folder: Path, data: Path) -> None:
-    """Keep the rank of every user's test target with each baseline, in a folder of its name."""
+    """Write the rank of each user's test target under each baseline into a folder with the baseline's name."""
     histories, tokenizer, preparation = read_prepared(data)
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=preparation["filter_seen_items"])
     for baseline, ranks in baseline_ranks(rows, histories, tokenizer.num_items).items():
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--without_validation", action="store_true")
     parser.add_argument("--output", default="quality")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="in place of the recipe's")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="changes to the recipe")
     options = parser.parse_args()
     recipe = yaml.safe_load(Path(options.recipe).read_text("utf-8")) if options.recipe else {}
     recipe |= named_values(options.set)

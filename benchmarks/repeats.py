@@ -1,4 +1,4 @@
-"""Generates a log with many repeated items, as in groceries or music, for the rules of the defaults.
+"""Generates a log with many repeated items, as in groceries or music, to test how defaults are derived.
 
     python benchmarks/repeats.py repeats.csv
 
@@ -26,7 +26,7 @@ def main() -> None:
             favourites = list(random.choice(NUM_ITEMS, random.integers(3, 9), replace=False, p=popularity))
             for day in range(random.integers(10, 90)):
                 if random.random() < 0.6:
-                    # The first is the one that was not had for longest.
+                    # Favourites are sorted by their last event, the oldest first.
                     item = favourites.pop(min(random.geometric(0.7) - 1, len(favourites) - 1))
                     favourites.append(item)
                 else:

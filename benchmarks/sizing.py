@@ -1,9 +1,10 @@
-"""Computes the memory of training by catalogue size, hidden size and history length, for the page on several devices.
+"""Computes the memory of training by catalogue size, hidden size and history length.
 
     python benchmarks/sizing.py
 
 The numbers are counted, not estimated: parameters from the model, and activations from the tensors that autograd keeps
-in a forward pass on the meta device, which allocates nothing. They are for fp32 and AdamW.
+in a forward pass on the meta device, which allocates nothing. They are for fp32 and AdamW. The table is part of
+docs/how-to/several-devices.md.
 """
 
 import torch
@@ -29,7 +30,7 @@ def on_meta(num_items: int, hidden_size: int, length: int) -> Bert4RecForMaskedI
 
 
 def kept_bytes(model: Bert4RecForMaskedItemPrediction, length: int) -> int:
-    """Bytes that autograd keeps of the encoder, for `BATCH` histories."""
+    """Bytes of activations that autograd keeps in the encoder for `BATCH` histories."""
     with torch.device("meta"):
         input_ids = torch.ones(BATCH, length, dtype=torch.long)
         positions = torch.zeros(BATCH, int(length * MASK_RATIO), dtype=torch.long)

@@ -49,16 +49,16 @@ WARMUP = 3
 def run(system: str, data: Path, environments: Path, threads: int, options: dict) -> dict:
     """One run of benchmarks/speed_worker.py."""
     system, *variant = system.split("-")
-    # BertForMaskedLM is of the library that ours stands on: one environment has both.
-    alone = system not in ("ours", "bert")
-    python = peers.return_trip.environment(environments, system) if alone else Path(sys.executable)
+    # BertForMaskedLM is part of Transformers, which this environment has too.
+    is_peer = system not in ("ours", "bert")
+    python = peers.return_trip.environment(environments, system) if is_peer else Path(sys.executable)
     command = [python, HERE / "speed_worker.py", system, data.resolve()]
-    threads_of = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    thread_limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
             [*command, json.dumps(options | {name: name in variant for name in ("bf16", "newest")})],
             cwd=folder,
-            env=os.environ | threads_of,
+            env=os.environ | thread_limits,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -123,7 +123,7 @@ def main() -> None:
     num_users = int(np.count_nonzero(read_prepared(data)[0].target_positions["test"] >= 0))
     asked = {name: getattr(options, name) for name in ("hidden_size", "length", "batch", "steps", "users")}
     asked["warmup"] = WARMUP
-    systems = dict.fromkeys([OURS[0], *options.systems])  # ratios are to the first
+    systems = dict.fromkeys([OURS[0], *options.systems])  # ratios are relative to the first
     rounds = []
     for number in range(options.repeats):
         rounds.append({})

@@ -1,9 +1,10 @@
-"""Times the training steps and the ranking of a system, where it is installed, or follows it to its best quality.
+"""Runs one system in its own environment: times training steps and ranking, or records its validation curve.
 
     python speed_worker.py SYSTEM PREPARED_FOLDER OPTIONS
 
-OPTIONS is JSON. The script works in the current folder and writes speed.json there. It imports only the packages that
-the system needs.
+OPTIONS is JSON. With `steps`, the script measures time and memory. Without `steps`, it trains until the system stops or
+its time limit is over. The script works in the current folder and writes speed.json there. It imports only the packages
+that the system needs.
 """
 
 import contextlib
@@ -30,18 +31,18 @@ from peer_worker import (
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-LAYERS, HEADS, TOP_K, RANKED_AT_ONCE = 2, 2, 10, 64
+LAYERS, HEADS, TOP_K, RANKING_BATCH_SIZE = 2, 2, 10, 64
 
 
-class EnoughError(Exception):
-    """Leaves a training loop that has no other end."""
+class StopTrainingError(Exception):
+    """Ends a training loop that cannot be stopped in another way."""
 
 
 class Clock:
-    """The times at which optimizer steps end, whoever's loop they are in; the first few are warm-up."""
+    """Records when each optimizer step ends, in the training loop of any library. The warm-up steps are not timed."""
 
     def __init__(self, warmup: int, steps: int):
-        self.warmup, self.steps, self.times, self.peak = warmup, steps, [], 0.0
+        self.warmup, self.steps, self.times, self.peak_gib = warmup, steps, [], 0.0
         register_optimizer_step_post_hook(self.tick)
 
     @property
@@ -51,27 +52,28 @@ class Clock:
     def tick(self, *_) -> None:
         self.times.append(time.perf_counter())
         if len(self.times) > self.total:
-            raise EnoughError
-        # GiB. Not ru_maxrss, which a process has from the one that started it, here benchmarks/speed.py.
-        self.peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+            raise StopTrainingError
+        # ru_maxrss is not used, since it is inherited from the parent process.
+        self.peak_gib = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
 
     def seconds_a_step(self) -> float:
         return (self.times[self.total - 1] - self.times[self.warmup - 1]) / self.steps
 
 
 def pasts(histories: pd.DataFrame, part: str = "test") -> list[list[str]]:
-    """What each user of a part had before the target."""
+    """The items before the target of a part, for each user who has such a target."""
     rows = histories[histories[f"{part}_position"] >= 0]
     return [list(items[:end]) for items, end in zip(rows["item_id"], rows[f"{part}_position"], strict=True)]
 
 
 def ndcg(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    """NDCG@10 of one target a row, ties against it."""
+    """The mean NDCG@10 of one target per row. A tie counts against the target."""
     ranks = (scores >= scores.gather(1, targets.view(-1, 1))).sum(dim=1)
     return float((1 / torch.log2(ranks + 1.0)).where(ranks <= TOP_K, 0).mean())
 
 
-# Each trains under the clock and returns the rows of an epoch and a function that ranks all test users and counts them.
+# Each of these functions trains under the clock. It returns the number of rows per epoch, and a function that
+# recommends to all test users and returns their number.
 
 
 def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
@@ -84,7 +86,8 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
 
     windows, rows_of = ("newest", "whole") if shape["newest"] else ("proportional", "proportional")
     rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows=rows_of))
-    clock.steps = max(clock.steps, -(-rows // shape["batch"]))  # its batches differ in length: a whole epoch
+    # Batches differ in length, so at least a whole epoch is timed.
+    clock.steps = max(clock.steps, -(-rows // shape["batch"]))
     arguments = Bert4RecTrainingArguments(
         "model",
         per_device_train_batch_size=shape["batch"],
@@ -107,16 +110,18 @@ def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
     recommend = pipeline("sequential-recommendation", model="model")
 
     def rank() -> int:
-        with torch.autocast("cpu", torch.bfloat16, enabled=shape["bf16"]):  # as its evaluation is, with that option
-            return len(recommend(pasts(histories), top_k=TOP_K, batch_size=RANKED_AT_ONCE))
+        with torch.autocast("cpu", torch.bfloat16, enabled=shape["bf16"]):  # as in evaluation with the option bf16
+            return len(recommend(pasts(histories), top_k=TOP_K, batch_size=RANKING_BATCH_SIZE))
 
     return rows, rank
 
 
 def bert_by_hand(histories: pd.DataFrame, shape: dict, **options) -> tuple:
-    """`transformers.BertForMaskedLM` as it is used by hand: logits of all items at all positions of the batch.
+    """`transformers.BertForMaskedLM` in a program written by hand: logits of all items at all positions of the batch.
 
-    Returns its Trainer; the items; and what scores them after histories, and gives the items there as columns.
+    Returns:
+        The Trainer; the items; and a function from histories to the scores (histories, items) of the next item and, for
+        each history, the columns of the items that it contains.
     """
     from torch.nn.utils.rnn import pad_sequence
     from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
@@ -177,7 +182,7 @@ def bert(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
 
     def rank() -> int:
         lists = []
-        for past in DataLoader(pasts(histories), RANKED_AT_ONCE, collate_fn=list):
+        for past in DataLoader(pasts(histories), RANKING_BATCH_SIZE, collate_fn=list):
             scores, known = score(past)
             for row, seen in zip(scores, known, strict=True):
                 row[seen] = -torch.inf
@@ -188,7 +193,7 @@ def bert(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tupl
 
 
 def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
-    """Its defaults, which its own benchmark sets too, but for the shape; its default trainer, but for the end."""
+    """RecTools with its defaults, which its own benchmark sets too, except for the shape and the number of steps."""
     from pytorch_lightning import Trainer
     from rectools.models import BERT4RecModel
 
@@ -198,7 +203,7 @@ def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> 
         n_blocks=LAYERS,
         n_heads=HEADS,
         batch_size=shape["batch"],
-        recommend_batch_size=RANKED_AT_ONCE,
+        recommend_batch_size=RANKING_BATCH_SIZE,
         get_trainer_func=lambda: Trainer(
             max_epochs=-1,
             max_steps=clock.total,
@@ -221,9 +226,11 @@ def rectools(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> 
 
 
 def replay_by_defaults(histories: pd.DataFrame, **shape) -> tuple:
-    """RePlay's model, its defaults but for the shape and the loss: the softmax with logits at masked positions only.
+    """RePlay's model with its defaults, except for the shape and the loss (softmax, logits at masked positions only).
 
-    Returns it; its rows; the items; and what makes sequences of histories and Lightning's trainers for it.
+    Returns:
+        The model; its training rows; the items; a function that converts histories to RePlay's sequences; and a
+        function that creates a Lightning trainer.
     """
     import lightning
     from replay.data import FeatureHint, FeatureType
@@ -273,7 +280,7 @@ def replay(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tu
 
     def rank() -> int:
         lists = PandasPredictionCallback(TOP_K, "user_id", "item_id", postprocessors=[RemoveSeenItems(past)])
-        loader = DataLoader(Bert4RecPredictionDataset(past, shape["length"]), RANKED_AT_ONCE)
+        loader = DataLoader(Bert4RecPredictionDataset(past, shape["length"]), RANKING_BATCH_SIZE)
         trainer(callbacks=[lists]).predict(model, loader, return_predictions=False)
         return lists.get_result()["user_id"].nunique()
 
@@ -281,7 +288,7 @@ def replay(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tu
 
 
 def hopwise(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
-    """Its defaults but for the shape and the batches."""
+    """hopwise with its defaults, except for the shape and the batch sizes."""
     settings = {
         "n_layers": LAYERS,
         "n_heads": HEADS,
@@ -289,10 +296,10 @@ def hopwise(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> t
         "inner_size": 4 * shape["hidden_size"],
         "MAX_ITEM_LIST_LENGTH": shape["length"],
         "train_batch_size": shape["batch"],
-        "eval_batch_size": RANKED_AT_ONCE,
+        "eval_batch_size": RANKING_BATCH_SIZE,
     }
     trainer, (train, _, test), *_ = recbole_trainer("hopwise", histories, Path.cwd(), 42, settings)
-    with contextlib.suppress(EnoughError):
+    with contextlib.suppress(StopTrainingError):
         while True:
             trainer._train_epoch(train, 0)
 
@@ -301,10 +308,10 @@ def hopwise(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> t
         trainer.model.eval()
         lists = []
         for interaction, *_ in test:
-            if len(lists) >= (histories["test_position"] >= 0).sum():  # where a sample is asked for
+            if len(lists) >= (histories["test_position"] >= 0).sum():  # when only some users are ranked
                 break
             scores = trainer.model.full_sort_predict(interaction).view(len(interaction), -1)
-            # It filters nothing itself; here what it still has of a history, and padding, which is item 0.
+            # hopwise does not filter seen items. Those in the model's window, and padding (item 0), are filtered here.
             lists += scores.scatter(1, interaction["item_id_list"], -torch.inf).topk(TOP_K).indices.tolist()
         return len(lists)
 
@@ -312,7 +319,7 @@ def hopwise(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> t
 
 
 class Stopwatch:
-    """Seconds of wall and CPU time while it runs, and a validation NDCG@10 at some of them."""
+    """Counts wall and CPU seconds while it runs, and records the validation NDCG@10 at points of this time."""
 
     def __init__(self):
         self.wall = self.cpu = 0.0
@@ -330,7 +337,8 @@ class Stopwatch:
         print(self.curve[-1], flush=True)
 
 
-# Each trains with its watch running, evaluates with it stopped, and returns the curve: all items ranked, seen ones too.
+# Each of these functions trains while its stopwatch runs, evaluates while it is stopped, and returns the curve. All
+# items are ranked, including seen ones.
 
 
 def quality_of_ours(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
@@ -342,11 +350,13 @@ def quality_of_ours(data: Path, histories: pd.DataFrame, options: dict) -> list[
 
     class Watching(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            watch.stop()  # evaluation and saving come between this and the next start
+            # Evaluation and saving follow a step; the methods below restart the watch without their time.
+            watch.stop()
             watch.start()
 
         def on_evaluate(self, args, state, control, metrics, **kwargs):
-            if not watch.curve or state.epoch > watch.curve[-1]["epoch"]:  # not the best model's, after training
+            # The evaluation of the best model after training is no point of the curve.
+            if not watch.curve or state.epoch > watch.curve[-1]["epoch"]:
                 watch.note(state.epoch, metrics["eval_NDCG@10"])
             watch.start()
 
@@ -354,7 +364,7 @@ def quality_of_ours(data: Path, histories: pd.DataFrame, options: dict) -> list[
             watch.start()
 
     DEFAULT_CALLBACKS.append(Watching)
-    watch.start()  # with reading the folder, and the item vectors that the model starts from
+    watch.start()  # the time includes reading the folder and computing the initial item vectors
     train(data, Path("model"), options["recipe"] | {"filter_seen_items": False}, 42)
     return watch.curve
 
@@ -374,16 +384,16 @@ def quality_of_hopwise(data: Path, histories: pd.DataFrame, options: dict) -> li
     def note(epoch: int, score: float) -> None:
         watch.note(epoch + 1, float(score))
         if time.monotonic() > deadline:
-            raise EnoughError
+            raise StopTrainingError
 
     trainer._train_epoch = watched
-    with contextlib.suppress(EnoughError):  # or to its own early stopping
+    with contextlib.suppress(StopTrainingError):  # hopwise may also stop early by itself
         trainer.fit(train, validation, saved=False, show_progress=False, callback_fn=note)
     return watch.curve
 
 
 def quality_of_rectools(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
-    """Its defaults, validated as its own benchmark does it."""
+    """RecTools with its defaults, validated as in its own benchmark."""
     from pytorch_lightning import Callback, Trainer, seed_everything
     from rectools.models import BERT4RecModel
     from rectools.models.nn.transformers.utils import leave_one_out_mask
@@ -431,7 +441,7 @@ def quality_of_rectools(data: Path, histories: pd.DataFrame, options: dict) -> l
 
 
 def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
-    """The shape of the recipe of ours, in batches of 32, with a learning rate that falls over its epochs."""
+    """BertForMaskedLM in the shape of our recipe, in batches of 32, with a learning rate that falls over its epochs."""
     from transformers import TrainerCallback
 
     deadline = time.monotonic() + 60 * options["peer_minutes"]
@@ -447,7 +457,7 @@ def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[
 
         def on_epoch_end(self, args, state, control, **kwargs):
             watch.stop()
-            scores = torch.cat([score(part)[0] for part in DataLoader(past, RANKED_AT_ONCE, collate_fn=list)])
+            scores = torch.cat([score(part)[0] for part in DataLoader(past, RANKING_BATCH_SIZE, collate_fn=list)])
             watch.note(state.epoch, ndcg(scores, targets))
             control.should_training_stop = time.monotonic() > deadline
 
@@ -457,7 +467,7 @@ def quality_of_bert(data: Path, histories: pd.DataFrame, options: dict) -> list[
 
 
 def quality_of_replay(data: Path, histories: pd.DataFrame, options: dict) -> list[dict]:
-    """Its defaults, 256 wide and 100 long, in batches of 32, until the time is over."""
+    """RePlay with its defaults, hidden size 256 and length 100, in batches of 32, until the deadline."""
     from lightning import Callback, seed_everything
     from replay.models.nn.sequential.bert4rec import Bert4RecPredictionDataset
 
@@ -466,7 +476,7 @@ def quality_of_replay(data: Path, histories: pd.DataFrame, options: dict) -> lis
     seed_everything(42)
     length = 100
     model, rows, items, sequences, trainer = replay_by_defaults(histories, hidden_size=256, max_seq_len=length)
-    past = DataLoader(Bert4RecPredictionDataset(sequences(pasts(histories, "validation")), length), RANKED_AT_ONCE)
+    past = DataLoader(Bert4RecPredictionDataset(sequences(pasts(histories, "validation")), length), RANKING_BATCH_SIZE)
     targets = torch.from_numpy(items.get_indexer(validation_targets(histories)["item_id"]))
 
     class Watching(Callback):
@@ -512,7 +522,7 @@ def main(system: str, folder: str, options: str) -> None:
             "rows": rows,
             "steps": clock.steps,
             "seconds_a_step": clock.seconds_a_step(),
-            "peak": clock.peak,
+            "peak": clock.peak_gib,
             "seconds_a_user": (time.perf_counter() - start) / users,
             "users": users,
         }

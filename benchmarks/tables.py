@@ -13,8 +13,8 @@ CPU = CPU_FILE.read_text() if CPU_FILE.is_file() else f"model name: {platform.pr
 
 def processor(threads: int, processes: int = 1) -> str:
     model = re.search(r"model name\s*:\s*(.+)", CPU)
-    of_each = f"{processes} x " if processes > 1 else ""
-    return f"{model[1] if model else platform.machine()}, {of_each}{threads} thread{'s' if threads > 1 else ''}"
+    per_process = f"{processes} x " if processes > 1 else ""
+    return f"{model[1] if model else platform.machine()}, {per_process}{threads} thread{'s' if threads > 1 else ''}"
 
 
 def machine(threads: int, processes: int = 1) -> str:

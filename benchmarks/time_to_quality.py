@@ -44,7 +44,7 @@ def main() -> None:
         "recipe": recipe,
         "length": recipe.get("max_position_embeddings", 200),
         "epochs": BERT_EPOCHS,
-        # hopwise: more decimals of the metric than four; all else as it comes.
+        # hopwise would round its metrics to four decimals. Its other settings are its own.
         "settings": {"metric_decimal_place": 6},
     }
 

@@ -54,12 +54,12 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--part", default="validation", choices=["validation", "test"])
     parser.add_argument("--weights", type=float, nargs="+")
-    parser.add_argument("--number", type=int, default=64, help="of an item")
-    parser.add_argument("--repeat_weights", type=float, nargs="+", help="in place of the model's own")
+    parser.add_argument("--number", type=int, default=64, help="transitions per item")
+    parser.add_argument("--repeat_weights", type=float, nargs="+", help="default: the weight of the model")
     parser.add_argument("--output")
     options = parser.parse_args()
     if options.output and max(len(weights or []) for weights in (options.weights, options.repeat_weights)) > 1:
-        parser.error("an output is of one weight")
+        parser.error("--output needs one weight of each kind")
     config = Bert4RecConfig.from_pretrained(options.model, num_transitions=options.number)
     model = Bert4RecForMaskedItemPrediction.from_pretrained(options.model, config=config).eval()
     histories, tokenizer, _ = read_prepared(options.data, Bert4RecTokenizer.from_pretrained(options.model))
@@ -68,7 +68,7 @@ def main() -> None:
     weights = options.weights or [default_transition_weight(num_events, num_items)]
     for weight, repeat_weight in itertools.product(weights, options.repeat_weights or [config.repeat_weight]):
         if options.number:
-            # Else items would keep their own where the new ones weigh nothing.
+            # An item without successors in DATA would otherwise keep the transitions of the model.
             model.history_scores.successor_ids.zero_()
             keep_transitions(model, histories, num_items, weight=weight)
         model.config.repeat_weight = repeat_weight

@@ -1,4 +1,4 @@
-"""BERT4Rec in a training loop of one's own, with Accelerate; on several processes as it is.
+"""Trains BERT4Rec in a custom loop with Accelerate. The script runs unchanged on several processes.
 
 bert4rec prepare ml-100k --output data
 accelerate launch examples/accelerate_loop.py data model
@@ -43,7 +43,8 @@ model, optimizer, train_loader, target_loader = accelerator.prepare(
 for epoch in range(5):
     model.train()
     for batch in train_loader:
-        # Of all processes, since rows differ in their number of masks; the gradients are averaged over processes.
+        # Rows differ in their number of masks, so the labels of all processes are counted. The count is divided by the
+        # number of processes, since Accelerate averages the gradients over them.
         num_labels = accelerator.reduce((batch["labels"] != -100).sum()) / accelerator.num_processes
         accelerator.backward(model(**batch, num_items_in_batch=num_labels).loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

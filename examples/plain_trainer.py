@@ -1,6 +1,6 @@
-"""BERT4Rec with the plain Transformers Trainer: our model, collator and metrics, their training loop.
+"""Trains BERT4Rec with the plain Transformers Trainer and with the model, collator and metrics of this package.
 
-The ranks are those of the network among all items; `Bert4RecTrainer` ranks as serving does.
+The plain Trainer ranks all items by the scores of the network alone. `Bert4RecTrainer` ranks as serving does.
 
 bert4rec prepare ml-100k --output data
 python examples/plain_trainer.py data model

@@ -1,6 +1,8 @@
 """Mistakes that the tests must notice. Each is made in a copy of the package, and the test that must fail is run.
 
-python tests/mutations.py [words of the mistakes to make; all by default]
+    python tests/mutations.py [WORD …]
+
+The words choose the mistakes whose descriptions contain all of them. Without words, all mistakes are made.
 """
 
 import os
@@ -15,7 +17,7 @@ REPOSITORY = Path(__file__).parent.parent
 # For each file: the mistake, the text that it replaces, the new text, and the test that must fail.
 MUTATIONS = {
     "model/configuration_bert4rec": [
-        ("the names of published code are kept in copies without it", "if self._auto_class is None:", "if False:",
+        ("a saved copy names published code that it lacks", "if self._auto_class is None:", "if False:",
          "hub/test_publish_code.py::test_a_copy_that_we_save_names_no_code_that_it_lacks"),
     ],
     "model/losses": [
@@ -24,9 +26,9 @@ MUTATIONS = {
          "model/test_exact_training.py::test_accumulated_small_batches_give_the_update_of_one_big_batch[ours]"),
         ("special tokens are labels", "torch.where(labels < FIRST_ITEM_ID,", "torch.where(labels == IGNORE_INDEX,",
          "model/test_training_step.py::test_special_tokens_are_no_labels"),
-        ("an excluded label is lost", "        logits.scatter_(1, index, of_labels)\n", "",
+        ("an excluded label is left out of the softmax", "        logits.scatter_(1, index, of_labels)\n", "",
          "model/test_losses.py::test_excluded_items_are_out_of_the_softmax_but_not_the_label"),
-        ("evaluation makes gradients", "if not torch.is_grad_enabled():", "if False:",
+        ("gradients are computed in evaluation", "if not torch.is_grad_enabled():", "if False:",
          "model/test_losses.py::test_without_gradients_the_softmax_is_one_multiplication"),
         ("seen items are negatives", "is_negative &= ~_are_among(negative_ids, excluded_ids)", "pass",
          "model/test_losses.py::test_a_loss_is_that_of_a_loop_over_positions_and_negatives"),
@@ -40,7 +42,7 @@ MUTATIONS = {
          "            square = torch.ones(2 * attention_mask.shape[-1:])\n"
          "            attention_mask = attention_mask + square.triu(1) * MASKED_SCORE\n",
          "model/test_modeling.py::test_later_items_influence_an_earlier_mask"),
-        ("attention looks back only where there is no mask", "self.is_causal = False", "self.is_causal = True",
+        ("attention without a mask looks back only", "self.is_causal = False", "self.is_causal = True",
          "model/test_positions.py::test_embeddings_without_a_mask_are_attended_to_on_both_sides"),
         ("positions are counted over padding",
          "count = attention_mask.long().cumsum(dim=1)", "count = torch.ones_like(attention_mask).cumsum(dim=1)",
@@ -49,19 +51,19 @@ MUTATIONS = {
          "model/test_positions.py::test_positions_are_counted_from_the_side_that_the_config_names"),
         ("keys are not rotated", "key = rotate(key, cosines, sines)", "pass",
          "model/test_positions.py::test_rotary_scores_depend_on_distances_alone"),
-        ("the last layer asks from the first positions' angles",
+        ("the last layer rotates queries by the angles of the first positions",
          "_gather(cosines, query_positions), _gather(sines, query_positions)",
          "(part[..., : query_positions.shape[1], :] for part in rotary)",
          "model/test_training_step.py::test_masked_positions_change_neither_loss_nor_gradients"),
-        ("the last layer is computed one position early",
+        ("the last layer computes the position before each mask",
          "query_states = _gather(hidden_states, query_positions)",
          "query_states = _gather(hidden_states, (query_positions - 1).clamp(min=0))",
          "model/test_training_step.py::test_masked_positions_change_neither_loss_nor_gradients"),
-        ("[PAD] is in the softmax unasked", 'if self.config.pad_in_softmax and name == "softmax":', "if True:",
+        ("[PAD] is always in the softmax", 'if self.config.pad_in_softmax and name == "softmax":', "if True:",
          "model/test_training_step.py::test_the_loss_is_the_cross_entropy_over_items_alone"),
         ("seen items stay in the softmax", "if input_ids is not None and self.config.filter_seen_items:", "if False:",
          "model/test_training_step.py::test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels"),
-        ("the loss in evaluation is of other scores than the logits",
+        ("the evaluation loss ignores seen items",
          "seen_ids=seen_ids,", "seen_ids=seen_ids if self.training else None,",
          "model/test_training_step.py::test_the_loss_is_that_of_the_logits[rotary-pre-False-True]"),
         ("half-precision weights score in half precision",
@@ -73,17 +75,18 @@ MUTATIONS = {
          "model/test_recommendation.py::test_autocast_does_not_tie_neighbours_in_the_ranking"),
         ("a loss of special tokens goes unnoticed", "logits.register_hook(_check_special_tokens)", "pass",
          "model/test_training_step.py::test_a_loss_that_reads_special_tokens_is_refused"),
-        ("what wraps the item vectors is passed over",
+        ("a wrapper of the item vectors is bypassed",
          "is_wrapped = type(module) is not ItemEmbeddings or", "is_wrapped = False and",
          "model/test_recommendation.py::test_rows_that_are_viewed_and_rows_that_are_looked_up_have_the_same_scores"),
         ("new items have no bias", "for table in (self.get_input_embeddings().weight, self.item_bias.weight):",
          "for table in (self.get_input_embeddings().weight,):",
          "model/test_positions.py::test_a_new_item_starts_with_the_mean_bias"),
-        ("new items change the old ones' rows", "table[old_size:] = table", "table[FIRST_ITEM_ID:] = table",
+        ("new items overwrite the rows of old items", "table[old_size:] = table", "table[FIRST_ITEM_ID:] = table",
          "model/test_modeling.py::test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit"),
     ],
     "model/recommendation": [
-        ("what is excluded for all is for the first", "exclude_ids = exclude_ids.expand(batch_size, -1)", "pass",
+        ("an exclusion for all rows applies to the first row only",
+         "exclude_ids = exclude_ids.expand(batch_size, -1)", "pass",
          "model/test_recommendation.py::test_what_is_excluded_for_one_row_of_all_is_excluded_for_all"),
         ("special tokens are ranked", "scores[:, : FIRST_ITEM_ID - start] = -torch.inf", "pass",
          "model/test_recommendation.py::test_special_tokens_are_never_recommended_however_bad_the_items"),
@@ -91,10 +94,10 @@ MUTATIONS = {
          "model/test_recommendation.py::test_where_everything_is_excluded_ids_are_0_and_scores_minus_infinity"),
         ("a tie counts for the target", "torch.ge(chunk_scores, target_scores", "torch.gt(chunk_scores, target_scores",
          "model/test_recommendation.py::test_a_tie_counts_against_the_target"),
-        ("candidates are not heeded", "self._chunks(prediction_states, pairs, candidate_ids, exclude_ids)",
+        ("candidates are ignored", "self._chunks(prediction_states, pairs, candidate_ids, exclude_ids)",
          "self._chunks(prediction_states, pairs, None, exclude_ids)",
          "model/test_recommendation.py::test_a_target_is_ranked_among_candidates_that_lack_it"),
-        ("token ids of later chunks begin at 0 again",
+        ("token ids begin at 0 in every chunk",
          "yield scores, chunk_ids.unsqueeze(0)", "yield scores, chunk_ids.unsqueeze(0) - start",
          "model/test_recommendation.py::test_recommend_and_rank_agree_with_sorting_the_full_matrix"
          "[rotary-pre-excluded-catalogue-7]"),
@@ -102,19 +105,20 @@ MUTATIONS = {
     "model/history_scores": [
         ("half precision rounds counted scores", "torch.zeros(shape, dtype=torch.float32)", "torch.zeros(shape)",
          "model/test_history_scores.py::test_counts_stay_exact_in_a_model_that_is_loaded_in_half_precision"),
-        ("what is not attended to counts", "is_item = is_item & (attention_mask != 0)", "pass",
+        ("items that are not attended to are counted", "is_item = is_item & (attention_mask != 0)", "pass",
          "model/test_history_scores.py::test_pairs_are_unique_in_order_and_the_sums_that_loops_give"),
         ("old items count as much as new ones", "torch.pow(0.5, exponents)", "torch.pow(1.0, exponents)",
          "model/test_history_scores.py::test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it"),
         ("the oldest items are taken for the newest", "is_item.flip(1).cumsum(1).flip(1) - 1", "is_item.cumsum(1) - 1",
          "model/test_history_scores.py::test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it"),
-        ("an item counts each time that it was had", "counts * (is_first & (item_ids > 0))", "counts * (item_ids > 0)",
+        ("a repeated item is counted at each occurrence",
+         "counts * (is_first & (item_ids > 0))", "counts * (item_ids > 0)",
          "model/test_history_scores.py::test_an_item_is_counted_in_one_place"),
         ("values of one item are not summed", "while distance < most:", "while distance < 1:",
          "model/test_history_scores.py::test_pairs_are_unique_in_order_and_the_sums_that_loops_give"),
         ("a weight is not read from the config", "shares * config.transition_weight", "shares * 1.0",
          "model/test_history_scores.py::test_the_weighted_features_sum_to_the_scores"),
-        ("pairs of later chunks are added from 0 on", "columns = item_ids - start", "columns = item_ids",
+        ("pairs of later chunks are added to wrong columns", "columns = item_ids - start", "columns = item_ids",
          "model/test_history_scores.py::test_pairs_are_added_where_their_items_are"),
     ],
     "model/tokenization_bert4rec": [
@@ -138,7 +142,7 @@ MUTATIONS = {
          "model/test_tokenization.py::test_titles_and_counts_survive_saving_and_copying"),
     ],
     "data/data_collator": [
-        ("the masked ratio is not heeded", "random.random(input_ids.shape) < self.mask_ratio",
+        ("the mask ratio is ignored", "random.random(input_ids.shape) < self.mask_ratio",
          "random.random(input_ids.shape) < 0.2",
          "data/test_data_collator.py::test_the_share_of_masked_items_is_near_the_mask_ratio"),
         ("a row may be left without a mask",
@@ -156,38 +160,41 @@ MUTATIONS = {
          "data/test_counting.py::test_only_the_training_part_counts"),
         ("items of two users are neighbours", "near = (row_of[:-distance] == row_of[distance:]) & (first != second)",
          "near = first != second", "data/test_counting.py::test_items_of_different_users_have_nothing_in_common"),
-        ("frequent items are near everything", "of_item[first] * (of_neighbour / of_neighbour.sum())[second]", "1",
+        ("co-occurrences are not divided by item frequencies",
+         "of_item[first] * (of_neighbour / of_neighbour.sum())[second]", "1",
          "data/test_counting.py::test_products_are_the_positive_mutual_information"),
         ("the weakest transitions are kept", "torch.argsort(scores, descending=True, stable=True)",
          "torch.argsort(scores, stable=True)",
          "data/test_counting.py::test_transitions_are_the_strongest_of_what_followed_an_item"),
-        ("an item three places on is as good as the next", "0.5**distance)", "1.0)",
+        ("all successors in the window have equal weight", "0.5**distance)", "1.0)",
          "data/test_counting.py::test_transitions_are_the_strongest_of_what_followed_an_item"),
     ],
     "evaluation/report": [
-        ("equally frequent items are parted", "np.unique(counts, return_inverse=True, return_counts=True)",
+        ("equally frequent items are put into different groups",
+         "np.unique(counts, return_inverse=True, return_counts=True)",
          "np.unique(counts + np.arange(len(counts)) / 100, return_inverse=True, return_counts=True)",
          "evaluation/test_report.py::test_head_torso_and_tail_are_told_by_the_share_of_events_of_more_frequent_items"),
-        ("files of others are written over", "if others or (names and not _is_report",
+        ("a report overwrites other files", "if others or (names and not _is_report",
          "if False and (names and not _is_report",
          "evaluation/test_report.py::test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is"),
         ("popularity recommends seen items", "users[free_before <= number]", "users[:0]",
          "evaluation/test_report.py::test_popularity_recommends_the_most_frequent_items_that_are_not_excluded"),
     ],
     "training/initialization": [
-        ("the first layer mixes the vectors up", "copy_(attention.value.weight.T)", "copy_(attention.value.weight)",
+        ("the first layer does not pass on the mean of a history",
+         "copy_(attention.value.weight.T)", "copy_(attention.value.weight)",
          "data/test_counting.py::test_the_first_layer_hands_on_the_mean_of_a_history"),
     ],
     "data/logs": [
-        ("a file's name is a pattern", "files = [glob.escape(path) for path in paths]", "files = paths",
+        ("a file name is read as a pattern", "files = [glob.escape(path) for path in paths]", "files = paths",
          "data/test_logs.py::test_a_files_name_is_no_pattern_and_its_folders_are_no_columns[parquet]"),
-        ("folders are columns", "read_parquet(files, hive_partitioning=False, ", "read_parquet(files, ",
+        ("folder names become columns", "read_parquet(files, hive_partitioning=False, ", "read_parquet(files, ",
          "data/test_logs.py::test_a_files_name_is_no_pattern_and_its_folders_are_no_columns[parquet]"),
-        ("which number is the year is guessed", "                if unclear:\n", "                if False:\n",
+        ("the order of an ambiguous date is guessed", "                if unclear:\n", "                if False:\n",
          "data/test_logs.py::test_a_date_whose_year_comes_first_is_a_date_in_any_column_and_others_stay_text"),
     ],
     "serving/item_index": [
-        ("a loaded index looks less far", "index.expansion_search = expansion_search", "pass",
+        ("a loaded index searches less widely", "index.expansion_search = expansion_search", "pass",
          "model/test_pipeline.py::test_a_loaded_index_looks_as_far_as_the_one_that_was_saved"),
     ],
     "data/splits": [
@@ -206,7 +213,7 @@ MUTATIONS = {
          "data/test_rows.py::test_ranking_rows_are_what_serving_gets"),
         ("only the window's items are excluded", "np.unique(past) if", "np.unique(row[:-1]) if",
          "data/test_rows.py::test_ranking_rows_are_what_serving_gets"),
-        ("streamed rows are shared out twice, and some lost",
+        ("streamed rows are split twice, and some are lost",
          'load_dataset("parquet", data_files=files, split="train", streaming=True)',
          'IterableDataset.from_generator(lambda: iter('
          'load_dataset("parquet", data_files=files, split="train", streaming=True)))',
@@ -222,10 +229,10 @@ MUTATIONS = {
          "training/test_learning_curve.py::test_a_run_that_still_rises_at_its_end_is_called_under_trained"),
         ("the end of a converged run is taken for a rise", "RISE = 0.07", "RISE = 0.0",
          "training/test_learning_curve.py::test_a_run_that_still_rises_at_its_end_is_called_under_trained"),
-        ("a loss that falls behind a ranking which is worse is taken for too few steps",
+        ("a falling loss is taken for too few steps although the ranking is worse",
          'best["step"] > 0.75 * steps[-1]', "True",
          "training/test_learning_curve.py::test_a_run_whose_validation_loss_still_falls_at_its_end_is_called_under_trained"),
-        ("the chosen weights are put at the last step of the curve",
+        ("the chosen weights are a point of the curve at the last step",
          'not (ended and chosen_step != entry["step"])', "True",
          "training/test_learning_curve.py::test_the_chosen_weights_evaluated_at_the_end_are_no_point_of_the_curve_at_the_last_step"),
     ],
@@ -241,7 +248,7 @@ MUTATIONS = {
     "training/trainer": [
         ("label smoothing counts special tokens", '["logits"][..., FIRST_ITEM_ID:]', '["logits"]',
          "training/test_trainer_features.py::test_label_smoothing_is_over_items_alone"),
-        ("numbers of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
+        ("metrics of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
          "training/test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
         ("targets that the catalogue lacks lower the loss", "len(output.label_ids) / num_known", "1",
          "training/test_trainer.py::test_the_loss_is_the_mean_over_targets_that_the_catalogue_has_whatever_the_batches"),
@@ -254,13 +261,13 @@ MUTATIONS = {
          "training/test_trainer.py::test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user"),
         ("a checkpoint lacks its preparation", "write_file(folder / PREPARATION_FILE,", "print(",
          "training/test_resume.py::test_a_checkpoint_is_a_full_model_folder"),
-        ("each GPU has a part of the negatives", "if args.n_gpu > 1:", "if False:",
+        ("the negatives are split over GPUs", "if args.n_gpu > 1:", "if False:",
          "training/test_processes.py::test_of_several_gpus_without_a_launcher_one_is_used"),
         ("a checkpoint has no tokenizer", "super().save_model(output_dir, _internal_call=True)",
          "super().save_model(output_dir, _internal_call=True)\n"
          "            [path.unlink() for path in folder.glob(\"tokenizer*\")]",
          "command_line/test_cli.py::test_every_checkpoint_is_a_whole_model_folder_too"),
-        ("numbers of other weights are kept", "(folder / EVALUATION_FILE).unlink(missing_ok=True)", "pass",
+        ("metrics of other weights are kept", "(folder / EVALUATION_FILE).unlink(missing_ok=True)", "pass",
          "hub/test_push.py::test_test_numbers_come_along_until_the_weights_are_others"),
         ("the pickled arguments have the token", "setattr(args, name, None)", "pass",
          "training/test_trainer_contract.py::test_no_token_is_written_and_the_arguments_stay_as_they_were"),
@@ -268,7 +275,7 @@ MUTATIONS = {
          "args.train_sampling_strategy = given[0],",
          "training/test_trainer_contract.py::"
          "test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evaluation"),
-        ("a search keeps the collator", "if self.collates_by_args:", "if False:",
+        ("a hyperparameter search keeps the first collator", "if self.collates_by_args:", "if False:",
          "training/test_trainer_contract.py::test_optuna_searches_with_each_trainer[Bert4RecTrainer]"),
     ],
     "training/sampler": [
@@ -297,9 +304,9 @@ MUTATIONS = {
 def run(folder: Path, *tests: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "PYTHONPATH": str(folder),
-        # Python may not recompile a file that changes twice in a second or keeps its length.
+        # Without bytecode, Python reads each change, even two within a second or one that keeps the length of a file.
         "PYTHONDONTWRITEBYTECODE": "1",
-        # Wide lines have room for the name of a test and its error.
+        # Wide lines hold the name of a test and its error.
         "COLUMNS": "500",
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
@@ -336,7 +343,7 @@ def main(words: list[str]) -> int:
             path.write_text(source.replace(old, new), "utf-8")
             outcome = run(folder, test)
             path.write_text(source, "utf-8")
-            # Exit status 1 may also be an error in a fixture, or code that does not run. Only failed assertions count.
+            # Exit status 1 may also mean an error in a fixture or code that does not run. Only failed assertions count.
             failed = re.findall(r"^FAILED .* - (?:assert|AssertionError|Failed)", outcome.stdout, re.MULTILINE)
             found = outcome.returncode == 1 and len(failed) > 0
             caught += found

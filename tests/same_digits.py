@@ -17,14 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Names that differ between checkouts, as the newer one has them.
+# The new names of what has another name in an older checkout.
 RENAMED = {
     "floors": "baselines",
     "decoder.history_scores.successor_ids": "history_scores.successor_ids",
     "decoder.history_scores.successor_scores": "history_scores.successor_scores",
     "decoder.bias": "item_bias.weight",
 }
-# Run with the checkout's code; prints what the model folder answers.
+# A program that runs with the checkout's code and prints the answers of the model folder.
 SCORES = """
 import json, sys
 import numpy as np, onnxruntime, torch
@@ -33,7 +33,7 @@ from bert4rec_hf import ItemIndex
 folder, onnx_file = sys.argv[1:]
 pipe = pipeline("sequential-recommendation", model=folder, device="cpu")
 for parameter in pipe.model.parameters():
-    # A file's header, and so the names of weights, decide how weights are aligned in memory, and that the last digit.
+    # The header of a file, with the names of weights, changes their alignment in memory and so the last digit.
     parameter.data = parameter.data.clone()
 items = pipe.tokenizer.items
 histories = [[], items[:1], items[5:40], items[100:400]]
@@ -53,7 +53,7 @@ print(json.dumps(answers))
 
 
 def record(checkout: Path, fixtures: Path | None) -> dict[str, object]:
-    """Digests, by name, of the files that a checkout writes."""
+    """The digests of the files that a checkout writes, by name."""
     environment = os.environ | {
         "PYTHONPATH": str(checkout.resolve()), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
@@ -96,7 +96,7 @@ def record(checkout: Path, fixtures: Path | None) -> dict[str, object]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A digest of each file with numbers. Weights are hashed by name, tables by row, JSON without the order of keys."""
+    """A digest of each file with numbers. Each weight has its own digest. The order of JSON keys does not matter."""
     from safetensors.torch import load_file
 
     found = {}

@@ -1,4 +1,4 @@
-"""The computations of benchmarks/: ranks from a peer's lists, the paired bootstrap, ratios of times, FLOP, the plan."""
+"""The computations of benchmarks/: ranks in lists of peers, paired bootstrap, ratios of times, FLOP, plan of GPUs."""
 
 import itertools
 import math
@@ -59,7 +59,7 @@ def test_one_that_is_better_for_most_users_lies_above_0_and_the_other_way_round_
     for mean, low, high, share in compare(of_a, of_b):
         assert 0 < low < mean < high
         assert share < 0.05
-    # HR@10: 3/5 of the users are hits of A only, 1/5 of B only; the standard error is that of 50 such draws.
+    # HR@10: 3/5 of the users are hits of A only, and 1/5 of B only. The standard error is that of 50 draws.
     mean, low, high, _ = compare(of_a, of_b)[1]
     assert mean == pytest.approx(0.4)
     assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt((0.6 + 0.2 - 0.4**2) / 50), rel=0.05)
@@ -189,7 +189,7 @@ def test_ties_stand_before_the_target():
 
 
 def small_step() -> tuple:
-    """A step with two histories of length 5, the last item masked; 7 items, one head of 32, feed-forward width 64."""
+    """A step on two histories of length 5, whose last item is masked; 7 items, width 32, feed-forward width 64."""
     batch = step.make_collator(7, 5, last_item_ratio=1)(list(step.make_rows(2, 5, 7)))
     return step.make_model(32, 7), batch, torch.float32
 
@@ -197,7 +197,7 @@ def small_step() -> tuple:
 def test_the_operations_of_a_step_multiply_as_much_as_pytorch_counts_in_it():
     model, batch, dtype = small_step()
     flop = {part.name: part.times * part.flop for part in step.operations(model, batch, dtype) if part.flop}
-    # A multiplication and an addition of each weight and position; as much for each of two gradients.
+    # The factor 6 is a multiplication and an addition, in the forward pass and in each of two gradients.
     assert flop == {
         "linear 32 to 32, all positions": 6 * (6 * 10 * 32 * 32),
         "linear 32 to 64, all positions": 2 * (6 * 10 * 32 * 64),
@@ -269,7 +269,7 @@ def test_a_plan_adds_up_bytes_and_seconds():
         gpu = scaling.Gpu(bf16_flops=flops, memory_bandwidth=memory, link_bandwidth=link, share=0.5)
         return scaling.plan(10, 100, 2, hidden_size=8, length=10, batch_size=4, gpu=gpu, **options)
 
-    # 2 histories a GPU with 2 labels each; a table of 800 numbers; 872 weights a layer: 4 x 72 + 288 + 264 + 32.
+    # A GPU has 2 histories with 2 labels each. The table has 800 numbers, and a layer 4 x 72 + 288 + 264 + 32 = 872.
     found = of()
     assert found["owned"] == 800 * (4 + 4 + 8) / 2
     assert found["passing"] == 800 * 8
@@ -285,7 +285,7 @@ def test_a_plan_adds_up_bytes_and_seconds():
 
 
 def test_more_gpus_are_taken_until_the_weights_fit():
-    # 16 bytes a number, shared, and 8 that are not: 64 GiB may be filled.
+    # A number takes 16 bytes, which GPUs share, and 8 bytes on each GPU. 64 GiB may be filled.
     assert scaling.fewest_gpus(1, 2 * 2**20, hidden_size=1024, batch_size=1) == 1
     assert scaling.fewest_gpus(1, 3 * 2**20, hidden_size=1024, batch_size=1) == 2
     assert scaling.fewest_gpus(1, 6 * 2**20, hidden_size=1024, batch_size=1) == 8

@@ -20,7 +20,7 @@ ORDER = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+RANK = {entry: rank for rank, entries in enumerate(ORDER) for entry in entries}
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 MODEL_IMPORTS = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "huggingface_hub"}
 
@@ -36,7 +36,7 @@ def imported(path: Path) -> list[tuple[str, ...]]:
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = module(path)[: len(module(path)) - node.level]
             names = [tuple(node.module.split("."))] if node.module else [(alias.name,) for alias in node.names]
-            # `from .data import preparation` names a module, as `from .data.preparation import prepare` does.
+            # `from .data import preparation` imports a module too, as `from .data.preparation import prepare` does.
             if node.module and (PACKAGE.joinpath(*folder, *names[0])).is_dir():
                 names = [(*names[0], alias.name) for alias in node.names]
             found += [(*folder, *name) for name in names]
@@ -44,10 +44,12 @@ def imported(path: Path) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=["/".join(module(path)) for path in FILES])
-def test_a_file_imports_only_from_rooms_above_its_own(path):
-    room = module(path)[0]
+def test_a_file_imports_only_from_folders_above_its_own(path):
+    entry = module(path)[0]
     for target in imported(path):
-        assert target[0] == room or RANK[target[0]] < RANK[room], f"{'/'.join(module(path))} imports {'/'.join(target)}"
+        assert target[0] == entry or RANK[target[0]] < RANK[entry], (
+            f"{'/'.join(module(path))} imports {'/'.join(target)}"
+        )
 
 
 def test_no_files_import_one_another_in_a_circle():
@@ -55,7 +57,7 @@ def test_no_files_import_one_another_in_a_circle():
     done: set[tuple[str, ...]] = set()
 
     def visit(name: tuple[str, ...], trail: tuple[tuple[str, ...], ...]) -> None:
-        assert name not in trail, f"a circle: {[*trail, name]}"
+        assert name not in trail, f"these modules import one another in a circle: {[*trail, name]}"
         if name not in done:
             for target in graph.get(name, []):
                 visit(target, (*trail, name))
@@ -71,7 +73,7 @@ def test_a_file_that_is_published_imports_its_neighbours_and_libraries_alone(pat
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1
-            assert node.module, "from . import x"
+            assert node.module, f"{path.name} has `from . import x`; write `from .x import y`"
             assert (PACKAGE / "model" / f"{node.module}.py").is_file()
             continue
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -81,11 +83,11 @@ def test_a_file_that_is_published_imports_its_neighbours_and_libraries_alone(pat
             assert top in MODEL_IMPORTS or top in sys.stdlib_module_names, f"{path.name} imports {name}"
 
 
-def test_every_room_is_in_the_order_and_its_init_is_empty():
-    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms <= RANK.keys()
+def test_every_folder_is_in_the_order_and_its_init_is_empty():
+    entries = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert entries <= RANK.keys()
     assert {module(path)[0] for path in FILES} == RANK.keys()
-    assert all((PACKAGE / room / "__init__.py").read_bytes() == b"" for room in rooms)
+    assert all((PACKAGE / entry / "__init__.py").read_bytes() == b"" for entry in entries)
 
 
 def test_importing_the_package_loads_neither_data_frames_nor_databases_nor_plots():

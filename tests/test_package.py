@@ -7,7 +7,7 @@ import bert4rec_hf
 
 
 def test_every_public_name_is_what_it_names_and_no_module_of_that_name():
-    # In an interpreter of its own: what is imported first decides what a name is that a module has as well.
+    # A new interpreter is used, since earlier imports decide what a name is that a module has too.
     code = "from inspect import ismodule\n" + "".join(
         f"from bert4rec_hf import {name}\nassert not ismodule({name}), {name!r}\n" for name in bert4rec_hf.__all__
     )

@@ -1,4 +1,4 @@
-"""The wheel: built, installed into an environment without this checkout, and used there."""
+"""The wheel is built, installed into an environment without this checkout, and used there."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_the_installed_wheel_has_every_module_and_its_command_runs(tmp_path):
     files = run(python, "-c", code).split()
     assert all(str(file).startswith(str(folder)) for file in files)
     modules = [path for path in (REPOSITORY / "bert4rec_hf").rglob("*.py") if path.name != "__main__.py"]
-    assert len(files) == len(modules) - 1  # all but the package's own __init__.py
+    assert len(files) == len(modules) - 1  # walk_packages leaves out the package's own __init__.py
     (tmp_path / "log.csv").write_text(
         "user_id,item_id,timestamp\n" + "".join(f"{n % 5},{n % 7},{n}\n" for n in range(40))
     )

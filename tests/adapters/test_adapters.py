@@ -1,4 +1,4 @@
-"""Adapters on our models: LoRA from PEFT, torchao's quantised weights, Accelerate's offloading.
+"""LoRA from PEFT, torchao's quantised weights and Accelerate's offloading on our models.
 
 Item vectors are read in one place, so a wrapper or replacement of them applies to every score. `make test-adapters`
 has an environment with all three libraries. Elsewhere, tests of missing libraries are skipped.
@@ -6,7 +6,7 @@ has an environment with all three libraries. Elsewhere, tests of missing librari
 
 import pytest
 import torch
-from log_and_model import answers, histories_in_tokens, pieces, write_log_and_model
+from log_and_model import answers, histories_in_tokens, trainer_inputs, write_log_and_model
 from small_models import make_model, mask_scores, training_batch
 from torch import nn
 from transformers import Trainer, TrainingArguments, pipeline
@@ -25,8 +25,8 @@ TARGETS = {
     "both": ["query", "value", "item_embeddings"],
 }
 OF_EACH_TARGET = pytest.mark.parametrize("targets", [*TARGETS.values()], ids=[*TARGETS])
-# More ways of PEFT to train some item vectors, or the biases; what each of them trains besides LoRA's weights.
-WAYS = {
+# Other ways of PEFT to train item vectors or biases. The second entry is a part of the names of what they train.
+OTHER_ADAPTERS = {
     "biases": ({"target_modules": ["query"], "modules_to_save": ["item_bias"]}, "item_bias"),
     "all item vectors": ({"target_modules": ["query"], "modules_to_save": ["item_embeddings"]}, "item_embeddings"),
     "some item vectors": (
@@ -138,11 +138,11 @@ def test_a_saved_adapter_gives_the_same_answers_on_the_base_model(peft, targets,
     model.save_pretrained(adapter)
     loaded = peft.PeftModel.from_pretrained(Bert4RecForMaskedItemPrediction.from_pretrained(base), adapter)
     assert_same_answers(loaded.eval(), expected, tolerance=0)
-    # Transformers finds the base model by what the adapter says.
+    # Transformers loads the base model that the adapter's config names.
     assert_same_answers(Bert4RecForMaskedItemPrediction.from_pretrained(adapter).eval(), expected, tolerance=0)
 
 
-@pytest.mark.parametrize(("options", "trained"), [*WAYS.values()], ids=[*WAYS])
+@pytest.mark.parametrize(("options", "trained"), [*OTHER_ADAPTERS.values()], ids=[*OTHER_ADAPTERS])
 def test_item_vectors_and_biases_can_be_trained_in_other_ways_than_lora(peft, options, trained, tmp_path):
     model = peft.get_peft_model(new_model(), peft.LoraConfig(r=4, **options))
     losses = train(model)
@@ -173,7 +173,7 @@ def test_layers_that_are_computed_again_in_the_backward_pass_give_the_adapter_th
 
 
 def training_arguments(folder, **options) -> Bert4RecTrainingArguments:
-    """Three steps, unless the options say otherwise."""
+    """Arguments for three training steps, unless `options` change them."""
     three = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     return Bert4RecTrainingArguments(
         str(folder), learning_rate=0.01, warmup_steps=0, per_device_train_batch_size=16, use_cpu=True,
@@ -191,13 +191,13 @@ def test_our_trainer_trains_evaluates_and_keeps_an_adapter(peft, by, tmp_path):
         model.add_adapter(adapter)
     else:
         model = peft.get_peft_model(model, adapter)
-    # Evaluated and saved each epoch, with the best one loaded at the end, where the trainer can save it.
+    # The trainer evaluates and saves in each epoch and loads the best one, if it can save this kind of model.
     each_epoch = {
         "max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch",
         "load_best_model_at_end": True,
     }  # fmt: skip
     options = each_epoch if by == "get_peft_model" else {}
-    trainer = Bert4RecTrainer(model, training_arguments(tmp_path / "adapter", **options), **pieces(data))
+    trainer = Bert4RecTrainer(model, training_arguments(tmp_path / "adapter", **options), **trainer_inputs(data))
     trainer.train()
     metrics = trainer.evaluate()
     expected = answers(model.eval())
@@ -213,7 +213,7 @@ def test_our_trainer_trains_evaluates_and_keeps_an_adapter(peft, by, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "adapter")
     assert_same_answers(loaded.eval(), expected, tolerance=0)
-    again = Bert4RecTrainer(loaded, training_arguments(tmp_path / "again"), **pieces(data)).evaluate()
+    again = Bert4RecTrainer(loaded, training_arguments(tmp_path / "again"), **trainer_inputs(data)).evaluate()
     assert again["eval_NDCG@10"] == pytest.approx(metrics["eval_NDCG@10"], abs=1e-9)
     recommend = pipeline("sequential-recommendation", model=str(tmp_path / "adapter"), device="cpu")
     assert_same_answers(recommend.model, expected, tolerance=0)
@@ -224,7 +224,7 @@ def test_our_trainer_saves_the_adapter_that_a_model_was_given(peft, tmp_path):
     data, base, _ = write_log_and_model(tmp_path)
     model = Bert4RecForMaskedItemPrediction.from_pretrained(base)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS["both"]))
-    trainer = Bert4RecTrainer(model, training_arguments(tmp_path / "adapter"), **pieces(data))
+    trainer = Bert4RecTrainer(model, training_arguments(tmp_path / "adapter"), **trainer_inputs(data))
     trainer.train()
     trainer.save_model()
     loaded = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "adapter")
@@ -241,7 +241,9 @@ def test_the_plain_trainer_trains_an_adapter(peft, tmp_path):
         str(tmp_path / "adapter"), max_steps=3, learning_rate=0.01, per_device_train_batch_size=16, save_strategy="no",
         logging_steps=1, use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, DataCollatorForMaskedItemPrediction(tokenizer), pieces(data)["train_dataset"])
+    trainer = Trainer(
+        model, arguments, DataCollatorForMaskedItemPrediction(tokenizer), trainer_inputs(data)["train_dataset"]
+    )
     trainer.train()
     assert all(0 < record["loss"] < 10 for record in trainer.state.log_history if "loss" in record)
     trainer.save_model()
@@ -289,7 +291,7 @@ def test_quantised_weights_give_nearly_the_same_scores(quantization, config, kin
     quantization.quantize_(model, config(quantization), filter_fn=lambda module, name: isinstance(module, kinds))
     assert_scores_stay_near(model, plain)
     assert_answers_go_by_the_logits(model)
-    # Rows of quantised tables are looked up, for slices of such tensors are none of float32.
+    # Rows of a quantised table are looked up, since a slice of it is not a float32 tensor.
     assert embeddings.takes_ranges(embeddings) == (kinds is nn.Linear)
     assert {type(values) for values in answers(model).values()} == {torch.Tensor}
     assert answers(model)["item_vectors"].dtype == torch.float32
@@ -318,7 +320,7 @@ def test_weights_quantised_on_loading_are_saved_and_loaded_again(quantization, p
 
 @pytest.mark.parametrize(
     ("kinds", "targets"),
-    # PEFT takes a quantised table for a linear layer: of items, only a table in float32 can have an adapter.
+    # PEFT takes a quantised item table for a linear layer, so only an item table in float32 can have an adapter.
     [(nn.Linear, TARGETS["both"]), ((nn.Linear, nn.Embedding), TARGETS["attention"])],
     ids=["layers", "layers and items"],
 )

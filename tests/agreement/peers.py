@@ -1,4 +1,4 @@
-"""Computes metrics of our lists with ranx and RecTools, and splits a log with RecBole, where these are installed.
+"""Computes metrics of our lists with ranx and RecTools, or splits a log with RecBole, in the library's environment.
 
 python peers.py metrics LISTS.json OUTPUT.json
 python peers.py split FILE.inter OUTPUT.json
@@ -45,7 +45,7 @@ def split(file: str) -> dict:
     """For each user, RecBole's training items in order, and its validation and test items."""
     import numpy as np
 
-    for name in ("bool", "float", "int", "object"):  # NumPy no longer has them and RecBole 1.2 reads them
+    for name in ("bool", "float", "int", "object"):  # RecBole 1.2 reads these names, but NumPy 2 lacks them
         if name not in np.__dict__:
             setattr(np, name, getattr(__builtins__, name))
     from recbole.config import Config
@@ -69,7 +69,7 @@ def split(file: str) -> dict:
     found: dict = {}
     histories = items[training["item_id_list"].numpy()[:, 0]].tolist()
     for (user, item), first in zip(targets(training), histories, strict=True):
-        # The first item is nobody's target: it is the history of the user's first row.
+        # The first item is not a target. It is the history of the user's first row.
         found.setdefault(user, {"train": [first]})["train"].append(item)
     for part, rows in (("validation", validation), ("test", test)):
         for user, item in targets(rows):

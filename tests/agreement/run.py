@@ -58,13 +58,13 @@ def ask(environments: Path, library: str, task: str, file: Path) -> Any:
 def search(
     scores: torch.Tensor, targets: torch.Tensor, exclude_ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[list[tuple[int, float]]]]:
-    """The answer of serving for scores (users, items): ranks of the targets, and whole lists of items and scores."""
+    """Serve from given scores (users, items). Returns the ranks of the targets and full lists of items and scores."""
     num_items = scores.shape[1]
     config = Bert4RecConfig(
         vocab_size=num_items + FIRST_ITEM_ID, hidden_size=num_items, num_hidden_layers=1, intermediate_size=4
     )
     model = Bert4RecForMaskedItemPrediction(config).eval()
-    with torch.no_grad():  # each item's score is one number of the state
+    with torch.no_grad():  # with these weights, the hidden state contains the score of each item
         model.get_input_embeddings().weight.zero_()[FIRST_ITEM_ID:] = torch.eye(num_items)
         model.item_bias.weight.zero_()
     ranks, best, item_ids = model.search(
@@ -83,7 +83,7 @@ def compare_metrics(environments: Path, folder: Path) -> bool:
     order = torch.stack([torch.randperm(NUM_ITEMS, generator=generator) for _ in range(NUM_USERS)]) + FIRST_ITEM_ID
     exclude_ids, targets = order[:, :20], order[:, 20].clone()
     scores.scatter_add_(1, targets.unsqueeze(1) - FIRST_ITEM_ID, torch.full((NUM_USERS, 1), 1.5))
-    targets[0], targets[1] = exclude_ids[0, 0], IGNORE_INDEX  # seen before, not in the catalogue: misses
+    targets[0], targets[1] = exclude_ids[0, 0], IGNORE_INDEX  # a seen item and an unknown item: both are misses
     tied = (scores * 4).round() / 4
     assert all(len(row.unique()) == NUM_ITEMS for row in scores)
 
@@ -96,7 +96,7 @@ def compare_metrics(environments: Path, folder: Path) -> bool:
             ours[kind][f"MRR@{k}"] = ranking_metrics(np.where(found <= k, found, 0))["MRR"]
 
     def ordered(sign: int) -> list[list[tuple[int, float]]]:
-        """The tied lists with distinct scores, and the target last (1) or first (-1) among its ties."""
+        """The lists with ties resolved: the target is last (sign 1) or first (sign -1) among items of equal score."""
         rows = []
         for served, target in zip(lists["ties"], targets.tolist(), strict=True):
             row = sorted(served, key=lambda entry: (-entry[1], sign * (entry[0] == target)))
@@ -147,7 +147,7 @@ def compare_metrics(environments: Path, folder: Path) -> bool:
             same = max(groups.values()) < TOLERANCE
             agrees &= same or case not in MUST_AGREE
             print(f"{case + ': ' + library:42}" + "".join(f"{value:10.1e}" for value in groups.values()))
-    # RecTools divides by default by what k relevant items would give.
+    # RecTools' default NDCG is divided by the DCG of k relevant items.
     default = theirs["no ties"]["RecTools"]
     ideals = {k: sum(1 / math.log2(place + 1) for place in range(1, k + 1)) for k in CUTOFFS}
     agrees &= all(
@@ -186,7 +186,7 @@ def compare_with_recbole(environments: Path, folder: Path) -> bool:
     rows = [line.split("\t") for line in lines[1:]]
     times = np.array([int(row[3]) for row in rows])
     rounded = times.astype(np.float32).astype(np.int64)
-    exact = np.unique(times, return_inverse=True)[1]  # the time's number, small enough for a float32
+    exact = np.unique(times, return_inverse=True)[1]  # numbers in order of time, which a float32 represents exactly
 
     def write(name: str, values: np.ndarray) -> Path:
         file = folder / name / f"{name}.inter"
@@ -200,23 +200,23 @@ def compare_with_recbole(environments: Path, folder: Path) -> bool:
     ours = {name: our_split(file, **columns) for name, file in files.items()}
     theirs = {name: ask(environments, "recbole", "split", files[name]) for name in ("raw", "exact")}
 
-    # Users with two events of the same time, one on each side of a cut.
+    # Users with two events of the same time, of which one is before and one after a cut.
     tied: dict[str, set[str]] = {"seconds": set(), "float32": set()}
     for kind, values in (("seconds", times), ("float32", rounded)):
-        of_user: dict[str, list[int]] = {}
+        user_times: dict[str, list[int]] = {}
         for row, value in zip(rows, values.tolist(), strict=True):
-            of_user.setdefault(row[0], []).append(value)
-        for user, found in of_user.items():
+            user_times.setdefault(row[0], []).append(value)
+        for user, found in user_times.items():
             newest = sorted(found)[-3:]
             if len(set(newest)) < 3:
                 tied[kind].add(user)
     num_users = len(ours["raw"])
     parts = differing(ours["raw"], theirs["raw"], without_order)
     results = {
-        "raw times, not tied at the cut": len(parts - tied["float32"]),
-        "ours of times rounded to float32, theirs of raw": len(differing(ours["rounded"], theirs["raw"])),
-        "times numbered, so that a float32 holds them": len(differing(ours["exact"], theirs["exact"])),
-        "ours of numbered times, ours of raw": len(differing(ours["exact"], ours["raw"])),
+        "raw times, users without ties at a cut": len(parts - tied["float32"]),
+        "our split of float32 times, theirs of raw times": len(differing(ours["rounded"], theirs["raw"])),
+        "numbered times, which a float32 represents": len(differing(ours["exact"], theirs["exact"])),
+        "our split of numbered times, ours of raw times": len(differing(ours["exact"], ours["raw"])),
     }
     print(f"\nRecBole 1.2.1, LS valid_and_test, order TO: {num_users} users of MovieLens 100K")
     print(
@@ -230,7 +230,7 @@ def compare_with_recbole(environments: Path, folder: Path) -> bool:
 
 
 def sasrec_split(file: Path) -> Parts:
-    """The split of SASRec's data_partition: in the order of the file; users with fewer than 3 events train only."""
+    """The split of SASRec's data_partition, in file order. Users with fewer than 3 events are used in training only."""
     items: dict[str, list[str]] = {}
     for line in file.read_text().splitlines():
         user, item = line.split(" ")
@@ -243,7 +243,7 @@ def sasrec_split(file: Path) -> Parts:
 
 def compare_with_sasrec(folder: Path) -> bool:
     if not SASREC_LOG.is_file():
-        print(f"\nSASRec's file: skipped, {SASREC_LOG.parent.name} is not at hand")
+        print(f"\nSASRec's file: skipped, since {SASREC_LOG.parent.name} is not available")
         return True
     log = pq.read_table(SASREC_LOG, columns=["user_id", "item_id", "position"])
     log = log.sort_by([("user_id", "ascending"), ("position", "ascending")])

@@ -50,7 +50,7 @@ def test_train_prepares_a_raw_log_beside_the_model(folder, log, model, data, tmp
     lines = succeed(*arguments)
     assert f"wrote {output}-data" in lines
     assert lines[-1] == f"wrote {output}; next: bert4rec evaluate {output} --data {output}-data"
-    assert not list(output.glob("*.parquet"))  # the model folder is pushed, the histories are not
+    assert not list(output.glob("*.parquet"))  # histories would be pushed with the model folder
     assert read_prepared(f"{output}-data")[0].item_ids.tolist() == read_prepared(data)[0].item_ids.tolist()
     weights = [load_file(path / "model.safetensors") for path in (output, model)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -98,7 +98,7 @@ def test_progress_bars_are_drawn_on_a_terminal_alone(folder, data, model):
         os.execv(sys.executable, [sys.executable, "-m", "bert4rec_hf", "evaluate", str(model), "--data", str(data)])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     drawn = b""
-    with contextlib.suppress(OSError):  # the child has closed its side
+    with contextlib.suppress(OSError):  # raised when the child closes its side
         while part := os.read(terminal, 2**16):
             drawn += part
     assert os.waitpid(child, 0)[1] == 0
@@ -129,7 +129,7 @@ def test_evaluate_prints_metrics_beside_baselines_and_stores_them_in_the_model_f
 def test_the_papers_protocol_says_that_it_is_sampled_and_stands_beside_the_full_one(model, data):
     succeed("evaluate", model, "--data", data, "--use_cpu", "true")
     lines = succeed("evaluate", model, "--data", data, "--use_cpu", "true", "--protocol", "paper")
-    assert "the target and 19 to 26 items drawn by popularity ranked" in lines[0]  # all that a user never had
+    assert "the target and 19 to 26 items drawn by popularity ranked" in lines[0]  # all items that the user has not had
     names = [f"sampled_{name}" for name in ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")]
     assert lines[1].split() == names
     tested = [record for record in json.loads((model / "evaluation.json").read_text("utf-8")) if
@@ -137,7 +137,7 @@ def test_the_papers_protocol_says_that_it_is_sampled_and_stands_beside_the_full_
     full, sampled = sorted(tested, key=lambda record: "sampled_MRR" in record["metrics"])
     assert list(sampled["metrics"]) == names
     assert not [name for name in full["metrics"] if name.startswith("sampled")]
-    # Among fewer items nobody's rank is worse.
+    # Fewer candidates cannot make a rank worse.
     assert sampled["metrics"]["sampled_HR@10"] >= full["metrics"]["HR@10"]
     assert "sampled_NDCG@10" in (model / "README.md").read_text("utf-8")
 
@@ -215,7 +215,7 @@ def test_options_may_stand_anywhere_between_the_item_ids(model):
 
 
 def test_a_warm_start_keeps_old_token_ids_and_weights_and_appends_new_items(model, data, tmp_path):
-    # "0new" would come first, were the catalogue sorted anew; 101 has left the log.
+    # "0new" would come first if the catalogue were sorted again. The new log lacks 101.
     items = [*range(102, 101 + NUM_ITEMS), "999", "0new"]
     log = write_log(tmp_path / "log.csv", random_rows(range(NUM_USERS), items, seed=1))
     succeed("prepare", log, "--output", tmp_path / "data")
@@ -230,12 +230,12 @@ def test_a_warm_start_keeps_old_token_ids_and_weights_and_appends_new_items(mode
     counts = dict(zip(catalogue.items, catalogue.counts, strict=True))
     assert new.counts == [counts.get(item, 0) for item in new.items]
     assert new.counts[old.items.index("101")] == 0
-    # With a learning rate of 0, whatever differs was not taken over.
+    # The learning rate is 0, so a difference shows that a weight was not taken over.
     before, after = weights(model), weights(tmp_path / "model")
     assert before.keys() == after.keys()
     for name, value in before.items():
         if name.startswith("history_scores."):
-            continue  # those of the new log
+            continue  # counted in the new log
         if name.endswith("item_embeddings.weight") or name == "item_bias.weight":
             assert len(after[name]) == len(value) + 2
             assert after[name].isfinite().all()
@@ -265,7 +265,7 @@ def pass_through(log, folder):
 
 def test_odd_ids_of_a_csv_file_come_back_exactly(tmp_path):
     rows = random_rows(ODD_IDS, ODD_IDS)
-    # Every item at least once.
+    # One user has every item, so that each occurs at least once.
     rows += [("everything", item, 10**6 + number) for number, item in enumerate(ODD_IDS)]
     items, users, model = pass_through(write_log(tmp_path / "log.csv", rows), tmp_path)
     assert items == set(ODD_IDS)
@@ -278,7 +278,7 @@ def test_odd_ids_of_a_csv_file_come_back_exactly(tmp_path):
 
 
 def test_64_bit_integers_of_a_parquet_file_come_back_exactly(tmp_path):
-    # Neighbours that a float64 cannot tell apart, and both ends of the range.
+    # Adjacent numbers that are equal as float64, and both ends of the range.
     numbers = [2**63 - 1, 2**63 - 2, -(2**63), 2**53, 2**53 + 1, 0, -1]
     users, items, times = zip(*random_rows(numbers, numbers), strict=True)
     table = pa.table({"user_id": pa.array(users, pa.int64()), "item_id": pa.array(items, pa.int64())})

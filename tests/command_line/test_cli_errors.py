@@ -136,7 +136,7 @@ def test_a_model_to_go_on_from_keeps_its_architecture(model, data, tmp_path):
     arguments = ["--data", data, "--output_dir", tmp_path / "new", "--model_name_or_path", model]
     line = fail("train", *arguments, *train_flags(hidden_size=32))
     assert re.search(r"keeps its architecture; .* does not have hidden_size=32: leave these options out$", line)
-    # Its own recipe names the architecture it has.
+    # The recipe of the model names its architecture, so these options are no error.
     succeed("train", *arguments, "--config", model / "recipe.yaml", "--num_train_epochs", 1)
 
 
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_model_is_named_by_every_command(data, tmp_path):
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     changes = {"hidden_size": None, "num_attention_heads": None}
     train = ["train", "--data", data, "--output_dir", tmp_path / "new"]
-    # A prepared folder has a tokenizer, and is no model either.
+    # A prepared folder has a tokenizer, but is not a model.
     for folder, found in ((tmp_path / "empty", "no config.json"), (tmp_path / "bert", "'bert'"), (data, "no config")):
         for arguments in (
             ["evaluate", folder, "--data", data],

@@ -11,7 +11,7 @@ def test_the_recipe_in_the_folder_says_what_was_used(model):
         name: value for name, value in OPTIONS.items() if name not in machine
     }
     assert not machine & recipe.keys()
-    # Defaults and what follows from the data stand there as well; this run's place does not.
+    # The recipe also has defaults and values that were derived from the data, but not the folders of this run.
     assert recipe["train_windows"] == "proportional"
     assert recipe["max_position_embeddings"] == 50
     assert "output_dir" not in recipe
@@ -30,7 +30,7 @@ def test_the_recipe_of_a_model_trains_an_equal_one(model, data, tmp_path):
 def test_the_command_line_overrides_the_recipe(model, data, tmp_path):
     config = model / "recipe.yaml"
     output = tmp_path / "model"
-    # Before or behind --config makes no difference.
+    # An option overrides the recipe before or after --config.
     succeed("train", "--mask_ratio", 0.5, "--config", config, "--data", data, "--output_dir", output, "--seed", 6)
     recipe = yaml.safe_load((output / "recipe.yaml").read_text("utf-8"))
     assert recipe == yaml.safe_load(config.read_text("utf-8")) | {"mask_ratio": 0.5, "seed": 6}
@@ -41,13 +41,13 @@ def test_a_recipe_may_write_numbers_as_1e_3_and_name_the_folders(data, tmp_path)
     recipe = OPTIONS | {"data": str(data), "output_dir": str(tmp_path / "model"), "use_cpu": True}
     text = yaml.safe_dump({name: value for name, value in recipe.items() if name != "learning_rate"})
     (tmp_path / "recipe.yaml").write_text(text + "learning_rate: 1e-3\nmax_steps: 1\n")
-    assert yaml.safe_load("1e-3") == "1e-3"  # why this needs a test
+    assert yaml.safe_load("1e-3") == "1e-3"  # YAML itself reads a string
     succeed("train", "--config", tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text("utf-8"))["learning_rate"] == 0.001
 
 
 def test_recipes_serve_the_other_commands_as_well(model, tmp_path):
-    # A list at the end must not swallow the model that follows.
+    # The list at the end of the recipe must not take the model as a value.
     (tmp_path / "recipe.yaml").write_text("top_k: 1\ncandidates: [101, 105, 107]\n")
     assert len(succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml")) == 1
     lines = succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml", "--top_k", 5)
@@ -57,7 +57,7 @@ def test_recipes_serve_the_other_commands_as_well(model, tmp_path):
 
 
 def test_a_recipe_names_items_as_they_are_written(model, tmp_path, caplog):
-    # To YAML 010 is 8, and 101 a number.
+    # YAML reads 010 as 8, and 101 as a number.
     (tmp_path / "recipe.yaml").write_text("top_k: 2\nexclude: [010, 101]\n")
     lines = succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml")
     assert "the catalogue has none of the excluded items '010'" in caplog.text

@@ -3,8 +3,8 @@
     python tests/conformance/run_upstream.py [pytest options]
 
 The tests are in the source distribution of the installed transformers, which is unpacked into the user's cache folder,
-never into the repository. It lacks the modules in `ABSENT`. Their mixins (for generation, which BERT4Rec does not do,
-and for exporters) are replaced by empty classes.
+never into the repository. It lacks the modules in `ABSENT`, so this script writes replacements for them: empty mixins
+for generation, which BERT4Rec does not do, and for exporters, and the arguments that the configuration tests read.
 """
 
 import os
@@ -53,7 +53,7 @@ def unpack() -> Path:
 
 
 if __name__ == "__main__":
-    # Ahead of the repository, whose folder tests is no package.
+    # Transformers' package `tests` must be found before the folder `tests` of this repository.
     sys.path.insert(0, str(unpack()))
     here = Path(__file__).parent
     sys.exit(

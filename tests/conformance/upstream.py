@@ -1,4 +1,4 @@
-"""Collected by run_upstream.py, which makes `tests` the folder of transformers' source distribution."""
+"""The common tests on our models. run_upstream.py runs them with the package `tests` of Transformers."""
 
 import random
 import unittest
@@ -10,12 +10,12 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecModel
 
-# By these names the mixin knows an encoder without a loss.
+# The mixin recognises encoders, which have no loss, by these names.
 MODEL_MAPPING_NAMES["bert4rec"] = "Bert4RecModel"
 
 
 class Bert4RecModelTester:
-    """What the mixin asks of a model: sizes, a configuration, inputs."""
+    """The sizes, the configuration and the inputs that the mixin needs."""
 
     batch_size, seq_length = 5, 7
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
@@ -56,13 +56,13 @@ class Common(ModelTesterMixin):
     def test_config(self):
         self.config_tester.run_common_tests()
 
-    @unittest.skip("input and output always share the item vectors: tie_word_embeddings=False is refused")
+    @unittest.skip("tie_word_embeddings=False is an error, since input and output always share the item vectors")
     def test_load_save_without_tied_weights(self):
         pass
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
-        # Labels of 0 are [PAD] here, and no items.
+        # The mixin's labels are 0, which is [PAD] and not an item.
         if return_labels and model_class is Bert4RecForMaskedItemPrediction:
             inputs["labels"] = inputs["input_ids"].clone()
         return inputs

@@ -31,7 +31,7 @@ from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_I
 
 FIXTURES = Path(__file__).parent.parent.parent.parent / "shared" / "fixtures"
 CHECKPOINTS = sorted(FIXTURES.glob("*/*.pth"))
-with_fixtures = pytest.mark.skipif(not CHECKPOINTS, reason="the checkpoints of RecBole and hopwise are not at hand")
+with_fixtures = pytest.mark.skipif(not CHECKPOINTS, reason="needs checkpoints of RecBole and hopwise")
 each_fixture = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=[path.parent.name for path in CHECKPOINTS])
 ITEMS = [f"film {number}" for number in (3, 1, 2, 7, 5, 4, 6)]
 ACTIVATIONS = {
@@ -47,8 +47,8 @@ def settings(**changes) -> dict:
     } | changes  # fmt: skip
 
 
-def their_state(config: dict, num_items: int, length: int) -> dict[str, torch.Tensor]:
-    """Weights as RecBole 1.2 names them, drawn at random."""
+def recbole_state(config: dict, num_items: int, length: int) -> dict[str, torch.Tensor]:
+    """Random weights under the names of RecBole 1.2."""
     torch.manual_seed(0)
     width, inner = config["hidden_size"], config["inner_size"]
     shapes = {"item_embedding.weight": (num_items + 2, width), "position_embedding.weight": (length, width)}
@@ -72,11 +72,11 @@ def their_state(config: dict, num_items: int, length: int) -> dict[str, torch.Te
     return {name: torch.randn(shape) * 0.5 for name, shape in shapes.items()}
 
 
-def their_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
+def recbole_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
     """The scores (number of items + 1,) that `full_sort_predict` of RecBole 1.2 computes for internal ids."""
     length, width = state["position_embedding.weight"].shape
     window = history[-length:]
-    items = [*window, len(state["item_embedding.weight"]) - 1][1:]  # [MASK] behind, and the oldest is dropped
+    items = [*window, len(state["item_embedding.weight"]) - 1][1:]  # RecBole appends [MASK] and drops the oldest item
 
     def normed(name, states):
         return layer_norm(states, (width,), state[f"{name}.weight"], state[f"{name}.bias"], config["layer_norm_eps"])
@@ -105,7 +105,7 @@ def their_scores(state: dict, config: dict, history: list[int]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def installed(library: str):
-    """Pretend that the library is installed whose classes a checkpoint names."""
+    """Provide the classes of RecBole or hopwise that a checkpoint names, as if the library were installed."""
     names = [
         library,
         f"{library}.config",
@@ -139,11 +139,11 @@ def save_checkpoint(path: Path, state: dict, config: dict, library: str = "recbo
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    return save_checkpoint(tmp_path / "theirs.pth", their_state(settings(), len(ITEMS), 5), settings())
+    return save_checkpoint(tmp_path / "theirs.pth", recbole_state(settings(), len(ITEMS), 5), settings())
 
 
 def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
-    """At the [MASK] of each row."""
+    """The logits at the [MASK] of each row."""
     length = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     positions = torch.tensor([[row.index(MASK_TOKEN_ID)] for row in rows])
@@ -162,7 +162,7 @@ def scores_of(model, rows: list[list[int]]) -> torch.Tensor:
 )
 def test_scores_are_theirs_for_histories_of_every_length(tmp_path, library, changes):
     config = settings(**changes)
-    state = their_state(config, len(ITEMS), 5)
+    state = recbole_state(config, len(ITEMS), 5)
     checkpoint = save_checkpoint(tmp_path / "theirs.pth", state, config, library)
     returned = convert_from_recbole(checkpoint, ITEMS, tmp_path / "ours")
     model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "ours").eval()
@@ -172,7 +172,7 @@ def test_scores_are_theirs_for_histories_of_every_length(tmp_path, library, chan
         history = [1 + (3 * place + length) % 7 for place in range(length)]
         row = tokenizer([ITEMS[number - 1] for number in history])["input_ids"]
         ours = scores_of(model, [row])[0]
-        expected = their_scores(state, config, history)
+        expected = recbole_scores(state, config, history)
         torch.testing.assert_close(ours[[0, *range(FIRST_ITEM_ID, len(tokenizer))]], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(scores_of(returned, [row])[0], ours, atol=1e-6, rtol=1e-6)
 
@@ -180,20 +180,20 @@ def test_scores_are_theirs_for_histories_of_every_length(tmp_path, library, chan
 @each_fixture
 @with_fixtures
 def test_scores_of_real_checkpoints_are_those_that_their_library_computes(checkpoint, tmp_path):
-    expected, told = load_file(checkpoint.parent / "expected.safetensors"), json.loads(
+    expected, recorded = load_file(checkpoint.parent / "expected.safetensors"), json.loads(
         (checkpoint.parent / "expected.json").read_text()
     )  # fmt: skip
-    convert_from_recbole(checkpoint, told["item_tokens"], tmp_path / "ours")
+    convert_from_recbole(checkpoint, recorded["item_tokens"], tmp_path / "ours")
     model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "ours").eval()
     tokenizer = Bert4RecTokenizer.from_pretrained(tmp_path / "ours")
     lengths = expected["history_len"].tolist()
     assert min(lengths) == 1
-    assert max(lengths) > told["config"]["MAX_ITEM_LIST_LENGTH"]
+    assert max(lengths) > recorded["config"]["MAX_ITEM_LIST_LENGTH"]
     histories = [row[:length].tolist() for row, length in zip(expected["history"], lengths, strict=True)]
-    rows = tokenizer([[told["item_tokens"][item] for item in history] for history in histories])["input_ids"]
+    rows = tokenizer([[recorded["item_tokens"][item] for item in history] for history in histories])["input_ids"]
     columns = [0, *range(FIRST_ITEM_ID, len(tokenizer))]
     difference = (scores_of(model, rows)[:, columns] - expected["full_sort_scores"]).abs().max()
-    targets = tokenizer.item_ids_to_token_ids(told["item_tokens"][item] for item in expected["target"].tolist())
+    targets = tokenizer.item_ids_to_token_ids(recorded["item_tokens"][item] for item in expected["target"].tolist())
     with torch.no_grad():
         states = torch.cat([model.mask_states(torch.tensor([row])) for row in rows])
         chosen = model._scores(states, torch.tensor(targets).unsqueeze(1)).flatten()
@@ -207,22 +207,22 @@ def test_scores_of_real_checkpoints_are_those_that_their_library_computes(checkp
 @with_fixtures
 @pytest.mark.parametrize("kind", ["train", "ft"])
 def test_the_training_loss_of_real_checkpoints_is_theirs(checkpoint, tmp_path, kind):
-    expected, told = load_file(checkpoint.parent / "expected.safetensors"), json.loads(
+    expected, recorded = load_file(checkpoint.parent / "expected.safetensors"), json.loads(
         (checkpoint.parent / "expected.json").read_text()
     )  # fmt: skip
     if f"{kind}_loss" not in expected:
         pytest.skip("this version has no batches whose only mask is the last item")
-    convert_from_recbole(checkpoint, told["item_tokens"], tmp_path / "ours")
+    convert_from_recbole(checkpoint, recorded["item_tokens"], tmp_path / "ours")
     model = Bert4RecForMaskedItemPrediction.from_pretrained(
         tmp_path / "ours", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     ).train()
     theirs = expected[f"{kind}_masked_seq"]
-    input_ids = torch.where(theirs == told["mask_token_id"], MASK_TOKEN_ID, torch.where(theirs == 0, 0, theirs + 2))
-    # They count no mask in the first place, which their padding of the lists looks like.
+    input_ids = torch.where(theirs == recorded["mask_token_id"], MASK_TOKEN_ID, torch.where(theirs == 0, 0, theirs + 2))
+    # The libraries pad the lists of masked positions with 0, so a mask at position 0 does not count.
     positions, counts = expected[f"{kind}_masked_index"], expected[f"{kind}_masked_index"] > 0
     labels = torch.where(counts, expected[f"{kind}_pos_items"] + 2, -100)
     options = {}
-    if told["config"]["loss_type"] == "BPR":
+    if recorded["config"]["loss_type"] == "BPR":
         options["negative_ids"] = (expected[f"{kind}_neg_items"] + 2).unsqueeze(-1)
     masked_positions = positions.masked_fill(~counts, -1)
     loss = model(input_ids=input_ids, labels=labels, masked_positions=masked_positions, **options).loss
@@ -233,20 +233,20 @@ def test_the_training_loss_of_real_checkpoints_is_theirs(checkpoint, tmp_path, k
 @each_fixture
 @with_fixtures
 def test_a_real_checkpoint_comes_back_to_the_bit(checkpoint, tmp_path):
-    told = json.loads((checkpoint.parent / "expected.json").read_text())
-    convert_from_recbole(checkpoint, told["item_tokens"], tmp_path / "ours")
-    if told["version"] == "1.1.1":
+    recorded = json.loads((checkpoint.parent / "expected.json").read_text())
+    convert_from_recbole(checkpoint, recorded["item_tokens"], tmp_path / "ours")
+    if recorded["version"] == "1.1.1":
         with pytest.raises(ValueError, match="prediction_head=False, which cannot be converted"):
             convert_to_recbole(tmp_path / "ours", tmp_path / "back.pth")
         return
     convert_to_recbole(tmp_path / "ours", tmp_path / "back.pth")
     theirs, back = read_pickle(checkpoint)["state_dict"], torch.load(tmp_path / "back.pth", weights_only=True)
     assert back["state_dict"].keys() == theirs.keys()
-    # Scores cannot see the bias of keys, for one.
+    # Weights are compared, since scores do not depend on some of them, such as the bias of keys.
     assert all(torch.equal(back["state_dict"][name], value) for name, value in theirs.items())
-    assert back["item_id"] == told["item_tokens"]
+    assert back["item_id"] == recorded["item_tokens"]
     names = ("n_layers", "n_heads", "hidden_size", "inner_size", "hidden_act", "loss_type", "layer_norm_eps")
-    assert {name: back["config"][name] for name in names} == {name: told["config"][name] for name in names}
+    assert {name: back["config"][name] for name in names} == {name: recorded["config"][name] for name in names}
 
 
 def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path, caplog):
@@ -266,8 +266,8 @@ def test_a_model_of_ours_goes_over_and_its_softmax_leaves_pad_out(tmp_path, capl
     assert "RecBole drops the oldest item of every history" in caplog.text
     assert read_items(tmp_path / "theirs.pth") == tokenizer.items
     state = torch.load(tmp_path / "theirs.pth", weights_only=True)["state_dict"]
-    # They drop the oldest of five, and so do we of five, with the [MASK].
-    theirs = their_scores(state, config, [3, 1, 2, 7, 5])
+    # Both drop the oldest of five items, since our model reads five tokens with the [MASK].
+    theirs = recbole_scores(state, config, [3, 1, 2, 7, 5])
     ours = scores_of(model, [tokenizer([tokenizer.items[number - 1] for number in (3, 1, 2, 7, 5)])["input_ids"]])[0]
     torch.testing.assert_close(ours[FIRST_ITEM_ID:], theirs[1:], atol=1e-5, rtol=0)
     torch.testing.assert_close(
@@ -284,14 +284,14 @@ def test_a_converted_model_recommends_in_raw_ids_and_may_keep_the_oldest_item(ch
         pipeline("sequential-recommendation", model=str(tmp_path / name), top_k=7) for name in ("equal", "right")
     )
     answer = equal(["film 1", "film 2"])
-    expected = their_scores(state, settings(), [2, 3])[1:]
+    expected = recbole_scores(state, settings(), [2, 3])[1:]
     assert [entry["item_id"] for entry in answer] == [ITEMS[place] for place in expected.argsort(descending=True)]
     assert {entry["title"] for entry in answer} == {None, "The first"}
-    # They see one item less: whatever the oldest one is, the answer is the same; without that switch it is not.
+    # RecBole drops the oldest item, so it does not change the answer. With drop_oldest_item=False it does.
     assert equal(["film 4", "film 2"]) == answer
     assert right(["film 4", "film 2"]) != right(["film 1", "film 2"])
     assert equal(["film 4"]) == equal([])
-    # Where the window is full, the oldest item has to go anyway.
+    # If the window is full, both drop the oldest item.
     full = ["film 1", "film 2", "film 3", "film 4", "film 5"]
     scores = [[entry["score"] for entry in pipe(full)] for pipe in (equal, right)]
     assert scores[0] == pytest.approx(scores[1])
@@ -348,7 +348,7 @@ def test_items_that_cannot_be_the_checkpoints_are_refused_and_nothing_is_written
 )
 def test_an_atomic_file_does_not_tell_the_order_of_a_log_that_was_filtered_or_in_parts(tmp_path, changes, name):
     config = settings(**changes)
-    checkpoint = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config)
+    checkpoint = save_checkpoint(tmp_path / "theirs.pth", recbole_state(config, len(ITEMS), 5), config)
     log = tmp_path / "log.inter"
     log.write_text("\n".join(["user_id:token\titem_id:token", *(f"1\t{item}" for item in ITEMS)]) + "\n")
     with pytest.raises(ValueError, match=rf"was trained with {name}.* give RecBole's saved dataset"):
@@ -400,7 +400,7 @@ def test_odd_arrays_of_item_ids_are_refused(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_settings_that_make_no_model_are_refused(tmp_path, changes):
-    state = their_state(settings(), len(ITEMS), 5)
+    state = recbole_state(settings(), len(ITEMS), 5)
     checkpoint = save_checkpoint(tmp_path / "theirs.pth", state, settings() | changes)
     with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
         convert_from_recbole(checkpoint, ITEMS, tmp_path / "ours")
@@ -427,7 +427,7 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(checkpoint, tmp_path):
 
 def write(path: Path, kind: str, checkpoint: Path) -> None:
     content = checkpoint.read_bytes()
-    state, config = their_state(settings(), len(ITEMS), 5), settings()
+    state, config = recbole_state(settings(), len(ITEMS), 5), settings()
     if kind == "truncated":
         path.write_bytes(content[: len(content) // 2])
     elif kind == "damaged":
@@ -479,7 +479,7 @@ def test_a_wrong_file_is_one_line_and_leaves_nothing(checkpoint, tmp_path, kind,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.json", "odd.pth", "theirs.pth"]
 
 
-# What would write a file named "ran", in every opcode of pickle that calls or builds.
+# Pickles that create a file named "ran", one for each opcode that calls a function or builds an object.
 COMMAND = b"touch ran"
 TEXT = b"X" + struct.pack("<I", len(COMMAND)) + COMMAND
 SYSTEM = b"cos\nsystem\n"
@@ -511,7 +511,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_pickle_is_refused_and_nothing_is_run(tmp_path, monkeypatch, name, zipped):
     monkeypatch.chdir(tmp_path)
-    # A program may have registered an extension code; reading one looks its name up like any other.
+    # A program may have registered an extension code, which stands for a function in the pickle.
     monkeypatch.setitem(copyreg._inverted_registry, 0xF0, ("os", "system"))
     path = tmp_path / "hostile.pth"
     if zipped:
@@ -526,7 +526,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_is_run(tmp_path, monkeypatch, n
 
 
 class Stored:
-    """Pickled as `torch.save` pickles a tensor of four numbers."""
+    """An object that is pickled as `torch.save` pickles a tensor over a storage of four numbers."""
 
     def __init__(self, offset, size, stride):
         self.args = ("the storage", offset, size, stride, False, OrderedDict())
@@ -550,7 +550,7 @@ def write_tensor(path: Path, stored: Stored, compression: int = zipfile.ZIP_STOR
 def test_an_extension_code_that_has_been_used_is_refused_as_well(tmp_path):
     copyreg.add_extension("os", "getcwd", 0xF1)
     try:
-        assert pickle.loads(b"\x80\x02\x82\xf1)R.") == os.getcwd()  # which remembers what the code stands for
+        assert pickle.loads(b"\x80\x02\x82\xf1)R.") == os.getcwd()  # pickle caches the function of the code
         (tmp_path / "odd.pth").write_bytes(b"\x80\x02\x82\xf1)R.")
         with pytest.raises(ValueError, match="it has an extension code"):
             read_pickle(tmp_path / "odd.pth")
@@ -604,6 +604,8 @@ def test_half_of_a_checkpoint_is_not_whole(checkpoint):
 
 def test_sizes_that_the_weights_do_not_have_are_refused_before_a_model_is_made(tmp_path):
     config = settings()
-    large = save_checkpoint(tmp_path / "theirs.pth", their_state(config, len(ITEMS), 5), config | {"hidden_size": 2048})
+    large = save_checkpoint(
+        tmp_path / "theirs.pth", recbole_state(config, len(ITEMS), 5), config | {"hidden_size": 2048}
+    )
     with pytest.raises(ValueError, match=r"hidden_size in .* is 2048, its item vectors have 8"):
         read_checkpoint(large)

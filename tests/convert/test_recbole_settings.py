@@ -1,4 +1,4 @@
-"""The documentation for users of RecBole and hopwise is complete and runs, and their YAML becomes a recipe."""
+"""The documentation for users of RecBole and hopwise is complete and runs; their YAML becomes a recipe."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from bert4rec_hf.cli import main
 from bert4rec_hf.convert.recbole_settings import DEFAULTS, RECIPE
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "from-recbole-and-hopwise.md").read_text("utf-8")
-# All that hopwise 0.9.1's BERT4Rec has, inherited names too (but full_sort_predict_kg), and the loss that it makes.
+# All names of BERT4Rec in hopwise 0.9.1, including inherited names except full_sort_predict_kg, and its loss.
 HOPWISE_NAMES = [
     "n_layers", "n_heads", "hidden_size", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
     "layer_norm_eps", "mask_ratio", "MASK_ITEM_SEQ", "POS_ITEMS", "NEG_ITEMS", "MASK_INDEX", "loss_type",
@@ -24,7 +24,7 @@ HOPWISE_NAMES = [
     "_init_weights", "reconstruct_test_data", "forward", "multi_hot_embed", "calculate_loss", "predict",
     "full_sort_predict", "gather_indexes", "get_attention_mask", "other_parameter", "load_other_parameter", "__str__",
 ]  # fmt: skip
-# Their properties/model/BERT4Rec.yaml and what overall.yaml and sample.yaml say of training and data.
+# RecBole's properties/model/BERT4Rec.yaml, and the settings of training and data in overall.yaml and sample.yaml.
 RECBOLE_YAML = r"""
 n_layers: 2
 n_heads: 2
@@ -81,7 +81,7 @@ RECBOLE_RECIPE = {
 
 
 def table(heading: str) -> list[list[str]]:
-    """Cells of the rows under a heading of the page."""
+    """The cells of the table under a heading of the page."""
     section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     rows = [re.split(r" \| ", line.strip("| ")) for line in section.splitlines() if line.startswith("|")]
     return rows[2:]
@@ -106,7 +106,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def converted(path: Path, capsys) -> tuple[dict[str, Any], str]:
-    """The recipe on standard output, and its comments."""
+    """Convert a file. Returns the recipe on standard output and its comments."""
     assert main(["convert-config", str(path)]) == 0
     text = capsys.readouterr().out
     comments = [line for line in text.splitlines() if line.startswith("#")]
@@ -122,7 +122,7 @@ def test_the_table_has_every_name_of_hopwise_once():
 @pytest.mark.parametrize("name", LINES)
 def test_every_line_of_the_table_runs(namespace, name):
     value = eval(LINES[name], namespace)
-    assert (value is None) == (name == "_init_weights")  # which returns nothing
+    assert (value is None) == (name == "_init_weights")  # returns nothing
 
 
 def test_the_lines_give_what_hopwise_calls_so(namespace):
@@ -131,7 +131,7 @@ def test_the_lines_give_what_hopwise_calls_so(namespace):
 
     model, batch, inputs, last = (namespace[name] for name in ("model", "batch", "inputs", "last"))
     with torch.no_grad():
-        # [PAD] and five items; [MASK] = 1 behind each history of items 3 to 7.
+        # hopwise counts [PAD] and five items. Our token ids are 1 for [MASK] and 3 to 7 for the items.
         assert value("n_items") == 6
         assert value("mask_token") == 1
         assert value("max_seq_length") == 6
@@ -158,7 +158,7 @@ def test_the_lines_give_what_hopwise_calls_so(namespace):
         torch.testing.assert_close(value("multi_hot_embed"), at_masks)
         before_head = model.model(**inputs).last_hidden_state[torch.arange(2), last[:, 0]]
         torch.testing.assert_close(value("gather_indexes"), before_head)
-        # Eight rows: [PAD], [MASK], [UNK] and the items; the table and the output are one.
+        # The table has eight rows: [PAD], [MASK], [UNK] and the items. Input and output share it.
         assert value("item_embedding").weight.shape == (8, 64)
         assert value("item_embedding").weight is model.get_input_embeddings().weight
         assert value("position_embedding").weight.shape == (6, 64)
@@ -244,7 +244,7 @@ def test_a_recipe_with_bpr_trains_from_the_log_that_its_comment_prepares(tmp_pat
     config = Bert4RecConfig.from_pretrained("model")
     recipe = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
     wanted = yaml.safe_load(text)
-    assert wanted.pop("use_cpu") is True  # of the machine, which no recipe in a model's folder names
+    assert wanted.pop("use_cpu") is True  # a recipe in a model folder names no settings of the machine
     assert {name: recipe[name] for name in wanted if name != "max_steps"} == wanted
     assert (config.item_loss, config.normalization, config.hidden_act) == ("bpr", "post", "swish")
     assert wanted["num_negatives"] == 1

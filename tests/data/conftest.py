@@ -8,7 +8,7 @@ import bert4rec_hf.data.splits
 
 @pytest.fixture
 def saved_catalogues(monkeypatch):
-    """The arguments that the tokenizer would get, so that these tests do not depend on it."""
+    """Record the arguments for the tokenizer and save none, so that these tests do not depend on it."""
     saved = []
     monkeypatch.setattr(
         bert4rec_hf.data.preparation,

@@ -1,4 +1,4 @@
-"""Counting: item vectors from co-occurrence, and transitions."""
+"""Counts of the training part: item vectors from co-occurrence, and transitions."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, tokenize_histories
-from bert4rec_hf.data import counting as cooccurrence
+from bert4rec_hf.data import counting
 from bert4rec_hf.data.counting import (
     NEIGHBOUR_POWER,
     NEIGHBOUR_WINDOW,
@@ -23,8 +23,8 @@ from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_I
 from bert4rec_hf.training.initialization import keep_transitions, start_from_cooccurrence
 
 
-def made(rows: list[str], held_out: int = 0):
-    """Histories of one-letter items whose last `held_out` items do not train, and the catalogue in order."""
+def histories_of(rows: list[str], held_out: int = 0):
+    """Histories of one-letter items and the number of items. The last `held_out` items of each are not for training."""
     tokenizer = Bert4RecTokenizer.from_items(sorted(set("".join(rows))), model_max_length=10)
     table = pa.table({
         "user_id": [str(number) for number in range(len(rows))],
@@ -37,7 +37,7 @@ def made(rows: list[str], held_out: int = 0):
 
 
 def mutual_information(rows: list[str]) -> np.ndarray:
-    """(items, items), pair by pair."""
+    """The positive mutual information (items, items), computed with a loop over pairs."""
     names = sorted(set("".join(rows)))
     counts = np.zeros((len(names), len(names)))
     for row in rows:
@@ -53,10 +53,10 @@ def mutual_information(rows: list[str]) -> np.ndarray:
 
 def test_products_are_the_positive_mutual_information():
     rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"]
-    histories, num_items = made(rows)
+    histories, num_items = histories_of(rows)
     information = mutual_information(rows)
     vectors = cooccurrence_vectors(histories, num_items, num_items).double().numpy()
-    # Of left and right singular vectors the left ones, each side with the root of the singular values.
+    # The item vectors are the left singular vectors times the roots of the singular values.
     left, singular, _ = np.linalg.svd(information)
     expected = (left * singular) @ left.T
     scale = np.sqrt((left**2 * singular).mean()) / VECTOR_RMS
@@ -67,7 +67,7 @@ def test_products_are_the_positive_mutual_information():
 def test_items_that_stand_together_have_like_vectors_whatever_the_width():
     chance = np.random.default_rng(0)
     rows = ["".join(chance.choice(list(group), 8)) for group in ("abcde", "fghij") for _ in range(50)]
-    histories, num_items = made(rows)
+    histories, num_items = histories_of(rows)
     for hidden_size in (4, 64):
         vectors = torch.nn.functional.normalize(cooccurrence_vectors(histories, num_items, hidden_size))
         products = vectors @ vectors.T
@@ -78,7 +78,7 @@ def test_items_that_stand_together_have_like_vectors_whatever_the_width():
 def test_a_new_model_recommends_what_stands_near_the_items_of_a_history():
     chance = np.random.default_rng(0)
     rows = ["".join(chance.choice(list(group), 8)) for group in ("abcde", "fghij") for _ in range(50)]
-    histories, num_items = made([*rows, "k"])
+    histories, num_items = histories_of([*rows, "k"])
     torch.manual_seed(0)
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
     alone = model.get_input_embeddings().weight[-1].clone()
@@ -94,7 +94,7 @@ def test_a_new_model_recommends_what_stands_near_the_items_of_a_history():
 
 
 def test_a_model_in_half_precision_gets_the_vectors_too():
-    histories, num_items = made(["abcabd", "badcba"])
+    histories, num_items = histories_of(["abcabd", "badcba"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).bfloat16()
     start_from_cooccurrence(model, histories, num_items, with_mean=False)
     expected = cooccurrence_vectors(histories, num_items, 64).bfloat16()
@@ -102,7 +102,7 @@ def test_a_model_in_half_precision_gets_the_vectors_too():
 
 
 def test_the_first_layer_hands_on_the_mean_of_a_history():
-    histories, num_items = made(["abcabd", "badcba", "efefgh"])
+    histories, num_items = histories_of(["abcabd", "badcba", "efefgh"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID)).eval()
     start_from_cooccurrence(model, histories, num_items)
     attention = model.model.layers[0].attention
@@ -116,8 +116,8 @@ def test_the_first_layer_hands_on_the_mean_of_a_history():
     assert changed == {"model.embeddings.item_embeddings.weight"}
 
 
-def kept(model: Bert4RecForMaskedItemPrediction) -> list[list[tuple[int, float]]]:
-    """Of each item, from 0 on, those that follow it and what they add."""
+def stored_transitions(model: Bert4RecForMaskedItemPrediction) -> list[list[tuple[int, float]]]:
+    """For each item, the stored successors, as indices from 0, and their scores."""
     tables = (
         model.history_scores.successor_ids[FIRST_ITEM_ID:].tolist(),
         model.history_scores.successor_scores[FIRST_ITEM_ID:].tolist(),
@@ -130,31 +130,31 @@ def kept(model: Bert4RecForMaskedItemPrediction) -> list[list[tuple[int, float]]
 
 def test_transitions_are_the_strongest_of_what_followed_an_item():
     rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij", "abab", "z"]
-    histories, num_items = made([row + "xy" for row in rows], held_out=2)
+    histories, num_items = histories_of([row + "xy" for row in rows], held_out=2)
     names = sorted(set("".join(rows) + "xy"))
     counts: Counter = Counter()
     for row in rows:
         for (i, first), (j, second) in combinations(enumerate(row), 2):
             if j - i <= SUCCESSOR_WINDOW and first != second:
                 counts[names.index(first), names.index(second)] += 0.5 ** (j - i - 1)
-    of_first, of_second = Counter(), Counter()
+    first_counts, second_counts = Counter(), Counter()
     for (first, second), count in counts.items():
-        of_first[first] += count
-        of_second[second] += count
-    powers = {item: count**NEIGHBOUR_POWER for item, count in of_second.items()}
+        first_counts[first] += count
+        second_counts[second] += count
+    powers = {item: count**NEIGHBOUR_POWER for item, count in second_counts.items()}
     expected: list[list[tuple[int, float]]] = [[] for _ in names]
     for (first, second), count in counts.items():
-        information = math.log(count / of_first[first] / powers[second] * sum(powers.values()))
+        information = math.log(count / first_counts[first] / powers[second] * sum(powers.values()))
         if information > 0:
             expected[first].append((second, information * math.log(1 + count)))
     for number in (3, 12):
         config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=number)
         model = Bert4RecForMaskedItemPrediction(config)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        for _ in range(2):  # what is there already is replaced
+        for _ in range(2):  # the second call replaces the transitions of the first
             keep_transitions(model, histories, num_items, weight=0.3)
         assert model.config.transition_weight == 0.3
-        for row, strongest in zip(kept(model), expected, strict=True):
+        for row, strongest in zip(stored_transitions(model), expected, strict=True):
             scores = sorted((score for _, score in strongest), reverse=True)[:number]
             assert [score for _, score in row] == pytest.approx(scores, rel=1e-4)
             assert len({item for item, _ in row}) == len(row)
@@ -168,28 +168,28 @@ def test_transitions_are_the_strongest_of_what_followed_an_item():
 
 def test_a_history_without_items_gets_what_is_most_popular_of_late():
     rows = ["abcdefghij", "jihgfedcba", *["jklmnopqra"] * 3, *["jklmnopqrb"] * 2, "c"]
-    histories, num_items = made(rows)
+    histories, num_items = histories_of(rows)
     config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=5)
     model = Bert4RecForMaskedItemPrediction(config).eval()
     keep_transitions(model, histories, num_items)
     names = sorted(set("".join(rows)))
     _, best = model.recommend(torch.tensor([[MASK_TOKEN_ID]]), top_k=3)
-    # The last of each ten, without times, and the only one: a 4 times, b 2 times, c and j once.
+    # Without times, the last tenth of each history is recent, at least one event: a 4 times, b twice, c and j once.
     assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()][:2] == ["a", "b"]
     assert names[best[0, 2] - FIRST_ITEM_ID] in "cj"
 
 
 def test_a_log_of_single_events_has_no_transitions():
-    histories, num_items = made(["a", "b", "cc"])
+    histories, num_items = histories_of(["a", "b", "cc"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=2))
     keep_transitions(model, histories, num_items)
-    assert kept(model) == [[], [], []]
+    assert stored_transitions(model) == [[], [], []]
 
 
 def test_no_vector_is_longer_than_so_many_times_the_others(monkeypatch):
-    histories, num_items = made(["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"])
+    histories, num_items = histories_of(["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij"])
     free = cooccurrence_vectors(histories, num_items, 8)
-    monkeypatch.setattr(cooccurrence, "MAX_NORM_RATIO", 1.0)
+    monkeypatch.setattr(counting, "MAX_NORM_RATIO", 1.0)
     cut = cooccurrence_vectors(histories, num_items, 8)
     lengths, longest = free.norm(dim=1), VECTOR_RMS * 8**0.5
     assert lengths.max() > longest * 1.2
@@ -198,33 +198,33 @@ def test_no_vector_is_longer_than_so_many_times_the_others(monkeypatch):
 
 
 def test_items_of_different_users_have_nothing_in_common():
-    histories, num_items = made(["ab"] * 3 + ["cd"] * 3)
+    histories, num_items = histories_of(["ab"] * 3 + ["cd"] * 3)
     products = cooccurrence_vectors(histories, num_items, 8) @ cooccurrence_vectors(histories, num_items, 8).T
     assert products[:2, 2:].abs().max() < 1e-6
 
 
 def test_only_the_training_part_counts():
-    histories, num_items = made(["abx", "bay"], held_out=1)
+    histories, num_items = histories_of(["abx", "bay"], held_out=1)
     vectors = cooccurrence_vectors(histories, num_items, 8)
     assert vectors[:2].any(dim=1).all()
     assert not vectors[2:].any()
 
 
 def test_an_item_beside_nothing_but_itself_has_no_vector():
-    histories, num_items = made(["aaa", "b"])
+    histories, num_items = histories_of(["aaa", "b"])
     assert not cooccurrence_vectors(histories, num_items, 8).any()
 
 
 def test_equal_seeds_give_equal_vectors_and_leave_other_random_numbers_alone(monkeypatch):
-    of_devices = []
-    histories, num_items = made(["abcabd", "badcba", "efefgh"])
+    device_seeds = []
+    histories, num_items = histories_of(["abcabd", "badcba", "efefgh"])
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", of_devices.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", device_seeds.append)
     vectors = [cooccurrence_vectors(histories, num_items, 8, seed=seed) for seed in (1, 1, 2)]
     assert torch.rand(1) == expected
-    assert not of_devices
+    assert not device_seeds
     assert torch.equal(vectors[0], vectors[1])
     assert not torch.allclose(vectors[0], vectors[2])
     products = [found @ found.T for found in vectors]
@@ -232,9 +232,9 @@ def test_equal_seeds_give_equal_vectors_and_leave_other_random_numbers_alone(mon
 
 
 def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
-    monkeypatch.setattr(cooccurrence, "MAX_COUNTED_EVENTS", 200)
+    monkeypatch.setattr(counting, "MAX_COUNTED_EVENTS", 200)
     rows = [chr(97 + number % 20) + chr(117 + number % 5) for number in range(400)]
-    histories, num_items = made(rows)
+    histories, num_items = histories_of(rows)
     vectors = cooccurrence_vectors(histories, num_items, 8)
     assert vectors.any()
     assert not torch.equal(vectors, cooccurrence_vectors(histories, num_items, 8, seed=1))
@@ -242,14 +242,14 @@ def test_of_a_large_log_whole_histories_are_drawn(monkeypatch):
 
 
 def test_a_model_that_goes_on_keeps_the_transitions_of_items_that_its_new_log_lacks():
-    histories, num_items = made(["abcd", "bacd", "abdc"])
+    histories, num_items = histories_of(["abcd", "bacd", "abdc"])
     config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=8)
     model = Bert4RecForMaskedItemPrediction(config)
     keep_transitions(model, histories, num_items)
     assert int(model.history_scores.successor_ids.max()) < config.vocab_size  # there are fewer than eight items
     assert model.history_scores.successor_ids[PAD_TOKEN_ID].count_nonzero() <= num_items
     before = model.history_scores.successor_ids.clone(), model.history_scores.successor_scores.clone()
-    histories = replace(histories, train_end=np.full(3, 2))  # a and b alone
+    histories = replace(histories, train_end=np.full(3, 2))  # only a and b
     keep_transitions(model, histories, num_items)
     a, b, c, d = range(FIRST_ITEM_ID, FIRST_ITEM_ID + 4)
     for old, new in zip(
@@ -261,7 +261,7 @@ def test_a_model_that_goes_on_keeps_the_transitions_of_items_that_its_new_log_la
 
 
 def test_a_model_without_room_for_transitions_is_told_so():
-    histories, num_items = made(["abc", "abd"])
+    histories, num_items = histories_of(["abc", "abd"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID))
     with pytest.raises(ValueError, match=r"Bert4RecConfig\(num_transitions=64\)"):
         keep_transitions(model, histories, num_items)
@@ -269,9 +269,9 @@ def test_a_model_without_room_for_transitions_is_told_so():
 
 def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch, caplog):
     chance = np.random.default_rng(0)
-    histories, num_items = made(["".join(map(chr, chance.integers(97, 137, 12))) for _ in range(80)])
+    histories, num_items = histories_of(["".join(map(chr, chance.integers(97, 137, 12))) for _ in range(80)])
     expected = cooccurrence_vectors(histories, num_items, 16, seed=1)
-    monkeypatch.setattr(cooccurrence, "SPARSE_FACTORISATION_FROM_ITEMS", num_items - 1)
+    monkeypatch.setattr(counting, "SPARSE_FACTORISATION_FROM_ITEMS", num_items - 1)
     found = cooccurrence_vectors(histories, num_items, 16, seed=1)
     assert "takes about a minute" in caplog.text
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-5, rtol=1e-3)

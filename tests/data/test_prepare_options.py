@@ -12,7 +12,7 @@ from bert4rec_hf.cli import main
 def test_the_command_line_has_every_option_and_no_other(capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "--help"])
-    # An option's own line starts with its spellings; other options are named within sentences.
+    # The line of an option starts with its names. Help texts name other options too, but not at the start.
     lines = re.findall(r"^  (-.*?)(?:  .*)?$", capsys.readouterr().out, re.MULTILINE)
     found = {option for line in lines for option in re.findall(r"--(\w+)", line)}
     named = {option.name for option in dataclasses.fields(PrepareOptions)}

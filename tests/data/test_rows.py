@@ -55,11 +55,11 @@ def test_sliding_windows_are_counted_back_from_the_newest_and_the_oldest_is_as_l
 def test_ranking_rows_are_what_serving_gets(histories, tokenizer):
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
     assert rows["user_id"] == ["long", "fresh"]
-    # The newest three items and [MASK]; the validation item is part of the test history.
+    # A row has the newest three items and [MASK]. The test history includes the validation item.
     assert rows["input_ids"] == [[5, 6, 7, 1], [4, 1]]
-    # The target of "fresh" is unknown to the catalogue.
+    # The catalogue lacks the target of "fresh".
     assert rows["labels"] == [[-100, -100, -100, 8], [-100, -100]]
-    # The whole history, not the window.
+    # The whole history is excluded, not only the window.
     assert rows["exclude_ids"] == [[3, 4, 5, 6, 7], [4]]
     assert rows["history_length"] == [6, 1]
 
@@ -72,7 +72,7 @@ def test_a_user_without_a_past_is_ranked_from_a_lone_mask(histories, tokenizer):
 
 
 def test_ranking_rows_make_no_list_of_python_objects(monkeypatch):
-    monkeypatch.setattr(bert4rec_hf.data.rows, "Dataset", lambda table: table)  # whose fingerprint takes four copies
+    monkeypatch.setattr(bert4rec_hf.data.rows, "Dataset", lambda table: table)  # its fingerprint takes memory
     num_users, length = 1000, 200
     tokenizer = Bert4RecTokenizer.from_items(range(1000), model_max_length=length)
     histories = Histories(
@@ -88,7 +88,7 @@ def test_ranking_rows_make_no_list_of_python_objects(monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert rows["input_ids"][7].as_py() == [*histories.item_ids[7 * length : 8 * length - 1], 1]
-    assert peak < 30 * num_users * length  # bytes: a column has 4 an item, a list of numpy's numbers 40
+    assert peak < 30 * num_users * length  # a column takes 4 bytes per item, and a list of numbers 40
 
 
 def test_ranking_rows_of_nobody_have_the_columns_of_others(histories, tokenizer):
@@ -100,7 +100,7 @@ def test_ranking_rows_of_nobody_have_the_columns_of_others(histories, tokenizer)
 
 
 def test_more_text_than_one_array_of_strings_holds_is_read():
-    many, text = 33, "x" * 2**26  # 64 MiB; its chunk stands 33 times in the table, but once in memory
+    many, text = 33, "x" * 2**26  # 64 MiB, 33 times in the table but once in memory
     part = pa.table(
         {
             "user_id": [text],
@@ -151,7 +151,10 @@ def test_nothing_to_train_on_is_an_error(tokenizer):
 
 
 def many_users(num_users: int) -> tuple:
-    """Users who had item 0, had item 1 as their target, and a catalogue whose item k occurs k times."""
+    """Ranking rows of users with item 29 in the past and target 1, and their histories.
+
+    In the history of one more user, item k occurs k times.
+    """
     tokenizer = Bert4RecTokenizer.from_items((f"{k:02}" for k in range(30)), model_max_length=4)
     log = [f"{k:02}" for k in range(30) for _ in range(k)]
     table = pa.table(
@@ -167,14 +170,14 @@ def many_users(num_users: int) -> tuple:
     return ranking_rows(histories, tokenizer, "test", filter_seen_items=True), histories
 
 
-@pytest.mark.parametrize("num_candidates", [2, 5])  # of 27 that are left, which are many and few
+@pytest.mark.parametrize("num_candidates", [2, 5])  # of 27 items: 2 by rejection, 5 by exponential races
 def test_sampled_candidates_go_by_popularity_and_are_none_of_the_users_own(num_candidates):
     rows, histories = many_users(3000)
     drawn = np.array(sampled_candidates(rows, histories, num_candidates=num_candidates)["candidate_ids"]) - 3
     assert drawn.shape == (3000, num_candidates)
     assert all(len(set(row)) == num_candidates for row in drawn.tolist())
-    assert not np.isin(drawn, [0, 1, 29]).any()  # never in the training part, the target, the past
-    # The first of each user goes by the counts alone: the 2 of 2 .. 28 once in 405, the 28 in 28 of 405.
+    assert not np.isin(drawn, [0, 1, 29]).any()  # an item without a count, the target, and the past
+    # The first draw of each user is proportional to the counts. The counts of items 2 to 28 sum to 405.
     share = np.bincount(drawn[:, 0], minlength=30) / 3000
     counts = np.arange(30)
     expected = counts * np.isin(counts, [0, 1, 29], invert=True) / sum(range(2, 29))

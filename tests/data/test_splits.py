@@ -1,4 +1,4 @@
-"""Orders, filters, duplicates and splits."""
+"""Order of events, filters, duplicates and splits."""
 
 import json
 import random
@@ -83,7 +83,7 @@ def test_a_log_without_a_timestamp_is_ordered_by_its_position(tmp_path):
 def test_shuffling_a_log_with_a_sequence_column_changes_no_byte(tmp_path, saved_catalogues):
     header = (*HEADER, "position", "price")
     generator = random.Random(0)
-    # Three positions for ten events: most are tied in time and position, and differ in item or price alone.
+    # A user has about ten events at three positions. Most events tie in time and position, and differ in item or price.
     rows = [
         (
             f"user {generator.randrange(3000)}",
@@ -152,7 +152,7 @@ def test_duplicates_are_kept_dropped_or_collapsed(tmp_path, saved_catalogues, du
 
 
 def test_the_filter_is_repeated_until_nothing_changes(tmp_path):
-    # d has one event; without d, w has one; without w, c; without c, z; and b keeps two.
+    # d has one event and is dropped. Then w, c and z are dropped in turn, since each has one event left. b keeps two.
     rows = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("b", "z"), ("c", "z"), ("c", "w"), ("d", "w")]
     log = write_csv(tmp_path / "log.csv", [(user, item, time) for time, (user, item) in enumerate(rows)])
     kept = items_of(log, min_user_events=2, min_item_events=2)
@@ -171,20 +171,20 @@ def test_temporal_cuts_freeze_every_history_at_the_cut(tmp_path, saved_catalogue
 
     preparation = prepare(log, tmp_path / "out", min_user_events=2, min_item_events=2, **cuts)
     rows = pq.read_table(tmp_path / "out" / "histories.parquet").to_pylist()
-    assert [row["train_end"] for row in rows] == [2, 3, 0, 0]  # c has one event before the cut
-    assert rows[1]["item_id"] == ["y", "x", "rare"]  # whole, though the catalogue lacks one
+    assert [row["train_end"] for row in rows] == [2, 3, 0, 0]  # c has one event before the cut, too few
+    assert rows[1]["item_id"] == ["y", "x", "rare"]  # the catalogue lacks one, but the history has all
     assert saved_catalogues[0][0] == {"x": 2, "y": 2}
     assert preparation["split"] == {"name": "temporal", "validation": True, "validation_cut": 6, "test_cut": 8}
     statistics = preparation["statistics"]
     assert (statistics["num_validation_targets"], statistics["num_test_targets"]) == (2, 2)
-    assert statistics["share_cold_targets"] == 0.5  # a's x is known, c's new is not
+    assert statistics["share_cold_targets"] == 0.5  # the catalogue has a's target but not c's
     assert statistics["num_test_users_without_past"] == 0
 
 
 @pytest.mark.parametrize(
     ("split", "expected", "catalogue"),
     [
-        # Of a's five events, b's three, c's two and d's one.
+        # a has five events, b three, c two and d one.
         (
             {"name": "leave-one-out", "validation": False},
             {"a": (4, None, 4), "b": (2, None, 2), "c": (1, None, 1), "d": (1, None, None)},
@@ -224,7 +224,7 @@ def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
         split = prepare(log, tmp_path / "out", split="temporal", **cuts)["split"]
         return split["validation_cut"] / 86400, split["test_cut"] / 86400
 
-    assert cuts_of(validation_cut=0.5, test_cut=0.8) == (5, 8)  # 5 of 11 events before, 8 of 11
+    assert cuts_of(validation_cut=0.5, test_cut=0.8) == (5, 8)  # 5 and 8 of 11 events are before the cuts
     assert cuts_of(validation_cut="0.5", test_cut="1970-01-09") == (5, 8)
     assert cuts_of(validation_cut=6 * 86400, test_cut=str(8 * 86400)) == (6, 8)
     assert cuts_of(validation_cut="1970-01-07T00:00:00+00:00", test_cut="1970-01-09T02:00:00+02:00") == (6, 8)
@@ -235,7 +235,7 @@ def test_a_cut_is_a_share_a_value_or_a_date(tmp_path, saved_catalogues):
     assert split["test_cut"] == "2024-01-09T00:00:00"
     with pytest.raises(ValueError, match="a cut is a share between 0 and 1 or an ISO date; got 7"):
         rows_of(log, split="temporal", validation_cut=0.5, test_cut=7)
-    # .29 times 100 is a little less than 29.
+    # As a float, .29 times 100 is less than 29.
     log = write_csv(tmp_path / "hundred.csv", [(time % 2, time % 5, time) for time in range(100)])
     assert prepare(log, tmp_path / "out", split="temporal", validation=False, test_cut=0.29)["split"]["test_cut"] == 29
 

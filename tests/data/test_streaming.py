@@ -30,7 +30,7 @@ TOKENIZER = Bert4RecTokenizer.from_items(range(200), model_max_length=8)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> str:
-    """The first item of every row tells it from the others; a column of the user's own is among them."""
+    """Shards of histories with an extra column. The first item of each row identifies the row."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(NUM_SHARDS):
         numbers = range(shard * ROWS, (shard + 1) * ROWS)
@@ -79,7 +79,7 @@ def test_workers_that_are_started_anew_are_sent_the_rows(shards):
 
 
 def train(shards: str, folder: Path) -> None:
-    """Trains one pass over the rows and notes those that this process collated."""
+    """Train for one pass over the rows, and write down the rows that this process collated."""
     collator, seen = DataCollatorForMaskedItemPrediction(TOKENIZER), []
 
     def collate(rows):
@@ -110,7 +110,7 @@ def test_the_trainer_trains_on_every_streamed_row_once(shards, tmp_path):
 
 @pytest.mark.processes
 def test_two_processes_train_on_every_streamed_row_once(shards, tmp_path):
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     outcome = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          __file__, shards, str(tmp_path)],

@@ -1,10 +1,10 @@
-"""What the documentation site must keep to, beyond `mkdocs build --strict`: run by `make docs`, not by `make test`.
+"""Checks of the documentation site beyond `mkdocs build --strict`, which `make docs` runs and `make test` does not.
 
-- The Python blocks of README.md and of each page run: those of one page in order, in one process, in a folder with a
-  small log `events-*.parquet`, the prepared folder `data` and the model folder `model`. A block below
+- The Python blocks of README.md and of each page run. The blocks of one page run in order, in one process, in a
+  folder with a small log `events-*.parquet`, the prepared folder `data` and the model folder `model`. A block below
   `<!-- not run: REASON -->` is left out.
 - Every public name has a docstring and an entry in the reference; every option of the command line is in it too.
-- Pages name no file of the repository that is not there, and link to none: they are read in the repository too.
+- Every file of the repository that a page names or links to exists, since pages are read in the repository too.
 """
 
 import ast
@@ -29,7 +29,7 @@ SITE = ROOT / "build" / "site"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"((?:^[^\n]*\n)?)^( *)```python\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
-# A path of the repository, in backticks: with a folder of the repository before it.
+# A path in backticks that begins with a folder of the repository.
 NAMED_FILE = re.compile(r"`((?:benchmarks|bert4rec_hf|docs|examples|notebooks|recipes|tests)/[\w./-]+\.\w+)`")
 LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")
 TEXTS = [
@@ -42,7 +42,7 @@ NUM_USERS, NUM_ITEMS = 80, 200
 
 
 def blocks(page: Path) -> list[str]:
-    """The Python blocks of a page that are to run."""
+    """The Python blocks of a page, without those that are marked as not run."""
     found = BLOCK.findall(page.read_text("utf-8"))
     return [inspect.cleandoc("\n" + code) for before, _, code in found if not NOT_RUN.fullmatch(before.strip())]
 
@@ -52,7 +52,7 @@ WITH_BLOCKS = [page for page in PAGES if blocks(page)]
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
-    """The folder that the pages start from."""
+    """A folder with the log, the prepared folder and the model folder that pages use."""
     folder = tmp_path_factory.mktemp("pages")
     chance = random.Random(0)
     for part in (1, 2):
@@ -79,7 +79,7 @@ def workplace(tmp_path_factory) -> Path:
 def test_the_blocks_of_a_page_run(page, workplace, tmp_path):
     folder = tmp_path / "page"
     shutil.copytree(workplace, folder)
-    # README.md and the quickstart name the folders of the quickstart.
+    # README.md and the quickstart use folders in `quickstart`.
     shutil.copytree(workplace / "model", folder / "quickstart" / "model")
     code = "\n\n".join(blocks(page))
     ast.parse(code)

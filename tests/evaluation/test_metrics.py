@@ -43,10 +43,10 @@ def test_no_users_give_zeros_and_no_warning():
 
 
 def test_target_ranks_count_ties_against_the_target_and_leave_out_special_tokens():
-    # Token ids 3..7; the special tokens have the highest scores and must not count.
+    # The items are token ids 3 to 7. The special tokens have the highest scores and must not count.
     scores = torch.tensor([[9.0, 9, 9, 1, 2, 2, 0, 5]]).expand(4, -1).unsqueeze(1)
     labels = torch.tensor([[4], [7], [6], [-100]])
-    # 4 ties with 5 and loses to 7; a target that the catalogue lacks is a miss.
+    # Item 4 ties with 5 and ranks below 7. A target that the catalogue lacks is a miss.
     assert target_ranks((scores,), labels).tolist() == [3, 1, 5, 0]
 
 
@@ -92,24 +92,24 @@ def test_baselines_by_hand():
     )
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=False)
     found = baseline_ranks(rows, histories, 4)
-    # Training counts: a 4, b 3, c 1, d 0. Targets: d after "…c" and c after "…d".
+    # The training counts are 4 for a, 3 for b, 1 for c and 0 for d. The targets are d for u and c for v.
     assert found["popularity"].tolist() == [4, 3]
-    # The newest tenth of the eight training events is the one at time 5: a "b"; the others tie at nothing.
+    # The newest tenth of the eight training events is the b at time 5. The other items tie, without a recent event.
     assert found["recent popularity"].tolist() == [4, 4]
-    # c is followed by a once (never by d); nothing follows d, so popularity decides.
+    # The last item of u is c, which a follows once and d never. Nothing follows d in v, so popularity decides.
     assert found["last-item co-occurrence"].tolist() == [4, 3]
-    # u has had a twice, b twice, c once; v a twice, c once and b once, of which b is more popular, and d once.
+    # u has had a and b twice and c once. v has had a twice, and b, c and d once. Popularity orders equal counts.
     assert found["personal popularity"].tolist() == [4, 3]
-    # Users without events, which a table of one's own may have, change nothing.
+    # Users without events, which other programs may write, change nothing.
     nothing = ([], 0, None, None)
     around = {"before": nothing, "u": (["a", "b", "a", "b", "c", "d"], 4, 4, 5), "w": (list("acabdc"), 4, 4, 5)}
     around = tokenize_histories(table(around | {"behind": nothing}), tokenizer)
-    of_these = baseline_ranks(ranking_rows(around, tokenizer, "test", filter_seen_items=False), around, 4)
-    assert of_these["last-item co-occurrence"].tolist() == [4, 3]
-    # Without times it is a tenth of each history, one event at least: the last that trains, b of either.
+    with_empty_users = baseline_ranks(ranking_rows(around, tokenizer, "test", filter_seen_items=False), around, 4)
+    assert with_empty_users["last-item co-occurrence"].tolist() == [4, 3]
+    # Without times, the last tenth of each training part is recent, at least one event: b in both histories.
     assert histories.item_ids[replace(histories, timestamps=None).is_recent()].tolist() == [4, 4]
     filtered = ranking_rows(histories, tokenizer, "test", filter_seen_items=True)
-    # u has had a, b, c: d is all that is left. v has had its target before: never shown.
+    # u has had a, b and c, so only d is left. v has had its target, so the target is never shown.
     assert baseline_ranks(filtered, histories, 4)["popularity"].tolist() == [1, 0]
     assert "personal popularity" not in baseline_ranks(filtered, histories, 4)
 
@@ -120,7 +120,7 @@ def test_personal_popularity_counts_the_users_own_events():
         table({"u": (["x", "d", "c", "d", "b", "d", "c"], 5, 5, 6), "v": (["a", "a", "a"], 3, None, None)}), tokenizer
     )
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=False)
-    # Before its c u has had d three times, b as often as c, which is as popular, and x, which the catalogue lacks.
+    # Before the target c, u has had d three times, and b and c once. These two tie. The catalogue lacks x.
     assert baseline_ranks(rows, histories, 4)["personal popularity"].tolist() == [3]
     assert baseline_ranks(rows, histories, 4)["popularity"].tolist() == [4]
 
@@ -142,7 +142,7 @@ def test_co_occurrence_knows_what_follows_what():
         table({"u": (["a", "d", "a", "d", "b", "a", "d"], 5, 5, 6), "v": (["b", "b", "b"], 3, None, None)}), tokenizer
     )
     rows = ranking_rows(histories, tokenizer, "test", filter_seen_items=False)
-    # b is the most popular, but after a comes d; the end of u is not followed by the start of v.
+    # b is the most popular item, but d follows a. The start of v does not count as a successor of the end of u.
     assert baseline_ranks(rows, histories, 4)["last-item co-occurrence"].tolist() == [1]
     assert baseline_ranks(rows, histories, 4)["popularity"].tolist() == [3]
 
@@ -153,8 +153,8 @@ def test_transitions_alone_are_a_model_whose_own_scores_are_popularity(seen):
     tokenizer = Bert4RecTokenizer.from_items([f"i{number}" for number in range(200)], model_max_length=20)
     rows = {}
     for user in range(60):
-        # Around a circle with gaps and returns, so that some items follow others often; the unknown and users without
-        # a past are among them.
+        # A random walk around a circle of items, so that some items often follow others. The catalogue lacks some of
+        # the items.
         walk = np.cumsum(chance.choice([1, 1, 2, 5, 60], size=chance.integers(2, 15))) % 220
         rows[str(user)] = ([f"i{number}" for number in walk], len(walk) - 1, None, len(walk) - 1)
     rows |= {"new": (["i7"], 0, None, 0)}

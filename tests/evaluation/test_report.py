@@ -1,4 +1,4 @@
-"""`evaluate --report`: slices, and the popularity of the recommendations."""
+"""`evaluate --report`: slices of users, and the popularity of recommended items."""
 
 import json
 import random
@@ -23,9 +23,9 @@ PROTOCOL = Protocol("leave-one-out", "test", "all 5 items", True, 4, 1, 0.0, 0.2
 @pytest.mark.parametrize(
     ("counts", "groups"),
     [
-        ([5, 3, 1, 1, 0], [0, 1, 2, 2, 3]),  # more frequent items hold 0, .5, .8 and .8 of the events
+        ([5, 3, 1, 1, 0], [0, 1, 2, 2, 3]),  # more frequent items have 0, .5, .8 and .8 of the events
         ([1, 0, 1, 3, 5], [2, 3, 2, 1, 0]),
-        ([4, 4, 2], [0, 0, 2]),  # equally frequent items stand together
+        ([4, 4, 2], [0, 0, 2]),  # equally frequent items are in one group
         ([1, 1, 1], [0, 0, 0]),
         ([0, 0], [3, 3]),
     ],
@@ -36,7 +36,7 @@ def test_head_torso_and_tail_are_told_by_the_share_of_events_of_more_frequent_it
 
 @pytest.fixture
 def known() -> dict:
-    """Token ids 3 to 7 have 5, 3, 1, 1 and no training events; the targets are 3, 4, 7 and one that is unknown."""
+    """Token ids 3 to 7 have 5, 3, 1, 1 and no training events; the targets are 3, 4, 7 and an unknown item."""
     events = np.array([3, 3, 3, 3, 3, 4, 4, 4, 5, 6, 7])
     histories = Histories(pa.array(["u"]), events, np.array([0, 11]), np.array([10]), {}, None)
     rows = Dataset.from_dict(
@@ -73,7 +73,7 @@ def test_slices_have_the_metrics_of_their_users(known):
         ],
     }
     model = report["overall"]["systems"]["model"]
-    # Of 1, .5, 0 and 0 the variance is .229.
+    # The NDCG of the users is 1, .5, 0 and 0, with a variance of .229.
     assert model == pytest.approx(
         {"HR@10": 0.5, "NDCG@10": 0.375, "MRR": 1 / 3, "NDCG@10_standard_error": (0.6875 / 3 / 4) ** 0.5}
     )
@@ -87,7 +87,7 @@ def test_what_is_recommended_is_counted_by_training_events(known):
     shown = report["recommendations"]
     assert shown["model"]["average_popularity"] == pytest.approx((4 * 5 + 2 * 3 + 1) / 7)
     assert shown["model"]["coverage@10"] == 3 / 5
-    # Shown 0, 0, 1, 2 and 4 times: the mean difference of all pairs over twice the mean.
+    # The items are shown 0, 0, 1, 2 and 4 times. Gini is the mean difference of all pairs divided by twice the mean.
     assert shown["model"]["gini"] == pytest.approx(2 * (1 + 2 + 4 + 1 + 2 + 4 + 1 + 3 + 2) / (25 * 2 * 7 / 5))
     assert shown["model"]["shares"] == pytest.approx(
         {"head": 4 / 7, "torso": 2 / 7, "tail": 1 / 7, "no training event": 0.0}
@@ -114,7 +114,7 @@ def test_a_report_of_no_recommendation_at_all_is_written(known, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Model and data of a log that is cut in time; a third of the users have no past at the validation cut."""
+    """Model and data of a log with a temporal split. A third of the users have no past at the validation cut."""
     folder = tmp_path_factory.mktemp("report")
     chance = random.Random(0)
     lines = ["user_id,item_id,timestamp"]

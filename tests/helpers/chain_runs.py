@@ -8,12 +8,16 @@ import torch
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainingArguments
 
-# Without transitions, which know these logs before anything is learnt.
+# There are no transitions, since they would predict these logs without any training.
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_transitions": 0}
 
 
 def write_chain(path: Path, num_users: int, num_items: int, length: int, follow: float) -> dict[str, str]:
-    """A log in which item i is followed by a fixed next item with probability `follow`, else by any item."""
+    """Write a log in which each item has one successor, which follows with probability `follow`; else any item follows.
+
+    Returns:
+        The successor of each item.
+    """
     chance = random.Random(0)
     items = [f"item {number}" for number in range(num_items)]
     shuffled = chance.sample(items, num_items)

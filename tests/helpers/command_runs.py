@@ -1,4 +1,4 @@
-"""Running the command line, and small logs for it."""
+"""Runs of the command line, and small logs for it."""
 
 import contextlib
 import csv
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from bert4rec_hf.cli import main
 
 NUM_USERS, NUM_ITEMS = 60, 30
-# None of these is a default, so that a recipe that is not read would show.
+# None of these values is a default, so a test notices if a recipe is not read.
 OPTIONS = {
     "num_train_epochs": 1,
     "hidden_size": 16,
@@ -24,29 +24,29 @@ OPTIONS = {
 
 
 def run(*arguments):
-    """Status, standard output and standard error of a command in this process."""
+    """Run a command in this process. Returns its status, standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
+        except SystemExit as stop:  # raised by argparse
             status = stop.code
     return status, out.getvalue(), err.getvalue()
 
 
 def succeed(*arguments):
-    """Lines of standard output of a command that works."""
+    """Run a command that must succeed. Returns the lines of its standard output."""
     status, out, err = run(*arguments)
     assert status == 0, err
     return out.splitlines()
 
 
 def fail(*arguments):
-    """The one line that a user's mistake gives."""
+    """Run a command that must fail with one line for the user. Returns this line."""
     status, out, err = run(*arguments)
     assert status == 2
     assert out == ""
-    lines = err.splitlines()  # without progress bars, since this is no terminal
+    lines = err.splitlines()  # there are no progress bars, since standard error is not a terminal
     assert len(lines) == 1, err
     assert lines[0].startswith(f"bert4rec {arguments[0]}: ")
     return lines[0]
@@ -67,7 +67,7 @@ def write_log(path, rows, header=("user_id", "item_id", "timestamp")):
 
 
 def random_rows(users, items, seed=0):
-    """Events in the order of time, 4 to 12 a user."""
+    """4 to 12 events per user, in order of time."""
     chance = random.Random(seed)
     return [
         (user, chance.choice(items), 1000 * number + event)

@@ -60,7 +60,7 @@ class HubServer(ThreadingHTTPServer):
         repositories: Repositories by id, "somebody/name"; those of datasets by "datasets/somebody/name".
         objects: Large files that have arrived whole and verified, by sha256.
         requests: Method and path of all requests.
-        log: Called with each request.
+        log: Function that is called with each request.
         uploads_to_break: Number of uploads of large files that lose their connection half way.
         uploads_to_refuse: Number of uploads after these that are refused.
     """
@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"branches": named, "tags": [], "converts": []})
 
     def history(self, repo: str, revision: str) -> None:
-        """Of a repository whose only branch is main."""
+        """Send the commits of a repository whose only branch is main."""
         self.snapshot(repo, revision)
         about = {"authors": [{"user": USER}], "date": "2000-01-01T00:00:00.000Z", "message": ""}
         commits = [about | {"id": sha, "title": title} for sha, (title, _) in self.repository(repo).commits.items()]
@@ -365,7 +365,7 @@ ROUTES = [
 
 
 if __name__ == "__main__":
-    # For trying commands by hand, as in docs/how-to/publishing.md: prints every request until it is interrupted.
+    # Serve commands that are run by hand, as in docs/how-to/publishing.md, and print every request until interrupted.
     with HubServer() as hub:
         hub.log = functools.partial(print, flush=True)
         hub.log(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1")

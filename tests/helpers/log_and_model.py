@@ -1,4 +1,4 @@
-"""A small log with a model for it, and what a model answers: for tests that wrap or split its weights."""
+"""A small log, a model for it, and the answers of a model, for tests that wrap or shard its weights."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def write_log_and_model(folder: Path) -> tuple[Path, Path, Bert4RecForMaskedItem
     torch.manual_seed(0)
     config = Bert4RecConfig(
         vocab_size=len(tokenizer), hidden_size=HIDDEN_SIZE, max_position_embeddings=50, num_transitions=4,
-        initializer_range=0.2,  # scores that differ by far more than a tolerance
+        initializer_range=0.2,  # scores differ by far more than the tolerances
     )  # fmt: skip
     model = Bert4RecForMaskedItemPrediction(config)
     successors = torch.stack([torch.randperm(NUM_ITEMS)[:4] + 3 for _ in range(NUM_ITEMS)])
@@ -38,7 +38,7 @@ def write_log_and_model(folder: Path) -> tuple[Path, Path, Bert4RecForMaskedItem
     return data, start, model
 
 
-def pieces(data: Path) -> dict:
+def trainer_inputs(data: Path) -> dict:
     histories, tokenizer, _ = read_prepared(data)
     return {
         "train_dataset": training_rows(histories),
@@ -54,7 +54,7 @@ def histories_in_tokens(model: Bert4RecForMaskedItemPrediction) -> torch.Tensor:
 
 @torch.no_grad()
 def answers(model: Bert4RecForMaskedItemPrediction) -> dict[str, torch.Tensor]:
-    """What a model says of some histories, the item vectors first."""
+    """The answers of a model for some histories. Item vectors are read before the first forward pass."""
     histories = histories_in_tokens(model)
     item_vectors = model.item_vectors()
     scores, item_ids = model.recommend(histories, top_k=10)

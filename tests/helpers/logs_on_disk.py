@@ -1,4 +1,4 @@
-"""Small logs as files, and what prepare makes of them."""
+"""Small logs as files, and the histories that `prepare` makes from them."""
 
 import csv
 from pathlib import Path

@@ -30,7 +30,7 @@ HISTORIES = [[5, 9, 17, 30, 4, 22, 8], [11, 3], [39, 38, 37, 39], []]
 
 
 def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
-    """Weights and biases so large that scores differ by far more than the tolerances here."""
+    """A model whose weights and biases are so large that scores differ by far more than the tolerances of the tests."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCAB,
@@ -47,17 +47,17 @@ def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
             nn.init.normal_(parameter, std=0.3)
     scores = model.history_scores
     if scores.successor_ids is not None:
-        # Some other items, each once, and from some items on nothing.
-        _, number = scores.successor_ids.shape
+        # Each item has distinct random successors. Some items have fewer than the maximum, or none.
+        _, max_successors = scores.successor_ids.shape
         for item in (PAD, *range(FIRST, config.vocab_size)):
-            count = int(torch.randint(number + 1, ()))
+            count = int(torch.randint(max_successors + 1, ()))
             scores.successor_ids[item, :count] = FIRST + torch.randperm(config.vocab_size - FIRST)[:count].int()
             scores.successor_scores[item, :count] = torch.rand(count) * 3
     return model.eval()
 
 
 def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPrediction:
-    """A model whose scores are known: all weights 0, the biases of the items as given."""
+    """A model with known scores: all weights are 0, and `scores` are the biases of the items."""
     model = make_model(vocab_size=FIRST + len(scores))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,12 +71,14 @@ WITH_HISTORY = {
     "repeats": {"repeat_weight": 0.8},
     "both": {"num_transitions": 5, "repeat_weight": 0.8},
 }
-# Of that fixture, those whose scores are the Transformer's alone.
-PLAIN = pytest.mark.parametrize("model", [*ARCHITECTURES.values()], ids=[*ARCHITECTURES], indirect=True)
+# The models of the fixture `model` without history scores.
+without_history_scores = pytest.mark.parametrize(
+    "model", [*ARCHITECTURES.values()], ids=[*ARCHITECTURES], indirect=True
+)
 
 
 def pad(rows: list[list[int]], side: str = "right", length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Histories with a [MASK] behind them, and the attention mask."""
+    """Padded histories, each with a [MASK] at its end, and their attention mask."""
     rows = [[*row, MASK] for row in rows]
     length = length or max(map(len, rows))
     fill = [[PAD] * (length - len(row)) for row in rows]
@@ -86,7 +88,7 @@ def pad(rows: list[list[int]], side: str = "right", length: int | None = None) -
 
 @torch.no_grad()
 def mask_scores(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """(batch, vocabulary) at the [MASK]s: the logits of the plain forward, and what the history adds."""
+    """Scores (batch, vocabulary) at the [MASK]s: the logits of `forward` plus the history scores."""
     scores = model(input_ids=input_ids, attention_mask=attention_mask).logits[input_ids == MASK]
     for row, (items, values) in enumerate(zip(*model.history_scores(input_ids, attention_mask), strict=True)):
         scores[row, items] += values
@@ -98,7 +100,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def at_masks(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch with labels (batch, length), as a collator makes it: labels at `masked_positions`."""
+    """Replace labels (batch, length) by labels at `masked_positions`, as the collator makes them."""
     places = [row.nonzero()[:, 0] for row in batch["labels"] != -100]
     positions = nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
     labels = batch["labels"].gather(1, positions.clamp(min=0)).masked_fill(positions < 0, -100)
@@ -106,7 +108,7 @@ def at_masks(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def training_batch() -> dict[str, torch.Tensor]:
-    """Two rows with three labels between them, the second row padded."""
+    """Two rows with three labels in total. The second row is padded."""
     return {
         "input_ids": torch.tensor([[9, MASK, MASK, 30], [MASK, 11, PAD, PAD]]),
         "labels": torch.tensor([[-100, 5, 17, -100], [3, -100, -100, -100]]),

@@ -1,4 +1,4 @@
-"""The answers of a model folder. As a program, it loads the folder without this package; see test_publish_code.py."""
+"""Collects the answers of a model folder. As a program, it works without this package; see test_publish_code.py."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ CHOICE = {"history": ["007"], "candidates": ["ünï", "", "100", "\\[PAD]", "119
 
 
 def answers(folder, task, **trust):
-    """Everything that a folder answers; floats as they are."""
+    """All answers of a model folder, with unrounded numbers."""
     config = AutoConfig.from_pretrained(folder, **trust)
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     encoder = AutoModel.from_pretrained(folder, **trust).eval()
@@ -57,7 +57,7 @@ def answers(folder, task, **trust):
 
 
 def refusal(load, *arguments, **options):
-    """The message of a ValueError, None where there is none."""
+    """The message of the ValueError that `load` raises, or None."""
     try:
         load(*arguments, **options)
     except ValueError as error:

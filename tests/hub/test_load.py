@@ -31,7 +31,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once():
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "PATH": ""},
     )  # fmt: skip
     assert "there is no folder owner/no_such_model, and the Hub cannot be reached" in done.stderr
-    assert time.monotonic() - started < 40  # most of it imports; with retries it would be minutes
+    assert time.monotonic() - started < 40  # mostly imports; retries would take minutes
 
 
 def test_a_model_that_the_hub_lacks_is_told(monkeypatch):

@@ -50,7 +50,7 @@ def test_a_card_names_our_library_as_the_hub_names_libraries_also_where_it_named
     assert read(folder).data.library_name == "bert4rec-hf"
     assert {"bert4rec", "bert4rec_hf", "sequential-recommendation"} <= set(read(folder).data.tags)
     card = read(folder)
-    card.data.library_name = "transformers"  # as cards of earlier versions did
+    card.data.library_name = "transformers"  # as in cards of earlier versions
     card.save(folder / "README.md")
     write_model_card(folder)
     assert read(folder).data.library_name == "bert4rec-hf"
@@ -142,7 +142,7 @@ def test_the_printed_command_prepares_the_same_data(folder, tmp_path, monkeypatc
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"seed": 1}))
     write_model_card(folder)
     command = next(line for line in read(folder).text.splitlines() if line.startswith("bert4rec prepare"))
-    assert command.endswith(" --item_titles TITLES")  # this folder has some
+    assert command.endswith(" --item_titles TITLES")  # the catalogue has titles
     assert main(shlex.split(command.removesuffix(" --item_titles TITLES"))[1:]) == 0
     assert json.loads((tmp_path / "data" / "preparation.json").read_text()) == preparation
     assert (tmp_path / "data" / "histories.parquet").read_bytes() == (

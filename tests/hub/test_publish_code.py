@@ -1,4 +1,4 @@
-"""Folders with published code load without this package, and with it need no trust_remote_code."""
+"""A folder with published code loads without this package; with the package, it needs no trust_remote_code."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def own_answers(folder):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Folders without code, one an architecture."""
+    """Folders without code, one per architecture."""
     folder = tmp_path_factory.mktemp("plain")
     return [save_model(folder / name, **options) for name, options in ARCHITECTURES.items()]
 
@@ -83,21 +83,21 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stranger(published, tmp_path_factory):
-    """What a process finds that has Transformers and not us."""
+    """The answers of a process that has Transformers but not this package."""
     output = tmp_path_factory.mktemp("stranger") / "found.json"
     package = Path(bert4rec_hf.__file__).parent
     subprocess.run(
         [sys.executable, "-I", without_package.__file__, PUBLISHED_TASK, output, package, *published],
         check=True,
         cwd=output.parent,
-        stdin=subprocess.DEVNULL,  # nobody is there to be asked whether the code is to be trusted
+        stdin=subprocess.DEVNULL,  # nobody can answer whether to trust the code
         env=os.environ | {"HF_MODULES_CACHE": str(output.with_name("modules")), "OMP_NUM_THREADS": "1"},
     )
     return read(output)
 
 
 def assert_equal(found, expected):
-    """To the bit; classes of the same names, from the folder's code."""
+    """Check that answers are equal to the bit, from classes of the same names in the folder's code."""
     assert {**found, "modules": None} == {**expected, "modules": None}
     assert all(module.startswith("transformers_modules.") for module in found["modules"])
 

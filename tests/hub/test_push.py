@@ -45,7 +45,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def data(folder) -> Path:
-    """A prepared log of 40 users with columns of its own and titles, two of whose 12 items occur in targets only."""
+    """A prepared log of 40 users with titles and its own column names. Two of its 12 items occur in targets only."""
     chance = random.Random(0)
     lines = ["user_id,sku,timestamp"]
     for user in range(40):
@@ -59,10 +59,10 @@ def data(folder) -> Path:
 
 
 def environment(hub: HubServer, folder: Path, token: str = TOKEN) -> dict[str, str]:
-    # The endpoint is read when huggingface_hub is imported, so that this process never speaks to it.
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    # huggingface_hub reads the endpoint at import, so this process itself never uses it.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     package, programs = Path(__file__).parent.parent.parent, Path(sys.executable).parent
-    return ours | {
+    return inherited | {
         "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -77,7 +77,7 @@ def run(command: list, hub: HubServer, folder: Path, token: str = TOKEN) -> subp
 
 
 def python(code: str, hub: HubServer, folder: Path, *arguments) -> dict:
-    """What a program in another process printed last, as JSON."""
+    """Run a program in another process. Returns the last line that it printed, parsed as JSON."""
     outcome = run([sys.executable, "-c", PREAMBLE + code, *arguments], hub, folder)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return json.loads(outcome.stdout.splitlines()[-1])
@@ -102,14 +102,14 @@ def change(model):
 
 @pytest.fixture(scope="module")
 def pushed(hub, folder, data):
-    """Trained, evaluated, pushed; changed and pushed again: of both pushes the commit and what the folder answered."""
+    """Train, evaluate and push a model; change and push it again. Returns commit and answers for both pushes."""
     code = f"""
 from bert4rec_hf import Bert4RecTrainingArguments
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
 options = {TRAIN!r}
 sizes = {{name: options.pop(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}}
 model, data = sys.argv[1:]
-# The token is an argument here, so that it would show if arguments were pushed.
+# The token is an argument, so that a test notices if the arguments are pushed.
 args = Bert4RecTrainingArguments(model, hub_model_id="{REPO}", hub_token="{TOKEN}", **options)
 trainer = train_prepared(data, args, **sizes)
 evaluate_prepared(model, data, use_cpu=True)
@@ -133,7 +133,7 @@ def test_the_trainer_pushes_the_whole_model_folder(hub, pushed, folder):
     assert len(items["titles"]) == len(items["counts"]) == 12
     assert '"The \\"3th\\", a film"' in json.dumps(items["titles"])
     local = {path.name: path.read_bytes() for path in (folder / "model").iterdir() if path.is_file()}
-    del local["training_args.bin"]  # it has this machine's paths
+    del local["training_args.bin"]  # not pushed, since it has paths of this machine
     assert local == {name: content for name, content in files(hub, pushed, "second").items() if name in local}
     assert hub.repositories[REPO].messages() == ["initial commit", "End of training", "End of training"]
 
@@ -171,7 +171,7 @@ def test_the_card_has_every_stored_metric_under_its_protocol(hub, pushed):
     assert card.data.pipeline_tag == "other"
     assert card.data.license == "mit"
     assert {"sequential-recommendation", "bert4rec", "films"} <= set(card.data.tags)
-    assert card.data.get("datasets") is None  # the log is a file of nobody else's
+    assert card.data.get("datasets") is None  # the log is not a public dataset
     assert card.data.model_name == "chain"
     records = json.loads(snapshot["evaluation.json"])
     expected = {
@@ -187,7 +187,7 @@ def test_the_card_has_every_stored_metric_under_its_protocol(hub, pushed):
     }
     assert "| last-item co-occurrence |" in card.text
     assert "2 of 12 items are cold: they have no training event" in card.text
-    # What was told at the first push is kept.
+    # The second push keeps the license that was given to the first.
     assert ModelCard(files(hub, pushed, "second")["README.md"].decode()).data.license == "mit"
 
 
@@ -202,7 +202,7 @@ def test_the_cards_snippet_runs_when_it_is_pasted(hub, pushed, folder):
     outcome = run([sys.executable, "-c", code], hub, folder)
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     assert len(re.findall(r"'item_id': 'item \d+', 'title': '", outcome.stdout)) == 5
-    assert "left out" not in outcome.stderr  # the items are the catalogue's
+    assert "left out" not in outcome.stderr  # the catalogue has the items of the snippet
 
 
 def test_the_cards_commands_train_the_same_weights(hub, pushed, folder, tmp_path):
@@ -247,20 +247,20 @@ model = load(sys.argv[1])
 try:
     model.push_to_hub("{REPO}")
 except Exception as error:
-    told = repr(error), repr(error.__cause__)
-between = HfApi().list_repo_files("{REPO}")
+    errors = repr(error), repr(error.__cause__)
+files_between = HfApi().list_repo_files("{REPO}")
 model.push_to_hub("{REPO}")
 weights = [load("{REPO}").state_dict(), model.state_dict()]
 are_equal = all(weights[0][name].equal(weights[1][name]) for name in weights[1])
-print(json.dumps([told, between, are_equal]))
+print(json.dumps([errors, files_between, are_equal]))
 """
     with HubServer() as hub:
-        # The client repeats a broken upload by itself; what was promised for it has expired by then.
+        # The client repeats the broken upload by itself, and the Hub refuses it as expired.
         hub.uploads_to_break = hub.uploads_to_refuse = 1
-        told, between, are_equal = python(code, hub, folder, folder / "model")
-        assert "model.safetensors" in told[0]
-        assert "expired" in told[1]
-        assert between == [".gitattributes"]
+        errors, files_between, are_equal = python(code, hub, folder, folder / "model")
+        assert "model.safetensors" in errors[0]
+        assert "expired" in errors[1]
+        assert files_between == [".gitattributes"]
         assert are_equal
         assert hub.repositories[REPO].messages() == ["initial commit", "Upload Bert4RecForMaskedItemPrediction"]
         assert hub.repositories[REPO].files().keys() == LOADED_ALONE
@@ -272,7 +272,7 @@ def test_the_command_trains_pushes_every_checkpoint_and_recommends_by_repo_id(hu
     repo = f"{USER}/by-command"
     options = [word for name, value in TRAIN.items() for word in (f"--{name}", str(value).lower())]
     command = [sys.executable, "-m", "bert4rec_hf"]
-    hub.uploads_to_break = 1  # which the client mends by itself
+    hub.uploads_to_break = 1  # the client repeats a broken upload by itself
     outcome = run(
         [*command, "train", "--data", data, "--output_dir", "model", *options, "--push_to_hub", "true",
          "--hub_model_id", repo, "--hub_strategy", "checkpoint", "--save_total_limit", "1"],
@@ -285,7 +285,7 @@ def test_the_command_trains_pushes_every_checkpoint_and_recommends_by_repo_id(hu
     assert messages[0] == "initial commit"
     assert sorted(messages[1:-1]) == [f"Training in progress, step {step}" for step in (1, 1, 2, 2)]
     assert messages[-1] == "Model save"
-    # Each of these commits is a model folder that recommends.
+    # Each of these commits has a complete model folder or none.
     for _, snapshot in list(repository.commits.values())[1:]:
         assert {name for name in snapshot if "/" not in name} in (MODEL_FILES, {".gitattributes"})
     resumable = {name.removeprefix("last-checkpoint/") for name in repository.files() if "/" in name}
@@ -321,15 +321,15 @@ STRATEGIES = [
     ("plain", "every_save"),
     ("plain", "checkpoint"),
 ]
-# Of a plain Trainer's push: no recipe, preparation or evaluation, a card of its own, and its pickled arguments.
+# A plain Trainer pushes its own card and its pickled arguments, but no recipe, preparation or evaluation.
 PLAIN_FILES = {*LOADED_ALONE, "items.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
-# The trainer gets neither a protocol nor a preparation.
+# Our trainer lacks these files here, since it gets neither a protocol nor a preparation.
 OURS_FILES = MODEL_FILES - {"evaluation.json", "learning_curve.png", "preparation.json", "training.json"}
 
 
 @pytest.fixture(scope="module")
 def strategies(hub, folder, data) -> None:
-    """For each of STRATEGIES two epochs, a checkpoint after each, and trainer.push_to_hub()."""
+    """Train two epochs with each of STRATEGIES, save a checkpoint after each, and call trainer.push_to_hub()."""
     code = f"""
 sys.path += [f"{{sys.argv[1]}}/training", f"{{sys.argv[1]}}/helpers"]
 from test_trainer_features import make_trainer
@@ -348,7 +348,7 @@ print("null")
 
 @pytest.fixture(scope="module")
 def answers_of_strategies(hub, folder, strategies) -> list[list]:
-    """What another process gets from the repository and from the folder that was pushed."""
+    """The answers of another process, from each repository and from the folder that was pushed there."""
     code = f"""
 names = [f"{{which}}-{{strategy}}" for which, strategy in {STRATEGIES!r}]
 print(json.dumps([[answers(f"{USER}/{{name}}"), answers(name)] for name in names]))
@@ -365,7 +365,7 @@ def test_each_trainer_pushes_by_each_strategy_what_recommends_elsewhere(hub, ans
 
     repository = hub.repositories[f"{USER}/{which}-{strategy}"]
     messages = repository.messages()
-    # A plain Trainer skips a checkpoint while the one before is still on its way.
+    # A plain Trainer does not push a checkpoint while it still uploads the previous one.
     saves = {"ours": ["step 2", "step 4"], "plain": ["epoch 1"]}[which] if strategy != "end" else []
     assert messages[0] == "initial commit"
     assert messages[-1] == "End of training"
@@ -386,7 +386,7 @@ def test_each_trainer_pushes_by_each_strategy_what_recommends_elsewhere(hub, ans
 
 @pytest.fixture(scope="module")
 def blocks() -> list[str]:
-    """The documentation's programs about prepared histories."""
+    """The Python blocks of the documentation about prepared histories."""
     text = (Path(__file__).parent.parent.parent / "docs" / "how-to" / "publishing.md").read_text("utf-8")
     section = text.split("## Prepared histories\n")[1].split("\n## ")[0]
     return [block.replace("you/", f"{USER}/") for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL)]
@@ -405,12 +405,12 @@ def test_pushed_histories_keep_their_columns_and_rows(hub, data, pushed_historie
     parts = [pq.read_table(pa.BufferReader(repository.files()[name])) for name in shards]
     local = pq.read_table(data / "histories.parquet")
     pushed = pa.concat_tables(parts)
-    # That user_id is never null is all that gets lost.
+    # Names and types are compared alone, since pushing loses that user_id is never null.
     assert [(field.name, field.type) for field in pushed.schema] == [(field.name, field.type) for field in local.schema]
     assert pushed.to_pylist() == local.to_pylist()
     assert pushed["item_id"].type == pa.list_(pa.string())
     assert {"timestamp", "train_end", "validation_position", "test_position"} <= set(pushed.column_names)
-    # A model repository of the same name is another one.
+    # The model repository of the same name is another repository.
     catalogue = hub.repositories[pushed_histories].files().keys()
     assert {"tokenizer.json", "tokenizer_config.json", "items.json"} <= catalogue
     assert not [name for name in catalogue if name.endswith(".parquet")]

@@ -1,4 +1,4 @@
-"""Loads a file of `convert --to recbole` with RecBole or hopwise, where they are installed, and stores their scores.
+"""Loads a file of `convert --to recbole` in the environment of RecBole or hopwise, and stores their scores.
 
 python peer.py LIBRARY FILE.pth HISTORIES.json SCORES.pth
 """
@@ -12,7 +12,7 @@ import torch
 
 
 class Catalogue:
-    """All that their model asks of a dataset."""
+    """The part of a dataset that RecBole's and hopwise's BERT4Rec reads."""
 
     def __init__(self, num_items: int):
         self.num_items = num_items
@@ -22,7 +22,7 @@ class Catalogue:
 
 
 def main(library: str, file: str, histories_file: str, output: str) -> None:
-    # Names that NumPy 2 no longer has and RecBole 1.2 reads when it is imported.
+    # RecBole 1.2 reads these names at import, but NumPy 2 no longer has them.
     for name in ("bool", "float", "int", "object"):
         if name not in np.__dict__:
             setattr(np, name, getattr(__builtins__, name))
@@ -46,5 +46,5 @@ def main(library: str, file: str, histories_file: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:], arguments = [], sys.argv[1:]  # their Config reads the command line
+    sys.argv[1:], arguments = [], sys.argv[1:]  # the Config of both libraries reads the command line
     main(*arguments)

@@ -24,7 +24,7 @@ from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent.parent.parent / "shared" / "fixtures"
-# What their BERT4Rec imports; all that they ask for would be ten times as much.
+# The packages that BERT4Rec of RecBole and hopwise imports. All their requirements would be ten times as much.
 NEEDED = [
     "torch==2.13.0", "pandas", "scipy", "scikit-learn", "pyyaml", "colorama", "colorlog", "tqdm", "tabulate",
     "texttable", "tensorboard", "thop", "plotly", "psutil",
@@ -63,10 +63,10 @@ def our_model(folder: Path) -> Path:
 
 
 def difference(folder: Path, model_folder: Path, library: str, python: Path) -> float:
-    """The largest, of whole-catalogue scores."""
+    """The largest difference between our scores and theirs, over the catalogue."""
     model = Bert4RecForMaskedItemPrediction.from_pretrained(model_folder).eval()
     tokenizer = Bert4RecTokenizer.from_pretrained(model_folder)
-    tokenizer.drop_oldest_item = True  # as they do
+    tokenizer.drop_oldest_item = True  # as RecBole and hopwise do
     chance = random.Random(0)
     longest = 2 * model.config.max_position_embeddings
     histories = [[chance.choice(tokenizer.items) for _ in range(length)] for length in range(1, longest)]
@@ -89,12 +89,12 @@ def main() -> None:
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        models = {"a model of ours": our_model(folder / "ours")}
+        models = {"our model": our_model(folder / "ours")}
         for checkpoint in sorted(FIXTURES.glob("*/*.pth")):
-            told = json.loads((checkpoint.parent / "expected.json").read_text())
-            if told["version"] != "1.1.1":  # whose layout is not written
+            expected = json.loads((checkpoint.parent / "expected.json").read_text())
+            if expected["version"] != "1.1.1":  # we do not write the layout of 1.1.1
                 models[checkpoint.parent.name] = folder / checkpoint.parent.name
-                convert_from_recbole(checkpoint, told["item_tokens"], models[checkpoint.parent.name])
+                convert_from_recbole(checkpoint, expected["item_tokens"], models[checkpoint.parent.name])
         for library, (package, _) in LIBRARIES.items():
             python = environment(environments, library)
             for name, model_folder in models.items():

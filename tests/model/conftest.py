@@ -1,4 +1,4 @@
-"""Models of each architecture."""
+"""A model of each architecture, and models with history scores."""
 
 import pytest
 from small_models import ARCHITECTURES, WITH_HISTORY, make_model

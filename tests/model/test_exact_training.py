@@ -23,7 +23,7 @@ NUM_ITEMS, LENGTH = 40, 12
 
 
 def masked_rows() -> Dataset:
-    """Rows that are masked already, from one label to all but one, so that every run sees the same."""
+    """Rows that are masked in advance, so that all runs see the same masks. A row has one to all but one label."""
     chance = np.random.default_rng(0)
     rows = []
     for number in range(64):
@@ -85,7 +85,7 @@ def test_one_seed_and_no_dropout_give_bit_equal_runs(tmp_path):
 @pytest.mark.processes
 def test_two_processes_give_the_update_of_one(tmp_path):
     one = train(tmp_path / "one")
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          __file__, str(tmp_path / "two")],
@@ -96,5 +96,5 @@ def test_two_processes_give_the_update_of_one(tmp_path):
 
 
 if __name__ == "__main__":
-    # One process of two, each with half of every batch.
+    # This program is one of two processes. Each has half of every batch.
     train(sys.argv[1], per_device_train_batch_size=16)

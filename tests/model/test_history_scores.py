@@ -19,7 +19,7 @@ from bert4rec_hf.model.history_scores import (
 
 
 def by_item(pairs, row: int = 0) -> dict[int, float]:
-    """The pairs of a row without their padding, which comes first."""
+    """The values of a row by item, without the padding at its start."""
     items, values = (part[row].tolist() for part in pairs)
     padding = items.count(0)
     assert items[:padding] == values[:padding] == [0] * padding
@@ -34,7 +34,7 @@ def test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it():
     assert not newest[:, 3:].any()
     torch.testing.assert_close(shares[:, :3], torch.tensor([[2 / 3, 1 / 3, 0], [0, 0, 0], [2 / 3, 1 / 3, 0]]))
     assert is_start.nonzero().tolist() == [[1, 0]]
-    # Of more items than are looked at, the newest; however far back they are.
+    # Only the newest items are read, even if padding follows them.
     many = newest_items(torch.arange(FIRST, 30).unsqueeze(0))[0][0]
     assert many.tolist() == [*range(29, 29 - NUM_NEWEST_ITEMS, -1)]
     assert newest_items(torch.tensor([[9, *[0] * 300]]))[0][0, 0] == 9
@@ -54,7 +54,7 @@ def test_pairs_are_unique_in_order_and_the_sums_that_loops_give(options):
     model = make_model(transition_weight=0.7, popularity_weight=11.0, **options)
     scores, config = model.history_scores, model.config
     torch.manual_seed(1)
-    histories = torch.randint(0, VOCAB, (40, 30))  # special tokens among them
+    histories = torch.randint(0, VOCAB, (40, 30))  # including special tokens
     histories[:10, 5:] = PAD
     histories[10:13] = PAD
     mask = (torch.rand(histories.shape) < 0.9).long()

@@ -25,14 +25,14 @@ from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 NUM_ITEMS, IGNORED = 11, -100
 LABELS = torch.tensor([3, 0, IGNORED, 10, 5, 3, IGNORED])
-# Label 3 and 5 are among them, 7 twice.
+# These negatives contain the labels 3 and 5, and 7 twice.
 SHARED = torch.tensor([7, 3, 1, 7, 5, 9])
 OPTIONS = {"sampled_softmax": {}, "bpr": {}, "gbce": {"calibration": 0.6}}
 SAMPLED = list(OPTIONS)
 
 
 def make_case(seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Seven positions of which two have no label, in double precision."""
+    """Seven positions in double precision. Two of them have no label."""
     random = torch.Generator().manual_seed(seed)
     tensors = {"hidden_states": (7, 4), "item_weight": (NUM_ITEMS, 4), "item_bias": (NUM_ITEMS,)}
     case = {name: scale * torch.randn(shape, generator=random, dtype=torch.double) for name, shape in tensors.items()}
@@ -58,9 +58,9 @@ def reference(
     excluded_ids: torch.Tensor | None = None,
     **options,
 ) -> float:
-    """Compute a loss for one position and one negative at a time, as the papers write it."""
-    negatives_of = negative_ids.expand(7, -1).tolist()
-    logs_of = options.get("negative_log_probabilities", torch.zeros(())).expand(7, len(negatives_of[0])).tolist()
+    """Compute a loss for one position and one negative at a time, as in the papers."""
+    all_negatives = negative_ids.expand(7, -1).tolist()
+    all_logs = options.get("negative_log_probabilities", torch.zeros(())).expand(7, len(all_negatives[0])).tolist()
     total, count = 0.0, 0
     for position, label in enumerate(case["labels"].tolist()):
         if label == IGNORED:
@@ -71,7 +71,7 @@ def reference(
             products = zip(case["hidden_states"][position].tolist(), case["item_weight"][item].tolist(), strict=True)
             return sum(one * other for one, other in products) + float(case["item_bias"][item])
 
-        pairs = zip(negatives_of[position], logs_of[position], strict=True)
+        pairs = zip(all_negatives[position], all_logs[position], strict=True)
         excluded = {label} if excluded_ids is None else {label, *excluded_ids[position].tolist()}
         negatives = [(score(item), log) for item, log in pairs if item not in excluded]
         positive = score(label)
@@ -80,7 +80,7 @@ def reference(
             continue
         if name == "sampled_softmax":
             corrected = "negative_log_probabilities" in options
-            draws = len(negatives_of[position]) if corrected else 1
+            draws = len(all_negatives[position]) if corrected else 1
             own = math.exp(positive) / (math.exp(options["positive_log_probabilities"][position]) if corrected else 1)
             others = sum(math.exp(negative) / (draws * math.exp(log)) for negative, log in negatives)
             total += -math.log(own / (own + others))
@@ -94,7 +94,7 @@ def reference(
     return total / count
 
 
-# 7 stands twice among the shared negatives; below 0 is none.
+# The shared negatives contain 7 twice. Ids below 0 exclude nothing.
 EXCLUDED = torch.tensor([[7, 1, -1], [4, 7, 7], [0, 1, 2], [9, -3, 1], [-1, -2, -3], [10, 8, 6], [5, 5, 5]])
 NEGATIVES = {"shared": SHARED, "own": own_negatives(), "one": own_negatives(1), "more than items": own_negatives(15)}
 
@@ -252,7 +252,7 @@ def test_bpr_with_one_negative_is_that_of_recbole():
 
 
 def test_the_sampled_losses_have_known_values():
-    # Scores ln 3 of the label, ln 2 and 0 of the negatives, of five items.
+    # Of five items, the label has score ln 3 and the negatives have ln 2 and 0.
     case = {
         "hidden_states": torch.ones(1, 1, dtype=torch.double),
         "item_weight": torch.tensor([[3.0], [2.0], [1.0], [9.0], [9.0]], dtype=torch.double).log(),
@@ -261,15 +261,15 @@ def test_the_sampled_losses_have_known_values():
         "negative_ids": torch.tensor([1, 2]),
     }
     assert float(sampled_softmax_loss(**case)) == pytest.approx(math.log(2))  # 3 / (3 + 2 + 1)
-    # Of two draws: 3 / (1/2) for the label, 2 / (2 1/4) and 1 / (2 1/8) for the others: 6 / (6 + 4 + 4).
+    # With two draws, the label counts 3 / (1/2) = 6, and the negatives 2 / (2 * 1/4) = 4 and 1 / (2 * 1/8) = 4.
     probabilities = {
         "negative_log_probabilities": torch.tensor([1 / 4, 1 / 8]).log(),
         "positive_log_probabilities": torch.tensor([1 / 2]).log(),
     }
     assert float(sampled_softmax_loss(**case, **probabilities)) == pytest.approx(math.log(14 / 6), rel=1e-6)
-    # 3/5 and 3/4 of being preferred.
+    # The label is preferred to the negatives with probability 3/5 and 3/4.
     assert float(bpr_loss(**case)) == pytest.approx((math.log(5 / 3) + math.log(4 / 3)) / 2)
-    # Probabilities 3/4, 2/3 and 1/2; alpha = 2/4 and beta = 1 - .8 (1 - 1/2) = .6.
+    # The sigmoids of the scores are 3/4, 2/3 and 1/2. alpha = 2/4 and beta = 1 - .8 (1 - 1/2) = .6.
     expected = (0.6 * math.log(4 / 3) + math.log(3) + math.log(2)) / 3
     assert float(gbce_loss(**case, calibration=0.8)) == pytest.approx(expected)
 
@@ -288,7 +288,7 @@ def test_one_of_the_log_probabilities_without_the_other_is_an_error(which):
         sampled_softmax_loss(**make_case(), negative_ids=SHARED, **{which: logs[which]})
 
 
-# By token id from 3 on; item 2 never occurs.
+# Training counts of the token ids from 3 on. The third item never occurs.
 COUNTS = [40, 25, 0, 15, 10, 5, 3, 2]
 
 
@@ -298,7 +298,7 @@ def popularity_collator(num_negatives: int) -> DataCollatorForMaskedItemPredicti
 
 
 def popularity_loss(collator: DataCollatorForMaskedItemPrediction, label: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sampled softmax of one draw at scores that differ much, and its gradient by these scores."""
+    """The sampled softmax loss of one draw, and the scores, which differ much and have the gradient of the loss."""
     batch = collator([{"input_ids": [3 + label]}])
     scores = torch.tensor([0.5, -1.0, 0.3, 1.2, 0.0, -0.4, 2.0, -2.0], dtype=torch.double, requires_grad=True)
     loss = sampled_softmax_loss(
@@ -342,7 +342,7 @@ def test_with_ever_more_popular_negatives_loss_and_gradient_become_the_full_soft
 
 
 def test_under_popular_negatives_the_true_probabilities_are_learnt():
-    # One context: labels come with these probabilities, which are another order than that of popularity.
+    # There is one context, whose labels have these probabilities, in another order than popularity.
     truth = torch.tensor([5, 60, 10, 10, 15], dtype=torch.double) / 100
     popularity = torch.tensor([50, 10, 20, 15, 5], dtype=torch.double) / 100
     num_negatives = 30
@@ -366,18 +366,18 @@ def test_under_popular_negatives_the_true_probabilities_are_learnt():
         loss.backward()
         optimizer.step()
         mean += bias.detach().softmax(0) / 600 if step >= 200 else 0
-    # The second share would be .75 with log(K q) of the label as well.
+    # If the label were corrected by log(K q) too, the second share would be .75.
     torch.testing.assert_close(mean, truth, atol=0.02, rtol=0)
 
 
 def collated(name: str, **options) -> tuple[Bert4RecForMaskedItemPrediction, dict[str, torch.Tensor]]:
-    """A model in training and the two rows of `training_batch`, with negatives."""
+    """A model in training mode, and `training_batch` with negatives."""
     batch = at_masks(training_batch()) | {"negative_ids": torch.tensor([3, 17, 30, 8, 9])}
     return make_model(item_loss=name, **options).train(), batch
 
 
 def at_labels(model, batch) -> dict[str, torch.Tensor]:
-    """What the plain functions need, from the model's own states; without dropout these are those of training."""
+    """Arguments of the loss functions, from the states of the model. Without dropout, training has equal states."""
     model.eval()
     states = model(input_ids=batch["input_ids"]).prediction_states[[0, 0, 1], [1, 2, 0]]
     model.train()
@@ -390,7 +390,7 @@ def at_labels(model, batch) -> dict[str, torch.Tensor]:
 def test_the_model_computes_the_loss_of_its_config_in_training(name, filter_seen_items):
     options = {"gbce_calibration": 0.6} if name == "gbce" else {}
     model, batch = collated(name, filter_seen_items=filter_seen_items, **options)
-    # The first row's two labels, the second's one.
+    # The first row has two labels, and the second has one.
     case, seen = at_labels(model, batch), batch["input_ids"][[0, 0, 1]] - 3
     negatives = {"negative_ids": batch["negative_ids"] - 3} | OPTIONS[name]
     expected = ITEM_LOSSES[name](**case, excluded_ids=seen, **negatives)
@@ -412,7 +412,7 @@ def test_the_model_computes_the_loss_of_its_config_in_training(name, filter_seen
 
 def test_positions_may_have_negatives_of_their_own_and_log_probabilities():
     model, batch = collated("sampled_softmax")
-    own = torch.tensor([[[4, 17, 0], [6, 3, 9]], [[30, 31, 4], [5, 5, 5]]])  # the last is no label's
+    own = torch.tensor([[[4, 17, 0], [6, 3, 9]], [[30, 31, 4], [5, 5, 5]]])  # the last position has no label
     logs = -torch.arange(1.0, 13).view(2, 2, 3)
     positive = torch.tensor([[-0.5, -1.5], [-2.5, 0.0]])
     expected = sampled_softmax_loss(
@@ -425,7 +425,7 @@ def test_positions_may_have_negatives_of_their_own_and_log_probabilities():
         "negative_ids": own, "negative_log_probabilities": logs, "positive_log_probabilities": positive,
     }  # fmt: skip
     torch.testing.assert_close(model(**batch).loss, expected)
-    # Without masked_positions, at each position of the input.
+    # Without masked_positions, negatives are given for each position of the input.
     del batch["masked_positions"]
     batch |= training_batch()
     with pytest.raises(ValueError, match=r"without masked_positions.*\(2, 4\) positions.*masked_positions as well"):
@@ -463,7 +463,7 @@ def test_training_without_negatives_is_an_error_that_says_where_to_ask_for_them(
 
 @pytest.mark.parametrize("item_loss", ["softmax", "gbce"])
 def test_a_new_model_thinks_each_item_as_likely_as_any_other(item_loss):
-    """Of binary cross-entropies: the sigmoid of a bias is one in the number of items."""
+    """With binary cross-entropies, the sigmoid of each bias is 1 divided by the number of items."""
     bias = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=103, item_loss=item_loss)).item_bias.weight
     likely = {"softmax": bias.softmax(0) * 103, "gbce": bias.sigmoid() * 101}[item_loss]
     assert torch.allclose(likely, torch.ones(103), atol=1e-4)
@@ -500,7 +500,7 @@ def test_half_precision_comes_near(name):
 
 
 def test_excluded_items_are_out_of_the_softmax_but_not_the_label():
-    # Scores ln 1 to ln 4; of label 1 items 0 and 1 are excluded, of label 3 item 2; -1 is none.
+    # The scores are ln 1 to ln 4. Items 0 and 1 are excluded for label 1, and item 2 for label 3. -1 excludes nothing.
     loss = softmax_loss(
         hidden_states=torch.ones(3, 1),
         item_weight=torch.tensor([[1.0], [2.0], [3.0], [4.0]]).log(),
@@ -545,7 +545,7 @@ def test_without_gradients_the_softmax_is_one_multiplication():
     one, flops = 2 * 5 * 50 * 8, []
     for with_gradients in (False, True):
         with torch.set_grad_enabled(with_gradients), FlopCounterMode(display=False) as counter:
-            softmax_loss(states, table[3:], bias[3:], labels)  # the rows behind the special tokens, as in the model
+            softmax_loss(states, table[3:], bias[3:], labels)  # without special tokens, as in the model
         flops.append(counter.get_total_flops())
     assert flops == [one, 3 * one]
 
@@ -565,12 +565,12 @@ def chain(tmp_path_factory):
 def test_each_loss_learns_the_next_item_of_a_markov_chain(chain, tmp_path, name, negative_sampling):
     options = {"num_train_epochs": 40, "learning_rate": 3e-3, "num_negatives": 4, "eval_steps": 0.5}
     options["negative_sampling"] = negative_sampling
-    # With the small initial weights of the config's default, gBCE takes much longer.
+    # With the config's default, which is smaller, gBCE takes much longer.
     model = {"item_loss": name, "initializer_range": 0.1}
     trainer = train_prepared(chain, arguments(tmp_path / "model", **options, save_steps=0.5), **model)
     assert (trainer.data_collator.num_negatives, trainer.data_collator.negative_sampling) == (4, negative_sampling)
     baselines = evaluate_prepared(tmp_path / "model", chain, "validation", use_cpu=True)["baselines"]
-    # The chain is followed in .9 of the steps.
+    # In .9 of the steps, the next item is the successor.
     assert trainer.evaluation["metrics"]["HR@1"] > 0.6 > 0.2 > baselines["popularity"]["HR@1"]
     assert Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "model").config.item_loss == name
 

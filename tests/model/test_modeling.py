@@ -11,12 +11,12 @@ from small_models import (
     HISTORIES,
     MASK,
     NUM_ITEMS,
-    PLAIN,
     VOCAB,
     WITH_HISTORY,
     make_model,
     mask_scores,
     pad,
+    without_history_scores,
 )
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -27,7 +27,7 @@ def test_padding_on_either_side_gives_the_same_scores(model):
     right = mask_scores(model, *pad(HISTORIES, "right", 11))
     left = mask_scores(model, *pad(HISTORIES, "left", 11))
     assert (right - left).abs().max() < 1e-5
-    # Histories differ, so that equality above says something.
+    # Different histories have different scores, so the equality above is not trivial.
     assert (right[0] - right[1])[FIRST:].abs().max() > 0.1
 
 
@@ -84,7 +84,7 @@ def test_positions_of_all_rows_may_be_given_once(model):
     assert not torch.equal(shared, model(input_ids=ids, **options).logits)
 
 
-@PLAIN
+@without_history_scores
 def test_inputs_embeds_stand_in_for_input_ids(model):
     ids, mask = pad(HISTORIES)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_hidden_states_and_attentions_come_on_request(model):
     outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, output_attentions=True)
     assert [tuple(state.shape) for state in outputs.hidden_states] == [(4, 8, 16)] * 3
     assert [tuple(attention.shape) for attention in outputs.attentions] == [(4, 2, 8, 8)] * 2
-    # Nothing attends to the padding of the lone [MASK].
+    # In the row with [MASK] alone, all attention is on it and none on padding.
     assert torch.equal(outputs.attentions[0][3, :, 0], torch.eye(8)[:1].expand(2, -1))
 
 
@@ -127,7 +127,7 @@ torch.save(answers, sys.argv[1])
 
 
 def test_a_saved_folder_gives_the_same_scores_in_a_new_process(tmp_path):
-    # One process for all architectures, since starting it takes longer than all else here.
+    # One process loads all architectures, since starting a process takes most of the time.
     tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
     inputs = tokenizer([["0", "36", "5"], ["7"]], padding=True, return_tensors="pt")
     architectures = ARCHITECTURES | WITH_HISTORY
@@ -203,7 +203,7 @@ def test_a_model_in_half_precision_keeps_the_angles_of_its_positions(dtype):
     frequencies = 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.double) / 8)  # two heads of 8
     angles = torch.outer(positions[0].double(), frequencies).repeat(1, 2)
     torch.testing.assert_close(cosines[0, 0].double(), angles.cos(), atol=1e-4, rtol=0)
-    signed = angles.sin() * torch.tensor([-1.0] * 4 + [1.0] * 4)  # as `rotate` takes them
+    signed = angles.sin() * torch.tensor([-1.0] * 4 + [1.0] * 4)  # the signs that `rotate` expects
     torch.testing.assert_close(sines[0, 0].double(), signed, atol=1e-4, rtol=0)
 
 
@@ -213,7 +213,7 @@ def test_a_bfloat16_model_scores_in_float32(model):
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
     assert (scores - exact).abs().max() < 0.3
-    # More digits than bfloat16 has.
+    # The scores have more digits than bfloat16.
     assert not torch.equal(scores, scores.bfloat16().float())
 
 
@@ -236,7 +236,7 @@ def test_a_grown_catalogue_keeps_the_old_scores_and_the_tied_table(model):
     after = mask_scores(model, ids, mask)
     torch.testing.assert_close(after[:, :VOCAB], before)
     assert after[:, VOCAB:].isfinite().all()
-    # A new item can be read as well.
+    # A history may contain a new item.
     assert model.recommend(torch.tensor([[VOCAB + 3, MASK]]), top_k=VOCAB + 4)[0][0, VOCAB].isfinite()
 
 
@@ -250,7 +250,7 @@ def test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit(tm
     assert tokenizer.title("new") == "New"
     after = model(input_ids).logits
     assert torch.equal(after[..., : before.shape[-1]], before)
-    # The mean of the old rows scores the mean of the old scores.
+    # A new row is the mean of the old rows, so its score is the mean of the old scores.
     mean = before[..., 3:].mean(dim=-1)
     torch.testing.assert_close(after[..., -1], mean, atol=1e-4, rtol=0)
     model.save_pretrained(tmp_path)

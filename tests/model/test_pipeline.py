@@ -22,7 +22,7 @@ LENGTH = 8
 def save_model(folder, titles=TITLES, **options):
     torch.manual_seed(0)
     tokenizer = Bert4RecTokenizer.from_items(ITEMS, titles=titles, model_max_length=LENGTH)
-    # Large weights, so that the history matters; a bias, so that a forgotten one would show.
+    # Weights are large so that the history matters. Biases are set so that a test notices if they are left out.
     config = Bert4RecConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -173,7 +173,7 @@ def test_a_mapping_brings_its_own_exclusions_and_candidates(pipe):
     assert ids(pipe({"history": ["100"], "exclude": best[:1]}, top_k=2)) == best[1:]
     assert ids(pipe({"history": ["100"], "candidates": best[::-1]})) == best
     assert ids(pipe({"item_id": ["100"], "exclude": best[:1], "candidates": best})) == best[1:]
-    # A row's exclusions hold beside those of the call.
+    # The exclusions of a row add to those of the call.
     rows = [{"history": ["100"], "exclude": []}, {"history": ["100"], "exclude": best[1:2]}]
     assert [ids(answer) for answer in pipe(rows, exclude=best[:1], top_k=2)] == [
         best[1:], [best[2], ids(pipe(["100"], top_k=4))[3]],
@@ -190,7 +190,7 @@ def test_a_mapping_brings_its_own_exclusions_and_candidates(pipe):
 def test_an_unknown_key_of_a_request_is_an_error(pipe, key, hint):
     with pytest.raises(ValueError, match=hint):
         pipe({"history": ["100"], key: ["101"]})
-    # Other columns of histories.parquet may come along.
+    # Other columns of histories.parquet are allowed.
     assert pipe({"item_id": ["100"], "user_id": "u", "train_end": 1}) == pipe(["100"])
 
 
@@ -213,7 +213,7 @@ def test_a_mapping_without_a_history_is_an_error(pipe):
 
 def test_exclusions_and_candidates_of_the_call_hold_for_every_history(pipe):
     best = ids(pipe(["100"], top_k=4))
-    for exclude in (best[:2], (item for item in best[:2])):  # the first history must not use a generator up
+    for exclude in (best[:2], (item for item in best[:2])):  # the first history must not exhaust a generator
         assert [ids(answer) for answer in pipe([["100"]] * 3, exclude=exclude, top_k=2)] == [best[2:]] * 3
     for candidates in (best[1:], (item for item in best[1:])):
         assert [ids(answer) for answer in pipe([["100"]] * 3, candidates=candidates)] == [best[1:]] * 3
@@ -303,7 +303,7 @@ def test_unknown_items_are_left_out_with_one_warning_that_names_how_many(pipe, c
     with caplog.at_level(logging.WARNING, logger="bert4rec_hf"):
         answers = pipe([["100", "x", "101"], ["y", "z"], ["102"]], batch_size=batch_size)
     assert [record.getMessage() for record in caplog.records] == [
-        "left out 3 items that the catalogue lacks, such as 'y', 'z', 'x'"  # the shortest history first
+        "left out 3 items that the catalogue lacks, such as 'y', 'z', 'x'"  # the shortest history comes first
     ]
     assert_equal_answers(answers, pipe([["100", "101"], [], ["102"]]))
 
@@ -436,14 +436,14 @@ def test_an_index_that_looks_at_everything_answers_as_the_exact_search(pipe, his
         assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
     batched = pipe(rows, top_k=5, index=index, batch_size=4)
     assert [ids(answer) for answer in batched] == [ids(answer) for answer in exact]
-    # More than there are.
+    # top_k may be larger than the catalogue.
     assert len(pipe(["007"], top_k=99, index=index)) == len(ITEMS) - 1
 
 
 def test_what_follows_the_newest_items_is_found_beside_what_an_index_finds(histories, tmp_path):
     model = Bert4RecForMaskedItemPrediction.from_pretrained(save_model(tmp_path, num_transitions=2))
     model.history_scores.successor_ids[3:] = torch.stack([torch.randperm(len(ITEMS))[:2] + 3 for _ in ITEMS])
-    model.history_scores.successor_scores[3:] = 30  # more than the model's own scores differ by
+    model.history_scores.successor_scores[3:] = 30  # more than the network's scores differ by
     model.save_pretrained(tmp_path)
     pipe = load(tmp_path)
     rows = [*histories, {"history": ["007", "a b"], "exclude": ["100", "101"]}]
@@ -465,7 +465,7 @@ def test_what_a_history_adds_to_is_found_for_each_of_a_batch_and_for_an_empty_on
         model.history_scores.successor_ids[:] = torch.stack(
             [torch.randperm(len(items))[:3] + 3 for _ in range(len(tokenizer))]
         )
-        model.history_scores.successor_scores[:] = 30  # more than the model's own scores differ by
+        model.history_scores.successor_scores[:] = 30  # more than the network's scores differ by
     pipe = pipeline("sequential-recommendation", model=model, tokenizer=tokenizer, device="cpu")
     rows = [[], items[:1], items[5:9], [*items[20:40], items[39]]]
     exact, near = pipe(rows, top_k=3), pipe(rows, top_k=3, index=ItemIndex.build(model), batch_size=4)

@@ -25,8 +25,8 @@ from bert4rec_hf.model import recommendation
 from bert4rec_hf.model.history_scores import NUM_NEWEST_ITEMS
 
 
-def of_histories(model, histories) -> torch.Tensor:
-    """(histories, vocabulary): what transitions and repeats of a model add to the scores, one by one."""
+def history_scores_by_loops(model, histories) -> torch.Tensor:
+    """Scores (histories, vocabulary) that the transitions and repeats of a model add, computed with loops."""
     added = torch.zeros(len(histories), VOCAB)
     for row, history in zip(added, histories, strict=True):
         for item in set(history):
@@ -51,14 +51,14 @@ CANDIDATES = {
 }
 with_candidates = pytest.mark.parametrize("candidate_ids", CANDIDATES.values(), ids=CANDIDATES.keys())
 with_exclusion = pytest.mark.parametrize("exclude_ids", [None, EXCLUDED], ids=["nothing-excluded", "excluded"])
-# 2: a chunk that begins between the special tokens; 7: one that ends with the last item; 2**16: one chunk.
+# With size 2, a chunk begins between the special tokens. With 7, a chunk ends with the last item. 2**16 is one chunk.
 with_chunks = pytest.mark.parametrize("chunk", [2, 7, 11, 2**16])
 
 
 def reference_lists(model, ids, mask, candidate_ids, exclude_ids) -> list[list[tuple[int, float]]]:
-    """Items and scores, best first, by sorting the full matrix in numpy."""
+    """Items and scores, best first, from a full matrix of scores that is sorted."""
     matrix = model.user_vectors(ids, mask).double().numpy() @ model.item_vectors().double().numpy().T
-    matrix += of_histories(model, [row[row >= FIRST].tolist() for row in ids])[:, FIRST:].numpy()
+    matrix += history_scores_by_loops(model, [row[row >= FIRST].tolist() for row in ids])[:, FIRST:].numpy()
     lists = []
     for row, scores in enumerate(matrix):
         allowed = set(range(FIRST, VOCAB))
@@ -84,7 +84,7 @@ def test_recommend_and_rank_agree_with_sorting_the_full_matrix(model, candidate_
         assert items[row].tolist() == [item for item, _ in best] + [PAD] * (items.shape[1] - len(best))
         np.testing.assert_allclose(scores[row, : len(best)], [score for _, score in best], atol=1e-5)
         assert scores[row, len(best) :].isneginf().all()
-    # The j-th of the list has rank j; where a row's list has ended, the target is [PAD] and the rank 0.
+    # The j-th item of a list has rank j. After the end of a list, the target is [PAD] and its rank is 0.
     for place in range(items.shape[1]):
         wanted = [place + 1 if place < len(best) else 0 for best in expected]
         assert model.rank(ids, items[:, place], mask, **options).tolist() == wanted
@@ -97,7 +97,7 @@ def test_rows_that_are_viewed_and_rows_that_are_looked_up_have_the_same_scores(m
     states = model.mask_states(*pad(HISTORIES))
     expected = model._scores(states, torch.tensor(item_ids, dtype=torch.long))
     torch.testing.assert_close(model._scores(states, item_ids), expected, atol=1e-6, rtol=0)
-    # What wraps the embeddings knows token ids alone.
+    # A wrapper of the embeddings accepts token ids only.
     embeddings = model.get_input_embeddings()
     assert modeling.ItemEmbeddings.takes_ranges(embeddings)
     embeddings.forward = torch.nn.Embedding.forward.__get__(embeddings)
@@ -128,14 +128,14 @@ def test_the_last_mask_is_the_one_that_is_read(model):
     expected[items[0]] += values[0]
     torch.testing.assert_close(model.recommend(several, top_k=5)[0][0], expected.topk(5).values)
     assert not torch.allclose(logits[0, 1], logits[0, 3], atol=0.01)
-    # An item behind the [MASK] is no part of the history.
+    # An item after the [MASK] is not part of the history.
     behind = model.recommend(torch.tensor([[5, MASK, 9]]), torch.tensor([[1, 1, 0]]), top_k=5)
     torch.testing.assert_close(behind, model.recommend(torch.tensor([[5, MASK]]), top_k=5))
 
 
 def test_a_target_is_ranked_among_candidates_that_lack_it():
     model = make_popularity_model([5.0, 4.0, 3.0, 2.0, 1.0])
-    candidates = torch.tensor([3, 4, 7])  # Scores 5, 4, 1.
+    candidates = torch.tensor([3, 4, 7])  # with scores 5, 4 and 1
     ids = torch.tensor([[MASK]] * 5)
     ranks = model.rank(ids, torch.arange(3, 8), candidate_ids=candidates)
     assert ranks.tolist() == [1, 2, 3, 3, 3]
@@ -161,7 +161,7 @@ def test_a_tie_counts_against_the_target_across_chunks(monkeypatch):
 @with_candidates
 def test_a_target_that_is_never_shown_has_rank_0(model, candidate_ids):
     ids, mask = pad(HISTORIES)
-    targets = torch.tensor([5, -100, 39, 12])  # Excluded, not in the catalogue, excluded, shown.
+    targets = torch.tensor([5, -100, 39, 12])  # excluded, not in the catalogue, excluded, shown
     ranks = model.rank(ids, targets, mask, candidate_ids=candidate_ids, exclude_ids=EXCLUDED)
     assert ranks[:3].tolist() == [0, 0, 0]
     assert ranks[3] > 0
@@ -196,7 +196,7 @@ def test_special_tokens_are_never_recommended_however_large_their_bias(model, ca
 
 
 def test_special_tokens_are_never_recommended_however_bad_the_items():
-    # Worse than the constant that stands for special tokens in the logits.
+    # These scores are below the constant of special tokens in the logits.
     model = make_popularity_model([-1e6, -2e6])
     _, items = model.recommend(torch.tensor([[MASK]]), top_k=2)
     assert items.tolist() == [[3, 4]]
@@ -241,13 +241,13 @@ def test_a_history_adds_to_the_scores_wherever_items_are_ranked_and_not_in_train
     plain, model = make_model(), make_model(**options)
     assert "history_scores.successor_ids" not in plain.state_dict()
     ids, mask = pad(HISTORIES)
-    added = of_histories(model, HISTORIES)
-    scores, of_plain = mask_scores(model, ids, mask), mask_scores(plain, ids, mask)
-    torch.testing.assert_close(scores[:, FIRST:], (of_plain + added)[:, FIRST:])
+    added = history_scores_by_loops(model, HISTORIES)
+    scores, plain_scores = mask_scores(model, ids, mask), mask_scores(plain, ids, mask)
+    torch.testing.assert_close(scores[:, FIRST:], (plain_scores + added)[:, FIRST:])
     assert added[:3].amax(dim=1).min() > 0.1
     products = model.user_vectors(ids, mask) @ model.item_vectors().T
-    torch.testing.assert_close(products, of_plain[:, FIRST:])
-    # What is not to be learnt changes no gradient and no loss.
+    torch.testing.assert_close(products, plain_scores[:, FIRST:])
+    # History scores are not learnt, so they change neither loss nor gradients.
     for one in (plain, model):
         one.train()(**training_batch()).loss.backward()
     for name, gradient in gradients(plain).items():
@@ -273,7 +273,7 @@ def test_recommending_in_training_mode_is_an_error(model):
 
 
 def test_autocast_does_not_tie_neighbours_in_the_ranking():
-    # Apart by less than bfloat16 can tell at 100.
+    # At 100, bfloat16 rounds these scores to one number.
     model = make_popularity_model([100.0, 100.01, 100.02, 100.03])
     with torch.autocast("cpu", torch.bfloat16):
         assert model.recommend(torch.tensor([[MASK]]), top_k=4)[1].tolist() == [[6, 5, 4, 3]]

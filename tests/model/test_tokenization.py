@@ -59,7 +59,7 @@ AWKWARD = [
 
 
 def save_next_to_a_config(tokenizer: Bert4RecTokenizer, folder) -> Bert4RecTokenizer:
-    """Through the disk, loaded as users load it."""
+    """Save a tokenizer beside a config, and load it as users do."""
     Bert4RecConfig(vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loaded = AutoTokenizer.from_pretrained(folder)
@@ -73,7 +73,7 @@ def through_pickle(tokenizer: Bert4RecTokenizer) -> Bert4RecTokenizer:
 
 @pytest.fixture
 def tokenizer() -> Bert4RecTokenizer:
-    """Token ids: "10" 3, "2" 4, "30" 5, "b" 6."""
+    """The token ids are 3 for "10", 4 for "2", 5 for "30" and 6 for "b"."""
     return Bert4RecTokenizer.from_items(["b", "2", "30", "10"], model_max_length=4)
 
 
@@ -171,7 +171,7 @@ def test_added_items_are_appended_and_nothing_is_renumbered(tmp_path):
         assert grown.counts == [5, 6, 0, 0, 0]
         assert grown.titles == ["K", "M", None, None, "A"]
         assert len(grown) == 8
-    # And once more, after loading.
+    # Items can be added again after loading.
     assert saved.add_items(["0"]) == 1
     assert saved.items == ["k", "m", "9", "[MASK]", "a", "0"]
     assert tokenizer.add_items(["k", "a"]) == 0

@@ -1,4 +1,4 @@
-"""Losses, labels and what a training step computes."""
+"""Losses, labels, and the computation of a training step."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from small_models import (
     MASK,
     NUM_ITEMS,
     PAD,
-    PLAIN,
     VOCAB,
     HostWaitsForDeviceError,
     NoSynchronization,
@@ -16,6 +15,7 @@ from small_models import (
     gradients,
     make_model,
     training_batch,
+    without_history_scores,
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -46,7 +46,7 @@ def test_no_logits_are_made_in_training_with_labels(model):
     assert model(**at_masks(training_batch())).logits is None
 
 
-@PLAIN
+@without_history_scores
 def test_evaluation_returns_the_logits_and_the_loss_of_training(model):
     trained = model.train()(**training_batch()).loss
     model.eval()
@@ -102,7 +102,7 @@ def test_the_gradient_of_the_loss_is_that_of_a_function(model):
         torch.testing.assert_close(gradient, weights[name].grad)
 
 
-@PLAIN
+@without_history_scores
 def test_a_loss_that_reads_special_tokens_is_refused(model):
     model.train()
     batch = at_masks(training_batch())
@@ -118,10 +118,10 @@ def test_a_loss_that_reads_special_tokens_is_refused(model):
 
 @pytest.mark.parametrize("filter_seen_items", [False, True])
 @pytest.mark.parametrize("pad_in_softmax", [False, True])
-@PLAIN
+@without_history_scores
 def test_the_loss_is_that_of_the_logits(model, filter_seen_items, pad_in_softmax):
     model.config.filter_seen_items, model.config.pad_in_softmax = filter_seen_items, pad_in_softmax
-    # Item 9 is seen and a label.
+    # Item 9 is both seen and a label.
     input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
     batch = at_masks({"input_ids": input_ids, "labels": torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])})
     outputs = model(**batch)
@@ -150,7 +150,7 @@ def test_a_batch_with_nothing_to_predict_has_loss_0_and_zero_gradients(model, ma
     ).loss
     assert loss == 0
     loss.backward()
-    # count_nonzero counts NaN.
+    # count_nonzero counts NaN too.
     assert {name: int(gradient.count_nonzero()) for name, gradient in gradients(model).items()} == dict.fromkeys(
         gradients(model), 0
     )
@@ -198,7 +198,7 @@ def test_losses_of_two_halves_add_up_to_that_of_the_whole(model, as_tensor):
     assert halves[1] > 0.1
 
 
-@PLAIN
+@without_history_scores
 def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     batch = training_batch()
     outputs = model(**batch)
@@ -207,7 +207,7 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(model):
     logits = states @ items.T + model.item_bias.weight[FIRST:]
     by_hand = logits.exp().sum(dim=1).log() - logits[range(3), [5 - FIRST, 17 - FIRST, 3 - FIRST]]
     torch.testing.assert_close(outputs.loss, by_hand.mean())
-    # The PAD row, were it in the softmax, would show.
+    # Large biases of special tokens would change the loss if they were in the softmax.
     with torch.no_grad():
         model.item_bias.weight[:FIRST] = 50.0
     torch.testing.assert_close(model(**batch).loss, outputs.loss)
@@ -215,11 +215,11 @@ def test_the_loss_is_the_cross_entropy_over_items_alone(model):
 
 @pytest.mark.parametrize("positions", [False, True], ids=["labels-only", "masked-positions"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@PLAIN
+@without_history_scores
 def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels(model, positions, training):
     model.config.filter_seen_items = True
     model.train(training)
-    # Item 9 is seen in both rows; in the second it is a label as well.
+    # Item 9 is seen in both rows, and it is a label in the second.
     input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
     labels = torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])
     batch = {"input_ids": input_ids, "labels": labels}
@@ -234,7 +234,7 @@ def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels
 
 
 def test_the_softmax_loss_has_a_known_value():
-    # Two items, scores ln 3 and 0: probabilities 3/4 and 1/4.
+    # Two items with scores ln 3 and 0 have probabilities 3/4 and 1/4.
     loss = softmax_loss(
         hidden_states=torch.tensor([[1.0], [1.0], [1.0]]),
         item_weight=torch.tensor([[3.0], [1.0]]).log(),
@@ -254,7 +254,7 @@ def test_a_training_step_never_waits_for_the_device(model, rows):
         loss = model(**batch, num_items_in_batch=torch.tensor(4)).loss
         loss.backward()
     assert loss > 0
-    # Labels alone are found by a boolean index: the guard above does notice such things.
+    # Without masked_positions, a boolean index finds the labels. The guard notices that it waits.
     positions = batch.pop("masked_positions")
     spread = torch.full(batch["input_ids"].shape, -100)
     batch["labels"] = spread.scatter(1, positions.clamp(min=0), batch["labels"])
@@ -262,10 +262,10 @@ def test_a_training_step_never_waits_for_the_device(model, rows):
         model(**batch)
 
 
-# The old name, which the oldest supported transformers knows.
+# The test uses the old name, since the oldest supported version of transformers lacks the new one.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradients():
-    # With dropout, whose random numbers must be the same in the second forward.
+    # Dropout must have the same random numbers in the second forward pass.
     for options in ARCHITECTURES.values():
         model = make_model(**options, **{"hidden_dropout_prob": 0.2}).train()
         found = []
@@ -286,13 +286,13 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_dropout_drops_its_share_and_keeps_the_mean(p):
     torch.manual_seed(0)
     dropout = modeling.Bert4RecDropout(p)
-    states = torch.full((1001, 999), 2.0, requires_grad=True)  # no multiple of four
+    states = torch.full((1001, 999), 2.0, requires_grad=True)  # the size is not a multiple of four
     dropped = dropout(states)
     kept = dropped != 0
     error = (p * (1 - p) / states.numel()) ** 0.5
     assert (~kept).double().mean().item() == pytest.approx(p, abs=5 * error + 2**-17)
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 2 / (1 - p)), rtol=2e-2, atol=0)
-    # Neighbours, which come from one random number, are dropped independently.
+    # Adjacent values are dropped independently, although they use one random number.
     both = (~kept[:, 1:] & ~kept[:, :-1]).double().mean().item()
     assert both == pytest.approx(p * p, abs=5 * error + 2**-16)
     (gradient,) = torch.autograd.grad(dropped.sum(), states)
@@ -324,8 +324,8 @@ def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkey
 def test_special_tokens_are_no_labels(model):
     input_ids = torch.tensor([[MASK, MASK, MASK, MASK]])
     with torch.no_grad():
-        of_padded, of_ignored = (
+        special_loss, ignored_loss = (
             model(input_ids=input_ids, labels=torch.tensor([[*labels, 9]])).loss
             for labels in ((0, 1, 2), (-100, -100, -100))
         )
-    assert torch.equal(of_padded, of_ignored)
+    assert torch.equal(special_loss, ignored_loss)

@@ -125,7 +125,7 @@ def test_several_reads_and_writes_give_one_whole_file(pipe, tmp_path, monkeypatc
 
 
 def test_the_reader_runs_a_bounded_number_of_histories_ahead_of_the_answers(pipe, tmp_path, monkeypatch):
-    # Otherwise memory would grow with the file.
+    # Without a bound, memory would grow with the file.
     read, answered, most_ahead = 0, 0, 0
 
     class CountedFile(pq.ParquetFile):
@@ -157,7 +157,7 @@ def test_a_failure_leaves_an_earlier_output_as_it_was_and_nothing_beside_it(pipe
     before = (tmp_path / "out.parquet").read_bytes()
     preprocess = pipe.preprocess
 
-    def fails_at_the_last(inputs, **options):  # while another is on its way, when rows have been written
+    def fails_at_the_last(inputs, **options):  # when rows have been written and others are being processed
         if list(inputs.history) == ["12"]:
             raise RuntimeError("no memory is left")
         return preprocess(inputs, **options)
@@ -242,7 +242,7 @@ def test_histories_of_another_catalogue_are_an_error_and_two_runs_do_not_meet(pi
     link.symlink_to(tmp_path / "out.parquet")
 
     class Meeting:
-        """Another run to the same output comes in the middle of this one."""
+        """Recommendations during which another run writes to the same output."""
 
         tokenizer = pipe.tokenizer
 

@@ -32,7 +32,7 @@ def make_model(switches) -> Bert4RecForMaskedItemPrediction:
 
 
 def inputs(batch: int, length: int, excluded: int, candidates: int) -> dict[str, torch.Tensor]:
-    """Every other row is padded on the left and has no candidates."""
+    """A batch in which every other row is padded on the left and has no candidates."""
     torch.manual_seed(batch * length)
     input_ids = torch.randint(3, 60, (batch, length))
     input_ids[:, -1] = 1
@@ -42,14 +42,14 @@ def inputs(batch: int, length: int, excluded: int, candidates: int) -> dict[str,
     return {
         "input_ids": input_ids,
         "attention_mask": (input_ids != 0).long(),
-        "history_ids": torch.randint(0, 60, (batch, length + 3)),  # more than the input holds
+        "history_ids": torch.randint(0, 60, (batch, length + 3)),  # longer than the input
         "exclude_ids": torch.randint(0, 60, (batch, excluded)),
         "candidate_ids": candidate_ids,
     }
 
 
 def expected(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row through `recommend`, where a row without candidates has None."""
+    """The answers of `recommend`, row by row, with None for a row without candidates."""
     answers = []
     for row in range(len(batch["input_ids"])):
         one = {name: values[row : row + 1] for name, values in batch.items()}

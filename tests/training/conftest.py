@@ -1,4 +1,4 @@
-"""A prepared Markov chain and MovieLens 100K."""
+"""A prepared log of a Markov chain."""
 
 from pathlib import Path
 

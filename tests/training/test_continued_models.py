@@ -75,18 +75,18 @@ def test_a_model_of_all_events_is_no_model_to_evaluate_on_some_of_them(chain, tm
     (tmp_path / "next.csv").write_text((data.parent / "log.csv").read_text())
     prepare(tmp_path / "next.csv", tmp_path / "next")
     prepare(tmp_path / "next.csv", tmp_path / "next all", split="none")
-    told = (
+    warning = (
         "served was trained on all events of log.csv: targets of next.csv among these events are no test of this model"
     )
     train_prepared(tmp_path / "next all", arguments(tmp_path / "on", max_steps=1), tmp_path / "served")
-    assert told not in caplog.text
+    assert warning not in caplog.text
     for test in (
         lambda: evaluate_prepared(tmp_path / "served", tmp_path / "next", use_cpu=True),
         lambda: train_prepared(tmp_path / "next", arguments(tmp_path / "onward", max_steps=1), tmp_path / "served"),
     ):
         caplog.clear()
         test()
-        assert told in caplog.text
+        assert warning in caplog.text
 
 
 def test_a_model_may_go_on_week_by_week_where_a_cut_keeps_its_training_before_the_targets(chain, tmp_path, caplog):
@@ -99,7 +99,7 @@ def test_a_model_may_go_on_week_by_week_where_a_cut_keeps_its_training_before_th
     train_prepared(tmp_path / "second week", arguments(tmp_path / "second", max_steps=1), tmp_path / "first")
     evaluate_prepared(tmp_path / "first", tmp_path / "second week", use_cpu=True)
     assert "another preparation" not in caplog.text
-    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # of which it has trained on targets
+    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # it has trained on these targets
     assert "second was trained on another preparation, of renamed.csv (split {" in caplog.text
 
 
@@ -139,7 +139,7 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     assert new.items == [*old.items, "AAA", "zz"]
     model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "new")
     assert model.config.vocab_size == len(new) == model.item_bias.weight.shape[0]
-    # A folder is no part of a recipe, by which another model is trained; what the Hub has is.
+    # A recipe does not name a local model folder to start from. It names a model on the Hub.
     assert "model_name_or_path" not in yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
     model.config._name_or_path = "somebody/chain"
     rows = read_prepared(data, new)[0]
@@ -151,7 +151,7 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "base_model: somebody/chain" in card
     before = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "old")
-    # An item that the new log lacks has moved only a little.
+    # The vector of an item that the new log lacks changes only a little.
     old_row = before.get_input_embeddings().weight[old.item_ids_to_token_ids(["item 7"])[0]]
     new_row = model.get_input_embeddings().weight[new.item_ids_to_token_ids(["item 7"])[0]]
     assert torch.nn.functional.cosine_similarity(old_row, new_row, dim=0) > 0.9

@@ -105,7 +105,7 @@ def test_large_logs_are_trained_in_larger_batches_shared_by_the_processes():
     [
         ([[3, 4, 5]] * 3 + [[3] * 60], None, 0.4),
         ([[3, 4, 5]] * 3 + [[3] * 90], None, 0.2),
-        ([[3, 4, 5]] * 15 + [[3] * 300], None, 0.4),  # of which the model gets 200
+        ([[3, 4, 5]] * 15 + [[3] * 300], None, 0.4),  # the model reads 200 of 300
         ([[3, 4, 5]], 0.3, 0.3),
         ([], None, 0.2),
     ],

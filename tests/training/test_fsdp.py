@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from chain_runs import free_port
-from log_and_model import HIDDEN_SIZE, answers, pieces, write_log_and_model
+from log_and_model import HIDDEN_SIZE, answers, trainer_inputs, write_log_and_model
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
 from bert4rec_hf.training.trainer import keep_inputs_and_outputs_in_float32
@@ -22,12 +22,15 @@ def arguments(folder: Path) -> Bert4RecTrainingArguments:
 
 
 def in_half_precision() -> list[bool]:
-    """Whether sharded weights in bfloat16 recommend what whole ones in float32 do, where transitions decide."""
+    """Whether weights sharded in bfloat16 recommend as whole weights in float32, and whether scores are float32.
+
+    Transitions decide the recommendations.
+    """
     from accelerate import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    config = Bert4RecConfig(vocab_size=2003, hidden_size=32, num_transitions=4)  # more than bfloat16 can count to
+    config = Bert4RecConfig(vocab_size=2003, hidden_size=32, num_transitions=4)  # bfloat16 cannot represent all ids
     model = Bert4RecForMaskedItemPrediction(config).eval()
     model.history_scores.successor_ids[:] = torch.stack([torch.randperm(2000)[:4] + 3 for _ in range(2003)])
     model.history_scores.successor_scores[:] = torch.tensor([40.0, 38.0, 36.0, 34.0])
@@ -49,7 +52,7 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
 
     dist.init_process_group("gloo")
     model = Bert4RecForMaskedItemPrediction.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=2))
-    trainer = Bert4RecTrainer(model, arguments(output), **pieces(data))
+    trainer = Bert4RecTrainer(model, arguments(output), **trainer_inputs(data))
     shard = model.get_input_embeddings().weight.to_local().shape
     trainer.train()
     metrics = trainer.evaluate()
@@ -67,7 +70,7 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
 def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     output = tmp_path / "output"
     data, start, model = write_log_and_model(tmp_path)
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     outcome = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
          __file__, str(data), str(start), str(output)],
@@ -76,14 +79,14 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     assert (output / "report.json").is_file(), outcome.stderr[-3000:]
     report = json.loads((output / "report.json").read_text())
     assert report["half"] == [True, True]
-    # Each process holds half of the item table's 24 rows.
+    # Each process holds half of the 24 rows of the item table.
     assert report["shard"] == [12, HIDDEN_SIZE]
     alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)
     assert not torch.equal(alone.get_input_embeddings().weight, model.get_input_embeddings().weight)
     assert torch.equal(alone.history_scores.successor_ids, model.history_scores.successor_ids)
     assert torch.equal(alone.history_scores.successor_scores, model.history_scores.successor_scores)
     torch.testing.assert_close(answers(alone), torch.load(output / "answers.pt"), atol=1e-5, rtol=0)
-    metrics = Bert4RecTrainer(alone, arguments(tmp_path / "alone"), **pieces(data)).evaluate()
+    metrics = Bert4RecTrainer(alone, arguments(tmp_path / "alone"), **trainer_inputs(data)).evaluate()
     for name in ("eval_HR@10", "eval_NDCG@10", "eval_MRR", "eval_coverage@10"):
         assert metrics[name] == pytest.approx(report["metrics"][name], abs=1e-9)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from chain_runs import free_port
-from log_and_model import HIDDEN_SIZE, answers, pieces, write_log_and_model
+from log_and_model import HIDDEN_SIZE, answers, trainer_inputs, write_log_and_model
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
 
@@ -20,8 +20,8 @@ RECIPE = Path(__file__).parent.parent.parent / "recipes" / "accelerate" / "fsdp.
 def shard_without_gpus() -> None:
     """Let Accelerate shard over CPU processes.
 
-    Its state knows FSDP for GPUs and their like alone, and quietly makes DDP of it elsewhere. What it does for those is
-    done here for CPUs; all that follows, from the plugin to `prepare`, is Accelerate's own.
+    AcceleratorState accepts FSDP on accelerators only. On CPUs it silently uses DDP instead. This function makes the
+    same settings for CPUs as AcceleratorState for GPUs. The plugin and `prepare` are those of Accelerate.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -41,7 +41,7 @@ def shard_without_gpus() -> None:
 
 
 def arguments(folder: Path) -> Bert4RecTrainingArguments:
-    """Evaluated and saved between steps, with the best epoch loaded at the end, as `bert4rec train` does."""
+    """Arguments that evaluate and save between steps and load the best epoch at the end, as in `bert4rec train`."""
     return Bert4RecTrainingArguments(
         str(folder), num_train_epochs=4, per_device_train_batch_size=8, learning_rate=0.01, warmup_steps=1,
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", disable_tqdm=True,
@@ -51,13 +51,15 @@ def arguments(folder: Path) -> Bert4RecTrainingArguments:
 def train_sharded(data: Path, start: Path, output: Path) -> None:
     """The program of each of the two processes."""
     shard_without_gpus()
-    trainer = Bert4RecTrainer(Bert4RecForMaskedItemPrediction.from_pretrained(start), arguments(output), **pieces(data))
+    trainer = Bert4RecTrainer(
+        Bert4RecForMaskedItemPrediction.from_pretrained(start), arguments(output), **trainer_inputs(data)
+    )
     trainer.train()
     model = trainer.model
     metrics = trainer.evaluate()
     trained = answers(model.eval())
     trainer.save_model()
-    # The same in a loop of one's own, whose model is asked before it has computed anything.
+    # `prepare` is also called without a trainer, and the model answers before its first forward pass.
     fresh = Bert4RecForMaskedItemPrediction.from_pretrained(start).eval()
     fresh, _ = trainer.accelerator.prepare(fresh, torch.optim.SGD(fresh.parameters()))
     untrained = answers(fresh)
@@ -80,7 +82,7 @@ def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp
     data, start, model = write_log_and_model(tmp_path)
     on_two_cpus = {"num_processes": 2, "use_cpu": True, "mixed_precision": precision}
     config.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | on_two_cpus))
-    # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+    # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     outcome = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
          "--main_process_port", str(free_port()), __file__, str(data), str(start), str(output)],
@@ -88,7 +90,7 @@ def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp
     )  # fmt: skip
     assert (output / "report.json").is_file(), outcome.stderr[-3000:]
     report = json.loads((output / "report.json").read_text())
-    # Each process holds half of the item table's 24 rows, and of the biases.
+    # Each process holds half of the 24 rows of the item table, and half of the biases.
     assert report["shards"] == [[12, HIDDEN_SIZE], [12]]
     assert report["losses"][-1] < report["losses"][0] - 0.3
     assert report["metrics"]["eval_NDCG@10"] == report["best"]
@@ -97,7 +99,7 @@ def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp
     assert not torch.equal(alone.get_input_embeddings().weight, model.get_input_embeddings().weight)
     for name, whole in (("trained", alone), ("untrained", model.eval())):
         expected = answers(whole)
-        if precision != "no":  # neighbours may change places
+        if precision != "no":  # items with close scores may change places
             for values in (found[name], expected):
                 del values["item_ids"], values["ranks"]
         torch.testing.assert_close(found[name], expected, atol=tolerance, rtol=0)

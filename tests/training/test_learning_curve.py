@@ -1,4 +1,4 @@
-"""The learning curve: its content, its plot and its warnings."""
+"""The learning curve: its record, its plot and its warnings."""
 
 import json
 import logging
@@ -24,12 +24,12 @@ from bert4rec_hf.training.learning_curve import (
 
 PROTOCOL = Protocol("leave-one-out", "validation", "all 9 items", True, 1000, 0, 0.0, 0.0)
 PNG = b"\x89PNG\r\n"
-# Of a thousand users so many have rank 1, the others are misses: HR and NDCG at every k are the share.
-FLOOR = {"popularity": ranking_metrics(np.arange(1000) < 50)}
+# 50 of a thousand users have rank 1 and the others are misses, so HR and NDCG at every k are .05.
+BASELINE = {"popularity": ranking_metrics(np.arange(1000) < 50)}
 
 
-def record(hits, *, losses=None, first=100, planned_steps=None, max_steps=-1, baselines=FLOOR):
-    """The record of a run that was evaluated every hundred steps, with so many hits of a thousand users."""
+def record(hits, *, losses=None, first=100, planned_steps=None, max_steps=-1, baselines=BASELINE):
+    """The record of a run with an evaluation every hundred steps. `hits` are the hits of a thousand users in each."""
     log = []
     steps = range(first, first + 100 * len(hits), 100)
     for number, loss, step in zip(hits, losses or [3.0] * len(hits), steps, strict=True):
@@ -84,9 +84,9 @@ def test_without_training_or_evaluation_there_is_no_record():
         ([100, 200, 300, 300], {}, None),  # flat at the end
         ([100, 200, 400, 300], {}, None),  # worse at the end
         ([300, 300, 300, 325], {}, None),  # two standard errors are .029
-        ([900, 900, 900, 930], {}, None),  # beyond two standard errors, .016, but 3 % only
+        ([900, 900, 900, 930], {}, None),  # beyond two standard errors, .016, but only 3 %
         ([300, 290, 280, 335], {}, "train longer: --num_train_epochs 8"),
-        ([100, 400], {}, None),  # too few evaluations to say
+        ([100, 400], {}, None),  # too few evaluations
     ],
 )
 def test_a_run_that_still_rises_at_its_end_is_called_under_trained(hits, options, advice):
@@ -101,10 +101,10 @@ def test_a_run_that_still_rises_at_its_end_is_called_under_trained(hits, options
     ("losses", "hits", "fall"),
     [
         ([5.0, 4.5, 4.0, 3.9], [300, 300, 300, 301], "0.10 to 3.90"),
-        ([5.0, 4.5, 4.0, 3.92], [300, 300, 300, 301], None),  # of a converged run too
-        ([5.0, 3.95, 4.0, 3.9], [300, 300, 300, 301], None),  # not what it had before
-        ([5.0, 4.5, 4.0, 3.9], [300, 300, 301, 300], None),  # the ranking is no better for it
-        ([5.0, 4.5, 4.4, 4.2, 3.9], [300, 300, 300, 302, 301], "0.50 to 3.90"),  # the best is the last but one
+        ([5.0, 4.5, 4.0, 3.92], [300, 300, 300, 301], None),  # so small a fall is also seen in converged runs
+        ([5.0, 3.95, 4.0, 3.9], [300, 300, 300, 301], None),  # the loss was almost as low before
+        ([5.0, 4.5, 4.0, 3.9], [300, 300, 301, 300], None),  # the ranking does not improve
+        ([5.0, 4.5, 4.4, 4.2, 3.9], [300, 300, 300, 302, 301], "0.50 to 3.90"),  # the second last ranking is best
         ([5.0, 4.5, 4.0, float("nan")], [300, 300, 300, 301], None),
     ],
 )
@@ -120,14 +120,14 @@ def test_a_run_whose_validation_loss_still_falls_at_its_end_is_called_under_trai
 
 def test_of_few_users_a_falling_validation_loss_may_be_chance():
     found = record([300, 300, 300, 301], losses=[5.0, 4.5, 4.0, 3.9])
-    for num_users, warned in ((120, True), (90, False)):  # one in the root of them is .091 and .105
+    for num_users, warned in ((120, True), (90, False)):  # 1 / sqrt(num_users) is .091 and .105
         warnings = training_warnings(found | {"protocol": {"num_users": num_users}}, "")
         assert any(warning.startswith("under-trained: validation loss") for warning in warnings) == warned
 
 
 @pytest.mark.parametrize(("hits", "warned"), [(50, True), (65, True), (80, False)])
-def test_a_model_that_is_not_clearly_above_popularity_is_at_the_floor(hits, warned):
-    # Popularity has 50 hits; two standard errors of the difference are .021 to .022.
+def test_a_model_that_is_not_clearly_above_popularity_is_at_the_baseline(hits, warned):
+    # Popularity has 50 hits. Two standard errors of the difference are .021 to .022.
     warnings = record([hits, hits, hits])["warnings"]
     assert len(warnings) == warned
     if warned:
@@ -139,13 +139,15 @@ def test_a_model_that_is_not_clearly_above_popularity_is_at_the_floor(hits, warn
     ("baseline", "what"),
     [("transitions", "each item's successors"), ("personal popularity", "how often each user had an item")],
 )
-@pytest.mark.parametrize(("hits", "told"), [(50, "at the popularity baseline"), (120, "no better than"), (121, None)])
-def test_a_model_that_adds_nothing_to_a_count_is_told(baseline, what, hits, told):
-    baselines = FLOOR | {baseline: record([120])["evaluations"][0]}
+@pytest.mark.parametrize(
+    ("hits", "expected"), [(50, "at the popularity baseline"), (120, "no better than"), (121, None)]
+)
+def test_a_model_that_adds_nothing_to_a_count_is_told(baseline, what, hits, expected):
+    baselines = BASELINE | {baseline: record([120])["evaluations"][0]}
     warnings = record([hits, hits], baselines=baselines)["warnings"]
-    assert len(warnings) == (told is not None)
-    if told is not None:
-        assert warnings[0].startswith(told)
+    assert len(warnings) == (expected is not None)
+    if expected is not None:
+        assert warnings[0].startswith(expected)
     if hits == 120:
         assert warnings[0].startswith(f"no better than {baseline} alone: the best validation NDCG@10 is 0.1200; ")
         assert f"counting {what} alone gives 0.1200; give" in warnings[0]
@@ -166,7 +168,7 @@ def test_metrics_of_somebodys_own_make_no_curve_and_no_error():
     log = [{"loss": 1.0, "epoch": 1.0, "step": 5}, {"eval_NDCG@10": 0.5, "eval_loss": 1.0, "epoch": 1.0, "step": 5}]
     state = TrainerState(global_step=5, max_steps=5, log_history=log)
     args = SimpleNamespace(max_steps=-1, num_train_epochs=1)
-    assert training_record(state, args, PROTOCOL, FLOOR, 5) is None
+    assert training_record(state, args, PROTOCOL, BASELINE, 5) is None
 
 
 def test_the_standard_error_from_stored_metrics_is_that_over_users():
@@ -228,7 +230,7 @@ def test_a_resumed_run_has_the_whole_curve(chain, tmp_path):
     assert resumed["evaluations"] == whole["evaluations"]
 
 
-def test_a_log_without_any_order_is_reported_at_the_floor_in_log_and_card(tmp_path, caplog):
+def test_a_log_without_any_order_is_reported_at_the_baseline_in_log_and_card(tmp_path, caplog):
     chance = random.Random(0)
     lines = ["user_id,item_id,timestamp"]
     for user in range(60):
@@ -247,7 +249,7 @@ def test_a_curve_of_other_weights_does_not_stay_in_the_folder(chain, tmp_path):
     trainer = train_prepared(chain, arguments(tmp_path, num_train_epochs=1), **SMALL)
     trainer.protocol = None
     trainer.save_model()
-    assert (tmp_path / "training.json").is_file()  # of the same weights
+    assert (tmp_path / "training.json").is_file()  # the weights have not changed
     trainer.model.item_bias.weight.data += 1
     trainer.save_model()
     assert not (tmp_path / "training.json").exists()

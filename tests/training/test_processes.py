@@ -1,4 +1,4 @@
-"""Several processes, and the examples."""
+"""Training with several processes, and the examples."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, lau
     }[launcher]
 
     def launch(*words) -> str:
-        # Such runs may abort at interpreter exit after the work is done: what they wrote is what counts.
+        # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
         outcome = subprocess.run(
             [sys.executable, "-m", *command, str(free_port()), "-m", "bert4rec_hf", *map(str, words)],
             capture_output=True, text=True, timeout=300, check=False,
@@ -81,7 +81,7 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, lau
     records = json.loads((model / "evaluation.json").read_text())
     two = next(record for record in records if record["protocol"]["part"] == "test")
     one = evaluate_prepared(model, data, use_cpu=True)
-    # 301 users do not divide by two: a user counted twice would show.
+    # 301 users do not divide by two, so a test notices if a user is counted twice.
     assert two["protocol"]["num_users"] == 301
     metrics = {name: value for name, value in one["metrics"].items() if name != "loss"}
     assert {name: two["metrics"][name] for name in metrics} == metrics

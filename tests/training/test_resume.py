@@ -49,7 +49,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_unbroken_runs_weight
 def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, caplog):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
-    for step in (7, 99):  # of which the saving was interrupted
+    for step in (7, 99):  # checkpoints whose saving was interrupted
         (tmp_path / "run" / f"checkpoint-{step}").mkdir()
         shutil.copy(tmp_path / "run" / "config.json", tmp_path / "run" / f"checkpoint-{step}")
     options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
@@ -59,7 +59,7 @@ def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, ca
 
 
 class RowsSeen(TrainerCallback):
-    """Collates like the collator and notes which rows came."""
+    """A collator that also records the rows that it gets."""
 
     def __init__(self, collator):
         self.collator, self.rows = collator, []
@@ -108,7 +108,7 @@ def test_a_copied_run_goes_on_from_its_own_best_checkpoint(chain, tmp_path):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    for state in (tmp_path / "copy").glob("checkpoint-*/trainer_state.json"):  # none that comes is better
+    for state in (tmp_path / "copy").glob("checkpoint-*/trainer_state.json"):  # no later one is better
         state.write_text(json.dumps(json.loads(state.read_text()) | {"best_metric": 1.0}))
     options = {"num_train_epochs": 2, "resume_from_checkpoint": "last"}
     trainer = train_prepared(data, arguments(tmp_path / "copy", **options), **SMALL)
@@ -140,7 +140,7 @@ def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_
         )
         trainer.train(resume_from_checkpoint=True if resumed else None)
         seen.append(collator.rows)
-    # The loader reads one batch ahead, which the stopped run has not trained on.
+    # The stopped run has not trained on the batch that the loader has read ahead.
     rows = seen[0][: 6 * 32] + seen[1]
     everything = sorted(map(tuple, training_rows(histories)["input_ids"]))
     first, second = rows[: len(everything)], rows[len(everything) :]

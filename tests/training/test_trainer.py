@@ -1,4 +1,4 @@
-"""The Trainer: training, evaluation, metrics, recipes."""
+"""`Bert4RecTrainer`: training, evaluation, metrics, recipes."""
 
 import json
 import random
@@ -56,7 +56,7 @@ def test_the_best_next_item_of_a_markov_chain_is_learnt(chain, tmp_path):
     hits = [answer[0]["item_id"] == best_next[history[-1]] for history, answer in zip(histories, answers, strict=True)]
     assert sum(hits) / len(hits) > 0.9
     record = evaluate_prepared(tmp_path / "model", data, use_cpu=True)
-    # The chain is followed in .8 of the steps and by chance in 1 of 25 of the others.
+    # The successor follows in .8 of the steps, and in 1 of 25 of the others by chance.
     assert record["metrics"]["HR@1"] > 0.7 > 0.2 > record["baselines"]["popularity"]["HR@1"]
     stored = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert record in stored
@@ -66,7 +66,7 @@ def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weig
     data = movielens
     histories, tokenizer, _ = read_prepared(data)
     config = {"vocab_size": len(tokenizer), "max_position_embeddings": 10, **SMALL}
-    pieces = {
+    trainer_inputs = {
         "data_collator": DataCollatorForMaskedItemPrediction(tokenizer, max_length=10),
         "train_dataset": training_rows(histories),
         "eval_dataset": ranking_rows(histories, tokenizer, "validation", filter_seen_items=False, max_length=10),
@@ -78,7 +78,9 @@ def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weig
     }  # fmt: skip
     set_seed(1)
     ours = Bert4RecTrainer(
-        Bert4RecForMaskedItemPrediction(Bert4RecConfig(**config)), arguments(tmp_path / "ours", **options), **pieces
+        Bert4RecForMaskedItemPrediction(Bert4RecConfig(**config)),
+        arguments(tmp_path / "ours", **options),
+        **trainer_inputs,
     )
     ours.train()
     set_seed(1)
@@ -96,7 +98,7 @@ def test_our_trainer_and_the_plain_one_report_equal_metrics_and_train_equal_weig
         ),
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=target_ranks,
-        **pieces,
+        **trainer_inputs,
     )
     plain.train()
     for name, value in ours.model.state_dict().items():
@@ -124,16 +126,16 @@ def test_the_trainer_alone_does_what_its_arguments_say_and_no_recipe_says_more(c
         save_strategy="epoch", eval_steps=None, metric_for_best_model="eval_old_NDCG@10",
     )  # fmt: skip
     ranks = popularity_ranks(rows, histories, tokenizer.num_items)
-    pieces = {"train_dataset": training_rows(histories), "processing_class": tokenizer}
+    trainer_inputs = {"train_dataset": training_rows(histories), "processing_class": tokenizer}
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
     protocol = Protocol.of(histories, {"split": {"name": "leave-one-out"}}, "validation", tokenizer.num_items, False)
     trainer = Bert4RecTrainer(
-        None, given, None, pieces["train_dataset"], {"old": rows}, tokenizer, lambda: model,
+        None, given, None, trainer_inputs["train_dataset"], {"old": rows}, tokenizer, lambda: model,
         baselines={"popularity": ranks}, protocol=protocol,
     )  # fmt: skip
     trainer.train()
     assert trainer.state.epoch == 2
-    assert trainer.evaluation is None  # of several sets there is no one protocol
+    assert trainer.evaluation is None  # there is no single protocol for several datasets
     assert trainer.baselines == {"popularity": ranking_metrics(ranks)}
     recipe = yaml.safe_load((tmp_path / "model" / "checkpoint-10" / "recipe.yaml").read_text())
     assert recipe["learning_rate"] == 0.0
@@ -141,16 +143,16 @@ def test_the_trainer_alone_does_what_its_arguments_say_and_no_recipe_says_more(c
     with pytest.raises(ValueError, match="expected a processing_class, the Bert4RecTokenizer"):
         Bert4RecTrainer(model, given, train_dataset=training_rows(histories), eval_dataset=rows)
     with pytest.raises(ValueError, match="expected a model or a model_init"):
-        Bert4RecTrainer(args=given, **pieces)
+        Bert4RecTrainer(args=given, **trainer_inputs)
     with pytest.raises(ValueError, match=r"the tokenizer has 28 token ids, the model 29: create the model"):
-        Bert4RecTrainer(Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=29)), given, **pieces)
+        Bert4RecTrainer(Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=29)), given, **trainer_inputs)
     with pytest.raises(
         ValueError, match="expected evaluation rows of ranking_rows; got rows without the column exclude_ids"
     ):
         trainer.evaluate(rows.remove_columns("exclude_ids").select(range(2)))
     assert not Bert4RecTrainingArguments(str(tmp_path / "none"), eval_strategy="no").load_best_model_at_end
     with pytest.raises(ValueError, match="expected Bert4RecTrainingArguments or a data_collator"):
-        Bert4RecTrainer(model, TrainingArguments(str(tmp_path / "plain"), use_cpu=True), **pieces)
+        Bert4RecTrainer(model, TrainingArguments(str(tmp_path / "plain"), use_cpu=True), **trainer_inputs)
 
 
 def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(chain, tmp_path):
@@ -163,7 +165,7 @@ def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(c
         ids, labels = (row[name][-2 - number % 7 :] for name in ("input_ids", "labels"))
         return {"input_ids": ids, "labels": labels, "exclude_ids": ids[:-1]}
 
-    rows = rows.map(shortened, with_indices=True)  # of other lengths, by which they are ranked
+    rows = rows.map(shortened, with_indices=True)  # evaluation sorts by these lengths
     prediction = trainer.predict(rows)
     ranks, _ = prediction.predictions
     assert prediction.label_ids.tolist() == [max(labels) for labels in rows["labels"]]
@@ -177,7 +179,7 @@ def test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user(c
     for rank, target, answer in zip(ranks, targets, answers, strict=True):
         shown = [entry["item_id"] for entry in answer]
         assert rank == (shown.index(target) + 1 if target in shown else 0)
-    assert 0 < (ranks == 0).sum() < 301  # some targets are repeats, which are never shown
+    assert 0 < (ranks == 0).sum() < 301  # some targets are repeats, which are not shown
 
 
 def test_numbers_of_other_weights_are_not_stored(chain, tmp_path):
@@ -191,12 +193,12 @@ def test_numbers_of_other_weights_are_not_stored(chain, tmp_path):
     }
     trainer = train_prepared(data, arguments(tmp_path / "model", num_train_epochs=1, **options), **SMALL)
     stored = {path.parent.name for path in (tmp_path / "model").glob("*/evaluation.json")}
-    assert stored == {"checkpoint-10", "checkpoint-20"}  # of those at 5, 10, 15 and 20
+    assert stored == {"checkpoint-10", "checkpoint-20"}  # not those at steps 5 and 15
     (record,) = json.loads((tmp_path / "model" / "evaluation.json").read_text())
     assert record == trainer.evaluation
     assert trainer.evaluate()["eval_NDCG@10"] == pytest.approx(record["metrics"]["NDCG@10"])
     trainer.args.eval_strategy, trainer.args.save_strategy = "no", "no"
-    trainer.train()  # to the same step once more
+    trainer.train()  # ends at the same step with other weights
     trainer.save_model(str(tmp_path / "trained on"))
     assert not (tmp_path / "trained on" / "evaluation.json").exists()
 
@@ -215,7 +217,7 @@ def test_metrics_among_sampled_items_say_so_in_their_names(chain, tmp_path, monk
     assert {name for name in sampled if "@" in name} == {
         f"eval_sampled_{name}" for name in SAMPLED_METRICS if "@" in name
     }
-    assert sampled["eval_sampled_HR@10"] == 1  # of six
+    assert sampled["eval_sampled_HR@10"] == 1  # among six items
     assert sampled["eval_sampled_HR@1"] < 1
     for others in (list(among_few), IterableDataset.from_generator(lambda: iter(among_few))):
         found = trainer.evaluate(others)
@@ -238,14 +240,19 @@ def test_rows_that_a_transform_makes_are_trained_and_evaluated(chain, tmp_path):
         ranking_rows(histories, tokenizer, "validation", filter_seen_items=False),
     )
 
-    def made(rows):
-        of_numbers = Dataset.from_dict({"number": range(len(rows))})
-        of_numbers.set_transform(lambda batch: {name: rows[batch["number"]][name] for name in rows.column_names})
-        return of_numbers
+    def transformed(rows):
+        numbers = Dataset.from_dict({"number": range(len(rows))})
+        numbers.set_transform(lambda batch: {name: rows[batch["number"]][name] for name in rows.column_names})
+        return numbers
 
     options = {"max_steps": 2, "remove_unused_columns": False, "train_sampling_strategy": "random"}
     trainer = Bert4RecTrainer(
-        model, arguments(tmp_path, **options), None, made(trained), made(ranked), processing_class=tokenizer
+        model,
+        arguments(tmp_path, **options),
+        None,
+        transformed(trained),
+        transformed(ranked),
+        processing_class=tokenizer,
     )
     trainer.train()
     assert trainer.evaluate()["eval_MRR"] == pytest.approx(trainer.evaluate(ranked)["eval_MRR"])
@@ -278,13 +285,13 @@ def test_arguments_are_left_as_they_were_and_half_precision_evaluation_is_refuse
     given = arguments(tmp_path / "model", max_steps=1)
     assert train_prepared(data, given, **SMALL).args.mask_ratio == 0.4
     assert (given.mask_ratio, given.learning_rate, given.per_device_train_batch_size) == (None, 2e-3, 32)
-    assert given.ddp_broadcast_buffers is False  # 100 MB a step, where items keep vectors
+    assert given.ddp_broadcast_buffers is False  # broadcasting could take 100 MB per step
     with pytest.raises(ValueError, match="leave out --bf16_full_eval and --fp16_full_eval; --bf16 true has half"):
         arguments(tmp_path / "model", bf16_full_eval=True)
 
 
 def test_the_best_by_loss_is_the_lowest(chain, tmp_path):
-    # At this rate the loss rises again.
+    # At this learning rate, the loss rises again.
     options = {"metric_for_best_model": "loss", "num_train_epochs": 6, "learning_rate": 0.1, "save_total_limit": None}
     trainer = train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -306,9 +313,8 @@ def test_the_recipe_has_what_was_trained_in_and_can_be_read_again(chain, tmp_pat
 def test_weight_decay_is_not_of_the_item_table(chain, tmp_path):
     histories, tokenizer, _ = read_prepared(chain[0])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL))
-    no_item = (
-        model.get_input_embeddings().weight[UNK_TOKEN_ID].clone()
-    )  # nothing reads it, so that decay alone could change it
+    # No row has [UNK], so only weight decay could change its vector.
+    before = model.get_input_embeddings().weight[UNK_TOKEN_ID].clone()
     options = {"weight_decay": 0.5, "max_steps": 2, "warmup_steps": 0, "eval_strategy": "no", "save_strategy": "no"}
     trainer = Bert4RecTrainer(
         model,
@@ -317,8 +323,8 @@ def test_weight_decay_is_not_of_the_item_table(chain, tmp_path):
         processing_class=tokenizer,
     )
     trainer.train()
-    assert no_item.any()
-    assert torch.equal(model.get_input_embeddings().weight[UNK_TOKEN_ID], no_item)
+    assert before.any()
+    assert torch.equal(model.get_input_embeddings().weight[UNK_TOKEN_ID], before)
     assert "model.layers.0.attention.query.weight" in trainer.get_decay_parameter_names(model)
 
 
@@ -435,10 +441,10 @@ def test_personal_popularity_is_of_whole_histories_and_not_of_what_the_model_rea
     (tmp_path / "log.csv").write_text("\n".join(log) + "\n")
     prepare(tmp_path / "log.csv", tmp_path / "data", max_length=4)
     train_prepared(tmp_path / "data", arguments(tmp_path / "model", num_train_epochs=1), **SMALL)
-    # Of the three items that the model reads, none is the x that its user has had most often.
+    # The model reads three items, and none is x, which the user has had most often.
     baselines = evaluate_prepared(tmp_path / "model", tmp_path / "data", use_cpu=True)["baselines"]
     assert baselines["personal popularity"]["HR@1"] == 1.0
-    # Before the validation target, b, it has had x and a more often.
+    # Before the validation target b, the user has had x and a more often than b.
     baselines = json.loads((tmp_path / "model" / "training.json").read_text())["baselines"]
     assert (baselines["personal popularity"]["NDCG@1"], baselines["personal popularity"]["NDCG@5"]) == (0.0, 0.5)
 

@@ -36,7 +36,7 @@ def data(tmp_path_factory) -> Path:
     return folder / "data"
 
 
-def pieces(data: Path) -> dict:
+def trainer_inputs(data: Path) -> dict:
     histories, tokenizer, _ = read_prepared(data)
     return {
         "data_collator": DataCollatorForMaskedItemPrediction(tokenizer),
@@ -55,7 +55,7 @@ def make_model(data: Path, **options) -> Bert4RecForMaskedItemPrediction:
 
 
 def test_metrics_written_for_run_mlm_work_in_a_plain_trainer(data, tmp_path):
-    """Accuracy where labels are not -100, of the argmax of the logits, as the example script computes it."""
+    """The accuracy of the argmax of the logits where labels are not -100, as in the example script run_mlm.py."""
 
     def preprocess_logits(logits, labels):
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
@@ -68,13 +68,13 @@ def test_metrics_written_for_run_mlm_work_in_a_plain_trainer(data, tmp_path):
     trainer = Trainer(
         make_model(data),
         args,
-        **pieces(data),
+        **trainer_inputs(data),
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=preprocess_logits,
     )
     assert trainer.label_names == ["labels"]
     trainer.train()
-    assert trainer.evaluate()["eval_accuracy"] > 0.4  # chance hits a fifteenth
+    assert trainer.evaluate()["eval_accuracy"] > 0.4  # chance gives 1/15
     prediction = trainer.predict(trainer.eval_dataset)
     assert prediction.label_ids.shape == (101, 1)
 
@@ -86,7 +86,7 @@ def test_a_plain_trainer_takes_our_arguments(data, tmp_path):
     )  # fmt: skip
     assert (args.train_batch_size, args.learning_rate) == (32, 2e-3)
     trainer = Trainer(
-        make_model(data), args, **pieces(data), compute_metrics=compute_metrics,
+        make_model(data), args, **trainer_inputs(data), compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=target_ranks,
     )  # fmt: skip
     trainer.train()
@@ -95,17 +95,17 @@ def test_a_plain_trainer_takes_our_arguments(data, tmp_path):
 
 def test_arguments_of_one_run_are_chosen_anew_for_another(data, tmp_path):
     args = Bert4RecTrainingArguments(str(tmp_path), use_cpu=True)
-    wide = Bert4RecTrainer(make_model(data, hidden_size=256), args, **pieces(data))
-    narrow = Bert4RecTrainer(make_model(data), args, **pieces(data))
+    wide = Bert4RecTrainer(make_model(data, hidden_size=256), args, **trainer_inputs(data))
+    narrow = Bert4RecTrainer(make_model(data), args, **trainer_inputs(data))
     assert (wide.args.learning_rate, narrow.args.learning_rate, args.learning_rate) == (1e-3, 2e-3, 2e-3)
     args.learning_rate = 0.5
-    assert Bert4RecTrainer(make_model(data), args, **pieces(data)).args.learning_rate == 0.5
+    assert Bert4RecTrainer(make_model(data), args, **trainer_inputs(data)).args.learning_rate == 0.5
     given = Bert4RecTrainingArguments(str(tmp_path), use_cpu=True, learning_rate=2e-3)
-    assert Bert4RecTrainer(make_model(data, hidden_size=256), given, **pieces(data)).args.learning_rate == 2e-3
+    assert Bert4RecTrainer(make_model(data, hidden_size=256), given, **trainer_inputs(data)).args.learning_rate == 2e-3
 
 
 def test_a_trainer_without_evaluation_rows_trains_and_keeps_its_last_step(data, tmp_path, caplog):
-    parts = pieces(data)
+    parts = trainer_inputs(data)
     del parts["eval_dataset"]
     trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path / "model", max_steps=4), **parts)
     assert "there is no eval_dataset: nothing is evaluated, and the model is that of the last step" in caplog.text
@@ -119,10 +119,10 @@ def test_a_trainer_without_evaluation_rows_trains_and_keeps_its_last_step(data, 
 
 def test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evaluation(data, tmp_path):
     options = {"dataloader_drop_last": True, "per_device_train_batch_size": 64, "num_train_epochs": 3}
-    trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path, **options), **pieces(data))
+    trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path, **options), **trainer_inputs(data))
     trainer.train()
-    assert trainer.state.global_step == 3  # 101 rows, one whole batch an epoch
-    assert len(trainer.get_eval_dataloader()) == 2  # of 64
+    assert trainer.state.global_step == 3  # 101 rows have one full batch per epoch
+    assert len(trainer.get_eval_dataloader()) == 2  # one of 64 rows and one of the rest
     assert len(trainer.predict(trainer.eval_dataset).label_ids) == 101
     assert trainer.args.dataloader_drop_last
 
@@ -137,7 +137,7 @@ def test_optuna_searches_with_each_trainer(data, tmp_path, made_by):
     if made_by == "train_prepared":
         trainer = train_prepared(data, given, **SMALL)
     else:
-        parts = pieces(data)
+        parts = trainer_inputs(data)
         del parts["data_collator"]
         trainer = Bert4RecTrainer(None, given, **parts, model_init=lambda: make_model(data))
     seen = []
@@ -162,7 +162,7 @@ def test_optuna_searches_with_each_trainer(data, tmp_path, made_by):
     assert best.objective > 0
     assert set(seen) <= {0.3, 0.6}
     assert len(seen) >= 2
-    # Not searched, so chosen for each model anew.
+    # The learning rate is not searched, so it is derived for each model.
     assert rates == [2e-3] * 2
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)},
@@ -175,7 +175,7 @@ def test_optuna_searches_with_each_trainer(data, tmp_path, made_by):
 
 def test_no_token_is_written_and_the_arguments_stay_as_they_were(data, tmp_path):
     given = arguments(tmp_path / "model", max_steps=2, hub_token="hf_secret", eval_steps=2, save_steps=2)
-    trainer = Bert4RecTrainer(make_model(data), given, **pieces(data))
+    trainer = Bert4RecTrainer(make_model(data), given, **trainer_inputs(data))
     trainer.train()
     trainer.save_model()
     assert trainer.args.hub_token == "hf_secret"
@@ -184,8 +184,8 @@ def test_no_token_is_written_and_the_arguments_stay_as_they_were(data, tmp_path)
     assert not any(b"hf_secret" in path.read_bytes() for path in files)
 
 
-# The private methods of Transformers that our classes override. Where a public way appears, it should be taken; where
-# upstream renames one, this test fails before users notice that ours is no longer called.
+# The private methods of Transformers that our classes override. A public replacement should be used as soon as there is
+# one. If Transformers renames a method, this test fails before users notice that ours is no longer called.
 PRIVATE_HOOKS = {
     Bert4RecTrainer: {"_get_train_sampler"},
     Bert4RecForMaskedItemPrediction: {"_init_weights"},
@@ -207,7 +207,7 @@ def test_private_hooks_are_few_and_still_those_of_transformers(ours):
 
 
 def test_transformers_calls_the_private_hook_for_its_sampler(data, tmp_path, monkeypatch):
-    trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path), **pieces(data))
+    trainer = Bert4RecTrainer(make_model(data), arguments(tmp_path), **trainer_inputs(data))
     calls = []
     monkeypatch.setattr(
         Bert4RecTrainer, "_get_train_sampler", lambda self, *args: calls.append(args) or np.arange(101).tolist()

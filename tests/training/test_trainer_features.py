@@ -39,7 +39,7 @@ def make_trainer(which: str, data: Path, folder: Path, callbacks=None, **options
     histories, tokenizer, _ = read_prepared(data)
     set_seed(0)
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), max_position_embeddings=20))
-    pieces = {
+    trainer_inputs = {
         "data_collator": DataCollatorForMaskedItemPrediction(tokenizer, max_length=20),
         "train_dataset": training_rows(histories),
         "eval_dataset": ranking_rows(histories, tokenizer, "validation", filter_seen_items=False, max_length=20),
@@ -53,13 +53,13 @@ def make_trainer(which: str, data: Path, folder: Path, callbacks=None, **options
         "load_best_model_at_end": True, "metric_for_best_model": "NDCG@10", "greater_is_better": True,
     } | options  # fmt: skip
     if which == "ours":
-        return Bert4RecTrainer(model, Bert4RecTrainingArguments(str(folder), **options), **pieces)
+        return Bert4RecTrainer(model, Bert4RecTrainingArguments(str(folder), **options), **trainer_inputs)
     return Trainer(
         model,
         TrainingArguments(str(folder), **options),
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=target_ranks,
-        **pieces,
+        **trainer_inputs,
     )
 
 
@@ -88,13 +88,13 @@ def test_a_run_learns_as_well_with(data, tmp_path, which, options):
         return
     trainer.train()
     metrics = trainer.evaluate()
-    # The chain is followed in .9 of the steps; popularity hits .05.
+    # In .9 of the steps, the next item is the successor. Popularity hits .05 of the targets.
     assert metrics["eval_HR@1"] > 0.6
     assert torch.isfinite(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])).all()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-@pytest.mark.skipif(sys.platform != "linux", reason="torch.compile is tried on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="torch.compile is tested on Linux only")
 @pytest.mark.parametrize("which", TRAINERS)
 def test_a_compiled_model_learns_as_well(data, tmp_path, which):
     trainer = make_trainer(which, data, tmp_path, torch_compile=True)
