@@ -37,7 +37,7 @@ def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
     for folder in folders:
         table = pq.read_table(Path(folder) / RANKS_FILE).sort_by("user_id")
         if users and table["user_id"].to_pylist() != users:
-            raise ValueError(f"{folders[0]} and {folder} have not the same test users")
+            raise ValueError(f"{folders[0]} and {folder} do not have the same test users")
         users = table["user_id"].to_pylist()
         ranks = table["rank"].to_numpy()
         hits = (ranks > 0) & (ranks <= 10)
@@ -75,7 +75,7 @@ def main() -> None:
         (users, of_a, folders_a), (others, of_b, folders_b) = gains(options.a), gains(options.b)
         if users != others:
             raise ValueError(
-                f"A and B have not the same test users ({len(users):,} and {len(others):,}, of which "
+                f"A and B do not have the same test users ({len(users):,} and {len(others):,}, of which "
                 f"{len(set(users) & set(others)):,} are in both): rank both on one prepared folder"
             )
     except ValueError as error:

@@ -78,11 +78,11 @@ def test_other_users_are_refused_in_one_line(tmp_path):
     a, b = ranks(tmp_path / "a", [1] * 50), ranks(tmp_path / "b", [1] * 49, USERS[1:])
     run = subprocess.run([sys.executable, BENCHMARKS / "compare.py", a, b], capture_output=True, text=True)
     assert run.returncode == 2
-    assert "A and B have not the same test users (50 and 49, of which 49 are in both)" in run.stderr
+    assert "A and B do not have the same test users (50 and 49, of which 49 are in both)" in run.stderr
     run = subprocess.run([sys.executable, BENCHMARKS / "compare.py", a, a], capture_output=True, text=True, check=True)
     assert "| HR@10 | 1.0000 | 1.0000 | +0.0000 | +0.0000 to +0.0000 | 1.0000 |" in run.stdout
     ranks(tmp_path / "c-1", [1] * 50), ranks(tmp_path / "c-2", [1] * 49, USERS[1:])
-    with pytest.raises(ValueError, match="have not the same test users"):
+    with pytest.raises(ValueError, match="do not have the same test users"):
         gains(str(tmp_path / "c-*"))
 
 

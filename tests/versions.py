@@ -21,7 +21,9 @@ SHOWN = (
     "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "huggingface_hub", "ibis-framework",
     "duckdb", "pyarrow", "numpy", "pandas", "matplotlib", "onnx", "onnxscript", "usearch", "peft", "optuna",
 )  # fmt: skip
-ASK = "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
+ASK = (
+    "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
+)
 
 
 def floors() -> list[str]:

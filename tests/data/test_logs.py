@@ -15,6 +15,7 @@ import bert4rec_hf.data.preparation
 import bert4rec_hf.data.splits
 from bert4rec_hf.data.logs import SOURCE_ROW, read_log, read_titles
 from bert4rec_hf.data.preparation import histories, prepare
+from bert4rec_hf.model.tokenization_bert4rec import Bert4RecTokenizer
 
 
 def test_the_files_of_a_glob_follow_one_another_by_name(tmp_path):
@@ -273,14 +274,13 @@ def test_files_that_are_no_log_are_refused(tmp_path):
 
 
 def test_the_tokenizer_is_written_with_titles_counts_and_length(tmp_path):
-    tokenization = pytest.importorskip("bert4rec_hf.tokenization_bert4rec")
     log = write_csv(
         tmp_path / "log.csv",
         [("a", item, time) for time, item in enumerate(("[MASK]", "b", "c"))] + [("d", "b", 1)],
     )
     preparation = prepare(log, tmp_path / "out", item_titles={"b": "Bee"}, max_length=7)
     assert "tokenizer.json" in preparation["files"]
-    tokenizer = tokenization.Bert4RecTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = Bert4RecTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.model_max_length == 7
     assert len(tokenizer) == 3 + 3
 

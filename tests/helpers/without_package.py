@@ -8,7 +8,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.modules["bert4rec_hf"] = None  # type: ignore[assignment]
     try:
-        importlib.import_module("bert4rec_hf.configuration_bert4rec")
+        importlib.import_module("bert4rec_hf.model.configuration_bert4rec")
     except ImportError:
         pass
     else:
