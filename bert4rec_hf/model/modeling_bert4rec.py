@@ -293,7 +293,8 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ItemEmbeddings):
+        # Older releases of Transformers do not know of a part of a parameter that it has been loaded.
+        if isinstance(module, ItemEmbeddings) and not getattr(module.weight, "_is_hf_initialized", False):
             initialization.zeros_(module.weight[PAD_TOKEN_ID])
         if isinstance(module, HistoryScores) and module.successor_ids is not None:
             initialization.zeros_(module.successor_ids)

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -76,7 +77,7 @@ class SequentialRecommendationPipeline(Pipeline):
             _warn(num_unknown, unknown)
             return answer
         if not isinstance(inputs, list | tuple):
-            return self._answers(super().__call__((_AsOne(row, unknown) for row in inputs), **kwargs), unknown)
+            return self._answers(super().__call__(_Stream(inputs, unknown), **kwargs), unknown)
         # Sorting by length puts histories of similar length into a batch, which needs little padding.
         order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
         rows = [_AsOne(inputs[place], unknown) for place in order]
@@ -231,6 +232,16 @@ class SequentialRecommendationPipeline(Pipeline):
             custom_object_save(self, save_directory)
         self.model.save_pretrained(save_directory, **kwargs)
         self.tokenizer.save_pretrained(save_directory, **kwargs)
+
+
+class _Stream(IterableDataset):
+    """Requests that are read one after another. Transformers 5.12 reads all of a generator into memory first."""
+
+    def __init__(self, requests: Iterable[Any], unknown: list[str]):
+        self.requests, self.unknown = requests, unknown
+
+    def __iter__(self) -> Iterator["_AsOne"]:
+        return (_AsOne(request, self.unknown) for request in self.requests)
 
 
 class _AsOne:
