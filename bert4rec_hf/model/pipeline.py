@@ -235,7 +235,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
 
 class _Stream(IterableDataset):
-    """Requests that are read one after another. Transformers 5.12 reads all of a generator into memory first."""
+    """Requests that are read one after another. Transformers 5.13 may read all of a generator into memory first."""
 
     def __init__(self, requests: Iterable[Any], unknown: list[str]):
         self.requests, self.unknown = requests, unknown
