@@ -214,7 +214,10 @@ class Bert4RecAttention(nn.Module):
             # On a CPU, attention is slower in half precision than in float32, and its backward pass is much slower.
             query, key, value = query.float(), key.float(), value.float()
             autocast = torch.autocast("cpu", enabled=False)
-        if attention_mask is not None and attention_mask.dtype.is_floating_point:
+        else:
+            # With autocast, the rotary positions are float32, while flex attention takes inputs of one dtype only.
+            query, key = query.to(value.dtype), key.to(value.dtype)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dtype.is_floating_point:  # flex has a BlockMask
             attention_mask = attention_mask.to(query.dtype)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward

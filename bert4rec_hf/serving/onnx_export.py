@@ -94,8 +94,9 @@ def export_onnx(
         raise ValueError(f"{output} is a folder; name a file, for example {output / 'model.onnx'}")
     if output.exists() and output.suffix != ".onnx":
         raise ValueError(f"{output} exists and its name does not end in .onnx; choose another --output")
-    if model.dtype != torch.float32:
-        model = deepcopy(model).float()  # runtimes on a CPU have no half-precision multiplication
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        # Runtimes on a CPU have no half-precision multiplication, and the example inputs are on the CPU.
+        model = deepcopy(model).to("cpu", torch.float32)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.config.max_position_embeddings)
     num_excluded, num_candidates = torch.export.Dim("excluded"), torch.export.Dim("candidates")
     history = torch.export.Dim("history")

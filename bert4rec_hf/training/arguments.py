@@ -95,6 +95,10 @@ class Bert4RecTrainingArguments(TrainingArguments):
     logging_steps: float = field(
         default=0.02, metadata={"help": "Steps between two logs; a value below 1 is a share of all steps."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log. The check waits for the GPU in each step."},
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Load the best checkpoint after training."})
     metric_for_best_model: str | None = field(
         default="NDCG@10", metadata={"help": "Metric that decides which checkpoint is the best."}
@@ -154,6 +158,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
             self.load_best_model_at_end = False  # without evaluations, no checkpoint is known to be the best
         if self.save_strategy == "no":
             self.load_best_model_at_end = False  # there are no checkpoints to load
+        is_accelerator_config_left_out = self.accelerator_config is None
         super().__post_init__()
         # Transformers does not always list these two integrations, even if they are installed.
         available = {*get_available_reporting_integrations(), "flyte", "azure_ml"}
@@ -166,6 +171,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
             # With dispatching, one process sends slices of its batches to the others, which fails for rows of
             # different lengths.
             self.accelerator_config.dispatch_batches = False
+        if is_accelerator_config_left_out:
+            # A copy from pinned memory to a GPU can be queued. Otherwise it waits for all earlier steps.
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def evaluate_nothing(self) -> None:
         """Switch off evaluation, for a run without evaluation rows. The model is then that of the last step."""

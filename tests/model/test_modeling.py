@@ -20,6 +20,7 @@ from small_models import (
 )
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import bert4rec_hf.model.modeling_bert4rec as modeling
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 
 
@@ -49,6 +50,31 @@ def test_eager_attention_gives_the_scores_of_sdpa(model, histories):
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
     assert (fast - mask_scores(model, *pad(histories))).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_the_scores_of_sdpa(model):
+    inputs = pad(HISTORIES, "left")
+    model.set_attn_implementation("sdpa")
+    expected = mask_scores(model, *inputs)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # compiling takes half a minute
+        assert (mask_scores(model, *inputs) - expected).abs().max() < 1e-5
+
+
+def test_autocast_on_a_device_gives_attention_its_inputs_in_one_dtype(model, monkeypatch):
+    dtypes, eager = [], modeling.eager_attention_forward
+
+    def attention(module, query, key, value, *args, **kwargs):
+        dtypes.append([query.dtype, key.dtype, value.dtype])
+        return eager(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(modeling, "eager_attention_forward", attention)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # what a CPU does otherwise is left out
+    model.set_attn_implementation("eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*pad(HISTORIES))
+    assert dtypes == [[torch.bfloat16] * 3] * 2
 
 
 def test_a_shuffled_history_gives_other_scores(model):

@@ -98,6 +98,21 @@ def test_a_model_in_half_precision_is_exported_in_single_and_stays_as_it_is(tmp_
     torch.testing.assert_close(torch.from_numpy(scores), expected(model.float(), batch)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_on_a_gpu_is_exported_from_a_copy_on_the_cpu(tmp_path, monkeypatch):
+    moved = []
+
+    def to(model, *arguments):
+        moved.append(arguments)
+        raise InterruptedError
+
+    model = make_model({})
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(model), "to", to)
+    with pytest.raises(InterruptedError):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert moved == [("cpu", torch.float32)]
+
+
 def test_a_model_that_is_not_exported_goes_on_training(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ImportError("onnxscript")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from chain_runs import write_chain
+from small_models import HostWaitsForDeviceError, NoSynchronization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -100,6 +101,33 @@ def test_a_compiled_model_learns_as_well(data, tmp_path, which):
     trainer = make_trainer(which, data, tmp_path, torch_compile=True)
     trainer.train()
     assert trainer.evaluate()["eval_HR@1"] > 0.6
+
+
+class NoSynchronizationInSteps(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.guard = NoSynchronization()
+        self.guard.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.guard.__exit__(None, None, None)
+
+
+def test_a_step_of_the_trainer_never_waits_for_the_device(data, tmp_path):
+    make_trainer("ours", data, tmp_path, callbacks=[NoSynchronizationInSteps()], num_train_epochs=1).train()
+    callback = NoSynchronizationInSteps()
+    trainer = make_trainer("plain", data, tmp_path, callbacks=[callback], num_train_epochs=1)
+    with pytest.raises(HostWaitsForDeviceError):  # its check for losses that are not finite waits
+        trainer.train()
+    callback.on_step_end(None, None, None)
+
+
+def test_batches_in_pinned_memory_are_copied_without_waiting(tmp_path, monkeypatch):
+    assert not Bert4RecTrainingArguments(str(tmp_path)).accelerator_config.non_blocking
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    chosen = {"accelerator_config": {"non_blocking": False}}
+    for options, expected in (({}, True), ({"dataloader_pin_memory": False}, False), (chosen, False)):
+        arguments = Bert4RecTrainingArguments(str(tmp_path), **options)
+        assert arguments.accelerator_config.non_blocking == expected
 
 
 class SpoilTheLastEpoch(TrainerCallback):
