@@ -77,11 +77,11 @@ class SequentialRecommendationPipeline(Pipeline):
             )
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        _check_count("batch_size", kwargs.get("batch_size"))
+        check_count("batch_size", kwargs.get("batch_size"))
         unknown: list[str] = []  # the first unknown items, which `preprocess` collects
         if isinstance(inputs, Mapping) or _is_one_history(inputs):
             answer, num_unknown = super().__call__(_AsOne(inputs, unknown), **kwargs)
-            _warn(num_unknown, unknown)
+            warn_unknown(num_unknown, unknown)
             return answer
         if not isinstance(inputs, list | tuple):
             stream = (_AsOne(row, unknown, place) for place, row in enumerate(inputs))
@@ -100,7 +100,7 @@ class SequentialRecommendationPipeline(Pipeline):
         for answer, num_unknown in outputs:
             total += num_unknown
             yield answer
-        _warn(total, unknown)
+        warn_unknown(total, unknown)
 
     def _sanitize_parameters(
         self,
@@ -115,7 +115,7 @@ class SequentialRecommendationPipeline(Pipeline):
             nearest = get_close_matches(name, CALL_OPTIONS, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(CALL_OPTIONS)}"
             raise TypeError(f"unknown argument {name!r}: {hint}")
-        _check_count("top_k", top_k)
+        check_count("top_k", top_k)
         if filter_seen_items not in (None, True, False):
             raise ValueError(f"filter_seen_items must be True, False or None; got {filter_seen_items!r}")
         if index is not None and not hasattr(index, "search"):
@@ -128,7 +128,7 @@ class SequentialRecommendationPipeline(Pipeline):
         if candidates is not None:
             candidate_ids, lacking = self._candidate_ids(candidates)
             forward["candidate_ids"] = torch.tensor(candidate_ids)
-            _warn(len(lacking), lacking[:UNKNOWN_SHOWN])
+            warn_unknown(len(lacking), lacking[:UNKNOWN_SHOWN])
         return (
             {} if filter_seen_items is None else {"filter_seen_items": filter_seen_items},
             {name: value for name, value in forward.items() if value is not None},
@@ -162,7 +162,7 @@ class SequentialRecommendationPipeline(Pipeline):
                 raise ValueError(
                     "a mapping has the keys history and item_id, which mean the same: leave one of them out"
                 )
-            _check_keys(inputs)
+            check_keys(inputs)
             if inputs.get("exclude") is not None:
                 exclude_ids = self._exclude_ids(inputs["exclude"])
             if inputs.get("candidates") is not None:
@@ -190,7 +190,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def _token_ids(self, name: str, items: Any) -> tuple[list[str | int], list[int]]:
         """The items as a list, and their token ids. Raises ValueError if this is not a list of item ids."""
-        items = _item_list(name, items)
+        items = item_list(name, items)
         try:
             return items, self.tokenizer.item_ids_to_token_ids(items)
         except TypeError:
@@ -296,18 +296,25 @@ class _AsOne:
         self.history, self.unknown, self.place = history, unknown, place
 
 
-def _check_keys(request: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that would be ignored, such as a misspelled one."""
-    for key in request:
-        if key in ("top_k", "filter_seen_items", "index", "batch_size", "num_workers"):
+def check_keys(keys: Iterable[Any], ignored: Sequence[str] = IGNORED_KEYS) -> None:
+    """Raise ValueError for a key of a request that would change nothing, such as a misspelled one.
+
+    Args:
+        keys: The keys of a request, or the columns of a table of requests.
+        ignored: Keys that may stand beside those of a request.
+    """
+    for key in keys:
+        if key in REQUEST_KEYS or key in ignored:
+            continue
+        if key in CALL_OPTIONS:
             raise ValueError(f"{key} is for all histories of a call: give it as an argument of the call")
-        if key not in REQUEST_KEYS + IGNORED_KEYS:
-            nearest = get_close_matches(str(key), REQUEST_KEYS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"a history may have {', '.join(REQUEST_KEYS)}"
-            raise ValueError(f"unknown key {key!r} beside a history: {hint}")
+        nearest = get_close_matches(str(key), REQUEST_KEYS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"a history may have {', '.join(REQUEST_KEYS)}"
+        raise ValueError(f"unknown key {key!r} beside a history: {hint}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError if a value is neither None nor a whole number of at least 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
 
@@ -320,7 +327,7 @@ def _is_one_history(inputs: Any) -> bool:
     is_stream = hasattr(inputs, "__getitem__") and not hasattr(inputs, "ndim")  # a torch Dataset has no __iter__
     if isinstance(inputs, (*NO_LISTS, set, frozenset)) or not (is_history(inputs) or is_stream):
         raise ValueError(
-            f"expected a history, a list of item ids, oldest first, or many histories; got {_described(inputs)}"
+            f"expected a history, a list of item ids, oldest first, or many histories; got {described(inputs)}"
         )
     if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
         return False
@@ -337,22 +344,24 @@ def _length(history: Any) -> int:
     return len(history) if is_history(history) and hasattr(history, "__len__") else 0
 
 
-def _item_list(name: str, items: Any) -> list[str | int]:
+def item_list(name: str, items: Any) -> list[str | int]:
     """The items as a list, because a generator would be exhausted after the first history."""
     if isinstance(items, str):
         raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
     if isinstance(items, (*NO_LISTS, Mapping)) or hasattr(items, "columns") or not is_history(items):
-        raise ValueError(f"{name} must be a list of item ids; got {_described(items)}")
+        raise ValueError(f"{name} must be a list of item ids; got {described(items)}")
     if name == "the history" and isinstance(items, set | frozenset):
-        raise ValueError(f"the history must be a list, oldest item first; got {_described(items)}, which has no order")
+        raise ValueError(f"the history must be a list, oldest item first; got {described(items)}, which has no order")
     return list(items)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """A value and its type in an error message."""
     return "None" if value is None else f"{' '.join(repr(value).split()):.80} of type {type(value).__name__}"
 
 
-def _warn(num_unknown: int, unknown: Sequence[str]) -> None:
+def warn_unknown(num_unknown: int, unknown: Sequence[str]) -> None:
+    """Warn that unknown items were left out, the first of which are `unknown`."""
     if num_unknown:
         # There are no examples if data-loader workers collected them in other processes.
         examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""
