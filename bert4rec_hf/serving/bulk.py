@@ -80,11 +80,11 @@ def recommend_file(
             "choose a name without .parquet"
         )
     parts, user_type = divide(files)
-    sizes = [part.stop - part.start for part in parts if part.stop is not None]
-    total = sum(sizes) if len(sizes) == len(parts) and num_processes == 1 else None
-    with tqdm(total=total, desc="recommending", disable=number > 0 or None) as progress, ExitStack() as stack:
-        run = _Run(pipe, batch_size)
-        schema = pa.schema(list(zip(COLUMNS, (user_type, pa.string(), pa.int32(), pa.float32()), strict=True)))
+    run = _Run(pipe, batch_size, histories)
+    schema = pa.schema(list(zip(COLUMNS, (user_type, pa.string(), pa.int32(), pa.float32()), strict=True)))
+    sizes = [None if part.stop is None else part.stop - part.start for part in parts[number::num_processes]]
+    total = None if None in sizes else sum(filter(None, sizes))
+    with tqdm(total=total, desc="recommending", disable=number > 0 or None) as progress:
 
         def write(some: Sequence[Part], path: Path) -> None:
             with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -93,33 +93,45 @@ def recommend_file(
                         writer.write_table(run.answer(batch))
                         progress.update(len(batch.requests))
                         if number == 0 and run.counts["histories"] >= ROWS_PER_BATCH:
-                            run.check_catalogue(histories)
+                            run.check_catalogue()
 
-        if not is_folder:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write(parts, stack.enter_context(file_beside(output)))
+        if is_folder:
+            _write_folder(run, parts, output, write)
         else:
-            stack.enter_context(_process_group(num_processes))
-            # All processes have checked the output when the first of them writes.
-            if any(seen != parts for seen in _gather(parts, num_processes)):
-                raise ValueError(f"the processes see different files in {histories}; expected a folder that they share")
-            names = [f"part-{part:05d}-of-{len(parts):05d}.parquet" for part in range(len(parts))]
-            folder = None
-            if number == 0:
-                folder = stack.enter_context(folder_beside(output, last_file=names[-1], own_files=_earlier_parts))
-            folder = _gather(folder, num_processes)[0]
-            if not folder.is_dir():
-                raise ValueError(f"this process cannot see {folder}; expected an --output that all processes share")
-            for part in range(number, len(parts), num_processes):
-                write(parts[part : part + 1], folder / names[part])
-            for other, (counts, unknown) in enumerate(_gather((run.counts, run.unknown), num_processes)):
-                if other != number:
-                    run.counts += counts
-                    run.unknown += unknown
-        if number == 0:
-            run.check_catalogue(histories)
-            run.warn()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with file_beside(output) as beside:
+                write(parts, beside)
+                run.check_catalogue()
+    if number == 0:
+        run.warn()
     return run.counts["histories"]
+
+
+def _write_folder(run: "_Run", parts: list[Part], output: Path, write: Callable[[Sequence[Part], Path], None]) -> None:
+    """Write a file for each part. Several processes divide the parts; the first makes the folder and moves it."""
+    number, num_processes, _ = launched_process()
+    if number == 0 and len(parts) < num_processes:
+        logger.warning("%d processes have nothing to do: the histories have %d parts, and a file of JSON lines is one",
+                       num_processes - len(parts), len(parts))  # fmt: skip
+    names = [f"part-{place:05d}-of-{len(parts):05d}.parquet" for place in range(len(parts))]
+    with _process_group(num_processes), ExitStack() as stack:
+        # All processes have checked the output before the first makes a folder there.
+        if any(seen != parts for seen in _gather(parts, num_processes)):
+            raise ValueError(f"the processes see different files in {run.histories}; expected a folder that they share")
+        folder = None
+        if number == 0:
+            folder = stack.enter_context(folder_beside(output, last_file=names[-1], own_files=_earlier_parts))
+        folder = _gather(folder, num_processes)[0]
+        if not folder.is_dir():
+            raise ValueError(f"this process cannot see {folder}; expected an --output that all processes share")
+        for place in range(number, len(parts), num_processes):
+            write(parts[place : place + 1], folder / names[place])
+        found = _gather((run.counts, run.unknown), num_processes)
+        run.counts = sum((counts for counts, _ in found), Counter())
+        for name, items in run.unknown.items():
+            items[:] = [item for _, unknown in found for item in unknown[name]]
+        if number == 0:
+            run.check_catalogue()
 
 
 def recommend_batches(
@@ -177,10 +189,10 @@ def launched_process() -> tuple[int, int, int]:
 class _Run:
     """The answers for the batches of one call, and what is counted in it for checks and warnings."""
 
-    def __init__(self, pipe: SequentialRecommendationPipeline, batch_size: int):
-        self.pipe, self.batch_size = pipe, batch_size
+    def __init__(self, pipe: SequentialRecommendationPipeline, batch_size: int, histories: str | os.PathLike):
+        self.pipe, self.batch_size, self.histories = pipe, batch_size, histories
         self.counts: Counter[str] = Counter()
-        self.unknown: list[str] = []  # the first unknown items
+        self.unknown: dict[str, list[str]] = {"history": [], "candidates": []}  # the first unknown items
 
     def answer(self, batch: Batch) -> pa.Table:
         """The recommendations for a batch, in its order."""
@@ -211,24 +223,25 @@ class _Run:
         known = [item for item, token_id in zip(items, token_ids, strict=True) if token_id != UNK_TOKEN_ID]
         self.counts[f"known {name}"] += len(known)
         self.counts[f"unknown {name}"] += len(items) - len(known)
-        if len(known) < len(items) and len(self.unknown) < UNKNOWN_SHOWN:
+        if len(known) < len(items) and len(self.unknown[name]) < UNKNOWN_SHOWN:
             unknown = [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
-            self.unknown = list(dict.fromkeys([*self.unknown, *unknown]))[:UNKNOWN_SHOWN]
+            self.unknown[name] = list(dict.fromkeys([*self.unknown[name], *unknown]))[:UNKNOWN_SHOWN]
         return known
 
-    def check_catalogue(self, histories: str | os.PathLike) -> None:
+    def check_catalogue(self) -> None:
         """Raise ValueError if the catalogue has none of the items, or none of the candidates, so far."""
         for name, of_what in (("history", "items"), ("candidates", "candidates")):
             if self.counts[f"unknown {name}"] and not self.counts[f"known {name}"]:
                 raise ValueError(
                     f"the catalogue has none of the {of_what} of the first {self.counts['histories']:,} histories of "
-                    f"{histories}, such as {self.unknown[0]!r}; the ids of the catalogue look like "
+                    f"{self.histories}, such as {self.unknown[name][0]!r}; the ids of the catalogue look like "
                     f"{self.pipe.tokenizer.items[0]!r}"
                 )
 
     def warn(self) -> None:
         """Warn of what was left out."""
-        warn_unknown(self.counts["unknown history"] + self.counts["unknown candidates"], self.unknown[:UNKNOWN_SHOWN])
+        unknown = list(dict.fromkeys([*self.unknown["history"], *self.unknown["candidates"]]))[:UNKNOWN_SHOWN]
+        warn_unknown(self.counts["unknown history"] + self.counts["unknown candidates"], unknown)
         if self.counts["without candidates"]:
             logger.warning(
                 "%d histories get no recommendations, since the catalogue has none of their candidates",
@@ -320,7 +333,7 @@ def _recommend_frames(options: dict[str, Any], batch_size: int, frames: Iterator
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            run = run or _Run(_load(**options), batch_size)
+            run = run or _Run(_load(**options), batch_size, "the data frames")
             answer = run.answer(read_frame(frame)).to_pandas()
         finally:
             torch.set_num_threads(num_threads)

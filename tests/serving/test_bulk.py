@@ -313,7 +313,8 @@ def test_what_the_catalogue_lacks_is_left_out_with_one_warning_for_all_files(pip
 
 
 def test_candidates_of_another_catalogue_are_an_error(pipe, tmp_path):
-    source = request_file(tmp_path / "in.parquet", [{"history": ["10"]}, {"history": ["10"], "candidates": ["z", "w"]}])
+    rows = [{"history": ["10", "x"]}, {"history": ["10"], "candidates": ["z", "w"]}]
+    source = request_file(tmp_path / "in.parquet", rows)
     with pytest.raises(
         ValueError, match=r"none of the candidates of the first 2 histories of .*such as 'z'; the ids of"
     ):

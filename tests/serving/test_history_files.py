@@ -19,7 +19,10 @@ GOOD = '{"user_id": 1, "item_id": ["1"]}'
 
 
 def write(path, **columns):
-    pq.write_table(pa.table(columns), path)
+    try:
+        pq.write_table(pa.table(columns), path)
+    except pa.ArrowNotImplementedError as error:
+        pytest.skip(f"this PyArrow cannot write the type: {error}")
     return path
 
 
