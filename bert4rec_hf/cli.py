@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import huggingface_hub
+import torch
 import transformers
 import yaml
 from accelerate import PartialState
@@ -188,12 +189,32 @@ class RecommendArguments:
         default=None,
         metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
     )
+    exclude_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of item ids never to recommend: text with one id per line, or CSV (.csv, .tsv) or Parquet "
+            "with the column item_id. They are added to those of --exclude."
+        },
+    )
+    candidates_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of item ids to choose from, as --exclude_file. They are added to those of --candidates."
+        },
+    )
     histories: str | None = field(
-        default=None, metadata={"help": "Parquet file with one history per row: user_id and item_id (a list)."}
+        default=None,
+        metadata={
+            "help": "Histories, one per row: a Parquet file, JSON lines, or a folder or pattern of such files, with "
+            "user_id, item_id (a list) and, if you like, the lists exclude and candidates."
+        },
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "With --histories: the Parquet file to write, with user_id, item_id, rank and score."},
+        metadata={
+            "help": "With --histories: the Parquet file (.parquet) or the folder of Parquet files to write, with "
+            "user_id, item_id, rank and score. Several processes write a folder."
+        },
     )
     batch_size: int = field(
         default=64, metadata={"help": "With --histories: number of histories that the model reads at once."}
@@ -423,7 +444,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def recommend(arguments: Sequence[str]) -> None:
-    """Recommend the next items for one history of item ids, or for a Parquet file of histories."""
+    """Recommend the next items for one history of item ids, or for files of histories."""
     parser = _Parser(RecommendArguments, prog="bert4rec recommend", description=recommend.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
     parser.add_argument("items", nargs="*", help="Item ids of one history, oldest first.")
@@ -435,32 +456,52 @@ def recommend(arguments: Sequence[str]) -> None:
         parser.error("give item ids or --histories, not both")
     if options.batch_size < 1:
         parser.error(f"--batch_size must be at least 1; got {options.batch_size}")
+    words = [word.split("=")[0].replace("-", "_") for word in arguments[: [*arguments, "--"].index("--")]]
+    if options.histories is None and "__batch_size" in words:
+        parser.error("--batch_size is for --histories; leave it out for one history")
 
     from .hub.load import load_model
-    from .serving.bulk import recommend_file
+    from .serving.bulk import launched_process, recommend_file
+    from .serving.history_files import read_item_ids
 
+    number, num_processes, local_number = launched_process()
+    if num_processes > 1 and options.histories is None:
+        parser.error(f"{num_processes} processes divide the files of --histories; got one history: start one process")
+    lists: dict[str, list[str] | None] = {"exclude": options.exclude, "candidates": options.candidates}
+    for name, path in (("exclude", options.exclude_file), ("candidates", options.candidates_file)):
+        if path is not None:
+            lists[name] = [*(lists[name] or ()), *read_item_ids(path)]
+            if name == "candidates" and not lists[name]:
+                parser.error(f"--candidates_file {path} has no item ids; expected at least one")
     model = load_model(rest.model)
-    if options.device is not None:
+    device = options.device
+    if device is not None:
         try:
-            model.to(options.device)
+            model.to(device)
         except (AssertionError, RuntimeError) as error:
-            parser.error(f"cannot use the device {options.device!r}: {_one_line(error)}")
+            parser.error(f"cannot use the device {device!r}: {_one_line(error)}")
+    elif num_processes > 1:
+        device = local_number % max(torch.accelerator.device_count(), 1)  # the processes share the devices
     pipe = transformers.pipeline(
         "sequential-recommendation",
         model=model,
         tokenizer=rest.model,
-        device=options.device,
+        device=device,
         top_k=options.top_k,
         filter_seen_items=options.filter_seen_items,
-        exclude=options.exclude,
-        candidates=options.candidates,
+        **lists,
     )
-    unknown = [item for item in options.exclude or () if pipe.tokenizer.item_ids_to_token_ids([item]) == [UNK_TOKEN_ID]]
+    excluded = lists["exclude"] or []
+    token_ids = pipe.tokenizer.item_ids_to_token_ids(excluded)
+    unknown = [item for item, token_id in zip(excluded, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
     if unknown:
-        logger.warning("the catalogue has none of the excluded items %s", _first(unknown))
+        logger.warning(
+            "the catalogue lacks %d of the %d excluded items: %s", len(unknown), len(excluded), _first(unknown)
+        )
     if options.histories is not None:
         num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
-        print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
+        if number == 0:
+            print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
     if rest.items and set(pipe.tokenizer.item_ids_to_token_ids(rest.items)) == {UNK_TOKEN_ID}:
         raise ValueError(

@@ -23,6 +23,10 @@ UNKNOWN_SHOWN = 3
 # Keys of a request, and columns of histories.parquet that a request may have and that are ignored.
 REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
 IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
+# Arguments of a call.
+CALL_OPTIONS = ("top_k", "filter_seen_items", "exclude", "candidates", "index", "batch_size", "num_workers")
+# Types whose elements are no item ids, although they can be iterated over.
+NO_LISTS = (bytes, bytearray, memoryview)
 
 
 class SequentialRecommendationPipeline(Pipeline):
@@ -34,7 +38,7 @@ class SequentialRecommendationPipeline(Pipeline):
     The input is one history (a flat list of item ids, oldest first) or many histories. A list of lists gives a list of
     answers; a generator or a dataset gives an iterator. A history may also be a mapping with `history` (or `item_id`,
     as in histories.parquet). Its key `exclude` adds to that of the call, and its key `candidates` replaces that of the
-    call. An empty list is a history without items.
+    call. An empty list is a history without items. Lists may be tuples, arrays or columns of a data frame.
 
     The arguments are given to the call or to `pipeline(...)`.
 
@@ -51,7 +55,10 @@ class SequentialRecommendationPipeline(Pipeline):
         first. The list is shorter than `top_k` if fewer items are left.
 
     Raises:
-        ValueError: If `top_k` is below 1, the catalogue has none of the candidates, or a mapping has an unknown key.
+        TypeError: If an argument is unknown.
+        ValueError: If `top_k` or `batch_size` is below 1; if a history, `exclude` or `candidates` is not a list of item
+            ids; if the catalogue has none of the candidates; or if a mapping has an unknown key. The message names the
+            element of the input.
     """
 
     _load_processor = False
@@ -71,16 +78,17 @@ class SequentialRecommendationPipeline(Pipeline):
             )
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        check_count("batch_size", kwargs.get("batch_size"))
         unknown: list[str] = []  # the first unknown items, which `preprocess` collects
         if isinstance(inputs, Mapping) or _is_one_history(inputs):
             answer, num_unknown = super().__call__(_AsOne(inputs, unknown), **kwargs)
-            _warn(num_unknown, unknown)
+            warn_unknown(num_unknown, unknown)
             return answer
         if not isinstance(inputs, list | tuple):
             return self._answers(super().__call__(_Stream(inputs, unknown), **kwargs), unknown)
         # Sorting by length puts histories of similar length into a batch, which needs little padding.
         order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
-        rows = [_AsOne(inputs[place], unknown) for place in order]
+        rows = [_AsOne(inputs[place], unknown, place) for place in order]
         answers = self._answers(super().__call__(rows, **kwargs), unknown)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
@@ -92,7 +100,7 @@ class SequentialRecommendationPipeline(Pipeline):
         for answer, num_unknown in outputs:
             total += num_unknown
             yield answer
-        _warn(total, unknown)
+        warn_unknown(total, unknown)
 
     def _sanitize_parameters(
         self,
@@ -101,51 +109,68 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude: Iterable[str | int] | None = None,
         candidates: Iterable[str | int] | None = None,
         index: Any = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {
-            "filter_seen_items": filter_seen_items,
-            "exclude_ids": None if exclude is None else self._exclude_ids(exclude),
-            "candidate_ids": None,
+        for name in unknown:
+            nearest = get_close_matches(name, CALL_OPTIONS, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(CALL_OPTIONS)}"
+            raise TypeError(f"unknown argument {name!r}: {hint}")
+        check_count("top_k", top_k)
+        if filter_seen_items not in (None, True, False):
+            raise ValueError(f"filter_seen_items must be True, False or None; got {filter_seen_items!r}")
+        if index is not None and not hasattr(index, "search"):
+            raise ValueError(f"index must be an ItemIndex, for example ItemIndex.load(path); got {index!r:.80}")
+        forward = {
+            "top_k": None if top_k is None else int(top_k),
+            "index": index,
+            "exclude_ids": None if exclude is None else torch.tensor([self._exclude_ids(exclude)], dtype=torch.long),
         }
         if candidates is not None:
-            preprocess["candidate_ids"], lacking = self._candidate_ids(candidates)
-            _warn(len(lacking), lacking[:UNKNOWN_SHOWN])
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
-            raise ValueError(f"top_k must be a whole number of at least 1; got {top_k!r}")
-        forward = {"top_k": None if top_k is None else int(top_k), "index": index}
+            candidate_ids, lacking = self._candidate_ids(candidates)
+            forward["candidate_ids"] = torch.tensor(candidate_ids)
+            warn_unknown(len(lacking), lacking[:UNKNOWN_SHOWN])
         return (
-            {name: value for name, value in preprocess.items() if value is not None},
+            {} if filter_seen_items is None else {"filter_seen_items": filter_seen_items},
             {name: value for name, value in forward.items() if value is not None},
             {},
         )
 
-    def preprocess(
-        self,
-        inputs: Any,
-        filter_seen_items: bool | None = None,
-        exclude_ids: Iterable[int] = (),
-        candidate_ids: Sequence[int] = (),
+    def preprocess(self, inputs: Any, filter_seen_items: bool | None = None) -> dict[str, torch.Tensor]:
+        if not isinstance(inputs, _AsOne):
+            inputs = _AsOne(inputs, [])
+        try:
+            return self._preprocess(inputs.history, inputs.unknown, filter_seen_items)
+        except ValueError as error:
+            if inputs.place is None:
+                raise
+            raise ValueError(f"element {inputs.place} of the input (the first is 0): {error}") from error
+
+    def _preprocess(
+        self, inputs: Any, unknown: list[str], filter_seen_items: bool | None = None
     ) -> dict[str, torch.Tensor]:
-        unknown: list[str] = []
+        exclude_ids: list[int] = []
+        candidate_ids: list[int] = []
         lacking: list[str] = []
-        if isinstance(inputs, _AsOne):
-            inputs, unknown = inputs.history, inputs.unknown
         if isinstance(inputs, Mapping):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
                 raise ValueError(
-                    f"a mapping needs the key history, a list of item ids; got the keys {', '.join(inputs)}"
+                    "a mapping needs the key history, a list of item ids; got the keys "
+                    f"{', '.join(map(str, inputs)) or '(none)'}"
                 )
-            _check_keys(inputs)
+            if len(names) > 1:
+                raise ValueError(
+                    "a mapping has the keys history and item_id, which mean the same: leave one of them out"
+                )
+            check_keys(inputs)
             if inputs.get("exclude") is not None:
-                exclude_ids = [*exclude_ids, *self._exclude_ids(inputs["exclude"])]
+                exclude_ids = self._exclude_ids(inputs["exclude"])
             if inputs.get("candidates") is not None:
                 candidate_ids, lacking = self._candidate_ids(inputs["candidates"])
             inputs = inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
-        items = _item_list("a history", inputs)
-        token_ids = self.tokenizer.item_ids_to_token_ids(items)
+        items, token_ids = self._token_ids("the history", inputs)
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
         if len(history) < len(items):
             lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
@@ -163,14 +188,26 @@ class SequentialRecommendationPipeline(Pipeline):
             "num_unknown": torch.tensor([len(lacking)]),
         }
 
-    def _exclude_ids(self, exclude: Iterable[str | int]) -> list[int]:
-        # Unknown items need no warning here, since they are never recommended.
-        return self.tokenizer.item_ids_to_token_ids(_item_list("exclude", exclude))
+    def _token_ids(self, name: str, items: Any) -> tuple[list[str | int], list[int]]:
+        """The items as a list, and their token ids. Raises ValueError if this is not a list of item ids."""
+        items = item_list(name, items)
+        try:
+            return items, self.tokenizer.item_ids_to_token_ids(items)
+        except TypeError:
+            for place, item in enumerate(items):
+                try:
+                    self.tokenizer.item_ids_to_token_ids([item])
+                except TypeError as error:
+                    raise ValueError(f"item {place} of {name} (the first is 0): {error}") from error
+            raise
 
-    def _candidate_ids(self, candidates: Iterable[str | int]) -> tuple[list[int], list[str]]:
+    def _exclude_ids(self, exclude: Any) -> list[int]:
+        # Unknown items need no warning here, since they are never recommended.
+        return self._token_ids("exclude", exclude)[1]
+
+    def _candidate_ids(self, candidates: Any) -> tuple[list[int], list[str]]:
         """The token ids of the known candidates, and the raw ids of the unknown ones."""
-        candidates = _item_list("candidates", candidates)
-        token_ids = self.tokenizer.item_ids_to_token_ids(candidates)
+        candidates, token_ids = self._token_ids("candidates", candidates)
         lacking = [str(item) for item, token_id in zip(candidates, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if not candidates:
             raise ValueError("candidates is empty; name at least one item, or None for the whole catalogue")
@@ -182,14 +219,24 @@ class SequentialRecommendationPipeline(Pipeline):
         return [token_id for token_id in dict.fromkeys(token_ids) if token_id != UNK_TOKEN_ID], lacking
 
     def _forward(
-        self, model_inputs: dict[str, torch.Tensor], top_k: int = 10, index: Any = None
+        self,
+        model_inputs: dict[str, torch.Tensor],
+        top_k: int = 10,
+        index: Any = None,
+        exclude_ids: torch.Tensor | None = None,
+        candidate_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
+        """Recommend for a batch. `exclude_ids` (1, E) and `candidate_ids` (C,) are those of the call."""
         inputs = dict(model_inputs)
         num_unknown = inputs.pop("num_unknown")
+        device = num_unknown.device
         top_k = min(top_k, self.model.config.vocab_size)
+        if exclude_ids is not None:
+            shared = exclude_ids.to(device).expand(len(num_unknown), -1)
+            inputs["exclude_ids"] = torch.cat((inputs["exclude_ids"], shared), dim=1)
         # Rows with and without candidates may share a batch.
         chooses = (inputs["candidate_ids"] > 0).any(dim=1)
-        scores = torch.full((len(chooses), top_k), -torch.inf, device=chooses.device)
+        scores = torch.full((len(chooses), top_k), -torch.inf, device=device)
         item_ids = torch.zeros_like(scores, dtype=torch.long)
         for rows in (chooses, ~chooses):
             if rows.any():
@@ -197,6 +244,8 @@ class SequentialRecommendationPipeline(Pipeline):
                 candidates = part.pop("candidate_ids")
                 if rows is chooses:  # if all rows have the same candidates, their vectors are looked up once
                     part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
+                elif candidate_ids is not None:
+                    part["candidate_ids"] = candidate_ids.to(device)
                 found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
@@ -241,7 +290,7 @@ class _Stream(IterableDataset):
         self.requests, self.unknown = requests, unknown
 
     def __iter__(self) -> Iterator["_AsOne"]:
-        return (_AsOne(request, self.unknown) for request in self.requests)
+        return (_AsOne(request, self.unknown, place) for place, request in enumerate(self.requests))
 
 
 class _AsOne:
@@ -250,21 +299,34 @@ class _AsOne:
     Args:
         history: The history as the user gave it.
         unknown: The first unknown items of the whole call, to which `preprocess` adds.
+        place: The place of the history in the input, from 0. None: the history is the input.
     """
 
-    def __init__(self, history: Any, unknown: list[str]):
-        self.history, self.unknown = history, unknown
+    def __init__(self, history: Any, unknown: list[str], place: int | None = None):
+        self.history, self.unknown, self.place = history, unknown, place
 
 
-def _check_keys(request: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that would be ignored, such as a misspelled one."""
-    for key in request:
-        if key in ("top_k", "filter_seen_items", "index", "batch_size"):
+def check_keys(keys: Iterable[Any], ignored: Sequence[str] = IGNORED_KEYS) -> None:
+    """Raise ValueError for a key of a request that would change nothing, such as a misspelled one.
+
+    Args:
+        keys: The keys of a request, or the columns of a table of requests.
+        ignored: Keys that may stand beside those of a request.
+    """
+    for key in keys:
+        if key in REQUEST_KEYS or key in ignored:
+            continue
+        if key in CALL_OPTIONS:
             raise ValueError(f"{key} is for all histories of a call: give it as an argument of the call")
-        if key not in REQUEST_KEYS + IGNORED_KEYS:
-            nearest = get_close_matches(str(key), REQUEST_KEYS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"a history may have {', '.join(REQUEST_KEYS)}"
-            raise ValueError(f"unknown key {key!r} beside a history: {hint}")
+        nearest = get_close_matches(str(key), REQUEST_KEYS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"a history may have {', '.join(REQUEST_KEYS)}"
+        raise ValueError(f"unknown key {key!r} beside a history: {hint}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError if a value is neither None nor a whole number of at least 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
 
 
 def _is_one_history(inputs: Any) -> bool:
@@ -272,6 +334,11 @@ def _is_one_history(inputs: Any) -> bool:
         raise ValueError(f"expected a list of item ids; got the string {inputs!r}: did you mean [{inputs!r}]?")
     if hasattr(inputs, "columns"):
         raise ValueError("expected histories, got a table: give its column of item ids, as in frame['item_id']")
+    is_stream = hasattr(inputs, "__getitem__") and not hasattr(inputs, "ndim")  # a torch Dataset has no __iter__
+    if isinstance(inputs, (*NO_LISTS, set, frozenset)) or not (is_history(inputs) or is_stream):
+        raise ValueError(
+            f"expected a history, a list of item ids, oldest first, or many histories; got {described(inputs)}"
+        )
     if not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
         return False
     if len(inputs) == 0:
@@ -281,20 +348,30 @@ def _is_one_history(inputs: Any) -> bool:
 
 
 def _length(history: Any) -> int:
-    """The length of a history, or 0 if the length is unknown before the history is read."""
+    """The length of a history, or 0 if it is unknown before the history is read."""
     if isinstance(history, Mapping):
         history = history.get("history", history.get("item_id", ()))
-    return len(history) if hasattr(history, "__len__") else 0
+    return len(history) if is_history(history) and hasattr(history, "__len__") else 0
 
 
-def _item_list(name: str, items: Iterable[str | int]) -> list[str | int]:
+def item_list(name: str, items: Any) -> list[str | int]:
     """The items as a list, because a generator would be exhausted after the first history."""
     if isinstance(items, str):
         raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
+    if isinstance(items, (*NO_LISTS, Mapping)) or hasattr(items, "columns") or not is_history(items):
+        raise ValueError(f"{name} must be a list of item ids; got {described(items)}")
+    if name == "the history" and isinstance(items, set | frozenset):
+        raise ValueError(f"the history must be a list, oldest item first; got {described(items)}, which has no order")
     return list(items)
 
 
-def _warn(num_unknown: int, unknown: Sequence[str]) -> None:
+def described(value: Any) -> str:
+    """A value and its type in an error message."""
+    return "None" if value is None else f"{' '.join(repr(value).split()):.80} of type {type(value).__name__}"
+
+
+def warn_unknown(num_unknown: int, unknown: Sequence[str]) -> None:
+    """Warn that unknown items were left out, the first of which are `unknown`."""
     if num_unknown:
         # There are no examples if data-loader workers collected them in other processes.
         examples = f", such as {', '.join(map(repr, unknown))}" if unknown else ""

@@ -1,6 +1,7 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
 """The tokenizer: raw item ids to token ids and back, titles and training counts. Only `append_mask` appends [MASK]."""
 
+import contextlib
 import json
 import logging
 import os
@@ -371,10 +372,11 @@ def _backend(vocabulary: Mapping[str, int]) -> Tokenizer:
 def _raw_id(item: Any) -> str:
     if isinstance(item, str):
         return item
-    # Integers of numpy and torch have __index__ as well. Booleans have it too, but are not accepted as ids.
+    # Integers of numpy and torch have __index__ as well. Booleans, floats and arrays have it too, but are not ids.
     is_bool = isinstance(item, bool) or str(getattr(item, "dtype", "")).endswith("bool")
-    if hasattr(item, "__index__") and not is_bool:
-        return str(item.__index__())
+    if hasattr(item, "__index__") and not is_bool and getattr(item, "ndim", 0) == 0:
+        with contextlib.suppress(TypeError):
+            return str(item.__index__())
     raise TypeError(f"an item id is a string or an integer; got {item!r} of type {type(item).__name__}")
 
 

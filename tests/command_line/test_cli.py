@@ -190,6 +190,48 @@ def test_recommend_writes_a_file_for_the_prepared_histories(model, data, tmp_pat
     assert table["rank"].to_pylist() == [1, 2] * NUM_USERS
 
 
+def test_recommend_writes_a_folder_for_a_prepared_folder_and_an_earlier_one_is_replaced(model, data, tmp_path):
+    expected = tmp_path / "out.parquet"
+    succeed("recommend", model, "--histories", data / "histories.parquet", "--output", expected, "--top_k", 2)
+    for _ in range(2):
+        lines = succeed("recommend", model, "--histories", data, "--output", tmp_path / "out", "--top_k", 2)
+        assert lines == [f"wrote {tmp_path / 'out'}: user_id, item_id, rank and score for {NUM_USERS} histories"]
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-00000-of-00001.parquet"]
+        assert pq.read_table(tmp_path / "out").equals(pq.read_table(expected))
+
+
+def test_exclusions_and_candidates_come_from_options_files_and_columns(model, tmp_path, caplog):
+    best = [line.split()[1] for line in succeed("recommend", model, 103, "--top_k", 6)]
+    (tmp_path / "exclude.txt").write_text(f"{best[1]}\nnew 1\nnew 2\n")
+    (tmp_path / "exclude.csv").write_text(f"item_id\n{best[1]}\nnew 1\nnew 2\n")
+    pq.write_table(pa.table({"item_id": [best[1], "new 1", "new 2"]}), tmp_path / "exclude.parquet")
+    for name in ("exclude.txt", "exclude.csv", "exclude.parquet"):
+        caplog.clear()
+        arguments = ["--exclude", best[0], "--exclude_file", tmp_path / name, "--top_k", 4]
+        assert [line.split()[1] for line in succeed("recommend", model, 103, *arguments)] == best[2:]
+        assert [record.getMessage() for record in caplog.records] == [
+            "the catalogue lacks 2 of the 4 excluded items: 'new 1', 'new 2'"
+        ]
+    caplog.clear()
+    (tmp_path / "candidates.txt").write_text("\n".join([*best[:4], "new"]))
+    arguments = [*arguments, "--candidates", best[4], "--candidates_file", tmp_path / "candidates.txt"]
+    assert [line.split()[1] for line in succeed("recommend", model, 103, *arguments)] == best[2:5]
+    columns = {"user_id": [1, 2, 3], "item_id": [["103"]] * 3, "exclude": [None, best[2:3], None]}
+    columns |= {"candidates": [None, None, best[:3]]}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    succeed(
+        "recommend", model, "--histories", tmp_path / "in.parquet", "--output", tmp_path / "out.parquet", *arguments
+    )
+    found = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [[row["item_id"] for row in found if row["user_id"] == user] for user in (1, 2, 3)] == [
+        best[2:5], best[3:5], best[2:3],
+    ]  # fmt: skip
+    assert [record.getMessage() for record in caplog.records] == [
+        "left out 1 items that the catalogue lacks, such as 'new'",
+        "the catalogue lacks 2 of the 4 excluded items: 'new 1', 'new 2'",
+    ] * 2
+
+
 def test_titles_go_from_prepare_to_recommend(log, tmp_path):
     titles = write_log(
         tmp_path / "titles.csv",

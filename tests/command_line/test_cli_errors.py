@@ -1,10 +1,13 @@
 """Errors of the command line: one line on standard error, exit status 2."""
 
+import json
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from command_runs import fail, flags, run, succeed, train_flags
 
@@ -187,6 +190,18 @@ def test_a_data_folder_that_is_not_prepared_is_named_with_the_command_that_makes
         (["101", "--device", "abacus"], r"cannot use the device 'abacus'"),
         (["101", "--topk", 3], r"unknown option --topk; did you mean --top_k\?"),
         (["101", "--batch_size", 0], r"--batch_size must be at least 1; got 0"),
+        (["101", "--batch_size", 8], r"--batch_size is for --histories; leave it out for one history"),
+        (["101", "--batch-size=8"], r"--batch_size is for --histories; leave it out for one history"),
+        (
+            ["101", "--exclude_file", "none.txt"],
+            r"there is no file none\.txt; expected item ids: text with one id per line",
+        ),
+        (["101", "--candidates_file", "."], r"there is no file \.; expected item ids"),
+        (["101", "--excludefile", "x"], r"unknown option --excludefile; did you mean --exclude_file\?"),
+        (
+            ["--histories", ".", "--output", "out"],
+            r"there is no file \.; expected histories: Parquet, JSON lines, or a folder",
+        ),
         (["zzz", "yyy"], r"has none of the items of the history \('zzz', 'yyy'\); expected ids such as '101', '102'"),
     ],
 )
@@ -194,6 +209,64 @@ def test_a_bad_request_for_recommendations_is_one_line(model, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert re.search(message, fail("recommend", model, *arguments))
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--histories", "IN", "--output", "out.parquet"],
+            r"2 processes write a folder, .* choose a name without \.parquet",
+        ),
+        (["101", "102"], r"2 processes divide the files of --histories; got one history: start one process"),
+        ([], r"2 processes divide the files of --histories; got one history: start one process"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_an_error(model, data, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = [data / "histories.parquet" if word == "IN" else word for word in arguments]
+    assert re.search(message, fail("recommend", model, *arguments))
+    line = fail("recommend", model, "--histories", data, "--output", "out")
+    assert re.search("cannot join the 2 processes of this launch: .*; start them with one torchrun or accelerate", line)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"exclud": [["101"]] * 2}, r"in\.parquet: unknown key 'exclud' beside a history: did you mean exclude\?"),
+        (
+            {"exclude": [[], "101"]},
+            r"in\.jsonl, column exclude, line 2: expected a list of item ids; got '101' of type str",
+        ),
+        ({"candidates": [[{"id": "1"}], []]}, r"in\.parquet, column candidates, row 0 .*got a list with {'id': '1'}"),
+        ({"item_id": [["101"], None]}, r"in\.parquet, column item_id, row 1 .*got null"),
+        ({"item_id": [["101"], ["102", None]]}, r"in\.parquet, column item_id, row 1 .*got a list with a null"),
+        ({"candidates": [["9998"], ["9999"]]}, r"none of the candidates of the first 2 histories of .*such as '9998'"),
+        ({"item_id": [["9998"], ["9999"]]}, r"none of the items of the first 2 histories of .*such as '9998'"),
+    ],
+)
+def test_wrong_histories_are_one_line_that_names_file_column_and_row(model, tmp_path, column, message):
+    columns = {"user_id": ["a", "b"], "item_id": [["101"], ["102"]]} | column
+    if "jsonl" in message:
+        source = tmp_path / "in.jsonl"
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        source.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        source = tmp_path / "in.parquet"
+        pq.write_table(pa.table(columns), source)
+    for output in ("out", "out.parquet"):
+        assert re.search(message, fail("recommend", model, "--histories", source, "--output", tmp_path / output))
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_candidates_of_an_empty_file_are_an_error_and_exclusions_of_one_are_none(model, tmp_path):
+    (tmp_path / "none.txt").write_text("\n\n")
+    line = fail("recommend", model, 101, "--candidates_file", tmp_path / "none.txt")
+    assert line.endswith("none.txt has no item ids; expected at least one")
+    assert run("recommend", model, 101, "--exclude_file", tmp_path / "none.txt") == run("recommend", model, 101)
 
 
 def test_histories_are_not_replaced_by_their_recommendations(model, data):
@@ -210,7 +283,7 @@ def test_histories_are_not_replaced_by_their_recommendations(model, data):
 
 def test_a_file_of_histories_that_is_no_parquet_leaves_nothing_behind(model, log, tmp_path):
     line = fail("recommend", model, "--histories", log, "--output", tmp_path / "out.parquet")
-    assert re.search(r"log\.csv is not a Parquet file", line)
+    assert re.search(r"log\.csv is neither a Parquet file nor JSON lines", line)
     assert contents(tmp_path) == {}
 
 

@@ -60,5 +60,5 @@ def test_a_recipe_names_items_as_they_are_written(model, tmp_path, caplog):
     # YAML reads 010 as 8, and 101 as a number.
     (tmp_path / "recipe.yaml").write_text("top_k: 2\nexclude: [010, 101]\n")
     lines = succeed("recommend", model, 103, "--config", tmp_path / "recipe.yaml")
-    assert "the catalogue has none of the excluded items '010'" in caplog.text
+    assert "the catalogue lacks 1 of the 2 excluded items: '010'" in caplog.text
     assert "101" not in [line.split()[1] for line in lines]

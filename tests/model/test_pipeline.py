@@ -1,6 +1,7 @@
 """The pipeline, loaded from a folder as a user loads it."""
 
 import logging
+import re
 
 import datasets
 import numpy as np
@@ -550,3 +551,110 @@ def test_a_table_is_no_history(pipe):
     frame = pandas.DataFrame({"user_id": [1, 2], "item_id": [["100"], ["101"]]})
     with pytest.raises(ValueError, match=r"got a table: give its column of item ids, as in frame\['item_id'\]"):
         pipe(frame)
+
+
+LIST = "must be a list of item ids; got "
+ITEM = "an item id is a string or an integer; got "
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, LIST + "None"), (7, LIST + "7 of type int"), (b"100", LIST + "b'100' of type bytes"),
+        (bytearray(b"ab"), LIST + "bytearray"), (3.5, LIST + "3.5"), (True, LIST + "True of type bool"),
+        ("100", r"got the string '100': did you mean \['100'\]"), (np.array(100), LIST + r"array\(100\)"),
+        ({"100", "101"}, "must be a list, oldest item first; got .* of type set, which has no order"),
+        (frozenset(["100"]), "of type frozenset, which has no order"),
+        ([["100"]], rf"item 0 of the history \(the first is 0\): {ITEM}\['100'\] of type list"),
+        (["100", None], rf"item 1 of the history \(the first is 0\): {ITEM}None"),
+        (["100", 1.0], f"item 1 of the history .*{ITEM}1.0"), ([True], f"item 0 of the history .*{ITEM}True"),
+        ([b"100"], f"item 0 of the history .*{ITEM}b'100'"), (np.array([100.0]), f"item 0 of the history .*{ITEM}"),
+        (np.array([["100"]]), f"item 0 of the history .*{ITEM}"), ([{"item_id": "100"}], f"item 0 of .*{ITEM}"),
+        (pandas.DataFrame({"item_id": ["100"]}), LIST + ".*DataFrame"),
+        ({}, r"needs the key history.*got the keys \(none\)"), ({"exclude": ["100"]}, "got the keys exclude"),
+        ({5: ["100"]}, "got the keys 5"), ({"history": None}, f"the history {LIST}None"),
+        ({"history": {"100": 1}}, f"the history {LIST}{{'100': 1}}"), ({"history": 5}, f"the history {LIST}5"),
+        ({"history": ["100"], "item_id": ["101"]}, "the keys history and item_id, which mean the same"),
+        ({"history": [], "exclude": 5}, f"exclude {LIST}5"), ({"history": [], "exclude": b"1"}, f"exclude {LIST}b'1'"),
+        ({"history": [], "exclude": [None]}, rf"item 0 of exclude \(the first is 0\): {ITEM}None"),
+        ({"history": [], "candidates": "100"}, r"candidates must be a list.*did you mean \['100'\]"),
+        ({"history": [], "candidates": 5}, f"candidates {LIST}5"),
+        ({"history": [], "candidates": {"100": 1}}, f"candidates {LIST}"),
+        ({"history": [], "candidates": ["100", ["101"]]}, f"item 1 of candidates .*{ITEM}"),
+        ({"history": [], "canddates": ["100"]}, "unknown key 'canddates' beside a history: did you mean candidates"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_among_others_is_an_error_that_says_which_and_what_was_expected(pipe, wrong, message):
+    element = rf"element 2 of the input \(the first is 0\): .*{message}"
+    for batch_size in (1, 4):
+        with pytest.raises(ValueError, match=element):
+            pipe([["100"], ["101"], wrong, ["102"]], batch_size=batch_size)
+    answers = pipe(history for history in ([["100"], {"history": ["101"]}, wrong]))
+    with pytest.raises(ValueError, match=element):
+        list(answers)
+    if isinstance(wrong, dict):
+        with pytest.raises(ValueError, match=message):
+            pipe(wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 7, 3.5, b"100", {"100"}, frozenset(), np.array(7), torch.tensor(7), object()])
+def test_an_input_that_is_no_list_is_an_error_at_once(pipe, wrong):
+    with pytest.raises(
+        ValueError, match="expected a history, a list of item ids, oldest first, or many histories; got"
+    ):
+        pipe(wrong)
+
+
+@pytest.mark.parametrize("history", [[None, ["100"]], ["100", ["101"]], ["100", {"history": ["101"]}]])
+def test_a_history_with_another_inside_is_an_error_that_names_the_item(pipe, history):
+    with pytest.raises(
+        ValueError, match=r"item [01] of the history \(the first is 0\): an item id is a string or an int"
+    ):
+        pipe(history)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": 5}, f"exclude {LIST}5"), ({"exclude": {"100": 1}}, f"exclude {LIST}"),
+        ({"exclude": ["100", None]}, "item 1 of exclude"), ({"exclude": b"100"}, f"exclude {LIST}b'100'"),
+        ({"candidates": 5}, f"candidates {LIST}5"), ({"candidates": [["100"]]}, "item 0 of candidates"),
+        ({"filter_seen_items": "no"}, "filter_seen_items must be True, False or None; got 'no'"),
+        ({"filter_seen_items": 2}, "filter_seen_items must be True, False or None; got 2"),
+        ({"index": "items.usearch"}, r"index must be an ItemIndex, for example ItemIndex.load\(path\); got 'items.use"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
+        ({"batch_size": "8"}, "batch_size must be a whole number of at least 1; got '8'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_of_the_call_is_an_error(pipe, options, message):
+    for inputs in (["100"], [["100"], ["101"]], iter([["100"]])):
+        with pytest.raises(ValueError, match=message):
+            pipe(inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("topk", "did you mean top_k?"), ("excludes", "did you mean exclude?"), ("age", "expected one of top_k, filter_")],
+)
+def test_an_unknown_argument_is_an_error_that_names_the_nearest(folder, pipe, name, hint):
+    for call in (lambda: pipe(["100"], **{name: 3}), lambda: load(folder, **{name: 3})):
+        with pytest.raises(TypeError, match=re.escape(f"unknown argument {name!r}: {hint}")):
+            call()
+
+
+def test_sets_are_exclusions_and_candidates_too(pipe):
+    best = ids(pipe(["100"], top_k=3))
+    assert ids(pipe(["100"], exclude={best[0]}, top_k=2)) == best[1:]
+    assert ids(pipe({"history": ["100"], "candidates": set(best)})) == best
+
+
+def test_exclusions_and_candidates_of_call_and_row_meet_in_one_batch(pipe):
+    best = ids(pipe(["100"], top_k=6))
+    rows = [
+        ["100"], {"history": ["100"], "exclude": best[2:3]}, {"history": ["100"], "candidates": best[:4]},
+        {"history": ["100"], "candidates": best[4:], "exclude": best[5:]},
+    ]  # fmt: skip
+    expected = [best[1:5], [best[1], *best[3:5]], best[1:4], best[4:5]]
+    for batch_size in (1, 4):
+        answers = pipe(rows, exclude=best[:1], candidates=best[:5], batch_size=batch_size)
+        assert [ids(answer) for answer in answers] == expected

@@ -98,7 +98,13 @@ def test_integers_and_strings_are_the_same_item(tokenizer, item):
     assert Bert4RecTokenizer.from_items(["30"], counts={item: 9}).counts == [9]
 
 
-@pytest.mark.parametrize("item", [3.0, np.float32(3), True, np.True_, None, ("3",)], ids=lambda item: repr(item))
+NO_IDS = [
+    3.0, np.float32(3), True, np.True_, None, ("3",), b"3", np.array(3.0), torch.tensor(3.0), np.array([3]),
+    torch.tensor([3]), torch.tensor(True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("item", NO_IDS, ids=lambda item: repr(item))
 def test_an_id_of_another_type_is_an_error(tokenizer, item):
     with pytest.raises(TypeError, match="a string or an integer; got"):
         tokenizer.item_ids_to_token_ids(["10", item])
