@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-from bert4rec_hf.data.logs import read_log
 from bert4rec_hf.data.preparation import histories
 
 HEADER = ("user_id", "item_id", "timestamp")
@@ -18,8 +17,6 @@ def write_csv(path: Path, rows, header=HEADER) -> Path:
 
 
 def rows_of(log, **options) -> list[dict]:
-    if isinstance(log, Path):
-        log = read_log(log)
     return histories(log, **options).to_pyarrow().to_pylist()
 
 
