@@ -160,10 +160,8 @@ def _unpacked(path: str, spelled: str, folder: str) -> str:
         return path
     handle, plain = tempfile.mkstemp(dir=folder)
     try:
-        with open(path, "rb") as packed, os.fdopen(handle, "wb") as target:
-            reader: Any = {"gzip": gzip.open, "bz2": bz2.open, "zstd": _open_zstd}[kind](packed)
-            with reader:
-                shutil.copyfileobj(reader, target, CHUNK_SIZE)
+        with open(path, "rb") as packed, os.fdopen(handle, "wb") as target, OPENERS[kind](packed) as reader:
+            shutil.copyfileobj(reader, target, CHUNK_SIZE)
     except (EOFError, OSError, zlib.error, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{spelled} is damaged: it cannot be unpacked with {kind} to its end ({error}); copy or write it again"
@@ -175,6 +173,9 @@ def _unpacked(path: str, spelled: str, folder: str) -> str:
 
 def _open_zstd(file: BinaryIO) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
+
+
+OPENERS: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "zstd": _open_zstd}
 
 
 def is_parquet(path: str) -> bool:

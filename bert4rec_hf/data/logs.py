@@ -173,6 +173,32 @@ def read_log(source: Any, *, delimiter: str | None = None) -> ir.Table:
     return log.table(log.columns)
 
 
+def query(sql: str, database: str) -> Log:
+    """The rows of a query as a log.
+
+    Args:
+        sql: A SELECT in the syntax of the database.
+        database: URL that `ibis.connect` takes, such as sqlite:///shop.db or postgres://user:password@host/name.
+
+    Raises:
+        ValueError: If the database cannot be reached, its driver is not installed, or the query fails.
+    """
+    kind = database.partition(":")[0]
+    try:
+        connection = ibis.connect(database)
+        if connection.name == "duckdb":
+            view = ibis.util.gen_name("bert4rec")
+            connection.raw_sql(f'CREATE TEMP VIEW "{view}" AS {sql}')  # `sql` fails with DuckDB 2.0, as of Ibis 12.0
+            return open_log(connection.table(view))
+        return open_log(connection.sql(sql))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"cannot read from {kind}: {error}; install its driver with pip install 'ibis-framework[{kind}]'"
+        ) from error
+    except Exception as error:  # each database has errors of its own
+        raise ValueError(f"cannot read {sql!r} from {kind}: {type(error).__name__}: {first_lines(error)}") from error
+
+
 def connect() -> Any:
     """An in-memory DuckDB. Its temporary files go to the system's folder, not to the working directory."""
     folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))

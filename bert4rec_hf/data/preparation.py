@@ -17,6 +17,8 @@ from typing import Any
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import sqlglot
 
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_position", "test_position"}
 WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
 ROW_GROUP_SIZE = 16_384
+NUM_LONGEST_HISTORIES = 5  # that the statistics name
 # A history that exceeds both limits, in events and as a share of all events, triggers a warning: it may be a bot's.
 SUSPICIOUS_HISTORY_LENGTH, SUSPICIOUS_SHARE_OF_EVENTS = 10_000, 0.01
 
@@ -148,7 +151,9 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
                 "event_columns": list(options.event_columns),
             },
             "filters": {
+                "where": options.where,
                 "min_rating": options.min_rating,
+                "max_user_events": options.max_user_events,
                 "min_user_events": options.min_user_events,
                 "min_item_events": options.min_item_events,
                 "duplicates": options.duplicates,
@@ -455,7 +460,33 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
     }
     if split == "temporal":
         statistics["num_test_users_without_past"] = row["without_past"]
+    statistics["longest_histories"] = _longest_histories(table)
     return statistics
+
+
+def _longest_histories(table: ir.Table) -> list[dict[str, Any]]:
+    """The users with most events, and the most events that each has in a minute (None without times)."""
+    longest = table.order_by([table.item_id.length().desc(), "user_id"]).limit(NUM_LONGEST_HISTORIES)
+    names = [name for name in ("user_id", "item_id", "timestamp") if name in table.columns]
+    found = []
+    for row in longest.select(*names).to_pyarrow().to_batches():
+        for index, user in enumerate(row["user_id"].to_pylist()):
+            busiest = _most_in_a_minute(row["timestamp"][index].values) if "timestamp" in names else None
+            found.append({"user_id": user, "num_events": len(row["item_id"][index]), "most_in_a_minute": busiest})
+    return found
+
+
+def _most_in_a_minute(times: pa.Array) -> int:
+    if pa.types.is_timestamp(times.type):
+        minute = {"s": 60, "ms": 60_000, "us": 60_000_000, "ns": 60_000_000_000}[times.type.unit]
+        moments = times.cast(pa.int64()).to_numpy()
+    else:
+        moments = times.to_numpy()
+        # Seconds since 1970 have ten digits today, milliseconds thirteen, and so on.
+        unit = next((unit for unit in (1, 10**3, 10**6, 10**9) if np.abs(moments).max() < 10**11 * unit), 10**9)
+        minute = 60 * unit
+    moments = np.sort(moments)
+    return int((np.searchsorted(moments, moments + minute) - np.arange(len(moments))).max())
 
 
 def _write_parquet(table: ir.Table, path: Path) -> None:

@@ -26,12 +26,12 @@ MICROSECOND_DIGITS, NANOSECOND_DIGITS = 6, 9
 
 
 @ibis.udf.scalar.builtin
-def make_timestamp_ns(nanoseconds: dt.int64) -> dt.Timestamp(scale=9):  # type: ignore[valid-type, empty-body]
+def make_timestamp_ns(nanoseconds: dt.int64) -> dt.Timestamp(scale=9):  # type: ignore[valid-type]
     """DuckDB's timestamp of nanoseconds since 1970."""
 
 
 @ibis.udf.scalar.builtin
-def make_timestamp(microseconds: dt.int64) -> dt.Timestamp(scale=6):  # type: ignore[valid-type, empty-body]
+def make_timestamp(microseconds: dt.int64) -> dt.Timestamp(scale=6):  # type: ignore[valid-type]
     """DuckDB's timestamp of microseconds since 1970."""
 
 
