@@ -4,6 +4,7 @@ import csv
 import glob
 import itertools
 import logging
+import math
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ import ibis
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .log_files import LogFiles, find_files, is_json, is_parquet
@@ -129,7 +131,12 @@ def open_log(source: Any, *, delimiter: str | None = None) -> Log:
         return Log(name, [str(column) for column in source.columns], lambda columns: _of_pandas(source, columns, name))
     if library == "polars":
         names = source.collect_schema().names()
-        return Log(name, names, lambda columns: _registered(pa.table(source.lazy().select(columns).collect()), name))
+        oldest = sys.modules["polars"].CompatLevel.oldest()  # pyarrow cannot convert categories of a newer level
+        return Log(
+            name,
+            names,
+            lambda columns: _registered(source.lazy().select(columns).collect().to_arrow(compat_level=oldest), name),
+        )
     if hasattr(source, "to_batches") and hasattr(source, "scanner"):  # a pyarrow.dataset
         return Log(
             name,
@@ -216,11 +223,26 @@ def _of_ibis(table: ir.Table) -> Log:
     name = f"the {backend} table"
 
     def read(columns: list[str]) -> ir.Table:
+        kinds = {column: table[column].type() for column in columns}
+        if backend == "duckdb" and any(kind.is_binary() for kind in kinds.values()):
+            # DuckDB's own conversion to text spells é as \\xC3\\xA9.
+            return _registered(table.select(columns).to_pyarrow(), name).drop(SOURCE_ROW)
         if backend in ("duckdb", "pyspark"):
             return table.select([*columns, SOURCE_ROW] if SOURCE_ROW in table.columns else columns)
-        batches = table.select(columns).to_pyarrow_batches()
-        # The rows of a database have no order.
-        return _stored(batches.schema, batches, columns, name).drop(SOURCE_ROW)
+        # Whole numbers come as text: with some backends Ibis makes them float64 where a value is null.
+        whole = {column: kind for column, kind in kinds.items() if kind.is_integer()}
+        try:
+            chosen = table.select(columns).mutate(**{column: table[column].cast("string") for column in whole})
+            batches = chosen.to_pyarrow_batches()
+            # The rows of a database have no order.
+            found = _stored(batches.schema, batches, columns, name).drop(SOURCE_ROW)
+        except Exception as error:  # each database has errors of its own
+            raise ValueError(f"cannot read {name}: {type(error).__name__}: {first_lines(error)}") from error
+        for column, kind in whole.items():
+            odd = found.filter(~found[column].re_search("^-?[0-9]+$")).limit(1).to_pyarrow()
+            if len(odd):
+                raise ValueError(f"column {column!r} of {name} is {kind}, and has {odd[column][0].as_py()!r}")
+        return found.mutate(**{column: found[column].cast(kind) for column, kind in whole.items()})
 
     return Log(name, names, read)
 
@@ -240,7 +262,9 @@ def _of_dataset(dataset: Any, name: str) -> Log:
 
         def named(batch: pa.RecordBatch) -> pa.RecordBatch:
             for column, names in labels.items():
-                batch = batch.set_column(batch.schema.get_field_index(column), column, names.take(batch[column]))
+                # Rows without a label have -1.
+                numbers = pc.if_else(pc.less(batch[column], 0), None, batch[column])
+                batch = batch.set_column(batch.schema.get_field_index(column), column, names.take(numbers))
             return batch
 
         chosen = dataset.select_columns(columns).with_format("arrow")
@@ -255,19 +279,20 @@ def _of_dataset(dataset: Any, name: str) -> Log:
 
 
 def _of_pandas(frame: Any, columns: list[str], name: str) -> ir.Table:
-    chosen = frame[[column for column in frame.columns if str(column) in columns]]
-    try:
-        table = pa.Table.from_pandas(chosen, preserve_index=False)
-    except (pa.ArrowException, UnicodeError, OverflowError) as error:
-        for column in chosen.columns:
-            kinds = sorted({type(value).__name__ for value in chosen[column] if value is not None and value == value})
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"column {str(column)!r} of the data frame mixes {' and '.join(kinds)}: convert it to one type "
-                    f"first, as in frame[{str(column)!r}].astype(str)"
-                ) from error
-        raise
-    return _registered(table.rename_columns([str(column) for column in table.column_names]).select(columns), name)
+    named = {str(column): column for column in frame.columns}
+    arrays = {}
+    for column in columns:
+        values = frame[named[column]]
+        try:
+            arrays[column] = pa.array(values, from_pandas=True)
+        except (pa.ArrowException, UnicodeError, OverflowError) as error:
+            kinds = sorted({type(value).__name__ for value in values if value is not None and value is not math.nan})
+            raise ValueError(
+                f"column {column!r} of the data frame {'mixes' if len(kinds) > 1 else 'has'} {' and '.join(kinds)}, "
+                f"which make no column of one type ({first_lines(error)}): convert it first, as in "
+                f"frame[{column!r}].astype(str)"
+            ) from error
+    return _registered(pa.table(arrays), name)
 
 
 def _registered(table: pa.Table, name: str) -> ir.Table:
@@ -306,6 +331,11 @@ def _plain(table: pa.Table, name: str) -> pa.Table:
     """The table with types that DuckDB reads without loss."""
     for index, field in enumerate(table.schema):
         plain = plain_type(field.type)
+        if isinstance(plain, pa.BaseExtensionType) and not isinstance(plain, pa.UuidType):
+            raise ValueError(
+                f"column {field.name!r} of {name} is {plain.extension_name}; expected text, numbers or times: convert "
+                "it first"
+            )
         if plain != field.type:
             try:
                 column = table.column(index)
@@ -334,8 +364,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.float32()
     if pa.types.is_decimal256(kind):
         return pa.string()
-    if isinstance(kind, pa.BaseExtensionType) and kind.extension_name != "arrow.uuid":
-        return plain_type(kind.storage_type)
+    if isinstance(kind, pa.UuidType):
+        return kind
+    if isinstance(kind, pa.BaseExtensionType) and pa.types.is_string(plain_type(kind.storage_type)):
+        return pa.string()  # such as arrow.json; the numbers of pandas.period mean something else than its text
     return kind
 
 
@@ -445,22 +477,48 @@ def _csv_header(path: str, spelled: str, delimiter: str | None) -> tuple[str, li
 
 
 def _json(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
-    paths = [glob.escape(path) for path in files.paths]
-    found = connection.read_json(paths, union_by_name=True, sample_size=-1, maximum_depth=1)
-    kinds = found.schema()
-    names = list(kinds)
-    if names == ["json"]:
-        raise ValueError(f'{files.source} has JSON that is no object; expected lines such as {{"user_id": …}}')
+    # DuckDB's reader of columns takes names that differ in case for one, so the values are taken from the objects.
+    paths = ", ".join(_quoted(glob.escape(path)) for path in files.paths)
+    rows = f"read_json_objects([{paths}], filename = '{FILE}')"
+    odd = connection.con.execute(
+        f"SELECT {FILE}, json FROM {rows} WHERE json_type(json) <> 'OBJECT' "
+        "OR len(json_keys(json)) <> len(list_distinct(json_keys(json))) LIMIT 1"
+    ).fetchone()
+    if odd:
+        raise ValueError(
+            f"{files.spelled[odd[0]]} has the value {odd[1][:100]}; expected objects, in which each name is there once"
+        )
+    found = connection.con.execute(
+        "SELECT name FROM (SELECT unnest(names) AS name, generate_subscripts(names, 1) AS position, number FROM "
+        f"(SELECT json_keys(json) AS names, row_number() OVER () AS number FROM {rows})) "
+        "GROUP BY name ORDER BY min((number, position))"
+    )
+    names = [name for (name,) in found.fetchall()]
 
     def scan(columns: list[str], with_file: bool) -> ir.Table:
-        for column in columns:
-            if kinds[column].is_boolean() or kinds[column].is_nested():
-                raise ValueError(f"column {column!r} of {files.source} is {kinds[column]}; expected text or numbers")
-        # A name that is not needed is not read; JSON needs one.
-        asked = dict.fromkeys(columns or names[:1], "VARCHAR")
-        return connection.read_json(paths, columns=asked, **({"filename": FILE} if with_file else {}))
+        pointers = [_quoted("/" + name.replace("~", "~0").replace("/", "~1")) for name in columns]
+        kinds = [f"list(DISTINCT json_type(json, {pointer}))" for pointer in pointers]
+        row = connection.con.execute(f"SELECT {', '.join(['0', *kinds])} FROM {rows}").fetchone()[1:]
+        chosen = [FILE] if with_file else []
+        for column, pointer, kind in zip(columns, pointers, map(set, row), strict=True):
+            if odd := kind & {"BOOLEAN", "OBJECT", "ARRAY"}:
+                raise ValueError(
+                    f"column {column!r} of {files.source} has values of the type {', '.join(sorted(odd))}; expected "
+                    "text or numbers"
+                )
+            is_float = "DOUBLE" in kind and "VARCHAR" not in kind
+            value = f"json_extract_string(json, {pointer})" + ("::DOUBLE" if is_float else "")
+            chosen.append(f'{value} AS "{column.replace(chr(34), chr(34) * 2)}"')
+        view = ibis.util.gen_name("json")
+        chosen.append(f"row_number() OVER () - 1 AS {SOURCE_ROW}")
+        connection.con.execute(f"CREATE TEMP VIEW {view} AS SELECT {', '.join(chosen)} FROM {rows}")
+        return connection.table(view)
 
     return names, scan
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _parquet(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_position", "test_position"}
 WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
+SELECT_WHERE = {"expressions", "from", "from_", "where"}  # sqlglot's parts of a SELECT with a condition alone
 ROW_GROUP_SIZE = 16_384
 NUM_LONGEST_HISTORIES = 5  # that the statistics name
 # A history that exceeds both limits, in events and as a share of all events, triggers a warning: it may be a bot's.
@@ -319,10 +320,12 @@ def _filtered(log: Log, columns: list[str], where: str) -> ir.Table:
         named = [column.name for column in parsed.find_all(sqlglot.exp.Column)]
     except sqlglot.errors.SqlglotError as error:
         raise ValueError(f'--where must be a condition in SQL, such as "price > 0"; got {where!r}: {error}') from error
+    if not parsed.args.get("where") or any(value for key, value in parsed.args.items() if key not in SELECT_WHERE):
+        raise ValueError(f"--where must be a condition alone, without further clauses; got {where!r}")
     for name in named:
         if name.lower() not in names:
             raise ValueError(f"--where names the column {name!r}; the columns of the log are {', '.join(log.columns)}")
-    used = [names[name.lower()] for name in named]
+    used = [name if name in log.columns else names[name.lower()] for name in named]
     table = log.table([*columns, *used])
     # The condition sees numbers as numbers, also in a CSV file; what is read stays as it is spelled.
     kept = {f"kept {number}": table[name] for number, name in enumerate(table.columns)}

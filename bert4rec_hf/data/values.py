@@ -11,18 +11,23 @@ from .logs import SOURCE_ROW
 INTEGER = r"^\s*[+-]?[0-9]+(\.0*)?\s*$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)\s*$"
 FLOAT = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+\s*$"
-DATE_AND_TIME = r"^\s*([0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([ Tt]\s*[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?)?)"
+DATE = r"[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}"
+CLOCK = r"[ Tt]\s*[0-9]{1,2}:[0-9]{2}"
+DATE_AND_TIME = rf"^\s*({DATE}({CLOCK}(:[0-9]{{2}})?)?)"
 FRACTION = r":[0-9]{2}[.,]([0-9]*)"
-ZONE = r"\s*([Zz]|UTC|GMT|[+-][0-9]{2}(:?[0-9]{2})?)"
-LOCAL_TIME = DATE_AND_TIME + r"([.,][0-9]{0,9})?\s*$"
-ZONED_TIME = DATE_AND_TIME + r"([.,][0-9]{0,9})?" + ZONE + r"\s*$"
+TIME_OF_DAY = CLOCK + r"(:[0-9]{2}([.,][0-9]{0,9})?)?"
+ZONE = r"\s*([Zz]|UTC|GMT|[+-]([01][0-9]|2[0-3])(:?[0-5][0-9])?)"
+LOCAL_TIME = rf"^\s*{DATE}({TIME_OF_DAY})?\s*$"
+ZONED_TIME = rf"^\s*{DATE}{TIME_OF_DAY}{ZONE}\s*$"
 SPELLINGS = (
     "numbers such as 1706702400 or 1706702400.25, or dates and times such as 2024-01-31, 2024-01-31 12:00:00.123 or "
     "2024-01-31T12:00:00+01:00 (Z, UTC and GMT are zones as well; all values have a zone, or none has)"
 )
 # Decimal digits of the integers that int64 has room for, and of a decimal.
 INT64_DIGITS, DECIMAL_DIGITS = 18, 38
+FLOAT64_DIGITS = 15  # that every float64 keeps
 MICROSECOND_DIGITS, NANOSECOND_DIGITS = 6, 9
+NANOSECOND_YEARS = 1678, 2261  # that an int64 of nanoseconds has room for
 
 
 @ibis.udf.scalar.builtin
@@ -141,13 +146,12 @@ def _read_times(log: ir.Table, column: str, option: str) -> Any:
     row = row.to_pyarrow().to_pylist()[0]
     if not row["given"] or row["given"] == row["whole"]:
         whole = text.re_extract(r"([+-]?[0-9]+)", 1).nullif("")
-        return (
-            _whole(log, whole.cast(f"decimal({DECIMAL_DIGITS}, 0)"))
-            if (row["longest"] or 0) > INT64_DIGITS
-            else whole.cast("int64")
-        )
+        if (row["longest"] or 0) <= INT64_DIGITS:
+            return whole.cast("int64")
+        return _whole(log, _as_decimal(log, column, option, whole, 0))
     fraction = text.re_extract(FRACTION, 1)
     decimals = text.re_extract(r"\.([0-9]*)", 1).re_replace("0+$", "")
+    significant = text.re_extract(r"^\s*[+-]?([0-9.]*)", 1).re_replace(r"^[0.]+|[.]", "")
     row = log.aggregate(
         given=(text.strip() != "").sum(),
         decimals=text.re_search(DECIMAL).sum(),
@@ -156,14 +160,19 @@ def _read_times(log: ir.Table, column: str, option: str) -> Any:
         zoned=text.re_search(ZONED_TIME).sum(),
         digits=decimals.length().max(),
         long=text.re_extract(r"([0-9]+)", 1).length().max(),
+        significant=significant.length().max(),
+        largest=text.strip().try_cast("float64").abs().max(),
         fraction=fraction.re_replace("0+$", "").length().max(),
     )
     row = row.to_pyarrow().to_pylist()[0]
     counts = {name: row[name] or 0 for name in ("decimals", "floats", "local", "zoned")}
     if counts["decimals"] + counts["floats"] == row["given"]:
-        if counts["floats"] or row["digits"] + row["long"] > DECIMAL_DIGITS:
-            return text.strip().nullif("").cast("float64")
-        return text.strip().nullif("").cast(f"decimal({DECIMAL_DIGITS}, {row['digits']})")
+        numbers, scale = text.strip().nullif(""), row["digits"]
+        if counts["floats"] or scale + row["long"] > DECIMAL_DIGITS:
+            if row["significant"] <= FLOAT64_DIGITS:
+                return numbers.cast("float64")
+            scale = max(DECIMAL_DIGITS - len(f"{row['largest']:.0f}"), 0)
+        return _as_decimal(log, column, option, numbers, scale)
     # The first value that is not like the majority is the one that is quoted.
     patterns = {"decimals": DECIMAL, "floats": FLOAT, "local": LOCAL_TIME, "zoned": ZONED_TIME}
     most = max(counts, key=lambda name: counts[name])
@@ -171,9 +180,14 @@ def _read_times(log: ir.Table, column: str, option: str) -> Any:
     understood = text.re_search(patterns[most])
     if most in ("local", "zoned"):
         understood &= base.notnull()
-    _check(log, column, option, understood | (text.strip() == ""), SPELLINGS)
-    zone = text.re_extract(r":[0-9.,]+" + ZONE + r"\s*$", 1) if most == "zoned" else None
     digits = MICROSECOND_DIGITS if row["fraction"] <= MICROSECOND_DIGITS else NANOSECOND_DIGITS
+    expected = SPELLINGS
+    if digits == NANOSECOND_DIGITS and most in ("local", "zoned"):
+        first, last = NANOSECOND_YEARS
+        understood &= base.year().between(first, last)
+        expected += f"; with more than {MICROSECOND_DIGITS} decimal places, from the years {first} to {last}"
+    _check(log, column, option, understood | (text.strip() == ""), expected)
+    zone = text.re_extract(r":[0-9.,]+" + ZONE + r"\s*$", 1) if most == "zoned" else None
     unit = 10**digits
     ticks = base.epoch_seconds().cast("int64") * unit
     ticks += fraction.substr(0, digits).rpad(digits, "0").nullif("").fill_null("0").cast("int64")
@@ -191,6 +205,12 @@ def _read_times(log: ir.Table, column: str, option: str) -> Any:
             f"{log.get_backend().name} have {MICROSECOND_DIGITS}: convert the column to nanoseconds, whole numbers"
         )
     return make_timestamp_ns(ticks)
+
+
+def _as_decimal(log: ir.Table, column: str, option: str, numbers: Any, scale: int) -> Any:
+    values = numbers.try_cast(f"decimal({DECIMAL_DIGITS}, {scale})")
+    _check(log, column, option, values.notnull() | numbers.isnull(), f"numbers of at most {DECIMAL_DIGITS} digits")
+    return values
 
 
 def _check(log: ir.Table, column: str, option: str, understood: Any, expected: str) -> None:

@@ -8,9 +8,9 @@ from bert4rec_hf.data.preparation import histories
 HEADER = ("user_id", "item_id", "timestamp")
 
 
-def write_csv(path: Path, rows, header=HEADER) -> Path:
+def write_csv(path: Path, rows, header=HEADER, **options) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, **options)
         writer.writerow(header)
         writer.writerows(rows)
     return path
