@@ -117,11 +117,23 @@ class _Parser(HfArgumentParser):
         return f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; see {self.prog} --help"
 
 
+# A user with more events in one minute looks like a bot, or like an id that many people share.
+EVENTS_A_MINUTE_OF_A_PERSON = 60
+
+
 @dataclass
 class PrepareArguments:
-    """The output folder of `prepare`. The other options are in `PrepareOptions`."""
+    """Where `prepare` reads and writes. The other options are in `PrepareOptions`."""
 
     output: str = field(metadata={"help": "The prepared folder to write."})
+    sql: str | None = field(default=None, metadata={"help": "Query whose rows are the log, with --database."})
+    database: str | None = field(
+        default=None,
+        metadata={
+            "help": "Database of --sql, as a URL: sqlite:///shop.db, duckdb:///shop.duckdb, "
+            "postgres://user:password@host/name."
+        },
+    )
 
 
 @dataclass
@@ -296,7 +308,11 @@ def _architecture_arguments() -> type:
 def prepare(arguments: Sequence[str]) -> None:
     """Turn a raw log into a prepared folder."""
     parser = _Parser((PrepareArguments, PrepareOptions), prog="bert4rec prepare", description=prepare.__doc__)
-    parser.add_argument("log", help="A CSV or Parquet file, a glob pattern, or the name of a dataset: ml-100k.")
+    parser.add_argument(
+        "log",
+        nargs="?",
+        help="A file (CSV, JSON lines or Parquet), a folder, a glob pattern, a URL, or the name of a dataset: ml-100k.",
+    )
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     words = parser.with_recipe(arguments)
     where, options, rest = parser.parse_args_into_dataclasses(words)
@@ -305,17 +321,24 @@ def prepare(arguments: Sequence[str]) -> None:
         parser.error(
             f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add --min_rating"
         )
-    _prepare(rest.log, where.output, options)
+    if (where.sql is None) != (where.database is None):
+        parser.error("--sql and --database belong together")
+    if (rest.log is None) == (where.sql is None):
+        parser.error("expected a log, or --sql and --database; got " + ("both" if rest.log else "neither"))
+    _prepare(rest.log or (where.sql, where.database), where.output, options)
     print(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
 
 
-def _prepare(log: str, output: str, options: PrepareOptions) -> None:
-    """Prepare a log, and print its statistics and the defaults that were chosen for it."""
+def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions) -> None:
+    """Prepare a log, or the rows of a query, and print its statistics and the defaults that were chosen for it."""
     import duckdb
 
     from .data import preparation
+    from .data.logs import query
 
     try:
+        if isinstance(log, tuple):
+            log = query(*log)
         prepared = preparation.prepare(log, output, options)
     except duckdb.Error as error:
         raise OSError(f"DuckDB could not prepare {log}: {error}") from error
@@ -341,6 +364,17 @@ def _prepare(log: str, output: str, options: PrepareOptions) -> None:
         print(
             f"{identical:,} rows repeat the user, item and time of another row: if these are duplicates by mistake, "
             "--duplicates drop_identical keeps one of each"
+        )
+    busy = [
+        f"{user['user_id']} ({user['num_events']:,} events, "
+        + (f"{user['most_in_a_minute']:,} in one minute)" if user["most_in_a_minute"] else "no times)")
+        for user in statistics["longest_histories"]
+        if (user["most_in_a_minute"] or 0) > EVENTS_A_MINUTE_OF_A_PERSON
+    ]
+    if busy:
+        print(
+            f"users that look like no persons: {', '.join(busy)}; --max_user_events leaves out users with more events, "
+            "--where those that you name"
         )
     if prepared["split"]["name"] == "none":
         print("no targets are held out: all events train")

@@ -10,21 +10,23 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import ibis
 import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+import sqlglot
 
 from ..defaults import default_filter_seen_items, default_max_length
 from ..files import folder_beside
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .histories import HISTORIES_FILE, PREPARATION_FILE
-from .logs import SOURCE_ROW, connect, first_lines, read_log, read_titles
+from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
 from .splits import (
@@ -37,17 +39,20 @@ from .splits import (
     resolve_cuts,
     stored_table,
 )
+from .values import as_id, as_number, as_time, select_where, with_types
 
 logger = logging.getLogger(__name__)
 
 RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_position", "test_position"}
 WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
+SELECT_WHERE = {"expressions", "from", "from_", "where"}  # sqlglot's parts of a SELECT with a condition alone
 ROW_GROUP_SIZE = 16_384
+NUM_LONGEST_HISTORIES = 5  # that the statistics name
 # A history that exceeds both limits, in events and as a share of all events, triggers a warning: it may be a bot's.
 SUSPICIOUS_HISTORY_LENGTH, SUSPICIOUS_SHARE_OF_EVENTS = 10_000, 0.01
 
 
-def histories(log: ir.Table, options: PrepareOptions | None = None, **changes: Any) -> ir.Table:
+def histories(log: Any, options: PrepareOptions | None = None, **changes: Any) -> ir.Table:
     """Turn an Ibis table of events, on DuckDB or Spark, into one history per user.
 
     Events of a user are ordered by time, then by the sequence column. Without a sequence column, ties are broken by
@@ -55,7 +60,7 @@ def histories(log: ir.Table, options: PrepareOptions | None = None, **changes: A
     the events of MovieLens 100K have the same second as the event before, and a model would learn the sort order.
 
     Args:
-        log: One row per event.
+        log: One row per event: an Ibis table, or what `read_log` takes.
         options: How to read and split the log. None: the defaults.
         changes: Fields of `PrepareOptions` that differ from `options`. `item_titles`, `max_length` and
             `filter_seen_items` have no effect here.
@@ -66,12 +71,13 @@ def histories(log: ir.Table, options: PrepareOptions | None = None, **changes: A
         validation_position and test_position (int32 or null, index of the target in item_id).
 
     Raises:
-        TypeError: If the log is not an Ibis table, or a name is no option.
+        TypeError: If the log is of a type that `read_log` does not take, or a name is no option.
         ValueError: If a column is missing, is used twice, has the wrong type, or has nulls or empty ids; if the log has
             only one user, or the filters leave none; if there are no events before or after a cut; or if a cut is given
             for a split that is not temporal.
     """
-    table, _ = _histories(log, PrepareOptions.of(options, changes))
+    options = PrepareOptions.of(options, changes)
+    table, _ = _histories(open_log(log, delimiter=options.delimiter), options)
     return table
 
 
@@ -101,16 +107,13 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
     output = Path(output)
     _check_output(output)
     item_titles = options.item_titles
-    if isinstance(source, ir.Table):
-        log, source = source, "ibis.Table"
-    elif isinstance(source, str) and source in NAMED_DATASETS and not os.path.exists(source):
+    if isinstance(source, str) and source in NAMED_DATASETS and not os.path.exists(source):
         dataset = fetch(source)
         item_titles = dataset.items if item_titles is None else item_titles
-        log = read_log(dataset.log)
+        log, name = open_log(dataset.log), source
     else:
-        log = read_log(source, id_columns=(options.user_column, options.item_column))
-    if not isinstance(source, str | Path):
-        source = f"{type(source).__module__.split('.')[0]}.{type(source).__name__}"
+        log = open_log(source, delimiter=options.delimiter)
+        name = log.source
     table, origin = _histories(log, options)
     with folder_beside(output, last_file=PREPARATION_FILE, own_files=_files_to_replace) as folder:
         _write_parquet(table, folder / HISTORIES_FILE)
@@ -139,7 +142,7 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
         if filter_seen_items is None:
             filter_seen_items = default_filter_seen_items(statistics["share_repeated_events"])
         preparation = {
-            "source": str(source),
+            "source": name,
             "columns": {
                 "user_column": options.user_column,
                 "item_column": options.item_column,
@@ -149,7 +152,9 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
                 "event_columns": list(options.event_columns),
             },
             "filters": {
+                "where": options.where,
                 "min_rating": options.min_rating,
+                "max_user_events": options.max_user_events,
                 "min_user_events": options.min_user_events,
                 "min_item_events": options.min_item_events,
                 "duplicates": options.duplicates,
@@ -166,13 +171,8 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
     return preparation
 
 
-def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[str, Any]]:
+def _histories(log: Log, options: PrepareOptions) -> tuple[ir.Table, dict[str, Any]]:
     """The histories, and facts that only the log has: statistics of the source, the cuts, the columns of the order."""
-    if not isinstance(log, ir.Table):
-        raise TypeError(
-            f"expected an Ibis table of events; got {type(log).__name__}: make one with read_log, from files or data "
-            "frames"
-        )
     time_column, sequence_column, min_rating = options.time_column, options.sequence_column, options.min_rating
     split = options.split
     if time_column == "timestamp" and time_column not in log.columns:  # the default column, in a log without times
@@ -187,20 +187,12 @@ def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[s
         )
 
     try:  # DuckDB parses a CSV file only here
-        if log.limit(1).count().execute() == 0:
-            raise ValueError("the log has columns but no events; expected at least one row")
-        events = _normalize(
-            log,
-            user_column=options.user_column,
-            item_column=options.item_column,
-            time_column=time_column,
-            sequence_column=sequence_column,
-            rating_column=None if min_rating is None else options.rating_column,
-            event_columns=options.event_columns,
-        )
-        events = stored_table(events)
-    except duckdb.Error as error:
-        raise ValueError(f"cannot read the log: {first_lines(error)}") from error
+        events = stored_table(_normalize(log, options, time_column, sequence_column))
+        if events.limit(1).count().execute() == 0:
+            kept = " that meet the condition --where" if options.where else ""
+            raise ValueError(f"the log has columns but no events{kept}; expected at least one row")
+    except LIBRARY_ERRORS as error:
+        raise log.error(error) from error
     named = {
         "user_id": options.user_column,
         "item_id": options.item_column,
@@ -214,6 +206,12 @@ def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[s
         f"after the filter (min_rating={min_rating}, min_user_events={options.min_user_events}, "
         f"min_item_events={options.min_item_events}); loosen --min_user_events, --min_item_events or --min_rating"
     )
+    if options.max_user_events is not None:
+        numbers = events.group_by("user_id").aggregate(number=events.count())
+        busy = stored_table(numbers.filter(numbers.number > options.max_user_events).select("user_id"))
+        events = stored_table(events.anti_join(busy, "user_id"))
+        if events.limit(1).count().execute() == 0:
+            raise ValueError(f"all users have more than {options.max_user_events} events; raise --max_user_events")
     if min_rating is not None:
         rated = events._rating >= min_rating
         if events._rating.type().is_floating():
@@ -252,17 +250,13 @@ def _histories(log: ir.Table, options: PrepareOptions) -> tuple[ir.Table, dict[s
     }
 
 
-def _normalize(
-    log: ir.Table,
-    *,
-    user_column: str,
-    item_column: str,
-    time_column: str | None,
-    sequence_column: str | None,
-    rating_column: str | None,
-    event_columns: Sequence[str],
-) -> ir.Table:
-    """The log with uniform column names: user_id, item_id, timestamp, _sequence, _tie, _rating, the event columns."""
+def _normalize(log: Log, options: PrepareOptions, time_column: str | None, sequence_column: str | None) -> ir.Table:
+    """The events with uniform names: user_id, item_id, timestamp, _sequence, _tie, _rating, the event columns.
+
+    Only the columns that are asked for are read.
+    """
+    user_column, item_column, event_columns = options.user_column, options.item_column, options.event_columns
+    rating_column = None if options.min_rating is None else options.rating_column
     wanted = [
         ("--user_column", user_column),
         ("--item_column", item_column),
@@ -271,7 +265,7 @@ def _normalize(
         ("--rating_column", rating_column),
         *(("--event_columns", column) for column in event_columns),
     ]
-    known = [column for column in log.columns if column != SOURCE_ROW]
+    known = log.columns
     for option, column in wanted:
         if column is not None and column not in known:
             unordered = option == "--time_column" and sequence_column is None
@@ -293,40 +287,53 @@ def _normalize(
     if time_column is None and sequence_column is None:
         raise ValueError("the order of events is unknown; name a --time_column or a --sequence_column")
 
-    columns: dict[str, ir.Column] = {}
-    for name, column in (("user_id", user_column), ("item_id", item_column)):
-        kind = log[column].type()
-        if not (kind.is_string() or kind.is_integer() or kind.is_uuid()):
-            raise ValueError(f"ids must be text or integers; column {column!r} is {kind}: convert it first")
-        columns[name] = log[column].cast("string")
-    for name, column in (("timestamp", time_column), ("_sequence", sequence_column)):
-        if column is None:
-            continue
-        if "TIMESTAMPTZ_NS" in str(log[column].type()):  # a type from pandas that Ibis does not support
-            log = log.mutate(log[column].cast("timestamp('UTC')").name(column))
-        kind = log[column].type()
-        if not (kind.is_numeric() or kind.is_timestamp() or kind.is_date()) or kind.is_boolean():
-            raise ValueError(
-                f"column {column!r} orders the events and must hold numbers or timestamps; it is "
-                f"{kind}: convert it to a number (seconds since 1970, say) or to ISO timestamps such as "
-                "2024-01-31T12:00:00"
-            )
-        columns[name] = log[column].cast("timestamp") if kind.is_date() else log[column]
-        if kind.is_decimal() and name == "timestamp":  # neither JSON nor numpy has decimals
-            columns[name] = log[column].cast("int64" if kind.scale == 0 else "float64")
-    columns |= {column: log[column] for column in event_columns}
-    if sequence_column is None and SOURCE_ROW in log.columns:
-        columns["_tie"] = log[SOURCE_ROW]
+    columns = dict.fromkeys(column for _, column in wanted if column is not None)
+    table = log.table(columns) if options.where is None else _filtered(log, list(columns), options.where)
+    if log.is_text:
+        table = with_types(table, [column for column in event_columns if column not in dict(wanted[:5]).values()])
+    events: dict[str, ir.Column] = {
+        "user_id": as_id(table, user_column, "--user_column"),
+        "item_id": as_id(table, item_column, "--item_column"),
+    }
+    if time_column is not None:
+        events["timestamp"] = as_time(table, time_column, "--time_column")
+    if sequence_column is not None:
+        events["_sequence"] = as_time(table, sequence_column, "--sequence_column")
+    events |= {column: table[column] for column in event_columns}
+    if sequence_column is None and SOURCE_ROW in table.columns:
+        events["_tie"] = table[SOURCE_ROW]
     else:
         # md5 gives the same order on every backend and in every version; a backend's own hash does not. 12 characters
         # suffice, since only events of one user and one time are compared, and DuckDB stores them inline.
-        texts = [column.cast("string").fill_null("\x1e") for column in columns.values()]
-        columns["_tie"] = ibis.literal("\x1f").join(texts).hexdigest("md5").left(12)
+        texts = [column.cast("string").fill_null("\x1e") for column in events.values()]
+        events["_tie"] = ibis.literal("\x1f").join(texts).hexdigest("md5").left(12)
     if rating_column is not None:
-        if not log[rating_column].type().is_numeric():
-            raise ValueError(f"min_rating needs numbers; column {rating_column!r} is {log[rating_column].type()}")
-        columns["_rating"] = log[rating_column]
-    return log.select(**columns)
+        events["_rating"] = as_number(table, rating_column, "--rating_column")
+    return table.select(**events)
+
+
+def _filtered(log: Log, columns: list[str], where: str) -> ir.Table:
+    """The rows that meet a condition in SQL, which may name further columns of the log."""
+    names = {name.lower(): name for name in log.columns}
+    try:
+        parsed = sqlglot.parse_one(f"SELECT * FROM log WHERE {where}", dialect="duckdb")
+        named = [column.name for column in parsed.find_all(sqlglot.exp.Column)]
+    except sqlglot.errors.SqlglotError as error:
+        raise ValueError(f'--where must be a condition in SQL, such as "price > 0"; got {where!r}: {error}') from error
+    if not parsed.args.get("where") or any(value for key, value in parsed.args.items() if key not in SELECT_WHERE):
+        raise ValueError(f"--where must be a condition alone, without further clauses; got {where!r}")
+    for name in named:
+        if name.lower() not in names:
+            raise ValueError(f"--where names the column {name!r}; the columns of the log are {', '.join(log.columns)}")
+    used = [name if name in log.columns else names[name.lower()] for name in named]
+    table = log.table([*columns, *used])
+    # The condition sees numbers as numbers, also in a CSV file; what is read stays as it is spelled.
+    kept = {f"kept {number}": table[name] for number, name in enumerate(table.columns)}
+    typed = table.mutate(**kept)
+    if log.is_text:
+        typed = with_types(typed, list(dict.fromkeys(used)))
+    found = select_where(typed, list(kept), where)
+    return found.select(**{name: found[new] for new, name in zip(kept, table.columns, strict=True)})
 
 
 def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, int]:
@@ -456,7 +463,33 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
     }
     if split == "temporal":
         statistics["num_test_users_without_past"] = row["without_past"]
+    statistics["longest_histories"] = _longest_histories(table)
     return statistics
+
+
+def _longest_histories(table: ir.Table) -> list[dict[str, Any]]:
+    """The users with most events, and the most events that each has in a minute (None without times)."""
+    longest = table.order_by([table.item_id.length().desc(), "user_id"]).limit(NUM_LONGEST_HISTORIES)
+    names = [name for name in ("user_id", "item_id", "timestamp") if name in table.columns]
+    found = []
+    for row in longest.select(*names).to_pyarrow().to_batches():
+        for index, user in enumerate(row["user_id"].to_pylist()):
+            busiest = _most_in_a_minute(row["timestamp"][index].values) if "timestamp" in names else None
+            found.append({"user_id": user, "num_events": len(row["item_id"][index]), "most_in_a_minute": busiest})
+    return found
+
+
+def _most_in_a_minute(times: pa.Array) -> int:
+    if pa.types.is_timestamp(times.type):
+        minute = {"s": 60, "ms": 60_000, "us": 60_000_000, "ns": 60_000_000_000}[times.type.unit]
+        moments = times.cast(pa.int64()).to_numpy()
+    else:
+        moments = times.to_numpy()
+        # Seconds since 1970 have ten digits today, milliseconds thirteen, and so on.
+        unit = next((unit for unit in (1, 10**3, 10**6, 10**9) if np.abs(moments).max() < 10**11 * unit), 10**9)
+        minute = 60 * unit
+    moments = np.sort(moments)
+    return int((np.searchsorted(moments, moments + minute) - np.arange(len(moments))).max())
 
 
 def _write_parquet(table: ir.Table, path: Path) -> None:

@@ -17,6 +17,9 @@ class PrepareOptions:
     """How a raw log becomes histories.
 
     Attributes:
+        delimiter: Of CSV files. None: the comma, tab, semicolon or bar that the header has most of.
+        where: A condition in SQL that events must meet, such as "event_type = 'purchase' AND price > 0". It may name
+            any column of the log. The syntax is DuckDB's, or that of Spark if the log is on Spark. None: all events.
         user_column: Column of the user ids: text or integers, which are cast to text.
         item_column: Column of the item ids: text or integers, which are cast to text.
         time_column: Column of the times: numbers or timestamps. Decimals are converted to int64, or to float64 if they
@@ -28,6 +31,8 @@ class PrepareOptions:
         min_rating: Events rated lower, or not rated (null or NaN), are left out.
         min_user_events: Users with fewer events are left out. Users and items are filtered in turns until nothing
             changes (the k-core).
+        max_user_events: Users with more events (bots, shared accounts) are left out, before anything else is counted.
+            None: no limit.
         min_item_events: Items with fewer events are left out.
         duplicates: What happens to a user's repeated events of an item. "keep" keeps all of them. "drop" keeps the
             first. "drop_consecutive" drops an event if the user's previous event has the same item. "drop_identical"
@@ -55,6 +60,13 @@ class PrepareOptions:
         ValueError: If a value is out of range, or a cut is given where nothing is cut.
     """
 
+    delimiter: str | None = field(
+        default=None, metadata={"help": "Delimiter of CSV files; found in the header if left out."}
+    )
+    where: str | None = field(
+        default=None,
+        metadata={"help": "Condition in SQL that events must meet, such as \"event_type = 'purchase'\"."},
+    )
     user_column: str = field(default="user_id", metadata={"help": "Column of the user ids."})
     item_column: str = field(default="item_id", metadata={"help": "Column of the item ids."})
     time_column: str | None = field(default="timestamp", metadata={"help": "Column of the times."})
@@ -68,6 +80,9 @@ class PrepareOptions:
     rating_column: str = field(default="rating", metadata={"help": "Column of the ratings, for --min_rating."})
     min_rating: float | None = field(default=None, metadata={"help": "Leave out events rated lower."})
     min_user_events: int = field(default=1, metadata={"help": "Leave out users with fewer events."})
+    max_user_events: int | None = field(
+        default=None, metadata={"help": "Leave out users with more events, as bots have."}
+    )
     min_item_events: int = field(default=1, metadata={"help": "Leave out items with fewer events."})
     duplicates: str = field(
         default="keep",
@@ -126,6 +141,12 @@ class PrepareOptions:
         for name in ("min_user_events", "min_item_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, which leaves nothing out; got {getattr(self, name)}")
+        if self.max_user_events is not None and self.max_user_events < self.min_user_events:
+            raise ValueError(
+                f"max_user_events must be at least min_user_events ({self.min_user_events}); got {self.max_user_events}"
+            )
+        if self.delimiter is not None and not 1 <= len(self.delimiter.encode()) <= 4:
+            raise ValueError(f"delimiter must have one to four bytes; got {self.delimiter!r}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {self.max_length}")
         for name in ("validation_cut", "test_cut"):

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -162,7 +163,10 @@ def collect_histories(
         positions = [(after > end).ifelse(end.cast("int32"), nothing) for end, after in pairwise(ends)]
     validation_position, test_position = ([nothing] * 2 + positions)[-2:]
     names = [name for name in ("item_id", "timestamp", *event_columns) if name in fields]
-    arrays = {name: table._events.map(lambda event, name=name: event[name]) for name in names}
+    kinds = {name: fields[name].type() for name in names}
+    if kinds.get("timestamp", ibis.dtype("int64")).is_decimal():
+        kinds["timestamp"] = ibis.dtype("float64")  # decimals are for the order; numpy has none
+    arrays = {name: table._events.map(lambda event, name=name: event[name].cast(kinds[name])) for name in names}
     return table.select(
         "user_id",
         **arrays,
@@ -174,4 +178,6 @@ def collect_histories(
 
 def plain_time(value: Any) -> Any:
     """A time as a value that JSON can hold."""
+    if isinstance(value, Decimal):
+        return float(value)
     return value.isoformat() if isinstance(value, date) else value

@@ -174,7 +174,7 @@ def test_an_ibis_table_of_the_users_own_is_prepared_and_left_as_it_was(tmp_path,
         pa.table({name: list(column) for name, column in zip(HEADER, zip(*TEMPORAL, strict=True), strict=True)}),
     )
     preparation = prepare(connection.table("log"), tmp_path / "out", min_user_events=2, duplicates="drop")
-    assert preparation["source"] == "ibis.Table"
+    assert preparation["source"] == "the duckdb table"
     names = connection.raw_sql("SELECT table_name FROM information_schema.tables").fetchall()
     assert names == [("log",)]
 

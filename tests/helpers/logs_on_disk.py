@@ -3,23 +3,20 @@
 import csv
 from pathlib import Path
 
-from bert4rec_hf.data.logs import read_log
 from bert4rec_hf.data.preparation import histories
 
 HEADER = ("user_id", "item_id", "timestamp")
 
 
-def write_csv(path: Path, rows, header=HEADER) -> Path:
+def write_csv(path: Path, rows, header=HEADER, **options) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, **options)
         writer.writerow(header)
         writer.writerows(rows)
     return path
 
 
 def rows_of(log, **options) -> list[dict]:
-    if isinstance(log, Path):
-        log = read_log(log)
     return histories(log, **options).to_pyarrow().to_pylist()
 
 
