@@ -23,7 +23,7 @@ def log_file(tmp_path_factory):
             "item_id": names[(random.pareto(1.0, NUM_EVENTS) * 3).astype(int) % len(names)],
             "timestamp": seconds,
             "moment": pa.array(seconds * 1_000_000, pa.timestamp("us")),
-            "spelled": [str(np.datetime64(second, "s")).replace("T", " ") + ".25 UTC" for second in seconds],
+            "spelled": [str(np.datetime64(int(second), "s")).replace("T", " ") + ".25 UTC" for second in seconds],
             "position": random.permutation(NUM_EVENTS),
             "rating": pa.array(random.integers(1, 6, NUM_EVENTS), mask=random.random(NUM_EVENTS) < 0.1),
             "event_type": random.choice(["view", "purchase"], NUM_EVENTS),
