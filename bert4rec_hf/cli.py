@@ -337,9 +337,8 @@ def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions) -
     from .data.logs import query
 
     try:
-        if isinstance(log, tuple):
-            log = query(*log)
-        prepared = preparation.prepare(log, output, options)
+        source = query(*log) if isinstance(log, tuple) else log
+        prepared = preparation.prepare(source, output, options)
     except duckdb.Error as error:
         raise OSError(f"DuckDB could not prepare {log}: {error}") from error
     except RuntimeError as error:

@@ -315,13 +315,17 @@ def _normalize(log: Log, options: PrepareOptions, time_column: str | None, seque
 def _filtered(log: Log, columns: list[str], where: str) -> ir.Table:
     """The rows that meet a condition in SQL, which may name further columns of the log."""
     names = {name.lower(): name for name in log.columns}
+    expected = f'--where must be a condition in SQL, such as "price > 0"; got {where!r}'
     try:
-        parsed = sqlglot.parse_one(f"SELECT * FROM log WHERE {where}", dialect="duckdb")
-        named = [column.name for column in parsed.find_all(sqlglot.exp.Column)]
+        statements = sqlglot.parse(f"SELECT * FROM log WHERE {where}", dialect="duckdb")
     except sqlglot.errors.SqlglotError as error:
-        raise ValueError(f'--where must be a condition in SQL, such as "price > 0"; got {where!r}: {error}') from error
-    if not parsed.args.get("where") or any(value for key, value in parsed.args.items() if key not in SELECT_WHERE):
-        raise ValueError(f"--where must be a condition alone, without further clauses; got {where!r}")
+        raise ValueError(f"{expected}: {error}") from error
+    if len(statements) != 1 or statements[0] is None:
+        raise ValueError(expected)
+    clauses = statements[0].args
+    if not clauses.get("where") or any(value for key, value in clauses.items() if key not in SELECT_WHERE):
+        raise ValueError(f"{expected}: a condition has no further clauses")
+    named = [column.name for column in statements[0].find_all(sqlglot.exp.Column)]
     for name in named:
         if name.lower() not in names:
             raise ValueError(f"--where names the column {name!r}; the columns of the log are {', '.join(log.columns)}")

@@ -63,6 +63,10 @@ def test_statistics_and_defaults_have_known_answers(tmp_path, saved_catalogues):
         "num_source_items": 5,
         "num_source_events": 8,
         "num_duplicate_rows": 0,
+        "longest_histories": [
+            {"user_id": "a", "num_events": 4, "most_in_a_minute": 4},
+            {"user_id": "b", "num_events": 3, "most_in_a_minute": 3},
+        ],
     }
     assert saved_catalogues == [({"w": 0, "x": 2, "y": 1, "z": 0}, None, 50)]
     assert preparation["filter_seen_items"] is False
