@@ -118,9 +118,16 @@ class _Parser(HfArgumentParser):
 
 @dataclass
 class PrepareArguments:
-    """The output folder of `prepare`. The other options are in `PrepareOptions`."""
+    """The options of `prepare` that do not change its result. The other options are in `PrepareOptions`."""
 
     output: str = field(metadata={"help": "The prepared folder to write."})
+    memory_limit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory that DuckDB may use, for example 4GB; what does not fit is in temporary files (TMPDIR); "
+            "four fifths of the machine's memory if left out."
+        },
+    )
 
 
 @dataclass
@@ -189,7 +196,8 @@ class RecommendArguments:
         metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
     )
     histories: str | None = field(
-        default=None, metadata={"help": "Parquet file with one history per row: user_id and item_id (a list)."}
+        default=None,
+        metadata={"help": "Parquet file, or pattern of files, with one history per row: user_id and item_id (a list)."},
     )
     output: str | None = field(
         default=None,
@@ -284,18 +292,18 @@ def prepare(arguments: Sequence[str]) -> None:
         parser.error(
             f"--rating_column is for --min_rating; got {options.rating_column} alone: leave it out, or add --min_rating"
         )
-    _prepare(rest.log, where.output, options)
+    _prepare(rest.log, where.output, options, where.memory_limit)
     print(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
 
 
-def _prepare(log: str, output: str, options: PrepareOptions) -> None:
+def _prepare(log: str, output: str, options: PrepareOptions, memory_limit: str | None = None) -> None:
     """Prepare a log, and print its statistics and the defaults that were chosen for it."""
     import duckdb
 
     from .data import preparation
 
     try:
-        prepared = preparation.prepare(log, output, options)
+        prepared = preparation.prepare(log, output, options, memory_limit=memory_limit)
     except duckdb.Error as error:
         raise OSError(f"DuckDB could not prepare {log}: {error}") from error
     except RuntimeError as error:

@@ -90,17 +90,43 @@ def read_prepared(
     preparation = json.loads((folder / PREPARATION_FILE).read_text("utf-8"))
     if tokenizer is None:
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    return tokenize_histories(pq.read_table(folder / HISTORIES_FILE), tokenizer), tokenizer, preparation
+    table = pa.concat_tables([pq.read_table(path) for path in histories_files(folder)])
+    return tokenize_histories(table, tokenizer), tokenizer, preparation
 
 
 def check_prepared(folder: str | os.PathLike) -> None:
     """Raise ValueError if a folder is not a prepared folder."""
-    missing = [name for name in (HISTORIES_FILE, PREPARATION_FILE) if not (Path(folder) / name).is_file()]
+    missing = [] if histories_files(Path(folder)) else [HISTORIES_FILE]
+    if not (Path(folder) / PREPARATION_FILE).is_file():
+        missing.append(PREPARATION_FILE)
     if missing:
         raise ValueError(
             f"{folder} is not a prepared folder (it lacks {' and '.join(missing)}): make one with "
             f"bert4rec prepare LOG --output {folder}"
         )
+
+
+def histories_file(number: int, number_of_files: int) -> str:
+    """The name of a file of histories. The files of a large log are named as in `datasets`."""
+    return HISTORIES_FILE if number_of_files == 1 else f"histories-{number:05d}-of-{number_of_files:05d}.parquet"
+
+
+def histories_files(folder: Path) -> list[Path]:
+    """The files of histories of a prepared folder, in order. An empty list: there are none.
+
+    Raises:
+        ValueError: If some of the files are missing.
+    """
+    if (folder / HISTORIES_FILE).is_file():
+        return [folder / HISTORIES_FILE]
+    found = sorted(folder.glob("histories-*-of-*.parquet"))
+    expected = [folder / histories_file(number, len(found)) for number in range(len(found))]
+    if found != expected:
+        raise ValueError(
+            f"{folder} has {', '.join(path.name for path in found)}, which are not all files of one log: prepare the "
+            "log again"
+        )
+    return found
 
 
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
@@ -111,9 +137,12 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
         tokenizer: The catalogue.
     """
     items = table["item_id"]  # stays chunked, since one Arrow array of strings holds at most 2 GiB of text
-    vocabulary = pa.array(tokenizer.items, items.type.value_type)
-    indices = pc.index_in(pc.list_flatten(items), value_set=vocabulary)
-    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), UNK_TOKEN_ID).to_numpy()
+    item_ids = [np.zeros(0, np.int32)]
+    for chunk in pc.list_flatten(items).chunks:
+        encoded = chunk.dictionary_encode()  # each different id is looked up once
+        token_ids = [*tokenizer.item_ids_to_token_ids(encoded.dictionary.to_pylist()), UNK_TOKEN_ID]
+        places = encoded.indices.fill_null(len(token_ids) - 1).to_numpy()
+        item_ids.append(np.array(token_ids, np.int32)[places])
     lengths = pc.list_value_length(items).to_numpy()
     timestamps = None
     if "timestamp" in table.column_names:
@@ -123,7 +152,7 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
         timestamps = times.to_numpy()
     return Histories(
         user_id=table["user_id"],
-        item_ids=item_ids.astype(np.int32),
+        item_ids=np.concatenate(item_ids),
         offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         train_end=table["train_end"].to_numpy(),
         target_positions={part: pc.fill_null(table[f"{part}_position"], -1).to_numpy() for part in PARTS},

@@ -1,7 +1,8 @@
-"""Recommendations for a whole file of histories, streamed from Parquet to Parquet."""
+"""Recommendations for whole files of histories, streamed from Parquet to Parquet."""
 
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def recommend_file(
     Args:
         pipe: The pipeline, with `top_k` and other options set.
         histories: Parquet file with one history per row: user_id, and item_id, a list of item ids, oldest first. Nulls
-            in the list are left out.
+            in the list are left out. Or a pattern of such files, which are read in the order of their names.
         output: Parquet file with the columns user_id, item_id, rank (from 1) and score, in the order of the input. It
             is written atomically. The output of an earlier call is replaced; any other file is an error.
         batch_size: Number of histories that the model reads at once.
@@ -41,35 +42,30 @@ def recommend_file(
 
     Raises:
         ValueError: If `batch_size` is below 1; if `histories` is not a Parquet file, lacks a column, or a column has
-            the wrong type; if `output` is a folder, is `histories` itself, or exists and is not an earlier output; or
-            if the catalogue has none of the items of the first histories.
+            the wrong type, or another type than in the first file; if `output` is a folder, is one of the `histories`
+            itself, or exists and is not an earlier output; or if the catalogue has none of the items of the first
+            histories.
     """
     output = Path(output).resolve()  # follows links
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    try:
-        source = pq.ParquetFile(histories)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{histories} is not a Parquet file: {error}") from error
-    _check_output(output, histories)
-    schema = source.schema_arrow
-    for name in ("user_id", "item_id"):
-        if name not in schema.names:
-            raise ValueError(f"{histories} has no column {name}; expected user_id and item_id, got {schema.names}")
-        if schema.names.count(name) > 1:
-            raise ValueError(f"{histories} has the column {name!r} twice; rename one of them")
-    if not (pa.types.is_list(schema.field("item_id").type) or pa.types.is_large_list(schema.field("item_id").type)):
+    files = [os.fspath(histories)] if os.path.exists(histories) else sorted(glob.glob(os.fspath(histories)))
+    # A path without a file fails in Parquet with an error that names the path.
+    sources = [_source(file) for file in files or [os.fspath(histories)]]
+    _check_output(output, files)
+    user_types = [source.schema_arrow.field("user_id").type for source in sources]
+    if len(set(user_types)) > 1:
         raise ValueError(
-            f"item_id of {histories} must be a list, one history per row; got {schema.field('item_id').type}: make "
-            "histories from a log with bert4rec prepare"
+            f"expected one type of user_id in all files of {histories}; got {', '.join(map(str, set(user_types)))}"
         )
-    kinds = (schema.field("user_id").type, pa.string(), pa.int32(), pa.float32())
+    kinds = (user_types[0], pa.string(), pa.int32(), pa.float32())
     result = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
-    num_histories = source.metadata.num_rows
+    num_histories = sum(source.metadata.num_rows for source in sources)
+    batches = (batch for source in sources for batch in source.iter_batches(ROWS_PER_BATCH, columns=COLUMNS[:2]))
 
     def answers() -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         with tqdm(total=num_histories, desc="recommending", disable=None) as progress:
-            for part, batch in enumerate(source.iter_batches(ROWS_PER_BATCH, columns=["user_id", "item_id"])):
+            for part, batch in enumerate(batches):
                 rows = [[item for item in items or () if item is not None] for items in batch["item_id"].to_pylist()]
                 if part == 0:
                     _check_items(pipe.tokenizer, rows, histories)
@@ -91,6 +87,26 @@ def recommend_file(
     return num_histories
 
 
+def _source(file: str) -> pq.ParquetFile:
+    """A file of histories. Raises ValueError if it is none."""
+    try:
+        source = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file: {error}") from error
+    schema = source.schema_arrow
+    for name in ("user_id", "item_id"):
+        if name not in schema.names:
+            raise ValueError(f"{file} has no column {name}; expected user_id and item_id, got {schema.names}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{file} has the column {name!r} twice; rename one of them")
+    if not (pa.types.is_list(schema.field("item_id").type) or pa.types.is_large_list(schema.field("item_id").type)):
+        raise ValueError(
+            f"item_id of {file} must be a list, one history per row; got {schema.field('item_id').type}: make "
+            "histories from a log with bert4rec prepare"
+        )
+    return source
+
+
 def _check_items(tokenizer: Bert4RecTokenizer, rows: list[list[Any]], histories: str | os.PathLike) -> None:
     """Raise if the catalogue has none of the items of the first histories."""
     shown = list(dict.fromkeys(item for items in rows for item in items))
@@ -101,7 +117,7 @@ def _check_items(tokenizer: Bert4RecTokenizer, rows: list[list[Any]], histories:
         )
 
 
-def _check_output(output: Path, histories: str | os.PathLike) -> None:
+def _check_output(output: Path, files: Sequence[str]) -> None:
     """Raise ValueError unless the file is missing or an earlier output."""
     if output.is_dir():
         raise ValueError(f"{output} is a folder; name a file, for example {output / 'recommendations.parquet'}")
@@ -111,7 +127,7 @@ def _check_output(output: Path, histories: str | os.PathLike) -> None:
                 f"the recommendations are a Parquet file; got the name {output}: choose a name that ends in .parquet"
             )
         return
-    if output.samefile(histories):
+    if any(output.samefile(file) for file in files):
         raise ValueError(f"{output} holds the histories themselves; choose another --output")
     try:
         names = pq.read_schema(output).names if output.is_file() else None
