@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from .data.prepare_options import PrepareOptions
+from .defaults import STREAMED_EVAL_SAMPLES
 from .model.configuration_bert4rec import DERIVED_FIELDS, UNK_TOKEN_ID, Bert4RecConfig
 from .version import __version__
 
@@ -163,6 +164,17 @@ class EvaluateArguments:
             "choices": ["full", "paper"],
             "help": "What each target is ranked among. full: all items; paper: 100 items drawn by popularity, to "
             "compare with older publications.",
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
+            f"{STREAMED_EVAL_SAMPLES}."
         },
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
