@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from .data.prepare_options import PrepareOptions
+from .defaults import STREAMED_EVAL_SAMPLES
 from .model.configuration_bert4rec import DERIVED_FIELDS, UNK_TOKEN_ID, Bert4RecConfig
 from .version import __version__
 
@@ -123,7 +124,7 @@ EVENTS_A_MINUTE_OF_A_PERSON = 60
 
 @dataclass
 class PrepareArguments:
-    """Where `prepare` reads and writes. The other options are in `PrepareOptions`."""
+    """Where `prepare` reads and writes, and its memory. The other options are in `PrepareOptions`."""
 
     output: str = field(metadata={"help": "The prepared folder to write."})
     sql: str | None = field(default=None, metadata={"help": "Query whose rows are the log, with --database."})
@@ -132,6 +133,13 @@ class PrepareArguments:
         metadata={
             "help": "Database of --sql, as a URL: sqlite:///shop.db, duckdb:///shop.duckdb, "
             "postgres://user:password@host/name."
+        },
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory that DuckDB may use, for example 4GB; what does not fit is in temporary files (TMPDIR); "
+            "four fifths of the machine's memory if left out."
         },
     )
 
@@ -169,6 +177,17 @@ class EvaluateArguments:
             "choices": ["full", "paper"],
             "help": "What each target is ranked among. full: all items; paper: 100 items drawn by popularity, to "
             "compare with older publications.",
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
+            f"{STREAMED_EVAL_SAMPLES}."
         },
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
@@ -325,11 +344,11 @@ def prepare(arguments: Sequence[str]) -> None:
         parser.error("--sql and --database belong together")
     if (rest.log is None) == (where.sql is None):
         parser.error("expected a log, or --sql and --database; got " + ("both" if rest.log else "neither"))
-    _prepare(rest.log or (where.sql, where.database), where.output, options)
+    _prepare(rest.log or (where.sql, where.database), where.output, options, where.memory_limit)
     print(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
 
 
-def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions) -> None:
+def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions, memory_limit: str | None = None) -> None:
     """Prepare a log, or the rows of a query, and print its statistics and the defaults that were chosen for it."""
     import duckdb
 
@@ -338,7 +357,7 @@ def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions) -
 
     try:
         source = query(*log) if isinstance(log, tuple) else log
-        prepared = preparation.prepare(source, output, options)
+        prepared = preparation.prepare(source, output, options, memory_limit=memory_limit)
     except duckdb.Error as error:
         raise OSError(f"DuckDB could not prepare {log}: {error}") from error
     except RuntimeError as error:

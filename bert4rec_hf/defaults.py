@@ -17,6 +17,8 @@ LARGE_CATALOGUE = 100_000
 HEAD_WIDTH = 32
 # Weight of repeats where seen items are kept.
 REPEAT_WEIGHT = 1.0
+# Maximum number of users that are ranked if the histories are streamed. The ranking rows are in memory.
+STREAMED_EVAL_SAMPLES = 50_000
 
 
 def default_max_length(history_length_p75: float) -> int:

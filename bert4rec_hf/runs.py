@@ -18,8 +18,9 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from .data.histories import PREPARATION_FILE, Histories, check_prepared, read_prepared
-from .data.rows import ranking_rows, sampled_candidates, training_rows
+from .data.counting import item_counts
+from .data.histories import PREPARATION_FILE, AnyHistories, Histories, check_prepared, read_prepared, stream_prepared
+from .data.rows import StreamedTrainingRows, ranking_rows, sampled_candidates, training_rows, users_with_targets
 from .defaults import default_architecture, default_num_transitions, default_start_with_mean
 from .evaluation.baselines import baseline_ranks, personal_popularity_ranks, popularity_ranks, transition_ranks
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
@@ -39,7 +40,7 @@ from .training.trainer import Bert4RecTrainer
 logger = logging.getLogger(__name__)
 
 # A model, its tokenizer, the histories in its token ids, and the content of preparation.json.
-ModelAndData = tuple[Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, Histories, dict[str, Any]]
+ModelAndData = tuple[Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, AnyHistories, dict[str, Any]]
 
 
 def train_prepared(
@@ -88,8 +89,9 @@ def train_prepared(
     set_seed(args.seed)
     model, tokenizer, histories, preparation = _model_and_data(data, args, model_name_or_path, architecture)
     config = model.config
+    evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
     validation = ranking_rows(
-        histories,
+        evaluated,
         tokenizer,
         "validation",
         filter_seen_items=config.filter_seen_items,
@@ -97,11 +99,15 @@ def train_prepared(
     )
     protocol, baseline_metrics = None, {}
     if len(validation):
-        protocol = Protocol.of(histories, preparation, "validation", tokenizer.num_items, config.filter_seen_items)
+        num_targets = histories.num_targets("validation")
+        protocol = Protocol.of(
+            evaluated, preparation, "validation", tokenizer.num_items, config.filter_seen_items, num_targets
+        )
         baseline_metrics = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
         if default_num_transitions(tokenizer.num_items):
             baseline_metrics["transitions"] = ranking_metrics(
-                transition_ranks(validation, histories, tokenizer.num_items)
+                # The pairs of streamed histories were counted for the model with the same seed.
+                transition_ranks(validation, histories, tokenizer.num_items, seed=args.seed if args.streaming else 0)
             )
         if not config.filter_seen_items:
             ranks = personal_popularity_ranks(validation, histories, tokenizer.num_items)
@@ -122,14 +128,18 @@ def train_prepared(
     if model_name_or_path is not None and args.eval_strategy != IntervalStrategy.NO and not args.resume_from_checkpoint:
         args = copy(args)
         args.eval_on_start = True  # the initial weights may be better than all later ones
+    cuts: dict[str, Any] = {
+        "max_length": config.max_position_embeddings,
+        "windows": args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",
+        "window_step": args.window_step,
+    }
     trainer = Bert4RecTrainer(
         model,
         args,
-        train_dataset=training_rows(
-            histories,
-            max_length=config.max_position_embeddings,
-            windows=args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",
-            window_step=args.window_step,
+        train_dataset=(
+            training_rows(histories, **cuts)
+            if isinstance(histories, Histories)
+            else StreamedTrainingRows(histories, **cuts)
         ),
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -174,7 +184,7 @@ def _model_and_data(
     if model_name_or_path is None:
         model, tokenizer, histories, preparation = _new_model(data, args, dict(architecture))
     else:
-        model, tokenizer, histories, preparation = _continued_model(data, model_name_or_path, dict(architecture))
+        model, tokenizer, histories, preparation = _continued_model(data, args, model_name_or_path, dict(architecture))
     if model.config.num_transitions:
         # A model that is trained further gets the transitions of its new log, and the default weight for this log.
         weight = model.config.transition_weight if model_name_or_path is None else None
@@ -182,13 +192,19 @@ def _model_and_data(
     return model, tokenizer, histories, preparation
 
 
+def _histories(
+    data: str | os.PathLike, streaming: bool, tokenizer: Bert4RecTokenizer | None = None
+) -> tuple[AnyHistories, Bert4RecTokenizer, dict[str, Any]]:
+    return stream_prepared(data, tokenizer) if streaming else read_prepared(data, tokenizer)
+
+
 def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, architecture: dict[str, Any]) -> ModelAndData:
-    histories, tokenizer, preparation = read_prepared(data)
+    histories, tokenizer, preparation = _histories(data, args.streaming)
     given = {
         "max_position_embeddings": preparation["max_length"],
         "filter_seen_items": preparation["filter_seen_items"],
     } | architecture
-    num_events, num_items = int(histories.is_training().sum()), tokenizer.num_items
+    num_events, num_items = histories.num_training_events(), tokenizer.num_items
     config = Bert4RecConfig(vocab_size=len(tokenizer), **default_architecture(num_events, num_items, given))
     model = Bert4RecForMaskedItemPrediction(config)
     _skip_random_numbers(config)
@@ -209,7 +225,9 @@ def _skip_random_numbers(config: Bert4RecConfig) -> None:
     torch.empty(config.vocab_size, config.hidden_size).normal_()
 
 
-def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, architecture: dict[str, Any]) -> ModelAndData:
+def _continued_model(
+    data: str | os.PathLike, args: Bert4RecTrainingArguments, folder: str | os.PathLike, architecture: dict[str, Any]
+) -> ModelAndData:
     """A model that is trained further. The new items of the log are added to it."""
     model = load_model(folder)
     policy = architecture.pop("filter_seen_items", None)  # may change, since no weights depend on it
@@ -226,7 +244,7 @@ def _continued_model(data: str | os.PathLike, folder: str | os.PathLike, archite
     titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
     model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
-    histories, tokenizer, preparation = read_prepared(data, tokenizer)
+    histories, tokenizer, preparation = _histories(data, args.streaming, tokenizer)
     _warn_of_other_preparation(folder, preparation)
     if not old_items.intersection(catalogue.items):
         logger.warning("the catalogue of %s has none of the items of %s: all of them are new", folder, data)
@@ -250,6 +268,8 @@ def evaluate_prepared(
     part: str = "test",
     *,
     protocol: str = "full",
+    streaming: bool = False,
+    max_eval_samples: int | None = None,
     per_device_eval_batch_size: int = 64,
     use_cpu: bool = False,
     disable_tqdm: bool = False,
@@ -266,6 +286,9 @@ def evaluate_prepared(
         protocol: "full" ranks each target among the whole catalogue. "paper" ranks it among 100 items drawn by
             popularity (see `rows.sampled_candidates`); the names of the metrics start with "sampled_", and there are no
             baselines.
+        streaming: Whether the histories stay on disk, for a log larger than memory. Only the users who are ranked are
+            read into memory.
+        max_eval_samples: Maximum number of users to rank, drawn at random. None: all; with `streaming`, 50,000.
         per_device_eval_batch_size: Number of histories ranked at once.
         use_cpu: Whether to leave an accelerator unused.
         disable_tqdm: Whether to show no progress bar.
@@ -281,14 +304,16 @@ def evaluate_prepared(
             the data, if no user has a target, or if a report is asked for with the protocol "paper".
     """
     check_prepared(data)
+    if max_eval_samples is not None and max_eval_samples < 1:
+        raise ValueError(f"max_eval_samples must be at least 1; got {max_eval_samples}")
     if report is not None:
         if protocol == "paper":
             raise ValueError("a report needs the full ranking; got --protocol paper: leave out one of the two")
         check_report_folder(report)
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
-    histories, tokenizer, preparation = read_prepared(data, tokenizer)
-    if not (histories.item_ids >= FIRST_ITEM_ID).any():
+    histories, tokenizer, preparation = _histories(data, streaming, tokenizer)
+    if not any((part.item_ids >= FIRST_ITEM_ID).any() for part in histories.parts()):
         catalogues = (tokenizer.items, Bert4RecTokenizer.from_pretrained(data).items)
         known, asked = (", ".join(map(repr, items[:3])) for items in catalogues)
         raise ValueError(
@@ -299,13 +324,14 @@ def evaluate_prepared(
     if os.path.isdir(model):
         read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
     policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
-    rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=length)
+    evaluated = users_with_targets(histories, part, max_eval_samples)
+    rows = ranking_rows(evaluated, tokenizer, part, filter_seen_items=policy, max_length=length)
     if not len(rows):
         raise ValueError(
             f"no user of {data} has a {part} target; choose another --part, or prepare with another --split"
         )
     if protocol == "paper":
-        rows = sampled_candidates(rows, histories)
+        rows = sampled_candidates(rows, evaluated, counts=item_counts(histories, tokenizer.num_items))
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = Bert4RecTrainer(
             loaded,
@@ -321,7 +347,7 @@ def evaluate_prepared(
         )
         trainer.remove_callback(PrinterCallback)  # the record has all metrics
         prediction = trainer.predict(rows)
-    described = Protocol.of(histories, preparation, part, tokenizer.num_items, policy)
+    described = Protocol.of(evaluated, preparation, part, tokenizer.num_items, policy, histories.num_targets(part))
     rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
     if protocol == "paper":
         described, measure = (

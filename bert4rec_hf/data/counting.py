@@ -1,14 +1,17 @@
-"""Pairs of items counted in the training part: item vectors from co-occurrence, and successors."""
+"""Counts of the training part: popularity, and pairs of items for item vectors and successors."""
 
+import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
-from .histories import Histories
+from .histories import AnyHistories, Histories, concatenated
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +31,75 @@ MAX_COUNTED_EVENTS = 2_500_000
 SPARSE_FACTORISATION_FROM_ITEMS = 300_000
 POWER_ITERATIONS = 4
 
+Count = TypeVar("Count", bound=Callable[..., Any])
 
-def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int, *, seed: int = 0) -> torch.Tensor:
+
+def once(count: Count) -> Count:
+    """Let a function of histories read `StreamedHistories` only once for the same arguments."""
+
+    @functools.wraps(count)
+    def remembering(histories: AnyHistories, *arguments: Any) -> Any:
+        if isinstance(histories, Histories):
+            return count(histories, *arguments)
+        key = (count.__name__, *arguments)
+        if key not in histories.remembered:
+            histories.remembered[key] = count(histories, *arguments)
+        return histories.remembered[key]
+
+    return remembering  # type: ignore[return-value]
+
+
+@once
+def item_counts(histories: AnyHistories, num_items: int) -> np.ndarray:
+    """(num_items + 3,) the number of training events of each token id."""
+    counts = np.zeros(num_items + FIRST_ITEM_ID, np.int64)
+    for part in histories.parts():
+        counts += np.bincount(part.item_ids[part.is_trained()], minlength=len(counts))
+    return counts
+
+
+@once
+def recent_item_counts(histories: AnyHistories, num_items: int, seed: int) -> np.ndarray:
+    """(num_items + 3,) the number of recent events of each token id; see `Histories.is_recent`.
+
+    Of `StreamedHistories`, the time from which on events are recent is that of `sampled_histories`.
+    """
+    first = None if isinstance(histories, Histories) else sampled_histories(histories, seed).recent_from()
+    counts = np.zeros(num_items + FIRST_ITEM_ID, np.int64)
+    for part in histories.parts(timestamps=first is not None):
+        counts += np.bincount(part.item_ids[part.is_recent(first)], minlength=len(counts))
+    return counts
+
+
+@once
+def sampled_histories(histories: AnyHistories, seed: int) -> Histories:
+    """The histories, or a random sample of them with about `MAX_COUNTED_EVENTS` training events.
+
+    Equal seeds give equal samples, whether the histories are in memory or streamed.
+    """
+    random = np.random.default_rng(seed)
+    kept: list[Histories] = []
+    draws: list[np.ndarray] = []
+    total = 0
+
+    def drop() -> None:
+        """Keep the histories whose draw is below the share of events to count. The share only falls with the total."""
+        chosen = np.concatenate(draws) < MAX_COUNTED_EVENTS / max(1, total)
+        kept[:], draws[:] = [concatenated(kept).select(chosen)], [np.concatenate(draws)[chosen]]
+
+    for part in histories.parts(timestamps=True):
+        total += int(part.is_trained().sum())
+        draw = random.random(len(part))
+        chosen = draw < MAX_COUNTED_EVENTS / max(1, total)
+        kept.append(part.select(chosen))
+        draws.append(draw[chosen])
+        if sum(len(part.item_ids) for part in kept) > 2 * MAX_COUNTED_EVENTS:
+            drop()
+    drop()
+    return kept[0]
+
+
+def cooccurrence_vectors(histories: AnyHistories, num_items: int, hidden_size: int, *, seed: int = 0) -> torch.Tensor:
     """Item vectors from co-occurrence: items that occur together more often than by chance have a high product.
 
     The function counts pairs of items up to `NEIGHBOUR_WINDOW` positions apart in the training part, computes their
@@ -38,7 +108,7 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
     rotation then spreads the variance over all dimensions.
 
     Args:
-        histories: Histories from `read_prepared`.
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
         num_items: Number of items in the catalogue.
         hidden_size: Length of a vector.
         seed: Seed of the sampled histories, the factorisation and the rotation. Equal seeds give equal vectors.
@@ -83,7 +153,7 @@ def cooccurrence_vectors(histories: Histories, num_items: int, hidden_size: int,
 
 
 def transitions(
-    histories: Histories, num_items: int, number: int, *, seed: int = 0
+    histories: AnyHistories, num_items: int, number: int, *, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The strongest successors of each item, with their scores.
 
@@ -93,7 +163,7 @@ def transitions(
     history: it holds the items that were most popular recently.
 
     Args:
-        histories: Histories from `read_prepared`.
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
         num_items: Number of items in the catalogue.
         number: Number K of successors to keep for each item.
         seed: Seed of the sampled histories. Equal seeds give equal transitions.
@@ -118,8 +188,9 @@ def transitions(
     starts = torch.searchsorted(first, torch.arange(num_items))
     columns = torch.arange(len(first)) - starts[first]
     kept = (columns < number) & (scores > 0)
-    recent = torch.from_numpy(histories.item_ids[histories.is_recent()]).long()
-    popularity, popular = torch.bincount(recent, minlength=number).sort(descending=True, stable=True)
+    recent = torch.from_numpy(recent_item_counts(histories, num_items, seed))
+    recent = nn.functional.pad(recent, (0, max(0, number - len(recent))))
+    popularity, popular = recent.sort(descending=True, stable=True)
     popularity, popular = popularity[:number], popular[:number]
     successor_ids = torch.zeros(num_items + FIRST_ITEM_ID, number, dtype=torch.int)
     successor_scores = torch.zeros(num_items + FIRST_ITEM_ID, number)
@@ -131,25 +202,22 @@ def transitions(
     return successor_ids, successor_scores
 
 
-def _pairs(histories: Histories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(histories: AnyHistories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield, for each distance from 1 to the window, the earlier and the later item of each pair at that distance.
 
     Only the training part counts. Items are numbered from 0.
     """
-    rows = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
-    counted = histories.is_trained()
-    share = MAX_COUNTED_EVENTS / max(1, counted.sum())
-    if share < 1:
-        counted &= (np.random.default_rng(seed).random(len(histories)) < share)[rows]
-    row_of = torch.from_numpy(rows[counted])
-    items = torch.from_numpy(histories.item_ids[counted]).long() - FIRST_ITEM_ID
+    sample = sampled_histories(histories, seed)
+    counted = sample.is_trained()
+    row_of = torch.from_numpy(np.repeat(np.arange(len(sample)), np.diff(sample.offsets))[counted])
+    items = torch.from_numpy(sample.item_ids[counted]).long() - FIRST_ITEM_ID
     for distance in range(1, window + 1):
         first, second = items[:-distance], items[distance:]
         near = (row_of[:-distance] == row_of[distance:]) & (first != second)
         yield first[near], second[near]
 
 
-def _neighbours(histories: Histories, num_items: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _neighbours(histories: AnyHistories, num_items: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The pairs of neighbouring items in both directions, in ascending order, and how often each occurs."""
     pairs = []  # a pair is encoded as one number
     for first, second in _pairs(histories, NEIGHBOUR_WINDOW, seed):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,22 +53,142 @@ class Histories:
         """(events,) whether an event belongs to the training part and its item to the catalogue."""
         return self.is_training() & (self.item_ids >= FIRST_ITEM_ID)
 
-    def is_recent(self) -> np.ndarray:
+    def is_recent(self, first: Any = None) -> np.ndarray:
         """(events,) whether an event is in the newest tenth (`RECENT_SHARE`) of the trained events.
 
         With timestamps, the tenth is taken over the whole log. Without, it is taken from each history, at least one
         event.
+
+        Args:
+            first: The time from which on events are recent. None: `recent_from`.
         """
         trained = self.is_trained()
-        if self.timestamps is not None and trained.any():
-            first = np.quantile(self.timestamps[trained], 1 - RECENT_SHARE, method="inverted_cdf")
+        first = self.recent_from() if first is None else first
+        if self.timestamps is not None and first is not None:
             return trained & (self.timestamps >= first)
         first = np.minimum(self.train_end * (1 - RECENT_SHARE), self.train_end - 1)
         return trained & (self.places() >= np.repeat(first, np.diff(self.offsets)))
 
+    def recent_from(self) -> Any:
+        """The time of the first event of the newest tenth. None without timestamps or without trained events."""
+        trained = self.is_trained()
+        if self.timestamps is None or not trained.any():
+            return None
+        return np.quantile(self.timestamps[trained], 1 - RECENT_SHARE, method="inverted_cdf")
+
     def places(self) -> np.ndarray:
         """(events,) the position of each event in its history, from 0."""
         return np.arange(len(self.item_ids)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+
+    def num_training_events(self) -> int:
+        """Number of events of the training part, those of unknown items included."""
+        return int(self.is_training().sum())
+
+    def num_targets(self, part: str) -> int:
+        """Number of users with a target in `part`, "validation" or "test"."""
+        return int((self.target_positions[part] >= 0).sum())
+
+    def parts(self, *, timestamps: bool = False) -> Iterator["Histories"]:
+        """These histories as the only part, for functions that also take `StreamedHistories`."""
+        yield self
+
+    def select(self, is_selected: np.ndarray) -> "Histories":
+        """Some of the histories, in the same order.
+
+        Args:
+            is_selected: (users,) booleans.
+        """
+        if is_selected.all():
+            return self
+        lengths = np.diff(self.offsets)
+        events = np.repeat(is_selected, lengths)
+        return Histories(
+            user_id=self.user_id.filter(pa.array(is_selected)),
+            item_ids=self.item_ids[events],
+            offsets=np.concatenate(([0], np.cumsum(lengths[is_selected]))).astype(np.int64),
+            train_end=self.train_end[is_selected],
+            target_positions={part: values[is_selected] for part, values in self.target_positions.items()},
+            timestamps=None if self.timestamps is None else self.timestamps[events],
+        )
+
+
+class StreamedHistories:
+    """The histories of a prepared folder, read part by part, for a log that does not fit into memory.
+
+    A part is a row group of a Parquet file: 16,384 users in a folder that `prepare` wrote.
+
+    Args:
+        files: The Parquet files of histories.
+        tokenizer: The catalogue.
+    """
+
+    def __init__(self, files: Sequence[str | Path], tokenizer: Bert4RecTokenizer):
+        self.tokenizer = tokenizer
+        self.row_groups = [
+            (str(file), number) for file in files for number in range(pq.read_metadata(file).num_row_groups)
+        ]
+        # Results of functions that read the whole log; see `counting.once`.
+        self.remembered: dict[tuple[Any, ...], Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"remembered": {}}  # data-loader workers do not need the counts
+
+    def read(self, part: int, *, timestamps: bool = False) -> Histories:
+        """Read a part.
+
+        Args:
+            part: Number of the part.
+            timestamps: Whether to read the times too, which takes as long as all other columns together.
+        """
+        names = ["user_id", "item_id", "train_end", *(f"{part}_position" for part in PARTS)]
+        return tokenize_histories(self._read(part, [*names, "timestamp"] if timestamps else names), self.tokenizer)
+
+    def parts(self, *, timestamps: bool = False) -> Iterator[Histories]:
+        """Read all parts, one after another."""
+        for part in range(len(self.row_groups)):
+            yield self.read(part, timestamps=timestamps)
+
+    def num_training_events(self) -> int:
+        """Number of events of the training part, those of unknown items included."""
+        return sum(pc.sum(column).as_py() or 0 for column in self._column("train_end"))
+
+    def num_targets(self, part: str) -> int:
+        """Number of users with a target in `part`, "validation" or "test"."""
+        return sum(len(column) - column.null_count for column in self._column(f"{part}_position"))
+
+    def _column(self, name: str) -> Iterator[pa.ChunkedArray]:
+        for part in range(len(self.row_groups)):
+            yield self._read(part, [name])[name]
+
+    def _read(self, part: int, columns: list[str]) -> pa.Table:
+        path, row_group = self.row_groups[part]
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(row_group, columns, use_threads=False)
+
+
+# Functions that take these read one part after another.
+AnyHistories = Histories | StreamedHistories
+
+
+def concatenated(parts: Sequence[Histories]) -> Histories:
+    """The histories of several parts, at least one, as one object."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    chunks = [
+        chunk
+        for part in parts
+        for chunk in (part.user_id.chunks if isinstance(part.user_id, pa.ChunkedArray) else [part.user_id])
+    ]
+    has_times = all(part.timestamps is not None for part in parts)
+    return Histories(
+        user_id=pa.chunked_array(chunks, parts[0].user_id.type),
+        item_ids=np.concatenate([part.item_ids for part in parts]),
+        offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        train_end=np.concatenate([part.train_end for part in parts]),
+        target_positions={name: np.concatenate([part.target_positions[name] for part in parts]) for name in PARTS},
+        timestamps=np.concatenate([part.timestamps for part in parts]) if has_times else None,
+    )
 
 
 def read_prepared(
@@ -85,22 +206,61 @@ def read_prepared(
     Raises:
         ValueError: If the folder is not a prepared folder.
     """
+    tokenizer, preparation = _catalogue_and_preparation(folder, tokenizer)
+    table = pa.concat_tables([pq.read_table(path) for path in histories_files(Path(folder))])
+    return tokenize_histories(table, tokenizer), tokenizer, preparation
+
+
+def stream_prepared(
+    folder: str | os.PathLike, tokenizer: Bert4RecTokenizer | None = None
+) -> tuple[StreamedHistories, Bert4RecTokenizer, dict[str, Any]]:
+    """Open a folder that `prepare` wrote, as `read_prepared` does, but leave the histories on disk."""
+    tokenizer, preparation = _catalogue_and_preparation(folder, tokenizer)
+    return StreamedHistories(histories_files(Path(folder)), tokenizer), tokenizer, preparation
+
+
+def _catalogue_and_preparation(
+    folder: str | os.PathLike, tokenizer: Bert4RecTokenizer | None
+) -> tuple[Bert4RecTokenizer, dict[str, Any]]:
     check_prepared(folder)
-    folder = Path(folder)
-    preparation = json.loads((folder / PREPARATION_FILE).read_text("utf-8"))
     if tokenizer is None:
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    return tokenize_histories(pq.read_table(folder / HISTORIES_FILE), tokenizer), tokenizer, preparation
+    return tokenizer, json.loads((Path(folder) / PREPARATION_FILE).read_text("utf-8"))
 
 
 def check_prepared(folder: str | os.PathLike) -> None:
     """Raise ValueError if a folder is not a prepared folder."""
-    missing = [name for name in (HISTORIES_FILE, PREPARATION_FILE) if not (Path(folder) / name).is_file()]
+    missing = [] if histories_files(Path(folder)) else [HISTORIES_FILE]
+    if not (Path(folder) / PREPARATION_FILE).is_file():
+        missing.append(PREPARATION_FILE)
     if missing:
         raise ValueError(
             f"{folder} is not a prepared folder (it lacks {' and '.join(missing)}): make one with "
             f"bert4rec prepare LOG --output {folder}"
         )
+
+
+def histories_file(number: int, number_of_files: int) -> str:
+    """The name of a file of histories. The files of a large log are named as in `datasets`."""
+    return HISTORIES_FILE if number_of_files == 1 else f"histories-{number:05d}-of-{number_of_files:05d}.parquet"
+
+
+def histories_files(folder: Path) -> list[Path]:
+    """The files of histories of a prepared folder, in order. An empty list: there are none.
+
+    Raises:
+        ValueError: If some of the files are missing.
+    """
+    if (folder / HISTORIES_FILE).is_file():
+        return [folder / HISTORIES_FILE]
+    found = sorted(folder.glob("histories-*-of-*.parquet"))
+    expected = [folder / histories_file(number, len(found)) for number in range(len(found))]
+    if found != expected:
+        raise ValueError(
+            f"{folder} has {', '.join(path.name for path in found)}, which are not all files of one log: prepare the "
+            "log again"
+        )
+    return found
 
 
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
@@ -111,9 +271,12 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
         tokenizer: The catalogue.
     """
     items = table["item_id"]  # stays chunked, since one Arrow array of strings holds at most 2 GiB of text
-    vocabulary = pa.array(tokenizer.items, items.type.value_type)
-    indices = pc.index_in(pc.list_flatten(items), value_set=vocabulary)
-    item_ids = pc.fill_null(pc.add(indices, FIRST_ITEM_ID), UNK_TOKEN_ID).to_numpy()
+    item_ids = [np.zeros(0, np.int32)]
+    for chunk in pc.list_flatten(items).chunks:
+        encoded = chunk.dictionary_encode()  # each different id is looked up once
+        token_ids = [*tokenizer.item_ids_to_token_ids(encoded.dictionary.to_pylist()), UNK_TOKEN_ID]
+        places = encoded.indices.fill_null(len(token_ids) - 1).to_numpy()
+        item_ids.append(np.array(token_ids, np.int32)[places])
     lengths = pc.list_value_length(items).to_numpy()
     timestamps = None
     if "timestamp" in table.column_names:
@@ -123,7 +286,7 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
         timestamps = times.to_numpy()
     return Histories(
         user_id=table["user_id"],
-        item_ids=item_ids.astype(np.int32),
+        item_ids=np.concatenate(item_ids),
         offsets=np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         train_end=table["train_end"].to_numpy(),
         target_positions={part: pc.fill_null(table[f"{part}_position"], -1).to_numpy() for part in PARTS},

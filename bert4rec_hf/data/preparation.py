@@ -10,11 +10,13 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import ibis.expr.types as ir
 import numpy as np
@@ -25,8 +27,8 @@ import sqlglot
 from ..defaults import default_filter_seen_items, default_max_length
 from ..files import folder_beside
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from .histories import HISTORIES_FILE, PREPARATION_FILE
-from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, open_log, read_titles
+from .histories import PREPARATION_FILE, histories_file, histories_files
+from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
 from .splits import (
@@ -35,6 +37,7 @@ from .splits import (
     collect_histories,
     event_order,
     k_core,
+    parts_by_user,
     plain_time,
     resolve_cuts,
     stored_table,
@@ -48,6 +51,8 @@ WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
 SELECT_WHERE = {"expressions", "from", "from_", "where"}  # sqlglot's parts of a SELECT with a condition alone
 ROW_GROUP_SIZE = 16_384
 NUM_LONGEST_HISTORIES = 5  # that the statistics name
+# About the number of events in a file of histories. The histories of a larger log are several files.
+EVENTS_PER_FILE = 2**24
 # A history that exceeds both limits, in events and as a share of all events, triggers a warning: it may be a bot's.
 SUSPICIOUS_HISTORY_LENGTH, SUSPICIOUS_SHARE_OF_EVENTS = 10_000, 0.01
 
@@ -77,12 +82,22 @@ def histories(log: Any, options: PrepareOptions | None = None, **changes: Any) -
             for a split that is not temporal.
     """
     options = PrepareOptions.of(options, changes)
-    table, _ = _histories(open_log(log, delimiter=options.delimiter), options)
-    return table
+    events, collect, _ = _events(open_log(log, delimiter=options.delimiter), options)
+    return collect(events)
 
 
-def prepare(source: Any, output: str | Path, options: PrepareOptions | None = None, **changes: Any) -> dict[str, Any]:
+def prepare(
+    source: Any,
+    output: str | Path,
+    options: PrepareOptions | None = None,
+    *,
+    memory_limit: str | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
     """Write the prepared folder: histories.parquet, the tokenizer (the catalogue) and preparation.json.
+
+    The histories of a log of more than 16 million events are several files, such as histories-00000-of-00003.parquet,
+    which together are sorted by user_id.
 
     Everything is written beside `output` and moved there when complete. A folder from an earlier call is replaced, but
     files that `prepare` did not write stay.
@@ -92,6 +107,9 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
             one of `NAMED_DATASETS`.
         output: The folder to write.
         options: How to read and split the log. None: the defaults.
+        memory_limit: Memory that DuckDB may use, for example "4GB". What does not fit is in temporary files in the
+            folder for temporary files of the system, which the environment variable TMPDIR changes. None: DuckDB's own
+            limit, 80 % of the memory of the machine.
         changes: Fields of `PrepareOptions` that differ from `options`, as in
             `prepare("events.csv", "data", split="temporal")`.
 
@@ -100,12 +118,18 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
 
     Raises:
         TypeError: If a name is no option.
-        ValueError: If `read_log` or `histories` raises it, if no user has a target, if `output` holds other files, or
-            if no title belongs to an item.
+        ValueError: If `read_log` or `histories` raises it, if no user has a target, if `output` holds other files, if
+            no title belongs to an item, or if there is a memory limit for an Ibis table, which has its own connection,
+            or one that DuckDB cannot read.
     """
     options = PrepareOptions.of(options, changes)
     output = Path(output)
     _check_output(output)
+    if memory_limit is not None and isinstance(source, ir.Table):
+        raise ValueError(
+            f"memory_limit is for logs that prepare reads; got {memory_limit} and an Ibis table: set the limit of its "
+            "connection"
+        )
     item_titles = options.item_titles
     if isinstance(source, str) and source in NAMED_DATASETS and not os.path.exists(source):
         dataset = fetch(source)
@@ -114,12 +138,17 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
     else:
         log = open_log(source, delimiter=options.delimiter)
         name = log.source
-    table, origin = _histories(log, options)
+    events, collect, origin = _events(log, options, memory_limit)
     with folder_beside(output, last_file=PREPARATION_FILE, own_files=_files_to_replace) as folder:
-        _write_parquet(table, folder / HISTORIES_FILE)
-        del table, log  # frees the memory of the events before the statistics are computed
+        parts = parts_by_user(events, EVENTS_PER_FILE)
+        for number, part in enumerate(parts):
+            _write_parquet(collect(part), folder / histories_file(number, len(parts)))
+        del events, collect, parts, part, log  # frees the memory of the events before the statistics are computed
 
-        written = connect().read_parquet(glob.escape(str(folder / HISTORIES_FILE)), hive_partitioning=False)
+        connection = connect()
+        _limit_memory(connection, memory_limit)
+        files = [glob.escape(str(path)) for path in histories_files(folder)]
+        written = connection.read_parquet(files, hive_partitioning=False)
         catalogue = _item_counts(written, options.split, options.min_item_events)
         statistics = _statistics(written, catalogue, options.split) | origin["statistics"]
         longest = statistics["history_length"]["max"]
@@ -171,8 +200,25 @@ def prepare(source: Any, output: str | Path, options: PrepareOptions | None = No
     return preparation
 
 
-def _histories(log: Log, options: PrepareOptions) -> tuple[ir.Table, dict[str, Any]]:
-    """The histories, and facts that only the log has: statistics of the source, the cuts, the columns of the order."""
+def _limit_memory(connection: Any, memory_limit: str | None) -> None:
+    if memory_limit is None:
+        return
+    text = memory_limit.replace("'", "''")
+    try:
+        connection.raw_sql(f"SET memory_limit = '{text}'")
+    except duckdb.Error as error:
+        raise ValueError(
+            f"memory_limit must be a size such as 4GB; got {memory_limit!r}: {first_lines(error)}"
+        ) from error
+
+
+def _events(
+    log: Log, options: PrepareOptions, memory_limit: str | None = None
+) -> tuple[ir.Table, Callable[[ir.Table], ir.Table], dict[str, Any]]:
+    """The events of the histories, the function that collects them into histories, and facts that only the log has.
+
+    The facts are statistics of the source, the cuts, and the columns of the order.
+    """
     time_column, sequence_column, min_rating = options.time_column, options.sequence_column, options.min_rating
     split = options.split
     if time_column == "timestamp" and time_column not in log.columns:  # the default column, in a log without times
@@ -187,7 +233,9 @@ def _histories(log: Log, options: PrepareOptions) -> tuple[ir.Table, dict[str, A
         )
 
     try:  # DuckDB parses a CSV file only here
-        events = stored_table(_normalize(log, options, time_column, sequence_column))
+        events = _normalize(log, options, time_column, sequence_column)
+        _limit_memory(events.get_backend(), memory_limit)
+        events = stored_table(events)
         if events.limit(1).count().execute() == 0:
             kept = " that meet the condition --where" if options.where else ""
             raise ValueError(f"the log has columns but no events{kept}; expected at least one row")
@@ -234,20 +282,26 @@ def _histories(log: Log, options: PrepareOptions) -> tuple[ir.Table, dict[str, A
     if split != "none":
         description["validation"] = options.validation
     if cuts is not None:
-        table = collect_histories(events, options.event_columns, len(cuts), cuts, users)
+        collect = partial(
+            collect_histories, event_columns=options.event_columns, num_targets=len(cuts), cuts=cuts, users=users
+        )
         names = ("validation_cut", "test_cut")[-len(cuts) :]
         description |= {name: plain_time(cut) for name, cut in zip(names, cuts, strict=True)}
     else:
         if users is not None:
             events = events.semi_join(users, "user_id").semi_join(items, "item_id")
         num_targets = 0 if split == "none" else 1 + options.validation
-        table = collect_histories(events, options.event_columns, num_targets)
-    return table, {
-        "statistics": statistics,
-        "split": description,
-        "time_column": time_column,
-        "sequence_column": sequence_column,
-    }
+        collect = partial(collect_histories, event_columns=options.event_columns, num_targets=num_targets)
+    return (
+        events,
+        collect,
+        {
+            "statistics": statistics,
+            "split": description,
+            "time_column": time_column,
+            "sequence_column": sequence_column,
+        },
+    )
 
 
 def _normalize(log: Log, options: PrepareOptions, time_column: str | None, sequence_column: str | None) -> ir.Table:
@@ -443,8 +497,10 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
     )
     row = row.to_pyarrow().to_pylist()[0]
     tested = table.filter(table.test_position.notnull())
-    targets = tested.select(item_id=tested.item_id[tested.test_position]).to_pyarrow()["item_id"].to_pylist()
-    num_cold = sum(not catalogue.get(item) for item in targets)
+    targets = tested.select(item_id=tested.item_id[tested.test_position])
+    counted = targets.group_by("item_id").aggregate(number=targets.count()).to_pyarrow()
+    pairs = zip(counted["item_id"].to_pylist(), counted["number"].to_pylist(), strict=True)
+    num_cold = sum(number for item, number in pairs if not catalogue.get(item))
     statistics = {
         "num_users": row["num_users"],
         "num_items": len(catalogue),
@@ -461,7 +517,7 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
         },
         "share_repeated_events": row["repeated"] / row["num_events"],
         "share_tied_times": row["tied"] / row["num_events"] if "timestamp" in table.columns else None,
-        "share_cold_targets": num_cold / len(targets) if targets else 0.0,
+        "share_cold_targets": num_cold / row["test"] if row["test"] else 0.0,
         "num_validation_targets": row["validation"],
         "num_test_targets": row["test"],
     }
@@ -539,7 +595,7 @@ def _check_output(output: Path) -> None:
 
 def _own_files(folder: Path) -> set[str] | None:
     """The files that an earlier call wrote into a folder; None if the folder is not a prepared folder."""
-    if not (folder / HISTORIES_FILE).is_file():
+    if not histories_files(folder):
         return None
     try:
         return set(json.loads((folder / PREPARATION_FILE).read_text("utf-8"))["files"])

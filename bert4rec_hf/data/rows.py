@@ -1,5 +1,7 @@
 """From histories to training rows and ranking rows (`datasets.Dataset`)."""
 
+import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, IterableDataset, load_dataset
 
+from ..defaults import STREAMED_EVAL_SAMPLES
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from .histories import PARTS, Histories
+from .histories import PARTS, AnyHistories, Histories, StreamedHistories, concatenated
+
+# Number of streamed rows that are shuffled together.
+SHUFFLE_BUFFER_SIZE = 2**16
+NOTHING_TRAINS = "no history has a training part; prepare a log with more events per user"
 
 
 def training_rows(
@@ -35,33 +43,123 @@ def training_rows(
         ValueError: If `windows` is unknown, if it needs a `max_length` and gets none, or if no history has a training
             part.
     """
+    token_ids, offsets = _training_part(histories)
+    users, starts, ends = _cuts(offsets, max_length, windows, window_step)
+    if not len(users):
+        raise ValueError(NOTHING_TRAINS)
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(token_ids))
+    rows = Dataset(pa.table({"user_id": histories.user_id, "input_ids": lists})).select(users)
+    if windows != "sliding":
+        return rows
+    lists = _lists([token_ids[start:end] for start, end in zip(starts, ends, strict=True)])
+    return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], "input_ids": lists}))
+
+
+def _training_part(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+    """The known token ids of the training part, and (users + 1,) where each history starts and ends in them."""
+    kept = histories.is_trained()
+    return histories.item_ids[kept], np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
+
+
+def _cuts(
+    offsets: np.ndarray, max_length: int | None, windows: str, window_step: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of the `training_rows`: the number of its history, and where it starts and ends in the training part."""
     if windows not in ("whole", "proportional", "sliding"):
         raise ValueError(f"windows must be whole, proportional or sliding; got {windows!r}")
     if windows != "whole" and max_length is None:
         raise ValueError(f"{windows} windows need a max_length, the model's max_position_embeddings")
-    kept = histories.is_trained()
-    offsets = np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
-    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item_ids[kept]))
     lengths = np.diff(offsets)
-    if not lengths.any():
-        raise ValueError("no history has a training part; prepare a log with more events per user")
-    rows = Dataset(pa.table({"user_id": histories.user_id, "input_ids": lists}))
     if windows == "whole":
-        return rows.select(np.flatnonzero(lengths))
+        users = np.flatnonzero(lengths)
+        return users, offsets[:-1][users], offsets[1:][users]
     assert max_length is not None  # for the type checker
     if windows == "proportional":
-        return rows.select(np.repeat(np.arange(len(histories)), -(-lengths // max_length)))
+        users = np.repeat(np.arange(len(lengths)), -(-lengths // max_length))
+        return users, offsets[:-1][users], offsets[1:][users]
     step = max(1, int(window_step * max_length))
     num_windows = np.where(lengths > 0, 1 + -(-np.maximum(lengths - max_length, 0) // step), 0)
-    rows = rows.select(np.repeat(np.arange(len(histories)), num_windows))
+    users = np.repeat(np.arange(len(lengths)), num_windows)
     steps = np.concatenate([np.arange(number) for number in num_windows])
-    ends = np.repeat(offsets[1:], num_windows) - steps * step
-    starts = np.maximum(ends - max_length, np.repeat(offsets[:-1], num_windows))
+    ends = offsets[1:][users] - steps * step
+    starts = np.maximum(ends - max_length, offsets[:-1][users])
     # The oldest window is extended to the length of the others.
-    ends = np.minimum(starts + max_length, np.repeat(offsets[1:], num_windows))
-    token_ids = histories.item_ids[kept]
-    cut = _lists([token_ids[start:end] for start, end in zip(starts, ends, strict=True)])
-    return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], "input_ids": cut}))
+    return users, starts, np.minimum(starts + max_length, offsets[1:][users])
+
+
+class StreamedTrainingRows(torch.utils.data.Dataset):
+    """The rows of `training_rows`, read from disk as they are needed, for a log that does not fit into memory.
+
+    Each row can be read by its index. Reading is fast if the indices are those of `StreamedRowSampler`, since the rows
+    of a part of the histories are read together. The rows have the column input_ids only.
+
+    Args:
+        histories: The histories on disk. They are read once to count the rows.
+        max_length: Longest input of the model.
+        windows: See `training_rows`.
+        window_step: See `training_rows`.
+
+    Attributes:
+        sizes: (parts,) the number of rows of each part of the histories. Rows are numbered in the order of the parts.
+        lengths: (rows,) the length of each row, at most `max_length`. They are in a temporary file.
+
+    Raises:
+        ValueError: As `training_rows`.
+    """
+
+    def __init__(
+        self, histories: StreamedHistories, *, max_length: int, windows: str = "whole", window_step: float = 0.5
+    ):
+        self.histories = histories
+        self.options = (max_length, windows, window_step)
+        sizes = []
+        with tempfile.TemporaryFile() as file:
+            for part in histories.parts():
+                _, starts, ends = _cuts(_training_part(part)[1], *self.options)
+                sizes.append(len(starts))
+                np.minimum(ends - starts, max_length).astype(np.int32).tofile(file)
+            if not any(sizes):
+                raise ValueError(NOTHING_TRAINS)
+            file.flush()
+            self.lengths: np.ndarray = np.memmap(file, np.int32, "r")
+        self.sizes = np.array(sizes)
+        self.ends = self.sizes.cumsum()
+        self.buffer_size = SHUFFLE_BUFFER_SIZE
+        # The rows of a buffer lie in at most so many parts: all of the smallest ones, and the ends of two others.
+        self.max_parts = 2 + int(np.searchsorted(np.sort(self.sizes).cumsum(), self.buffer_size, side="right"))
+        # Token ids, starts and ends of the rows of the parts that were read last.
+        self.read: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Data-loader workers read parts of their own. Only the sampler needs the lengths.
+        return self.__dict__ | {"read": OrderedDict(), "lengths": np.zeros(0, np.int32)}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """The rows of a batch. A data loader calls this method."""
+        rows: list[dict[str, np.ndarray]] = [{}] * len(indices)
+        parts = np.searchsorted(self.ends, indices, side="right")
+        for part in np.unique(parts).tolist():
+            token_ids, starts, ends = self._rows_of(part)
+            first = self.ends[part] - self.sizes[part]
+            for place in np.flatnonzero(parts == part).tolist():
+                row = indices[place] - first
+                rows[place] = {"input_ids": token_ids[starts[row] : ends[row]]}
+        return rows
+
+    def _rows_of(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if part not in self.read:
+            while len(self.read) >= self.max_parts:
+                self.read.popitem(last=False)  # the part that was not used for the longest time
+            token_ids, offsets = _training_part(self.histories.read(part))
+            self.read[part] = (token_ids, *_cuts(offsets, *self.options)[1:])
+        self.read.move_to_end(part)
+        return self.read[part]
 
 
 def stream_training_rows(files: str | Path | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
@@ -146,7 +244,47 @@ def ranking_rows(
     return Dataset(pa.table(table))
 
 
-def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: int = 100, seed: int = 42) -> Dataset:
+def users_with_targets(
+    histories: AnyHistories, part: str, max_users: int | None = None, *, seed: int = 42
+) -> Histories:
+    """The histories of the users with a target, in memory, for `ranking_rows`.
+
+    Args:
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
+        part: "validation" or "test".
+        max_users: Largest number of users, which are drawn at random. None: all; of `StreamedHistories`,
+            `STREAMED_EVAL_SAMPLES`.
+        seed: Equal seeds give equal users.
+
+    Returns:
+        If histories in memory are all wanted, these histories, with the users that have no target.
+    """
+    if max_users is None and isinstance(histories, StreamedHistories):
+        max_users = STREAMED_EVAL_SAMPLES
+    num_users = histories.num_targets(part)
+    number = num_users if max_users is None else min(max_users, num_users)
+    if isinstance(histories, Histories) and number == num_users:
+        return histories
+    chosen = np.sort(np.random.default_rng(seed).choice(num_users, number, replace=False, shuffle=False))
+    kept, first = [], 0
+    for here in histories.parts():
+        users = np.flatnonzero(here.target_positions[part] >= 0)
+        is_chosen = np.zeros(len(here), bool)
+        from_first, to_last = np.searchsorted(chosen, [first, first + len(users)])
+        is_chosen[users[chosen[from_first:to_last] - first]] = True
+        kept.append(here.select(is_chosen))
+        first += len(users)
+    return concatenated(kept)
+
+
+def sampled_candidates(
+    rows: Dataset,
+    histories: Histories,
+    *,
+    counts: np.ndarray | None = None,
+    num_candidates: int = 100,
+    seed: int = 42,
+) -> Dataset:
     """Add `candidate_ids` to evaluation rows: sampled items to rank the target among (Sun et al. 2019, section 4.2).
 
     The candidates of a user are drawn by popularity, without replacement, among the items that the user never had. A
@@ -155,14 +293,17 @@ def sampled_candidates(rows: Dataset, histories: Histories, *, num_candidates: i
 
     Args:
         rows: Rows from `ranking_rows`.
-        histories: The histories of the rows. The popularity of an item is its number of events in the training part.
+        histories: The histories of the rows.
+        counts: (ids,) the popularity of each token id, its number of events in the training part. None: that in these
+            histories.
         num_candidates: Number of candidates per user. A user for whom fewer items are left gets fewer.
         seed: Equal seeds give equal candidates.
 
     Returns:
         The rows with the column candidate_ids (list<int32>).
     """
-    counts = np.bincount(histories.item_ids[histories.is_trained()])
+    if counts is None:
+        counts = np.bincount(histories.item_ids[histories.is_trained()])
     cumulative, occurring = counts.cumsum(), np.flatnonzero(counts)
     users = {user_id: number for number, user_id in enumerate(histories.user_id.to_pylist())}
     candidates = []

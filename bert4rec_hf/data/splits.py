@@ -121,6 +121,31 @@ def _cut_value(events: ir.Table, num_events: int, cut: Any) -> Any:
     return cut
 
 
+def parts_by_user(events: ir.Table, num_events: int) -> list[ir.Table]:
+    """Split the events of a large log by user, so that the histories of one part fit into memory.
+
+    The sort of the events can use temporary files. The lists of `collect_histories` are in memory.
+
+    Args:
+        events: The events.
+        num_events: About the number of events of a part. The events of a user are never split.
+
+    Returns:
+        The parts in ascending order of user_id. A log of at most `num_events` events is one part, and so is a log that
+        is not on DuckDB, since a cluster divides its memory itself.
+    """
+    if events.get_backend().name != "duckdb" or events.count().execute() <= num_events:
+        return [events]
+    # In sorted events, the users of a part are in few blocks, and only these blocks are read.
+    events = stored_table(events.order_by("user_id"))
+    users = events.group_by("user_id").aggregate(number=events.count())
+    earlier = users.number.cumsum(order_by=users.user_id) - users.number
+    parts = users.mutate(part=earlier // num_events).group_by("part").aggregate(first=ibis._.user_id.min())
+    firsts = parts.order_by("first").to_pyarrow()["first"].to_pylist()
+    rest = [events.filter(events.user_id >= firsts[-1])]
+    return [events.filter((events.user_id >= first) & (events.user_id < end)) for first, end in pairwise(firsts)] + rest
+
+
 def collect_histories(
     events: ir.Table,
     event_columns: Sequence[str],

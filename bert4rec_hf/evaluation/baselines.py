@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..data.counting import transitions
-from ..data.histories import Histories
+from ..data.counting import item_counts, recent_item_counts, sampled_histories, transitions
+from ..data.histories import AnyHistories, Histories
 from ..data.rows import list_values, target_ids_of
 from ..defaults import default_num_transitions
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
@@ -21,12 +21,13 @@ ROWS_PER_BATCH = 256
 SCALE_OVER_POPULARITY = 1e6
 
 
-def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[str, np.ndarray]:
+def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> dict[str, np.ndarray]:
     """Rank the targets of `rows` with baselines, which need no trained model.
 
     Args:
         rows: Rows from `ranking_rows`. Their excluded items are excluded here too.
-        histories: The histories of the rows. The baselines are counted in their training part.
+        histories: The histories of the rows. The baselines are counted in their training part. Of `StreamedHistories`,
+            "last-item co-occurrence" is counted in `sampled_histories`.
         num_items: Number of items in the catalogue.
 
     Returns:
@@ -40,13 +41,13 @@ def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[
         - "personal popularity": how often the user's whole history has an item. Left out if seen items are filtered.
     """
     size = num_items + FIRST_ITEM_ID
-    training = histories.is_trained()
-    recent = histories.item_ids[histories.is_recent()]
+    counted = histories if isinstance(histories, Histories) else sampled_histories(histories, 0)
+    training = counted.is_trained()
     follows = training[1:] & training[:-1]
-    ends = histories.offsets[1:-1]
+    ends = counted.offsets[1:-1]
     follows[ends[(ends > 0) & (ends < len(training))] - 1] = False  # the next event is another user's
     pairs, counts = np.unique(
-        histories.item_ids[:-1][follows].astype(np.int64) * size + histories.item_ids[1:][follows], return_counts=True
+        counted.item_ids[:-1][follows].astype(np.int64) * size + counted.item_ids[1:][follows], return_counts=True
     )
     starts = np.searchsorted(pairs, np.arange(size + 1) * size)
     next_items = torch.from_numpy(pairs % size)
@@ -59,7 +60,7 @@ def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[
 
     ranks = {
         "popularity": popularity_ranks(rows, histories, num_items),
-        "recent popularity": _frequency_ranks(rows, recent, num_items),
+        "recent popularity": _frequency_ranks(rows, recent_item_counts(histories, num_items, 0), num_items),
         "last-item co-occurrence": _history_ranks(rows, histories, num_items, following),
     }
     if default_num_transitions(num_items):
@@ -73,13 +74,14 @@ def baseline_ranks(rows: Dataset, histories: Histories, num_items: int) -> dict[
 floors = baseline_ranks
 
 
-def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
+def transition_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, seed: int = 0) -> np.ndarray:
     """Rank the targets by the transitions that the defaults add to a model's scores, without a network.
 
     Args:
         rows: Rows from `ranking_rows`.
         histories: The histories of the rows. The transitions are counted in their training part.
         num_items: Number of items in the catalogue.
+        seed: Seed of `transitions`.
 
     Returns:
         (users,) ranks; ties are broken by popularity.
@@ -89,23 +91,23 @@ def transition_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.
         num_attention_heads=1,
     )  # fmt: skip
     scores = HistoryScores(config)
-    scores.successor_ids, scores.successor_scores = transitions(histories, num_items, config.num_transitions)
+    scores.successor_ids, scores.successor_scores = transitions(histories, num_items, config.num_transitions, seed=seed)
     return _history_ranks(rows, histories, num_items, scores)
 
 
-def personal_popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
+def personal_popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
     """(users,) ranks of the baseline "personal popularity" only; see `baseline_ranks`."""
     scores = HistoryScores(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, repeat_weight=1.0))
     return _history_ranks(rows, histories, num_items, scores)
 
 
-def popularity_ranks(rows: Dataset, histories: Histories, num_items: int) -> np.ndarray:
+def popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
     """(users,) ranks of the baseline "popularity" only; see `baseline_ranks`. Takes seconds for a million users."""
-    return _frequency_ranks(rows, histories.item_ids[histories.is_trained()], num_items)
+    return _frequency_ranks(rows, item_counts(histories, num_items), num_items)
 
 
 def _history_ranks(
-    rows: Dataset, histories: Histories, num_items: int, scores: Callable[[torch.Tensor], Pairs]
+    rows: Dataset, histories: AnyHistories, num_items: int, scores: Callable[[torch.Tensor], Pairs]
 ) -> np.ndarray:
     """(users,) ranks of the targets by scores that a history gives to some items; ties are broken by popularity.
 
@@ -115,7 +117,7 @@ def _history_ranks(
     Args:
         scores: Maps histories (batch, length), padded with 0 on the left, to `Pairs`.
     """
-    counts = np.bincount(histories.item_ids[histories.is_trained()], minlength=num_items + FIRST_ITEM_ID)
+    counts = item_counts(histories, num_items)
     popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than the value of any pair
     ascending = popularity[FIRST_ITEM_ID:].sort().values
     columns = [_tensors(rows, name) for name in ("history_ids", "exclude_ids")]
@@ -151,9 +153,8 @@ def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence([torch.zeros(1, dtype=torch.long), *parts], True, 0, padding_side="left")[1:]
 
 
-def _frequency_ranks(rows: Dataset, item_ids: np.ndarray, num_items: int) -> np.ndarray:
-    """(users,) ranks of the targets by how often each item occurs in `item_ids`."""
-    counts = np.bincount(item_ids, minlength=num_items + FIRST_ITEM_ID)
+def _frequency_ranks(rows: Dataset, counts: np.ndarray, num_items: int) -> np.ndarray:
+    """(users,) ranks of the targets by the counts of the token ids."""
     targets = target_ids_of(rows)
     excluded, lengths = list_values(rows, "exclude_ids")
     users = np.repeat(np.arange(len(rows)), lengths)

@@ -15,7 +15,8 @@ class Protocol:
     """How a metric was computed. No metric is stored or printed without its protocol.
 
     Attributes:
-        split: "leave-one-out" or "temporal", with the cuts in time, and a note if there was no validation part.
+        split: "leave-one-out" or "temporal", with the cuts in time, and notes if there was no validation part or if not
+            all users were ranked.
         part: "validation" or "test".
         candidates: The items that each target was ranked among, in words.
         filter_seen_items: Whether a user's past items were excluded. A target among them is then a miss.
@@ -42,6 +43,7 @@ class Protocol:
         part: str,
         num_items: int,
         filter_seen_items: bool,
+        num_targets: int | None = None,
     ) -> "Protocol":
         """The protocol of ranking the rows of `ranking_rows` among the whole catalogue.
 
@@ -51,6 +53,7 @@ class Protocol:
             part: "validation" or "test".
             num_items: Number of items in the catalogue.
             filter_seen_items: Whether a user's past items are excluded.
+            num_targets: Number of users with a target, if `histories` are a sample of them. None: they are all.
         """
         users = np.flatnonzero(histories.target_positions[part] >= 0)
         positions = histories.target_positions[part][users]
@@ -67,6 +70,8 @@ class Protocol:
         notes = [f"{name} from {split[f'{name}_cut']}" for name in PARTS if f"{name}_cut" in split]
         if not split.get("validation", True):
             notes.append("no validation targets, which train")
+        if num_targets is not None and len(users) < num_targets:
+            notes.append(f"{len(users):,} of {num_targets:,} users drawn at random")
         return cls(
             split=split["name"] + (f" ({', '.join(notes)})" if notes else ""),
             part=part,

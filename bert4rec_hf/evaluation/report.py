@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..data.histories import Histories
+from ..data.counting import item_counts
+from ..data.histories import AnyHistories
 from ..data.rows import list_values, target_ids_of
 from ..files import write_file
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
@@ -76,7 +77,7 @@ def item_groups(counts: np.ndarray) -> np.ndarray:
 
 def evaluation_report(
     rows: Dataset,
-    histories: Histories,
+    histories: AnyHistories,
     rankings: Mapping[str, np.ndarray],
     recommended: np.ndarray,
     protocol: Protocol,
@@ -106,8 +107,7 @@ def evaluation_report(
           coverage@10 and gini. The Gini coefficient is 0 if all items of the catalogue are shown equally often, and
           near 1 if a single item is shown.
     """
-    trained = histories.item_ids[histories.is_trained()]
-    counts = np.bincount(trained, minlength=num_items + FIRST_ITEM_ID)[FIRST_ITEM_ID:]
+    counts = item_counts(histories, num_items)[FIRST_ITEM_ID:]
     groups = item_groups(counts)
     targets = target_ids_of(rows)
     known = targets != IGNORE_INDEX

@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.histories import HISTORIES_FILE, PREPARATION_FILE
-from ..data.logs import SOURCE_ROW, read_log
+from ..data.histories import PREPARATION_FILE
+from ..data.histories import histories_files as prepared_files
+from ..data.logs import open_log
 from ..model.pipeline import IGNORED_KEYS, check_keys, described
 
 # Number of histories that are read at once.
@@ -61,7 +62,7 @@ def history_files(histories: str | os.PathLike) -> list[str]:
     """The files of histories that a path names.
 
     Args:
-        histories: A file; a pattern of files; a folder; or a prepared folder, for its histories.parquet. Files and
+        histories: A file; a pattern of files; a folder; or a prepared folder, for its histories. Files and
             folders with names that start with "." or "_" are left out. Spark writes such files beside its parts.
 
     Returns:
@@ -72,7 +73,7 @@ def history_files(histories: str | os.PathLike) -> list[str]:
     """
     name = os.path.expanduser(histories)
     if os.path.isfile(os.path.join(name, PREPARATION_FILE)):
-        return [os.path.join(name, HISTORIES_FILE)]
+        return [str(path) for path in prepared_files(Path(name))]
     if os.path.isfile(name):
         return [name]
     paths = Path(name).rglob("*") if os.path.isdir(name) else map(Path, glob.glob(name, recursive=True))
@@ -176,10 +177,10 @@ def read_item_ids(path: str | os.PathLike) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text ({error}); {expected}") from error
         return [line.removesuffix("\r") for line in lines if line.strip()]
-    table = read_log(os.fspath(path), id_columns=("item_id",))
-    names = [name for name in table.columns if name != SOURCE_ROW]
-    if "item_id" not in names:
-        raise ValueError(f"{path} has the columns {', '.join(names)}; {expected}")
+    log = open_log(os.fspath(path))
+    if "item_id" not in log.columns:
+        raise ValueError(f"{path} has the columns {', '.join(log.columns)}; {expected}")
+    table = log.table(["item_id"])
     kind = table.item_id.type()
     if not (kind.is_string() or kind.is_integer()):
         raise ValueError(f"item_id of {path} must be text or integers, one id per row; got {kind}")
@@ -211,7 +212,7 @@ def _user_type(kind: pa.DataType) -> pa.DataType:
 def _event_columns(path: str) -> list[str]:
     """The event columns that `prepare` wrote into a file of histories, beside a preparation.json that names them."""
     preparation = Path(path).with_name(PREPARATION_FILE)
-    if Path(path).name != HISTORIES_FILE or not preparation.is_file():
+    if not preparation.is_file() or Path(path) not in prepared_files(Path(path).parent):
         return []
     return json.loads(preparation.read_text("utf-8"))["columns"].get("event_columns", [])
 

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 
+from ..defaults import STREAMED_EVAL_SAMPLES
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, sampled_metrics
 
 # Values of arguments that a plain Trainer uses if they are left out. `Bert4RecTrainer` chooses them from the log.
@@ -21,7 +22,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the arguments of masked item prediction, and with defaults that were measured for it.
 
     Some arguments have an effect only in `train_prepared`, which creates the model and the training rows:
-    `item_initialization`, `window_step`, and every value of `train_windows` except "newest".
+    `item_initialization`, `window_step`, `streaming`, `max_eval_samples`, and every value of `train_windows` except
+    "newest".
     """
 
     mask_ratio: float | None = field(
@@ -52,6 +54,20 @@ class Bert4RecTrainingArguments(TrainingArguments):
     )
     window_step: float = field(
         default=0.5, metadata={"help": "Distance between two sliding windows, as a share of the model's input length."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave the histories on disk and read training rows as they are needed, for a log larger than "
+            "memory. Rows are shuffled in buffers instead of all together."
+        },
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of users whose validation targets are ranked, drawn at random. All if left out; "
+            f"with streaming, {STREAMED_EVAL_SAMPLES}."
+        },
     )
     num_negatives: int = field(
         default=256, metadata={"help": "Number of negative items drawn per batch; item loss softmax needs none."}
@@ -131,6 +147,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
             raise ValueError(f"gradient_accumulation_steps must be at least 1; got {self.gradient_accumulation_steps}")
         if not self.window_step > 0:
             raise ValueError(f"window_step must be above 0, a share of the model's length; got {self.window_step}")
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise ValueError(f"max_eval_samples must be at least 1; got {self.max_eval_samples}")
         if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
             raise ValueError(
                 "there are no steps to train; expected max_steps or num_train_epochs above 0; got "

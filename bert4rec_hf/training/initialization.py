@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..data.counting import cooccurrence_vectors, transitions
-from ..data.histories import Histories
+from ..data.histories import AnyHistories
 from ..defaults import default_transition_weight
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
@@ -14,7 +14,7 @@ from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 @torch.no_grad()
 def start_from_cooccurrence(
     model: Bert4RecForMaskedItemPrediction,
-    histories: Histories,
+    histories: AnyHistories,
     num_items: int,
     *,
     with_mean: bool = True,
@@ -24,7 +24,7 @@ def start_from_cooccurrence(
 
     Args:
         model: The model, which is changed in place. An item without neighbours keeps its vector.
-        histories: Histories from `read_prepared`.
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
         num_items: Number of items in the catalogue.
         with_mean: Whether the output projection of the first layer's attention is set to the inverse of its value
             projection, an orthogonal matrix from PyTorch's generator. Queries and keys of a new model are near 0, so
@@ -46,7 +46,7 @@ def start_from_cooccurrence(
 @torch.no_grad()
 def keep_transitions(
     model: Bert4RecForMaskedItemPrediction,
-    histories: Histories,
+    histories: AnyHistories,
     num_items: int,
     *,
     weight: float | None = None,
@@ -60,7 +60,7 @@ def keep_transitions(
     Args:
         model: The model, which is changed in place. Its `num_transitions` must be above 0. An item without successors
             in these histories keeps the transitions that it has.
-        histories: Histories from `read_prepared`.
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
         num_items: Number of items in the catalogue.
         weight: New value of `config.transition_weight`. None: `default_transition_weight`.
         seed: Seed of `transitions`.
@@ -74,7 +74,7 @@ def keep_transitions(
             "Bert4RecConfig(num_transitions=64)"
         )
     if weight is None:
-        weight = default_transition_weight(int(histories.is_training().sum()), num_items)
+        weight = default_transition_weight(histories.num_training_events(), num_items)
     model.config.transition_weight = weight
     successor_ids, successor_scores = transitions(histories, num_items, model.config.num_transitions, seed=seed)
     counted = successor_scores.any(dim=1)

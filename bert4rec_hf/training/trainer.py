@@ -29,6 +29,7 @@ from transformers.trainer_utils import (
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..data.histories import PREPARATION_FILE
+from ..data.rows import StreamedTrainingRows
 from ..defaults import default_batch_size, default_learning_rate, default_mask_ratio
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.protocol import Protocol
@@ -49,7 +50,7 @@ from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import FALLBACKS, Bert4RecTrainingArguments
 from .learning_curve import training_record, write_training
-from .sampler import SimilarLengthSampler, by_length, has_lengths, row_lengths
+from .sampler import SimilarLengthSampler, StreamedRowSampler, by_length, has_lengths, mean_length, row_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
 # Columns of evaluation rows that `search` takes, not `forward`.
 RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids")
 # Arguments that only `train_prepared` reads.
-ARGUMENTS_OF_TRAIN_PREPARED = {"item_initialization", "train_windows", "window_step"}
+ARGUMENTS_OF_TRAIN_PREPARED = {"item_initialization", "train_windows", "window_step", "streaming", "max_eval_samples"}
 
 
 class ItemLabelSmoother(LabelSmoother):
@@ -85,7 +86,7 @@ class Bert4RecTrainer(Trainer):
         model: A `Bert4RecForMaskedItemPrediction`. None: `model_init` creates it.
         args: The training arguments. They are copied. None: the defaults of `TrainingArguments`.
         data_collator: None: a `DataCollatorForMaskedItemPrediction` with the values of `Bert4RecTrainingArguments`.
-        train_dataset: Rows from `training_rows` or `stream_training_rows`.
+        train_dataset: Rows from `training_rows` or `stream_training_rows`, or `StreamedTrainingRows`.
         eval_dataset: Rows from `ranking_rows`, or several such sets by name. None: nothing is evaluated.
         processing_class: The tokenizer of the model.
         model_init: Creates a model, for hyperparameter searches.
@@ -298,10 +299,14 @@ class Bert4RecTrainer(Trainer):
     # This private method is overridden, since the only public alternative is to rewrite `get_train_dataloader`.
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not has_lengths(rows):
+        groups_by_length = self.args.train_sampling_strategy == "group_by_length"
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(rows, StreamedTrainingRows) and self.args.train_sampling_strategy != "sequential":
+            num_readers = self.args.world_size * max(1, self.args.dataloader_num_workers)
+            return StreamedRowSampler(rows, self.args.train_batch_size, num_readers, seed, groups_by_length)
+        if not groups_by_length or not has_lengths(rows):
             return super()._get_train_sampler(train_dataset)
         lengths = np.minimum(row_lengths(rows), self.model.config.max_position_embeddings)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # The batches of all processes have similar lengths, since the processes wait for one another at every step.
         return SimilarLengthSampler(lengths, self.args.train_batch_size * self.args.world_size, seed)
 
@@ -488,8 +493,9 @@ def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
     """Set the arguments that were left out, from the model and the training rows."""
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
-        lengths = np.minimum(row_lengths(rows), config.max_position_embeddings) if are_stored else np.inf
-        args.mask_ratio = default_mask_ratio(float(np.mean(lengths)))
+        args.mask_ratio = default_mask_ratio(
+            mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
+        )
     if _is_left_out(args, "learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)
     if _is_left_out(args, "per_device_train_batch_size"):

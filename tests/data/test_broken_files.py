@@ -13,7 +13,7 @@ import pytest
 
 from bert4rec_hf.data.logs import LIBRARY_ERRORS, open_log
 from bert4rec_hf.data.prepare_options import PrepareOptions
-from bert4rec_hf.data.preparation import _histories, prepare
+from bert4rec_hf.data.preparation import histories, prepare
 
 NUM_BROKEN = 500
 ROWS = [(f"u{number % 7}", f"é{number:03}", 1706702400 + number) for number in range(60)]
@@ -91,7 +91,7 @@ def test_broken_files_are_prepared_or_refused_by_name_and_nothing_is_left_behind
         path = tmp_path / f"broken-{number}.log"
         path.write_bytes(content)
         try:
-            table, _ = _histories(open_log(path), PrepareOptions())
+            table = histories(path)
             rows = table.to_pyarrow().to_pylist()
         except (ValueError, FileNotFoundError) as error:
             refused += 1

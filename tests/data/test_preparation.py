@@ -15,6 +15,7 @@ from logs_on_disk import HEADER, TEMPORAL, rows_of, write_csv
 
 import bert4rec_hf.data.preparation
 import bert4rec_hf.data.splits
+from bert4rec_hf.data.histories import histories_files, read_prepared
 from bert4rec_hf.data.preparation import prepare
 from bert4rec_hf.defaults import default_filter_seen_items, default_max_length
 
@@ -216,3 +217,68 @@ def test_nothing_is_printed_when_the_interpreter_ends(tmp_path):
         check=True,
     )
     assert outcome.stdout + outcome.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"min_user_events": 5, "min_item_events": 5}, {"split": "temporal", "min_user_events": 3}, {"split": "none"}],
+    ids=str,
+)
+def test_a_large_log_becomes_several_files_with_the_same_histories(tmp_path, monkeypatch, options):
+    chance = np.random.default_rng(0)
+    # Ids with bytes above 127 are in another order as signed bytes, and user 0 has more events than a file.
+    users = np.array([f"{'éa0'[number % 3]}{number}" for number in range(200)])
+    rows = {
+        "user_id": [*chance.choice(users, 3000), *[users[0]] * 400],
+        "item_id": [f"i{number}" for number in chance.integers(50, size=3400)],
+        "timestamp": chance.integers(1000, size=3400),
+    }
+    pq.write_table(pa.table(rows), tmp_path / "log.parquet")
+    one = prepare(tmp_path / "log.parquet", tmp_path / "one", **options)
+    monkeypatch.setattr("bert4rec_hf.data.preparation.EVENTS_PER_FILE", 300)
+    several = prepare(tmp_path / "log.parquet", tmp_path / "several", **options)
+    files = histories_files(tmp_path / "several")
+    assert 5 < len(files) < 13
+    assert [path.name for path in files[:2]] == [
+        f"histories-00000-of-{len(files):05}.parquet", f"histories-00001-of-{len(files):05}.parquet",
+    ]  # fmt: skip
+    tables = [pq.read_table(path) for path in files]
+    assert pa.concat_tables(tables).equals(pq.read_table(tmp_path / "one" / "histories.parquet"))
+    assert max(len(table["item_id"].combine_chunks().values) for table in tables) < 1000
+    assert {name: value for name, value in one.items() if name != "files"} == {
+        name: value for name, value in several.items() if name != "files"
+    }
+    in_memory = [read_prepared(tmp_path / name)[0] for name in ("one", "several")]
+    assert in_memory[0].item_ids.tolist() == in_memory[1].item_ids.tolist()
+
+    files[1].rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match="which are not all files of one log: prepare the log again"):
+        read_prepared(tmp_path / "several")
+    (tmp_path / "lost").rename(files[1])
+    monkeypatch.undo()
+    prepare(tmp_path / "log.parquet", tmp_path / "several", **options)
+    assert histories_files(tmp_path / "several") == [tmp_path / "several" / "histories.parquet"]
+    assert not list((tmp_path / "several").glob("histories-*"))
+
+
+def test_a_memory_limit_is_that_of_duckdb(tmp_path, monkeypatch, saved_catalogues):
+    limits = []
+
+    def observe(name):
+        function = getattr(bert4rec_hf.data.preparation, name)
+
+        def observed(table, *arguments):
+            limits.append(table.get_backend().con.sql("SELECT current_setting('memory_limit')").fetchall()[0][0])
+            return function(table, *arguments)
+
+        monkeypatch.setattr(bert4rec_hf.data.preparation, name, observed)
+
+    observe("_source_statistics")
+    observe("_statistics")
+    log = write_csv(tmp_path / "log.csv", TEMPORAL)
+    prepare(log, tmp_path / "out", memory_limit="2GiB")
+    assert limits == ["2.0 GiB", "2.0 GiB"]
+    with pytest.raises(ValueError, match='memory_limit must be a size such as 4GB; got "a \'few": '):
+        prepare(log, tmp_path / "out", memory_limit="a 'few")
+    with pytest.raises(ValueError, match="memory_limit is for logs that prepare reads; got 1GB and an Ibis table"):
+        prepare(ibis.duckdb.connect().read_csv(log), tmp_path / "out", memory_limit="1GB")

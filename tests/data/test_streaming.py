@@ -1,4 +1,4 @@
-"""Training rows streamed from Parquet shards: every row once, whatever the number of processes and workers."""
+"""Streams: training rows from Parquet shards, and counts and samples of histories that are read part by part."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,8 +22,18 @@ from bert4rec_hf import (
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     DataCollatorForMaskedItemPrediction,
+    baseline_ranks,
+    cooccurrence_vectors,
+    prepare,
+    ranking_rows,
+    read_prepared,
     stream_training_rows,
 )
+from bert4rec_hf.data import counting, preparation
+from bert4rec_hf.data.counting import item_counts, recent_item_counts, sampled_histories, transitions
+from bert4rec_hf.data.histories import stream_prepared
+from bert4rec_hf.data.rows import users_with_targets
+from bert4rec_hf.model.configuration_bert4rec import UNK_TOKEN_ID
 
 NUM_SHARDS, ROWS = 4, 24
 TOKENIZER = Bert4RecTokenizer.from_items(range(200), model_max_length=8)
@@ -120,6 +131,88 @@ def test_two_processes_train_on_every_streamed_row_once(shards, tmp_path):
     assert len(files) == 2, outcome.stderr[-3000:]
     parts = [json.loads(path.read_text()) for path in files]
     assert sorted(parts[0] + parts[1]) == list(range(NUM_SHARDS * ROWS))
+
+
+@pytest.fixture(scope="module", params=["timed", "untimed"])
+def prepared(request, tmp_path_factory) -> Path:
+    """A prepared folder of several files. Some users do not train, and the catalogue lacks some items."""
+    folder = tmp_path_factory.mktemp("prepared")
+    chance = np.random.default_rng(0)
+    columns = {
+        "user_id": chance.integers(150, size=4000).astype(str),
+        "item_id": (30 * chance.random(4000) ** 2).astype(int).astype(str),
+        "timestamp": chance.integers(1000, size=4000),
+    }
+    options = {"split": "temporal", "min_user_events": 14, "min_item_events": 54}
+    if request.param == "untimed":
+        columns["position"] = columns.pop("timestamp")
+        options = {}
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "EVENTS_PER_FILE", 200)
+        prepare(folder / "log.parquet", folder / "data", **options)
+    assert len(list((folder / "data").glob("histories-*"))) > 5
+    return folder / "data"
+
+
+def test_what_is_counted_from_disk_is_what_is_counted_in_memory(prepared):
+    in_memory, tokenizer, _ = read_prepared(prepared)
+    num_items = tokenizer.num_items
+    has_unknown = in_memory.timestamps is not None
+    assert ((in_memory.item_ids == UNK_TOKEN_ID) & in_memory.is_training()).any() == has_unknown
+    assert (in_memory.train_end == 0).any() == has_unknown
+    streamed, _, _ = stream_prepared(prepared)
+    assert streamed.num_training_events() == in_memory.num_training_events()
+    assert item_counts(streamed, num_items).tolist() == item_counts(in_memory, num_items).tolist()
+    recent = recent_item_counts(in_memory, num_items, 0)
+    assert 0 < recent.sum() < 0.3 * in_memory.num_training_events()
+    assert recent_item_counts(streamed, num_items, 0).tolist() == recent.tolist()
+    for of_memory, of_disk in zip(
+        transitions(in_memory, num_items, 40), transitions(streamed, num_items, 40), strict=True
+    ):
+        assert torch.equal(of_memory, of_disk)
+    assert torch.equal(cooccurrence_vectors(in_memory, num_items, 8), cooccurrence_vectors(streamed, num_items, 8))
+    for part in ("validation", "test"):
+        assert streamed.num_targets(part) == in_memory.num_targets(part) > 10
+        evaluated = users_with_targets(streamed, part)
+        rows = [
+            ranking_rows(histories, tokenizer, part, filter_seen_items=False) for histories in (in_memory, evaluated)
+        ]
+        assert rows[0].to_dict() == rows[1].to_dict()
+        ranks = [baseline_ranks(rows[0], histories, num_items) for histories in (in_memory, streamed)]
+        assert {name: found.tolist() for name, found in ranks[0].items()} == {
+            name: found.tolist() for name, found in ranks[1].items()
+        }
+        drawn = [users_with_targets(histories, part, 10) for histories in (in_memory, streamed)]
+        assert drawn[0].user_id.to_pylist() == drawn[1].user_id.to_pylist()
+        assert len(set(drawn[0].user_id.to_pylist())) == len(drawn[0]) == drawn[0].num_targets(part) == 10
+        assert ranking_rows(drawn[0], tokenizer, part, filter_seen_items=True).to_dict() == (
+            ranking_rows(drawn[1], tokenizer, part, filter_seen_items=True).to_dict()
+        )
+
+
+def test_of_a_large_log_the_same_histories_are_counted_from_disk_as_in_memory(prepared, monkeypatch):
+    in_memory, _, _ = read_prepared(prepared)
+    for limit in (100, 400, 1000):
+        monkeypatch.setattr(counting, "MAX_COUNTED_EVENTS", limit)
+        for seed in (0, 1):
+            samples = [sampled_histories(histories, seed) for histories in (in_memory, stream_prepared(prepared)[0])]
+            assert samples[0].user_id.to_pylist() == samples[1].user_id.to_pylist()
+            assert samples[0].item_ids.tolist() == samples[1].item_ids.tolist()
+            assert samples[0].train_end.tolist() == samples[1].train_end.tolist()
+            assert samples[0].is_trained().sum() == pytest.approx(limit, rel=0.6)
+    assert [len(part) for part in stream_prepared(prepared)[0].parts()] != [len(in_memory)]
+
+
+def test_a_log_on_disk_is_read_once_for_each_count(prepared, monkeypatch):
+    streamed, tokenizer, _ = stream_prepared(prepared)
+    read, parts = streamed.read, []
+    monkeypatch.setattr(streamed, "read", lambda part, **options: [parts.append(part), read(part, **options)][1])
+    for _ in range(2):
+        item_counts(streamed, tokenizer.num_items)
+        recent_item_counts(streamed, tokenizer.num_items, 0)
+        transitions(streamed, tokenizer.num_items, 5)
+    assert sorted(parts) == sorted([*range(len(streamed.row_groups))] * 3)  # counts, sample, recent counts
 
 
 if __name__ == "__main__":

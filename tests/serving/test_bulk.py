@@ -120,6 +120,19 @@ def test_several_reads_and_writes_give_one_whole_file(pipe, tmp_path, monkeypatc
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups > 1
 
 
+def test_the_files_of_a_pattern_are_read_in_order(pipe, tmp_path):
+    for number, (users, histories) in enumerate(((["b"], [["10"]]), (["a", "c"], [["11"], ["12"]]))):
+        write(tmp_path / f"histories-{number}.parquet", users, histories)
+    pattern = tmp_path / "histories-*.parquet"
+    assert recommend_file(pipe, pattern, tmp_path / "out.parquet") == 3
+    assert list(answers_by_user(tmp_path / "out.parquet")) == ["b", "a", "c"]
+    with pytest.raises(ValueError, match=r"histories-1\.parquet holds the histories themselves"):
+        recommend_file(pipe, pattern, tmp_path / "histories-1.parquet")
+    write(tmp_path / "histories-1.parquet", pa.array([1, 2]), [["11"], ["12"]])
+    with pytest.raises(ValueError, match="expected one type of user_id in all files"):
+        recommend_file(pipe, pattern, tmp_path / "out.parquet")
+
+
 def test_the_reader_runs_a_bounded_number_of_histories_ahead_of_the_answers(pipe, tmp_path, monkeypatch):
     # Without a bound, memory would grow with the file.
     read, answered, most_ahead = 0, 0, 0

@@ -17,6 +17,8 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
+from bert4rec_hf.data.histories import stream_prepared
+from bert4rec_hf.data.rows import StreamedTrainingRows
 from bert4rec_hf.runs import train_prepared
 
 
@@ -32,11 +34,12 @@ def test_a_checkpoint_is_a_full_model_folder(chain, tmp_path):
     assert "leave-one-out, validation; all 25 items ranked" in card
 
 
-def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_unbroken_runs_weights(chain, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_resumed_at_the_end_of_an_epoch_ends_with_the_unbroken_runs_weights(chain, tmp_path, streaming):
     data, _ = chain
     options = {
         "num_train_epochs": 3, "save_strategy": "epoch", "eval_strategy": "no", "load_best_model_at_end": False,
-        "save_total_limit": None,
+        "save_total_limit": None, "streaming": streaming,
     }  # fmt: skip
     train_prepared(data, arguments(tmp_path / "whole", **options), **SMALL)
     checkpoints = sorted((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -116,11 +119,14 @@ def test_a_copied_run_goes_on_from_its_own_best_checkpoint(chain, tmp_path):
     assert Path(trainer.state.best_model_checkpoint).is_dir()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_epoch_has_another_order(
-    chain, tmp_path
+    chain, tmp_path, streaming
 ):
     data, _ = chain
     histories, tokenizer, _ = read_prepared(data)
+    in_memory = training_rows(histories)
+    rows_to_train = StreamedTrainingRows(stream_prepared(data)[0], max_length=50) if streaming else in_memory
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -134,7 +140,7 @@ def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_
             Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL)),
             arguments(tmp_path, num_train_epochs=2, eval_strategy="no", save_steps=3, load_best_model_at_end=False),
             data_collator=collator,
-            train_dataset=training_rows(histories),
+            train_dataset=rows_to_train,
             processing_class=tokenizer,
             callbacks=[Stop()],
         )
@@ -142,7 +148,7 @@ def test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows_and_the_next_
         seen.append(collator.rows)
     # The stopped run has not trained on the batch that the loader has read ahead.
     rows = seen[0][: 6 * 32] + seen[1]
-    everything = sorted(map(tuple, training_rows(histories)["input_ids"]))
+    everything = sorted(map(tuple, in_memory["input_ids"]))
     first, second = rows[: len(everything)], rows[len(everything) :]
     assert sorted(first) == sorted(second) == everything
     assert first != second
