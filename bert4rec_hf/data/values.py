@@ -40,6 +40,11 @@ def make_timestamp(microseconds: dt.int64) -> dt.Timestamp(scale=6):  # type: ig
     """DuckDB's timestamp of microseconds since 1970."""
 
 
+@ibis.udf.scalar.builtin
+def timestamp_micros(microseconds: dt.int64) -> dt.Timestamp(timezone="UTC", scale=6):  # type: ignore[valid-type]
+    """Spark's timestamp of microseconds since 1970."""
+
+
 def as_id(log: ir.Table, column: str, option: str) -> ir.Column:
     """Ids as text, exactly as they are spelled.
 
@@ -198,7 +203,7 @@ def _read_times(log: ir.Table, column: str, option: str) -> Any:
         ticks -= sign * (hours * 3600 + minutes * 60) * unit
     on_duckdb = log.get_backend().name == "duckdb"
     if digits == MICROSECOND_DIGITS:
-        return make_timestamp(ticks) if on_duckdb else ticks.as_timestamp("us")
+        return make_timestamp(ticks) if on_duckdb else timestamp_micros(ticks)
     if not on_duckdb:
         raise ValueError(
             f"column {column!r} ({option}) has times with {row['fraction']} decimal places; the timestamps of "

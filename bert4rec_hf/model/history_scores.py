@@ -121,7 +121,7 @@ def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     # Older items all go into an extra column, which is dropped.
     newest_ids = item_ids.new_zeros(item_ids.shape[0], NUM_NEWEST_ITEMS + 1).scatter(1, places, item_ids)[:, :-1]
     exponents = torch.arange(NUM_NEWEST_ITEMS, device=item_ids.device)
-    shares = torch.pow(0.5, exponents) * (newest_ids > 0)
+    shares = torch.pow(0.5, exponents.float()) * (newest_ids > 0)
     is_start = (exponents == 0) & (newest_ids == PAD_TOKEN_ID)
     return newest_ids, shares / shares.sum(1, keepdim=True).clamp(min=1), is_start.float()
 
