@@ -235,8 +235,9 @@ def test_the_peak_memory_of_a_streamed_run_does_not_grow_with_the_number_of_user
 def train_a_little(data: Path, output: Path, streaming: bool = True) -> int:
     """Train with all counts, and return the peak memory of this process in KiB."""
     counting.MAX_COUNTED_EVENTS = 100_000  # both logs have more
-    options = {"per_device_train_batch_size": 64, "max_steps": 20, "max_eval_samples": 1000, "streaming": streaming}
-    train_prepared(data, arguments(output, **options), hidden_size=32, num_attention_heads=1)
+    steps = {"max_steps": 20, "eval_steps": 20, "save_steps": 20}
+    options = {"per_device_train_batch_size": 64, "max_eval_samples": 1000, "streaming": streaming}
+    train_prepared(data, arguments(output, **steps, **options), hidden_size=32, num_attention_heads=1)
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 
 
