@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ from command_runs import fail, succeed
 
 import bert4rec_hf.data.preparation
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainer, prepare, training_rows
+from bert4rec_hf.data import counting
 from bert4rec_hf.data import rows as row_module
 from bert4rec_hf.data.histories import read_prepared, stream_prepared
 from bert4rec_hf.data.rows import StreamedTrainingRows
+from bert4rec_hf.runs import train_prepared
 from bert4rec_hf.training.sampler import StreamedRowSampler
 
 NUM_USERS = 240
@@ -195,9 +198,54 @@ def test_the_command_trains_from_disk_and_gives_the_folder_that_training_in_memo
     assert line.endswith("max_eval_samples must be at least 1; got 0")
 
 
+def write_users(folder: Path, num_users: int) -> None:
+    """Write a prepared folder with histories of 20 events among 1,000 items."""
+    rows = [f"{user},{item},{item}" for user in range(2) for item in range(1000)]
+    folder.parent.mkdir()
+    (folder.parent / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    prepare(folder.parent / "log.csv", folder)
+    chance, length = np.random.default_rng(0), 20
+    schema = pq.read_schema(folder / "histories.parquet")
+    with pq.ParquetWriter(folder / "histories.parquet", schema, compression="zstd") as writer:
+        for first in range(0, num_users, 16_384):
+            number = min(16_384, num_users - first)
+            offsets = pa.array(np.arange(number + 1) * length, pa.int32())
+            items = pa.array(chance.integers(1000, size=number * length).astype(str))
+            times = pa.array(np.tile(np.arange(length), number))
+            ends = [pa.array(np.full(number, length - 2 + end), pa.int32()) for end in (0, 0, 1)]
+            users = pa.array(np.arange(first, first + number).astype(str))
+            lists = [pa.ListArray.from_arrays(offsets, values) for values in (items, times)]
+            writer.write_table(pa.table([users, *lists, *ends], schema=schema))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak memory is read from /proc")
+def test_the_peak_memory_of_a_streamed_run_does_not_grow_with_the_number_of_users(tmp_path):
+    peaks = []
+    for num_users in (20_000, 200_000):
+        folder = tmp_path / str(num_users)
+        write_users(folder / "data", num_users)
+        command = [sys.executable, __file__, "memory", str(folder / "data"), str(folder / "model")]
+        outcome = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        peaks.append(int(outcome.stdout.splitlines()[-1]))
+    # The same run with the histories in memory needs a third more.
+    assert peaks[1] < 1.05 * peaks[0], peaks
+
+
+def train_a_little(data: Path, output: Path, streaming: bool = True) -> int:
+    """Train with all counts, and return the peak memory of this process in KiB."""
+    counting.MAX_COUNTED_EVENTS = 100_000  # both logs have more
+    steps = {"max_steps": 20, "eval_steps": 20, "save_steps": 20}
+    options = {"per_device_train_batch_size": 64, "max_eval_samples": 1000, "streaming": streaming}
+    train_prepared(data, arguments(output, **steps, **options), hidden_size=32, num_attention_heads=1)
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _, mode, data, output = sys.argv
+    _, mode, data, output, *rest = sys.argv
+    if mode == "memory":
+        print(train_a_little(Path(data), Path(output), *(word == "true" for word in rest)))
     if mode == "epochs":
         trainer = trainer_of(Path(data), Path(output), dataloader_num_workers=2)
         loader = trainer.get_train_dataloader()
