@@ -26,7 +26,7 @@ from ..defaults import default_filter_seen_items, default_max_length
 from ..files import folder_beside
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .histories import HISTORIES_FILE, PREPARATION_FILE
-from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, open_log, read_titles
+from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
 from .splits import (
@@ -319,7 +319,7 @@ def _filtered(log: Log, columns: list[str], where: str) -> ir.Table:
         parsed = sqlglot.parse_one(f"SELECT * FROM log WHERE {where}", dialect="duckdb")
         named = [column.name for column in parsed.find_all(sqlglot.exp.Column)]
     except sqlglot.errors.SqlglotError as error:
-        raise ValueError(f'--where must be a condition in SQL, such as "price > 0"; got {where!r}: {error}') from error
+        raise ValueError(f'--where must be a condition in SQL, such as "price > 0"; got {where!r}') from error
     if not parsed.args.get("where") or any(value for key, value in parsed.args.items() if key not in SELECT_WHERE):
         raise ValueError(f"--where must be a condition alone, without further clauses; got {where!r}")
     for name in named:
@@ -332,7 +332,10 @@ def _filtered(log: Log, columns: list[str], where: str) -> ir.Table:
     typed = table.mutate(**kept)
     if log.is_text:
         typed = with_types(typed, list(dict.fromkeys(used)))
-    found = select_where(typed, list(kept), where)
+    try:
+        found = select_where(typed, list(kept), where)
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"--where {where!r} cannot be computed: {first_lines(error)}") from error
     return found.select(**{name: found[new] for new, name in zip(kept, table.columns, strict=True)})
 
 
