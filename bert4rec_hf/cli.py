@@ -598,7 +598,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .convert.recbole import convert_from_recbole, convert_to_recbole, read_items
+    from .convert.recbole import convert_from_recbole, convert_to_recbole
 
     if options.to == "recbole":
         convert_to_recbole(rest.checkpoint, options.output)
@@ -606,13 +606,12 @@ def convert(arguments: Sequence[str]) -> None:
         return
     if options.items is None:
         parser.error("the following arguments are required: --items, since a checkpoint has no raw item ids")
-    titles = None
-    if options.item_titles is not None:
-        from .data.logs import read_titles
-
-        titles = read_titles(options.item_titles, "item_id", read_items(options.items))
     model = convert_from_recbole(
-        rest.checkpoint, options.items, options.output, drop_oldest_item=options.drop_oldest_item, titles=titles
+        rest.checkpoint,
+        options.items,
+        options.output,
+        drop_oldest_item=options.drop_oldest_item,
+        titles=options.item_titles,
     )
     print(f"wrote {options.output}: {model.config.vocab_size - 3:,} items, {model.num_parameters():,} parameters")
     print(f"next: bert4rec recommend {options.output} ITEM_ID ITEM_ID …")

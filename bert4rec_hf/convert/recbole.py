@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data.logs import LIBRARY_ERRORS, SOURCE_ROW, open_log, read_titles
 from ..files import files_beside, folder_beside
 from ..hub.load import load_model
 from ..hub.model_card import write_model_card
@@ -41,7 +42,7 @@ def convert_from_recbole(
     output: str | os.PathLike,
     *,
     drop_oldest_item: bool = True,
-    titles: Mapping[Any, str] | None = None,
+    titles: Mapping[Any, str] | str | os.PathLike | None = None,
 ) -> Bert4RecForMaskedItemPrediction:
     """Convert a checkpoint of RecBole 1.0 to 1.2 or hopwise to a model folder. The scores stay the same.
 
@@ -56,7 +57,7 @@ def convert_from_recbole(
         drop_oldest_item: Whether the oldest item of a history is dropped before the [MASK] is appended, even if there
             is room, as in RecBole 1.2 and hopwise. False: the scores of histories shorter than the window differ from
             theirs. Has no effect on checkpoints of the older layout without a prediction head, which never drops it.
-        titles: Titles by raw item id.
+        titles: Titles by raw item id, or a file of them with the columns item_id and title.
 
     Returns:
         The model, in evaluation mode.
@@ -75,13 +76,18 @@ def convert_from_recbole(
             f"{checkpoint} was trained with {', '.join(filters)}, which change the order of the internal ids: {items} "
             "does not have that order; give RecBole's saved dataset (save_dataset: True)"
         )
-    raw_ids = read_items(items, str(settings.get("ITEM_ID_FIELD") or "item_id"))
+    separator = settings.get("field_separator")
+    raw_ids = read_items(
+        items, str(settings.get("ITEM_ID_FIELD") or "item_id"), None if separator is None else str(separator)
+    )
     num_items = state[ITEMS].shape[0] - 2  # without [PAD] and [MASK]
     if len(raw_ids) != num_items:
         raise ValueError(
             f"{checkpoint} has {num_items:,} items, {_name(items)} has {len(raw_ids):,}: give the items of the "
             "training log after its filters, for example RecBole's saved dataset (save_dataset: True)"
         )
+    if isinstance(titles, str | os.PathLike):
+        titles = read_titles(Path(titles), "item_id", raw_ids)
     num_positions = state[POSITIONS].shape[0]
     tokenizer = Bert4RecTokenizer.from_items(
         raw_ids,
@@ -214,12 +220,15 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
     return state, settings
 
 
-def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "item_id") -> list[str]:
+def read_items(
+    items: str | os.PathLike | Sequence[str], item_column: str = "item_id", delimiter: str | None = None
+) -> list[str]:
     """Read raw item ids in the order of RecBole's internal ids, starting with that of id 1.
 
     Args:
         items: A sequence or a file, as `convert_from_recbole` describes it; or a file that `convert_to_recbole` wrote.
         item_column: Column of the item ids in an atomic file.
+        delimiter: Field separator of an atomic file. None: found in the header.
 
     Raises:
         ValueError: If the file has no item ids that can be read.
@@ -243,7 +252,7 @@ def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "ite
     else:
         try:
             if Path(items).suffix == ".inter":
-                raw_ids = _items_of_atomic_file(Path(items), item_column)
+                raw_ids = _items_of_atomic_file(Path(items), item_column, delimiter)
             elif Path(items).suffix == ".json":
                 raw_ids = json.loads(Path(items).read_text("utf-8-sig"))
             else:
@@ -255,18 +264,16 @@ def read_items(items: str | os.PathLike | Sequence[str], item_column: str = "ite
     return raw_ids[1:] if raw_ids[:1] == ["[PAD]"] else raw_ids
 
 
-def _items_of_atomic_file(path: Path, item_column: str) -> list[str]:
+def _items_of_atomic_file(path: Path, item_column: str, delimiter: str | None) -> list[str]:
     """The item ids in the order of their first appearance, which is the order of RecBole's internal ids."""
-    with path.open(encoding="utf-8-sig") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        names = [name.partition(":")[0] for name in header]
-        if item_column not in names:
-            raise ValueError(f"{path} has no column {item_column}:token; its header is {' '.join(header)!r}")
-        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
-        short = next((number for number, row in enumerate(rows, start=2) if len(row) < len(header)), None)
-        if short is not None:
-            raise ValueError(f"line {short} of {path} has fewer columns than its header")
-        return list(dict.fromkeys(row[names.index(item_column)] for row in rows))
+    log = open_log(path, delimiter=delimiter)
+    if item_column not in log.columns:
+        raise ValueError(f"{path} has no column {item_column}:token; its columns are {', '.join(log.columns)}")
+    try:
+        rows = log.table([item_column]).order_by(SOURCE_ROW).to_pyarrow()
+    except LIBRARY_ERRORS as error:
+        raise log.error(error) from error
+    return [item for item in dict.fromkeys(rows[item_column].to_pylist()) if item is not None]
 
 
 def _name(items: Any) -> str:

@@ -203,19 +203,34 @@ def _interval(value: Any) -> tuple[str, float, float] | None:
         return None
 
 
-def _least_number(option: str) -> Callable[[Any], dict[str, Any] | str]:
+def _numbers(minimum: str, maximum: str | None = None) -> Callable[[Any], dict[str, Any] | str]:
+    """The rule for an interval of numbers of events, as options of `prepare`."""
+
     def rule(value: Any) -> dict[str, Any] | str:
         if value is None:
             return {}
         interval = _interval(value)
         if interval is None or not math.isfinite(interval[1]):
-            return f"{value} is no interval with a lower limit; see bert4rec prepare {option}"
+            return f"{value} is no interval with a lower limit; see bert4rec prepare {minimum}"
         bracket, low, high = interval
         least = math.ceil(low) if bracket == "[" else math.floor(low) + 1
-        remark = {"#": f"prepare has no upper limit of {high:g}"} if math.isfinite(high) else {}
-        return ({option: least} if least > 1 else {}) | remark
+        options: dict[str, Any] = {minimum: least} if least > 1 else {}
+        if math.isfinite(high) and maximum:
+            most = math.floor(high) if str(value).strip().endswith("]") else math.ceil(high) - 1
+            options |= {maximum: most, "#": f"{maximum} is applied once, before the other filters"}
+        elif math.isfinite(high):
+            options["#"] = f"prepare has no upper limit of {high:g}"
+        return options
 
     return rule
+
+
+def _delimiter(value: Any) -> dict[str, Any] | str:
+    if value in (None, "\t"):  # as prepare finds in the header
+        return {}
+    if not 1 <= len(str(value).encode()) <= 4:
+        return f"prepare takes delimiters of one to four bytes, not {value!r}"
+    return {"--delimiter": str(value)}
 
 
 def _min_rating(value: Any) -> dict[str, Any] | str:
@@ -230,7 +245,7 @@ def _min_rating(value: Any) -> dict[str, Any] | str:
             "prepare filters one column by a lower limit (--rating_column, --min_rating); filter the log yourself for "
             f"{value}"
         )
-    return {"--rating_column": f"{field}:float", "--min_rating": f"{ends[1]:g}"}
+    return {"--rating_column": str(field), "--min_rating": f"{ends[1]:g}"}
 
 
 def _split(value: Any) -> dict[str, Any] | str:
@@ -286,11 +301,17 @@ RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
     "model": _model,
     "dataset": lambda value: {},
     "data_path": lambda value: {},
-    "USER_ID_FIELD": lambda value: {"--user_column": f"{value}:token"},
-    "ITEM_ID_FIELD": lambda value: {"--item_column": f"{value}:token"},
-    "TIME_FIELD": lambda value: {"--time_column": f"{value}:float"},
-    "user_inter_num_interval": _least_number("--min_user_events"),
-    "item_inter_num_interval": _least_number("--min_item_events"),
+    "USER_ID_FIELD": lambda value: {"--user_column": str(value)},
+    "ITEM_ID_FIELD": lambda value: {"--item_column": str(value)},
+    "TIME_FIELD": lambda value: {"--time_column": str(value)},
+    "field_separator": _delimiter,
+    "user_inter_num_interval": _numbers("--min_user_events", "--max_user_events"),
+    "item_inter_num_interval": _numbers("--min_item_events"),
+    # The spellings of RecBole before 1.0.
+    "min_user_inter_num": lambda value: _numbers("--min_user_events")(f"[{value or 0},inf)"),
+    "min_item_inter_num": lambda value: _numbers("--min_item_events")(f"[{value or 0},inf)"),
+    "max_user_inter_num": lambda value: _numbers("--min_user_events", "--max_user_events")(f"[0,{value or 'inf'}]"),
+    "max_item_inter_num": lambda value: _numbers("--min_item_events")(f"[0,{value or 'inf'}]"),
     "val_interval": _min_rating,
     "rm_dup_inter": lambda value: (
         {"--duplicates": "drop"} if value == "first" else {} if value is None else "--duplicates drop keeps the first"
@@ -310,7 +331,7 @@ RECIPE: dict[str, str | Callable[[Any], dict[str, Any] | str]] = {
     **_left_out("settings of RecBole's logs", "state progress_bar_rich config_file"),
     **_left_out("the data collator masks items and draws negatives", "transform train_neg_sample_args MASK_ITEM_SEQ "
                 "POS_ITEMS NEG_ITEMS MASK_INDEX"),
-    **_left_out("prepare detects the separators", "field_separator seq_separator"),
+    **_left_out("BERT4Rec reads no columns of sequences", "seq_separator"),
     **_left_out("prepare reads the columns that its options name, such as --event_columns", "load_col unload_col "
                 "unused_col additional_feat_suffix"),
     **_left_out("--rating_column is the column that val_interval names", "RATING_FIELD"),

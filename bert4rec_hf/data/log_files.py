@@ -3,6 +3,7 @@
 import bz2
 import glob
 import gzip
+import io
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ REFUSED = {
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as CSV",
     b"\x04\x22\x4d\x18": "compressed with lz4: recompress it with gzip, zstd or bzip2",
     b"\xfd7zXZ\x00": "compressed with xz: recompress it with gzip, zstd or bzip2",
-    b"ORC": "ORC: convert it to Parquet",
+    b"ORC\n": "ORC: convert it to Parquet",
     b"Obj\x01": "Avro: convert it to Parquet",
     b"\xff\xfe": "UTF-16: convert it to UTF-8",
     b"\xfe\xff": "UTF-16: convert it to UTF-8",
@@ -123,7 +124,7 @@ def _remote(url: str, folder: str) -> list[tuple[str, str, str]]:
         names = [urllib.parse.unquote(os.path.relpath(found.partition("?")[0], base)) for found in paths]
         chosen = [pair for pair in zip(paths, names, strict=True) if not _is_hidden(pair[1])]
         for found, name in chosen:
-            local = os.path.join(root, name)
+            local = _below(root, name)
             os.makedirs(os.path.dirname(local), exist_ok=True)
             files.get_file(found, local)
     except ImportError as error:
@@ -134,7 +135,12 @@ def _remote(url: str, folder: str) -> list[tuple[str, str, str]]:
         raise ValueError(f"cannot read {url}: {type(error).__name__}: {error}") from error
     if not chosen:
         raise FileNotFoundError(f"no file matches {url}")
-    return [(root, os.path.join(root, name), url if len(chosen) == 1 else f"{url} ({name})") for _, name in chosen]
+    return [(root, _below(root, name), url if len(chosen) == 1 else f"{url} ({name})") for _, name in chosen]
+
+
+def _below(root: str, name: str) -> str:
+    """The path of a name in a folder, which a name such as ../x does not leave."""
+    return root + os.path.normpath(os.sep + name)
 
 
 def _is_hidden(path: str) -> bool:
@@ -175,7 +181,29 @@ def _open_zstd(file: BinaryIO) -> Any:
     return pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")
 
 
-OPENERS: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "zstd": _open_zstd}
+class _BZ2Reader(io.RawIOBase):
+    """The content of all streams of a bzip2 file. `bz2.open` takes a damaged later stream for the end of the file."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.stream = file, bz2.BZ2Decompressor()
+
+    def read(self, size: int = -1) -> bytes:
+        while True:
+            if self.stream.eof:
+                rest = self.stream.unused_data or self.file.read(CHUNK_SIZE)
+                if not rest:
+                    return b""
+                self.stream = bz2.BZ2Decompressor()
+            else:
+                rest = self.file.read(CHUNK_SIZE) if self.stream.needs_input else b""
+                if not rest and self.stream.needs_input:
+                    raise EOFError("the file ends early")
+            content = self.stream.decompress(rest, CHUNK_SIZE)
+            if content:
+                return content
+
+
+OPENERS: dict[str, Any] = {"gzip": gzip.open, "bz2": _BZ2Reader, "zstd": _open_zstd}
 
 
 def is_parquet(path: str) -> bool:

@@ -32,6 +32,7 @@ SOURCE_ROW = "__source_row__"  # column that `Log.table` adds: the number of the
 DELIMITERS = (",", "\t", ";", "|")
 # Column names of RecBole's atomic files name the type as well, as in item_id:token.
 ATOMIC_NAME = re.compile(r"(.+):(token|token_seq|float|float_seq)")
+MESSAGE_LENGTH = 500  # of a library's message, which may quote a row
 ROWS_AT_ONCE = 100_000
 FILE = "__file__"  # column of the file that a row is from, while partitions are read
 LIBRARY_ERRORS = (duckdb.Error, pa.ArrowException, OSError, UnicodeDecodeError)
@@ -463,10 +464,12 @@ def _csv_header(path: str, spelled: str, delimiter: str | None) -> tuple[str, li
             f"the first line of {spelled} is blank; expected a CSV header such as user_id,item_id,timestamp"
         )
     try:
-        headers = {mark: next(csv.reader([text], delimiter=mark[0])) for mark in DELIMITERS}
+        headers = {mark: next(csv.reader([text], delimiter=mark, skipinitialspace=True)) for mark in DELIMITERS}
     except csv.Error as error:
         raise ValueError(f"the first line of {spelled} is no CSV header: {error}") from error
     if delimiter is not None:
+        if set(delimiter) & set("\"\r\n"):
+            raise ValueError(f"a delimiter has no quotes and no line ends; got {delimiter!r}")
         names = next(csv.reader([text.replace(delimiter, "\x1f")], delimiter="\x1f"))
     else:
         delimiter = max(headers, key=lambda mark: len(headers[mark]))
@@ -506,8 +509,11 @@ def _json(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
                     f"column {column!r} of {files.source} has values of the type {', '.join(sorted(odd))}; expected "
                     "text or numbers"
                 )
-            is_float = "DOUBLE" in kind and "VARCHAR" not in kind
-            value = f"json_extract_string(json, {pointer})" + ("::DOUBLE" if is_float else "")
+            value = f"json_extract_string(json, {pointer})"
+            if "DOUBLE" in kind and "VARCHAR" not in kind:  # DuckDB calls whole numbers of many digits so, too
+                is_float = f"bool_or(regexp_matches({value}, '[^0-9-]'))"
+                if connection.con.execute(f"SELECT {is_float} FROM {rows}").fetchone()[0]:
+                    value += "::DOUBLE"
             chosen.append(f'{value} AS "{column.replace(chr(34), chr(34) * 2)}"')
         view = ibis.util.gen_name("json")
         chosen.append(f"row_number() OVER () - 1 AS {SOURCE_ROW}")
@@ -595,12 +601,12 @@ def damaged(files: LogFiles, kind: str, error: Exception) -> ValueError:
     text = first_lines(error)
     for path, spelled in files.spelled.items():
         text = text.replace(path, spelled)
-    text = text.replace(
-        "The CSV Parser state machine reached an invalid state. This can happen when is not possible to parse your CSV "
-        "File with the given options, or the CSV File is not RFC 4180 compliant",
-        "its line ends are mixed or a quote is not closed; expected one kind of line end, and fields in which quotes "
-        "are doubled",
-    )
+    # Without DuckDB's advice on its own options.
+    text = re.split(r"(?<=\S) *(?:Possible [Ff]ix|Possible [Ss]olution|LINE \d+:)", text)[0]
+    if "state machine reached an invalid state" in text:
+        text = "its line ends are mixed or a quote is not closed; expected one kind of line end, and quotes doubled"
+    if len(text) > MESSAGE_LENGTH:
+        text = f"{text[: MESSAGE_LENGTH // 2]} … {text[-MESSAGE_LENGTH // 2 :]}"
     named = [spelled for spelled in files.spelled.values() if spelled in text]
     where = named[0] if named else files.source
     return ValueError(f"cannot read {where} as {kind}: {text}")
@@ -612,8 +618,8 @@ def read_titles(
     """Read the titles of the catalogue's items.
 
     Args:
-        item_titles: Titles by raw item id; or a CSV or Parquet file with `item_column` and a column title. None: no
-            titles.
+        item_titles: Titles by raw item id; or a file that `read_log` takes, with `item_column` and a column title (CSV,
+            JSON lines, Parquet, or RecBole's .item). None: no titles.
         item_column: Column of the item ids.
         catalogue: Raw item ids.
 
@@ -629,25 +635,38 @@ def read_titles(
     if isinstance(item_titles, Mapping):
         titles = {str(item): title for item, title in item_titles.items()}
     else:
-        table = read_log(item_titles)
+        log = open_log(item_titles)
         for column in (item_column, "title"):
-            if column not in table.columns:
+            if column not in log.columns:
                 raise ValueError(
                     f"{item_titles} has no column {column!r}; expected {item_column} and title, "
-                    f"got {', '.join(name for name in table.columns if name != SOURCE_ROW)}"
+                    f"got {', '.join(log.columns)}"
                 )
-        table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string")).to_pyarrow()
+        table = log.table((item_column, "title"))
+        if table[item_column].type().is_floating():
+            raise ValueError(
+                f"ids must be text or whole numbers; column {item_column!r} of {item_titles} is "
+                f"{table[item_column].type()}: convert it first"
+            )
+        try:
+            table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string"))
+            table = table.to_pyarrow()
+        except LIBRARY_ERRORS as error:
+            raise log.error(error) from error
         pairs = set(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
         titles = dict(sorted(pairs, key=lambda pair: pair[1] or ""))
         if len(pairs) > len(titles):
             logger.warning("%s has several titles for some items, %d more than it needs: the last in alphabetical "
                            "order is used", item_titles, len(pairs) - len(titles))  # fmt: skip
     # Data frames represent a missing title as NaN.
-    found = {item: titles[item] for item in catalogue if isinstance(titles.get(item), str) and titles[item]}
+    given = {item: title for item, title in titles.items() if isinstance(title, str) and title}
+    if not given:
+        raise ValueError(f"all {len(titles)} titles are empty; expected text in the column title")
+    found = {item: given[item] for item in catalogue if item in given}
     if not found:
         raise ValueError(
-            f"none of the {len(titles)} titles belongs to an item of the catalogue: the ids of the catalogue look like "
-            f"{', '.join(map(repr, catalogue[:3]))}, those of the titles like {', '.join(map(repr, list(titles)[:3]))}"
+            f"none of the {len(given)} titles belongs to an item of the catalogue: the ids of the catalogue look like "
+            f"{', '.join(map(repr, catalogue[:3]))}, those of the titles like {', '.join(map(repr, list(given)[:3]))}"
         )
     if len(found) < len(catalogue):
         logger.warning("%d of %d items have no title", len(catalogue) - len(found), len(catalogue))

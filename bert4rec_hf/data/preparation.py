@@ -390,7 +390,10 @@ def _filtered(log: Log, columns: list[str], where: str) -> ir.Table:
     typed = table.mutate(**kept)
     if log.is_text:
         typed = with_types(typed, list(dict.fromkeys(used)))
-    found = select_where(typed, list(kept), where)
+    try:
+        found = select_where(typed, list(kept), where)
+    except LIBRARY_ERRORS as error:
+        raise ValueError(f"--where {where!r} cannot be computed: {first_lines(error)}") from error
     return found.select(**{name: found[new] for new, name in zip(kept, table.columns, strict=True)})
 
 

@@ -11,6 +11,9 @@ from .logs import SOURCE_ROW
 INTEGER = r"^\s*[+-]?[0-9]+(\.0*)?\s*$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)\s*$"
 FLOAT = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+\s*$"
+# What becomes a number without a loss: no leading zeros, no more digits than int64 has.
+WHOLE = r"^(0|-?[1-9][0-9]{0,17})$"
+NUMBER = r"^[+-]?((0|[1-9][0-9]{0,17})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 DATE = r"[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}"
 CLOCK = r"[ Tt]\s*[0-9]{1,2}:[0-9]{2}"
 DATE_AND_TIME = rf"^\s*({DATE}({CLOCK}(:[0-9]{{2}})?)?)"
@@ -104,15 +107,18 @@ def as_number(log: ir.Table, column: str, option: str) -> ir.Column:
 
 
 def with_types(log: ir.Table, columns: list[str]) -> ir.Table:
-    """Turn text columns whose values are all numbers into numbers, as for conditions and for columns to copy."""
+    """Turn text columns whose values are all numbers into numbers, as for conditions and for columns to copy.
+
+    Columns with leading zeros (007) or with more than 18 digits before the point stay text, which spells them exactly.
+    """
     texts = [column for column in columns if log[column].type().is_string()]
     if not texts:
         return log
     found = {}
     for number, column in enumerate(texts):
         values = log[column].strip()
-        found[f"whole_{number}"] = (values.re_search(r"^[+-]?[0-9]{1,18}$") | (values == "")).all()
-        found[f"number_{number}"] = (values.re_search(DECIMAL) | values.re_search(FLOAT) | (values == "")).all()
+        found[f"whole_{number}"] = (values.re_search(WHOLE) | (values == "")).all()
+        found[f"number_{number}"] = (values.re_search(NUMBER) | (values == "")).all()
         found[f"any_{number}"] = (values != "").any()
     row = log.aggregate(**found).to_pyarrow().to_pylist()[0]
     typed = {}

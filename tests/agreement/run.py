@@ -195,7 +195,7 @@ def compare_with_recbole(environments: Path, folder: Path) -> bool:
         file.write_text("user_id:token\titem_id:token\ttimestamp:float\n" + body)
         return file
 
-    columns = {"user_column": "user_id:token", "item_column": "item_id:token", "time_column": "timestamp:float"}
+    columns = {"user_column": "user_id", "item_column": "item_id", "time_column": "timestamp"}
     files = {"raw": write("raw", times), "rounded": write("rounded", rounded), "exact": write("exact", exact)}
     ours = {name: our_split(file, **columns) for name, file in files.items()}
     theirs = {name: ask(environments, "recbole", "split", files[name]) for name in ("raw", "exact")}

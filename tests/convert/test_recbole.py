@@ -304,6 +304,10 @@ def test_items_come_from_a_list_a_file_or_an_atomic_file(tmp_path):
     for name in ("ids.txt", "ids.json", "log.inter"):
         assert read_items(tmp_path / name) == ["b", "a"], name
     assert read_items(["[PAD]", "b", "a"]) == ["b", "a"]
+    for separator in (" ", ",", ";", "::", "\x01", "||||", "é"):
+        lines = (["user_id:token", "item_id:token"], ["1", "b"], ["1", "a"], ["2", "b"])
+        (tmp_path / "other.inter").write_text("".join(f"{separator.join(line)}\n" for line in lines), "utf-8")
+        assert read_items(tmp_path / "other.inter", delimiter=separator) == ["b", "a"], separator
     (tmp_path / "log.inter").write_text("user_id:token\tmovie_id:token\n1\tb\n1\ta\n")
     assert read_items(tmp_path / "log.inter", "movie_id") == ["b", "a"]
     with pytest.raises(ValueError, match="has no column item_id:token"):
@@ -362,7 +366,7 @@ def test_an_atomic_file_does_not_tell_the_order_of_a_log_that_was_filtered_or_in
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("short.inter", b"user_id:token\titem_id:token\n1\ta\n1\n", "line 3 of .* has fewer columns than its header"),
+        ("short.inter", b"user_id:token\titem_id:token\n1\ta\n1\n", "short.inter as CSV: .*Line: 3"),
         ("latin.txt", b"caf\xe9\n", "cannot read .*latin.txt"),
         ("broken.json", b"[", "cannot read .*broken.json"),
         ("mapping.json", b"{}", "must hold a list of item ids; got dict"),

@@ -182,12 +182,12 @@ def test_recboles_defaults_become_its_architecture_and_training(tmp_path, capsys
     recipe, comments = converted(path, capsys)
     assert recipe == RECBOLE_RECIPE
     assert (
-        "bert4rec prepare LOG.inter --output DATA --user_column user_id:token --item_column item_id:token "
-        "--time_column timestamp:float --split leave-one-out\n"
+        "bert4rec prepare LOG.inter --output DATA --user_column user_id --item_column item_id "
+        "--time_column timestamp --split leave-one-out\n"
     ) in comments
     assert "train_batch_size: a row is a user" in comments
     assert "MRR is of the whole ranking" in comments
-    for key in ("gpu_id", "metrics", "transform", "train_neg_sample_args", "field_separator"):
+    for key in ("gpu_id", "metrics", "transform", "train_neg_sample_args"):
         assert re.search(rf"#   [\w, ]*\b{key}\b[\w, ]*: \w", comments), key
     assert "unknown" not in comments
     assert "not in the file" not in comments
@@ -223,8 +223,8 @@ def test_a_recipe_with_bpr_trains_from_the_log_that_its_comment_prepares(tmp_pat
     text = (tmp_path / "recipe.yaml").read_text()
     (command,) = re.findall(r"# First prepare the log: bert4rec (.*)", text)
     assert command == (
-        "prepare logs/tiny/tiny.inter --output DATA --user_column who:token --item_column what:token --time_column "
-        "when:float --min_user_events 2 --rating_column rating:float --min_rating 2 --duplicates drop"
+        "prepare logs/tiny/tiny.inter --output DATA --user_column who --item_column what --time_column "
+        "when --min_user_events 2 --rating_column rating --min_rating 2 --duplicates drop"
     )
     assert main(command.split()) == 0
     assert "8 users, 6 items" in capsys.readouterr().out
@@ -288,6 +288,14 @@ def test_a_recipe_of_recboles_defaults_is_taken_as_it_is(tmp_path):
         ("log_wandb: True", {"report_to": "wandb"}, ""),
         ("item_inter_num_interval: '[5,100]'", {}, "--min_item_events 5\n"),
         ("item_inter_num_interval: '[5,100]'", {}, "prepare has no upper limit of 100"),
+        ("user_inter_num_interval: '[5,100)'", {}, "--min_user_events 5 --max_user_events 99\n"),
+        ("user_inter_num_interval: '[5,inf)'", {}, "--min_user_events 5\n"),
+        ("min_user_inter_num: 5\nmin_item_inter_num: 3", {}, "--min_user_events 5 --min_item_events 3\n"),
+        ("max_user_inter_num: 50\nmin_user_inter_num: ~", {}, "--max_user_events 50\n"),
+        ("max_item_inter_num: 50", {}, "prepare has no upper limit of 50"),
+        ("field_separator: '::'", {}, "--delimiter ::\n"),
+        ("field_separator: ' '", {}, "--delimiter ' '\n"),
+        ("field_separator: '<---->'", {}, "prepare takes delimiters of one to four bytes, not '<---->'"),
         ("item_inter_num_interval: '[1,2];[4,inf)'", {}, "is no interval with a lower limit"),
         ("val_interval: {rating: '(3,inf)'}", {}, "val_interval: prepare filters one column by a lower limit"),
         ("val_interval: {category: [a, b]}", {}, "val_interval: prepare filters one column by a lower limit"),

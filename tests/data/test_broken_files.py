@@ -83,7 +83,7 @@ def test_broken_files_are_prepared_or_refused_by_name_and_nothing_is_left_behind
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     chance = random.Random(0)
     contents = _contents(tmp_path)
-    names = {item for _, item, _ in ROWS}
+    names = [item for _, item, _ in ROWS]
     prepared, refused = 0, 0
     for number in range(NUM_BROKEN):
         kind = list(contents)[number % len(contents)]
@@ -103,9 +103,10 @@ def test_broken_files_are_prepared_or_refused_by_name_and_nothing_is_left_behind
             assert len(rows) <= len(ROWS) and len(items) <= 2 * len(ROWS), (number, kind)
             assert all(items) and all(row["user_id"] for row in rows), (number, kind)
             if kind.endswith((".gz", ".bz2")):  # they have checksums
-                assert content == contents[kind] or set(items) <= names, (number, kind)
+                assert sorted(items) == names, (number, kind)
+            del table
         path.unlink()
-    assert prepared > 50 and refused > 200
+    assert prepared > 30 and refused > 300
     gc.collect()
     assert list(temporary.iterdir()) == []
 

@@ -1,5 +1,14 @@
 """Reading logs: formats, ids, columns, times, and errors."""
 
+import bz2
+import functools
+import gzip
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
 from datetime import datetime
 from decimal import Decimal
 
@@ -9,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from hub_server import HubServer, Repository
 from logs_on_disk import HEADER, TEMPORAL, items_of, rows_of, write_csv
 
 import bert4rec_hf.data.preparation
@@ -156,8 +166,6 @@ def test_other_separators_byte_order_mark_and_gzip_are_read(tmp_path):
     path = tmp_path / "log.tsv"
     path.write_text(rows, "utf-8-sig")
     assert items_of(path) == {"01": ["x, y"], "2": ["z"]}
-    import gzip
-
     packed = tmp_path / "log.csv.gz"
     packed.write_bytes(gzip.compress(rows.replace(", ", " ").replace("\t", ";").encode()))
     assert items_of(packed) == {"01": ["x y"], "2": ["z"]}
@@ -385,3 +393,192 @@ def test_of_several_titles_of_an_item_one_is_taken_whatever_the_order_and_it_is_
     same = write_csv(tmp_path / "same.csv", [("x", "A"), ("x", "A")], header=("item_id", "title"))
     assert read_titles(same, "item_id", ["x"]) == {"x": "A"}
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "item"])
+def test_titles_come_from_every_format_and_their_header_may_have_blanks(tmp_path, kind):
+    path = tmp_path / f"titles.{kind}"
+    rows = [{"item_id": "0x10", "title": "Ten, \"A\""}, {"item_id": "16", "title": None}, {"item_id": "-0", "title": "é"}]
+    if kind == "csv":
+        path.write_text('item_id , title\n0x10,"Ten, ""A"""\n16,\n-0,é\n', "utf-8")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "item":
+        path.write_text('item_id:token\ttitle:token_seq\n0x10\t"Ten, ""A"""\n16\t\n-0\té\n', "utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    assert read_titles(path, "item_id", ["0x10", "16", "-0", "0"]) == {"0x10": 'Ten, "A"', "-0": "é"}
+
+
+def test_titles_that_are_all_empty_are_said_to_be_empty(tmp_path):
+    titles = write_csv(tmp_path / "titles.csv", [("1", None), ("2", "")], ("item_id", "title"))
+    for given in (titles, {"1": None, "2": float("nan")}):
+        with pytest.raises(ValueError, match="all 2 titles are empty"):
+            read_titles(given, "item_id", ["1", "2"])
+
+
+def test_ids_of_titles_that_are_fractions_are_refused(tmp_path):
+    pq.write_table(pa.table({"item_id": [1.0, None], "title": ["a", "b"]}), tmp_path / "titles.parquet")
+    with pytest.raises(ValueError, match=r"column 'item_id' of .*titles.parquet is float64"):
+        read_titles(tmp_path / "titles.parquet", "item_id", ["1"])
+
+
+HEADERS = ["user_id, item_id, timestamp", "user_id ,item_id , timestamp ", "user_id,\u00a0item_id,timestamp\u00a0",
+           'user_id, "item_id","timestamp"', "\ufeffuser_id\t,item_id,timestamp"]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_ids_below_a_header_with_blanks_are_spelled_exactly(tmp_path, header):
+    path = tmp_path / "log.csv"
+    path.write_text(header + "\n" + "".join(f"u{i % 2},{item},{i}\n" for i, item in enumerate(["0x10", "16", "-0", "0"])))
+    assert items_of(path) == {"u0": ["0x10", "-0"], "u1": ["16", "0"]}
+
+
+@pytest.mark.parametrize("line", ["# exported on 2024-01-31", "sep=,", "Events of January", "2024,,"])
+def test_a_line_before_the_header_is_shown(tmp_path, line):
+    path = tmp_path / "log.csv"
+    path.write_text(f"{line}\nuser_id,item_id,timestamp\na,0x10,1\nb,16,2\n")
+    with pytest.raises(ValueError, match=f"no column 'user_id'.*first line.* are {line[:4]}"):
+        items_of(path)
+
+
+ROWS = b"user_id,item_id,timestamp\n" + b"".join(b"u%d,item-%d,%d\n" % (i % 5, i, i) for i in range(500))
+
+
+def _flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+def _zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("gzip", _flipped(gzip.compress(ROWS), len(gzip.compress(ROWS)) // 2)),
+        ("gzip", _flipped(gzip.compress(ROWS), -8)),  # the CRC
+        ("gzip", _flipped(gzip.compress(ROWS), -1)),  # the length
+        ("gzip", gzip.compress(ROWS)[:-9]),
+        ("gzip", gzip.compress(ROWS)[:-4]),
+        ("gzip", _flipped(gzip.compress(ROWS) * 2, len(gzip.compress(ROWS)))),
+        ("gzip", gzip.compress(ROWS) + b"user_id"),
+        ("bz2", _flipped(bz2.compress(ROWS), len(bz2.compress(ROWS)) // 2)),
+        ("bz2", _flipped(bz2.compress(ROWS) * 2, len(bz2.compress(ROWS)))),
+        ("bz2", bz2.compress(ROWS)[:-5]),
+        ("zstd", _zstd(ROWS)[:-5]),
+        ("zstd", _flipped(_zstd(ROWS) * 2, len(_zstd(ROWS)))),
+    ],
+)
+def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, kind, content):
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"log.csv is damaged: it cannot be unpacked with {kind} to its end"):
+        read_log(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("user_id,item_id,timestamp\na,x,1\r\nb,y,2\n", "log as CSV: its line ends are mixed"),
+        ("user_id,timestamp,item_id\r\na,1,x\nb,2,y\r\n", "log as CSV: its line ends are mixed"),
+        ('{"user_id": "a", "item_id": "x"', "log as JSON: .*Malformed JSON"),
+        ('{"user_id": "a", "item_id": "x", "timestamp": 1}\n[1]\n', r"log has the value \[1\]; expected objects"),
+        ('{"user_id": "a", "user_id": "b"}', "log has the value .*; expected objects, in which each name is there once"),
+        ('{"user_id": {"a": 1}, "item_id": "x", "timestamp": 1}', "column 'user_id' of .*log has values of the type OBJ"),
+        ('{"user_id": true, "item_id": "x", "timestamp": 1}', "column 'user_id' of .*log has values of the type BOOL"),
+    ],
+)
+def test_the_error_of_a_library_names_the_file(tmp_path, content, message):
+    (tmp_path / "log").write_bytes(content.encode())
+    with pytest.raises(ValueError, match=message):
+        items_of(tmp_path / "log")
+
+
+def test_whole_numbers_in_json_are_ids_of_any_length(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"user_id": {10**40 + i % 2}, "item_id": "0{i}", "timestamp": {i}.5}}\n' for i in range(4)))
+    assert items_of(path) == {str(10**40): ["00", "02"], str(10**40 + 1): ["01", "03"]}
+
+
+def test_event_columns_and_conditions_keep_leading_zeros_and_long_numbers(tmp_path):
+    rows = [("a", "007", 1, "007", "9" * 25, 1.5), ("b", "7", 2, "7", "1", 2), ("c", "8", 3, "8", "2", 3)]
+    log = write_csv(tmp_path / "log.csv", rows, (*HEADER, "zip", "long", "price"))
+    found = rows_of(log, event_columns=["zip", "long", "price"])[0]
+    assert (found["zip"], found["long"], found["price"]) == (["007"], ["9" * 25], [1.5])
+    assert set(items_of(log, where="item_id <> '007'")) == {"b", "c"}
+    assert set(items_of(log, where="price > 1.7")) == {"b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("price +", r"--where must be a condition in SQL, .*got 'price \+'"),
+        ("price > 0 LIMIT 1", "--where must be a condition alone, without further clauses; got 'price > 0 LIMIT 1'"),
+        ("1 = 1; DROP TABLE log", "--where must be a condition"),
+        ("cost > 0", "--where names the column 'cost'; the columns of the log are user_id, "),
+        ("nothing(price) > 0", r"--where 'nothing\(price\) > 0' cannot be computed: "),
+    ],
+)
+def test_a_condition_that_is_none_is_refused(tmp_path, where, message):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1, 2), ("b", "x", 1, 2)], (*HEADER, "price"))
+    with pytest.raises(ValueError, match=message):
+        items_of(log, where=where)
+
+
+@pytest.mark.parametrize("delimiter", ['"', "\n", "\r"])
+def test_a_delimiter_that_no_csv_can_have_is_refused(tmp_path, delimiter):
+    log = write_csv(tmp_path / "log.csv", [("a", "x", 1)])
+    with pytest.raises(ValueError, match="a delimiter has no quotes and no line ends; got"):
+        items_of(log, delimiter=delimiter)
+
+
+def test_files_of_a_web_server_are_read(tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec reads http with aiohttp, which is not installed")
+    write_csv(tmp_path / "log 1.csv", [("a", "007", 2), ("a", "x", 1), ("b", "y", 1)])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert items_of(f"{address}/log%201.csv?version=1") == {"a": ["x", "007"], "b": ["y"]}
+        with pytest.raises(FileNotFoundError, match=f"no such file: {address}/none.csv"):
+            items_of(f"{address}/none.csv")
+        server.shutdown()
+
+
+def test_remote_files_are_found_by_patterns_and_in_folders(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    for day in (1, 2):
+        path = write_csv(tmp_path / "log.csv", [("a", f"i{day}", 1), ("b", f"i{day}", 1)])
+        files.pipe(f"/shop/day={day}/log.csv", path.read_bytes())
+    files.pipe("/shop/_SUCCESS", b"")
+    try:
+        for source in ("memory://shop", "memory://shop/*/log.csv", ["memory://shop/day=1/log.csv", "memory://shop/day=2"]):
+            assert items_of(source) == {"a": ["i1", "i2"], "b": ["i1", "i2"]}
+        assert items_of("memory://shop", time_column="day")["a"] == ["i1", "i2"]
+        with pytest.raises(FileNotFoundError, match="no file matches memory://shop/none-"):
+            read_log("memory://shop/none-*.csv")
+        with pytest.raises(ValueError, match="cannot read nothing://shop: "):
+            read_log("nothing://shop")
+    finally:
+        files.rm("/shop", recursive=True)
+
+
+def test_files_of_the_hub_are_read(monkeypatch, tmp_path):
+    rows = write_csv(tmp_path / "log.csv", [("a", "007", 2), ("a", "x", 1), ("b", "y", 1)]).read_bytes()
+    with HubServer() as hub:
+        hub.repositories["datasets/somebody/log"] = repository = Repository()
+        repository.commit("main", "the log", {"events/log.csv": rows})
+        code = (
+            "from logs_on_disk import items_of\n"
+            "for path in ('events/log.csv', 'events/*.csv', 'events'):\n"
+            "    assert items_of('hf://datasets/somebody/log/' + path) == {'a': ['x', '007'], 'b': ['y']}, path\n"
+        )
+        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                                    "HF_HOME": str(tmp_path / "home")}  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
