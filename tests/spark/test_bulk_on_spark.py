@@ -1,7 +1,4 @@
-"""Recommendations in Spark. The tests need PySpark and Java, and are left out without them."""
-
-import shutil
-import sys
+"""Recommendations on a Spark cluster of two workers are those of the pipeline."""
 
 import pytest
 import torch
@@ -10,21 +7,8 @@ from transformers import pipeline
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 from bert4rec_hf.serving.bulk import recommend_batches
 
-sql = pytest.importorskip("pyspark.sql")
-pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="Spark needs Java")
-
 ITEMS = [str(item) for item in range(10, 60)]
 SCHEMA = "user_id string, item_id string, rank int, score float"
-
-
-@pytest.fixture(scope="module")
-def spark():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYSPARK_PYTHON", sys.executable)
-        options = {"spark.ui.enabled": "false", "spark.sql.execution.arrow.maxRecordsPerBatch": "7"}
-        session = sql.SparkSession.builder.master("local[2]").config(map=options).getOrCreate()
-        yield session
-        session.stop()
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +28,9 @@ def rows():
     ]
 
 
-def test_spark_gives_every_user_the_answer_of_the_pipeline(spark, model):
-    frame = spark.createDataFrame(rows(), "user_id string, item_id array<string>, exclude array<string>")
+def test_spark_gives_every_user_the_answer_of_the_pipeline(session, model):
+    frame = session.createDataFrame(rows(), "user_id string, item_id array<string>, exclude array<string>")
+    session.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "7")  # of 13 or 14 rows of a partition
     found = frame.repartition(3).mapInPandas(recommend_batches(model, top_k=3), SCHEMA).toPandas()
     recommend = pipeline("sequential-recommendation", model=model, device="cpu", top_k=3)
     assert len(found) == 3 * 40
@@ -56,15 +41,15 @@ def test_spark_gives_every_user_the_answer_of_the_pipeline(spark, model):
         assert answer["score"].tolist() == pytest.approx([entry["score"] for entry in expected], abs=1e-5)
 
 
-def test_integer_ids_are_ids_in_spark_too(spark, model):
-    frame = spark.createDataFrame([(2**60 + 1, [10, 11]), (5, [])], "user_id bigint, item_id array<bigint>")
+def test_integer_ids_are_ids_in_spark_too(session, model):
+    frame = session.createDataFrame([(2**60 + 1, [10, 11]), (5, [])], "user_id bigint, item_id array<bigint>")
     schema = SCHEMA.replace("user_id string", "user_id bigint")
     found = frame.mapInPandas(recommend_batches(model, top_k=1), schema).toPandas()
     assert sorted(found.user_id) == [5, 2**60 + 1]
 
 
-def test_an_error_of_a_row_comes_back_from_spark(spark, model):
-    frame = spark.createDataFrame(
+def test_an_error_of_a_row_comes_back_from_spark(session, model):
+    frame = session.createDataFrame(
         [("a", ["10"], ["11"])], "user_id string, item_id array<string>, exclud array<string>"
     )
     with pytest.raises(Exception, match="unknown key 'exclud' beside a history: did you mean exclude"):
