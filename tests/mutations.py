@@ -156,7 +156,7 @@ MUTATIONS = {
          "data/test_data_collator.py::test_random_windows_of_a_long_history_vary_and_are_contiguous"),
     ],
     "data/counting": [
-        ("held-out items are counted", "histories.is_trained()", "histories.item_ids >= FIRST_ITEM_ID",
+        ("held-out items are counted", "counted = sample.is_trained()", "counted = sample.item_ids >= FIRST_ITEM_ID",
          "data/test_counting.py::test_only_the_training_part_counts"),
         ("items of two users are neighbours", "near = (row_of[:-distance] == row_of[distance:]) & (first != second)",
          "near = first != second", "data/test_counting.py::test_items_of_different_users_have_nothing_in_common"),
@@ -168,6 +168,11 @@ MUTATIONS = {
          "data/test_counting.py::test_transitions_are_the_strongest_of_what_followed_an_item"),
         ("all successors in the window have equal weight", "0.5**distance)", "1.0)",
          "data/test_counting.py::test_transitions_are_the_strongest_of_what_followed_an_item"),
+        ("the sample of a stream has more of its first histories", "    drop()\n    return kept[0]",
+         "    return concatenated(kept)",
+         "data/test_streaming.py::test_of_a_large_log_the_same_histories_are_counted_from_disk_as_in_memory"),
+        ("a stream is read again for each count", "if key not in histories.remembered:", "if True:",
+         "data/test_streaming.py::test_a_log_on_disk_is_read_once_for_each_count"),
     ],
     "evaluation/report": [
         ("equally frequent items are put into different groups",
@@ -201,6 +206,8 @@ MUTATIONS = {
         ("the validation item trains", "train_end = has_targets.ifelse(ends[0],",
          "train_end = has_targets.ifelse(ends[1],",
          "data/test_splits.py::test_leave_one_out_orders_by_time_and_holds_out_the_last_two"),
+        ("the first user of a file is in the file before too", "(events.user_id < end)", "(events.user_id <= end)",
+         "data/test_preparation.py::test_a_large_log_becomes_several_files_with_the_same_histories"),
         ("events after the cut train", "train_end = ends[0] if users is None", "train_end = ends[1] if users is None",
          "data/test_splits.py::test_temporal_cuts_freeze_every_history_at_the_cut"),
     ],
@@ -211,6 +218,12 @@ MUTATIONS = {
         ("the target is in the history it is ranked from",
          "[start : start + position]", "[start : start + position + 1]",
          "data/test_rows.py::test_ranking_rows_are_what_serving_gets"),
+        ("a part of streamed histories is read again for each batch", "2 + int(np.searchsorted(",
+         "int(np.searchsorted(",
+         "training/test_streamed_runs.py::"
+         "test_every_epoch_has_every_row_once_in_another_order_and_a_reader_reads_each_of_its_parts_once"),
+        ("users without a target are drawn", "here.target_positions[part] >= 0", "here.target_positions[part] >= -1",
+         "data/test_streaming.py::test_what_is_counted_from_disk_is_what_is_counted_in_memory"),
         ("only the window's items are excluded", "np.unique(past) if", "np.unique(row[:-1]) if",
          "data/test_rows.py::test_ranking_rows_are_what_serving_gets"),
         ("streamed rows are split twice, and some are lost",
@@ -279,7 +292,13 @@ MUTATIONS = {
          "training/test_trainer_contract.py::test_optuna_searches_with_each_trainer[Bert4RecTrainer]"),
     ],
     "training/sampler": [
-        ("every epoch has the same order", "self.epoch = epoch", "self.epoch = 0",
+        ("every epoch of streamed rows has the same order", "(self.seed, self.epoch, *numbers)",
+         "(self.seed, 0, *numbers)",
+         "training/test_streamed_runs.py::"
+         "test_every_epoch_has_every_row_once_in_another_order_and_a_reader_reads_each_of_its_parts_once"),
+        ("the processes of a step get batches of different lengths", "self._random(1, number)", "random",
+         "training/test_streamed_runs.py::test_batches_have_similar_lengths_and_those_of_a_step_too"),
+        ("every epoch has the same order", "(self.seed, self.epoch))", "(self.seed, 0))",
          "training/test_resume.py::test_a_run_resumed_in_mid_epoch_neither_loses_nor_repeats_rows"
          "_and_the_next_epoch_has_another_order"),
         ("the last, short batch is dropped", "*order[whole:].tolist()]", "]",
