@@ -23,9 +23,7 @@ TABLE = pa.table(dict(zip(("user_id", "item_id", "timestamp"), map(list, zip(*RO
 def _contents(folder: Path) -> dict[str, bytes]:
     """A log in each format."""
     csv = "user_id,item_id,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in ROWS)
-    lines = "".join(
-        f'{{"user_id": "{user}", "item_id": "{item}", "timestamp": {time}}}\n' for user, item, time in ROWS
-    )
+    lines = "".join(f'{{"user_id": "{user}", "item_id": "{item}", "timestamp": {time}}}\n' for user, item, time in ROWS)
     contents = {"csv": csv.encode(), "jsonl": lines.encode()}
     for name, options in (("plain", {"compression": "none"}), ("snappy", {"compression": "snappy", "version": "1.0"})):
         pq.write_table(TABLE, folder / name, use_dictionary=name == "plain", row_group_size=25, **options)
@@ -69,7 +67,9 @@ def _broken(content: bytes, kind: str, chance: random.Random) -> bytes:
         case "ragged":
             return content.replace(*chance.choice([(b",u1", b""), (b"\nu2,", b"\nu2,,"), (b",1706702433", b"")]))
         case "type":
-            return content.replace(b"1706702433", chance.choice([b"noon", b"[1]", b"true", b"null", b'{"a": 1}', b"nan"]))
+            return content.replace(
+                b"1706702433", chance.choice([b"noon", b"[1]", b"true", b"null", b'{"a": 1}', b"nan"])
+            )
         case "line ends":
             return content.replace(b"\n", chance.choice([b"\r", b"\r\n", b"\n\n"]), chance.choice([-1, 20]))
         case _:

@@ -424,7 +424,9 @@ def test_a_column_that_is_asked_for_and_there_twice_is_refused(tmp_path, source)
         items_of(log)
 
 
-@pytest.mark.parametrize("source", ["CSV", "JSON lines", "Parquet", "Arrow", "Arrow stream", "pandas", "Polars", "Dataset"])
+@pytest.mark.parametrize(
+    "source", ["CSV", "JSON lines", "Parquet", "Arrow", "Arrow stream", "pandas", "Polars", "Dataset"]
+)
 def test_an_unused_column_in_another_case_does_not_matter(tmp_path, source):
     table = log_of(pa.array([1, 2, 3]), Item_ID=pa.array([9, 9, 9, 9]))
     log = SOURCES[source](tmp_path, table)
