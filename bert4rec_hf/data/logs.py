@@ -468,7 +468,7 @@ def _csv_header(path: str, spelled: str, delimiter: str | None) -> tuple[str, li
     except csv.Error as error:
         raise ValueError(f"the first line of {spelled} is no CSV header: {error}") from error
     if delimiter is not None:
-        if set(delimiter) & set("\"\r\n"):
+        if set(delimiter) & set('"\r\n'):
             raise ValueError(f"a delimiter has no quotes and no line ends; got {delimiter!r}")
         names = next(csv.reader([text.replace(delimiter, "\x1f")], delimiter="\x1f"))
     else:

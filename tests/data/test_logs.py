@@ -398,7 +398,7 @@ def test_of_several_titles_of_an_item_one_is_taken_whatever_the_order_and_it_is_
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "item"])
 def test_titles_come_from_every_format_and_their_header_may_have_blanks(tmp_path, kind):
     path = tmp_path / f"titles.{kind}"
-    rows = [{"item_id": "0x10", "title": "Ten, \"A\""}, {"item_id": "16", "title": None}, {"item_id": "-0", "title": "é"}]
+    rows = [{"item_id": "0x10", "title": 'Ten, "A"'}, {"item_id": "16", "title": None}, {"item_id": "-0", "title": "é"}]
     if kind == "csv":
         path.write_text('item_id , title\n0x10,"Ten, ""A"""\n16,\n-0,é\n', "utf-8")
     elif kind == "jsonl":
@@ -430,7 +430,9 @@ HEADERS = ["user_id, item_id, timestamp", "user_id ,item_id , timestamp ", "user
 @pytest.mark.parametrize("header", HEADERS)
 def test_ids_below_a_header_with_blanks_are_spelled_exactly(tmp_path, header):
     path = tmp_path / "log.csv"
-    path.write_text(header + "\n" + "".join(f"u{i % 2},{item},{i}\n" for i, item in enumerate(["0x10", "16", "-0", "0"])))
+    path.write_text(
+        header + "\n" + "".join(f"u{i % 2},{item},{i}\n" for i, item in enumerate(["0x10", "16", "-0", "0"]))
+    )
     assert items_of(path) == {"u0": ["0x10", "-0"], "u1": ["16", "0"]}
 
 
@@ -486,8 +488,14 @@ def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, kind, content):
         ("user_id,timestamp,item_id\r\na,1,x\nb,2,y\r\n", "log as CSV: its line ends are mixed"),
         ('{"user_id": "a", "item_id": "x"', "log as JSON: .*Malformed JSON"),
         ('{"user_id": "a", "item_id": "x", "timestamp": 1}\n[1]\n', r"log has the value \[1\]; expected objects"),
-        ('{"user_id": "a", "user_id": "b"}', "log has the value .*; expected objects, in which each name is there once"),
-        ('{"user_id": {"a": 1}, "item_id": "x", "timestamp": 1}', "column 'user_id' of .*log has values of the type OBJ"),
+        (
+            '{"user_id": "a", "user_id": "b"}',
+            "log has the value .*; expected objects, in which each name is there once",
+        ),
+        (
+            '{"user_id": {"a": 1}, "item_id": "x", "timestamp": 1}',
+            "column 'user_id' of .*log has values of the type OBJ",
+        ),
         ('{"user_id": true, "item_id": "x", "timestamp": 1}', "column 'user_id' of .*log has values of the type BOOL"),
     ],
 )
@@ -499,7 +507,9 @@ def test_the_error_of_a_library_names_the_file(tmp_path, content, message):
 
 def test_whole_numbers_in_json_are_ids_of_any_length(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text("".join(f'{{"user_id": {10**40 + i % 2}, "item_id": "0{i}", "timestamp": {i}.5}}\n' for i in range(4)))
+    path.write_text(
+        "".join(f'{{"user_id": {10**40 + i % 2}, "item_id": "0{i}", "timestamp": {i}.5}}\n' for i in range(4))
+    )
     assert items_of(path) == {str(10**40): ["00", "02"], str(10**40 + 1): ["01", "03"]}
 
 
@@ -557,7 +567,11 @@ def test_remote_files_are_found_by_patterns_and_in_folders(tmp_path):
         files.pipe(f"/shop/day={day}/log.csv", path.read_bytes())
     files.pipe("/shop/_SUCCESS", b"")
     try:
-        for source in ("memory://shop", "memory://shop/*/log.csv", ["memory://shop/day=1/log.csv", "memory://shop/day=2"]):
+        for source in (
+            "memory://shop",
+            "memory://shop/*/log.csv",
+            ["memory://shop/day=1/log.csv", "memory://shop/day=2"],
+        ):
             assert items_of(source) == {"a": ["i1", "i2"], "b": ["i1", "i2"]}
         assert items_of("memory://shop", time_column="day")["a"] == ["i1", "i2"]
         with pytest.raises(FileNotFoundError, match="no file matches memory://shop/none-"):
@@ -580,5 +594,7 @@ def test_files_of_the_hub_are_read(monkeypatch, tmp_path):
         )
         environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                                     "HF_HOME": str(tmp_path / "home")}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+        )
     assert done.returncode == 0, done.stderr
