@@ -45,6 +45,7 @@ def exported(model: Bert4RecForMaskedItemPrediction, folder: Path) -> dict[str, 
 
         def answer(batch: dict, session: onnxruntime.InferenceSession = session) -> np.ndarray:
             inputs = {key: value.numpy() for key, value in batch.items()}
+            inputs.setdefault("history_ids", inputs["input_ids"])
             inputs["candidate_ids"] = np.zeros((len(batch["input_ids"]), 1), np.int64)
             return session.run(["item_ids"], inputs)[0]
 

@@ -118,9 +118,7 @@ def measure(
 
     def by_index(expansion: int, request: Batch) -> torch.Tensor:
         index.index.expansion_search = expansion
-        scores, item_ids = index.search(encoded(request), TOP_K + request["exclude_ids"].shape[1])
-        excluded = (item_ids.unsqueeze(2) == request["exclude_ids"].unsqueeze(1)).any(dim=2)
-        return item_ids.gather(1, scores.masked_fill(excluded, -torch.inf).topk(TOP_K).indices)
+        return model.recommend(**request, top_k=TOP_K, index=index)[1]
 
     def exactly(request: Batch) -> torch.Tensor:
         return model.recommend(**request, top_k=TOP_K)[1]
