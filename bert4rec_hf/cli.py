@@ -519,6 +519,8 @@ def recommend(arguments: Sequence[str]) -> None:
     number, num_processes, local_number = launched_process()
     if num_processes > 1 and options.histories is None:
         parser.error(f"{num_processes} processes divide the files of --histories; got one history: start one process")
+    if number > 0:
+        logging.getLogger(__package__).setLevel(logging.ERROR)  # the first process warns for all
     lists: dict[str, list[str] | None] = {"exclude": options.exclude, "candidates": options.candidates}
     for name, path in (("exclude", options.exclude_file), ("candidates", options.candidates_file)):
         if path is not None:

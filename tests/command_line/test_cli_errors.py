@@ -228,7 +228,7 @@ def test_a_bad_request_for_recommendations_is_one_line(model, tmp_path, monkeypa
 )
 def test_what_several_processes_cannot_do_is_an_error(model, data, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     arguments = [data / "histories.parquet" if word == "IN" else word for word in arguments]
     assert re.search(message, fail("recommend", model, *arguments))

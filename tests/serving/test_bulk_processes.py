@@ -90,15 +90,24 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_write_the_files_of_one(model, histories, tmp_path, launcher, capsys):
+def test_two_processes_write_the_files_of_one(model, histories, tmp_path, launcher):
     arguments = ["recommend", model, "--top_k", 5, "--batch_size", 4, "--device", "cpu", "--histories", histories]
+    arguments += ["--exclude", "no item", 10, "--candidates", "neither", *ITEMS]
     (tmp_path / "two").mkdir()  # an empty folder is filled, though one process may write before the other looks
     done = launch(launcher, ["-m", "bert4rec_hf"], [*arguments, "--output", tmp_path / "two"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == f"wrote {tmp_path / 'two'}: user_id, item_id, rank and score for 40 histories\n"
     assert main([*map(str, arguments), "--output", str(tmp_path / "one")]) == 0
-    warning = "left out {} items that the catalogue lacks, such as 'unknown'"
-    assert len(re.findall(warning.format(r"\d+"), done.stderr)) == 1
+    given = [
+        item for path in histories.iterdir() for items in pq.read_table(path)["item_id"].to_pylist() for item in items
+    ]
+    num_unknown = given.count("unknown")
+    # One process warns for all.
+    assert re.findall("left out 1 items that .*|the catalogue lacks .*|left out .* 'unknown'", done.stderr) == [
+        "left out 1 items that the catalogue lacks, such as 'neither'",
+        "the catalogue lacks 1 of the 2 excluded items: 'no item'",
+        f"left out {num_unknown} items that the catalogue lacks, such as 'unknown'",
+    ]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     users = pa.concat_tables(map(pq.read_table, sorted((tmp_path / "two").iterdir())))["user_id"].unique()
     assert users.to_pylist() == [f"user {number}" for number in range(40)]
