@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-require-hashe
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions lint notebooks docs release clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres lint notebooks docs release clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -51,6 +51,16 @@ test-agreement: $(VENV)/installed-dev
 # LoRA by PEFT, torchao's quantised weights, Accelerate's offloading.
 test-adapters: $(VENV)/adapters/installed
 	$(VENV)/adapters/bin/python -m pytest tests/adapters
+
+# Preparation and recommendations on a Spark cluster of two workers; needs Java 17, which Debian has.
+test-spark: $(VENV)/databases/installed
+	command -v java || (apt-get update -q && apt-get install -q -y openjdk-17-jre-headless)
+	$(VENV)/databases/bin/python -m pytest tests/spark
+
+# Logs from a PostgreSQL server, which Debian has and the tests start.
+test-postgres: $(VENV)/databases/installed
+	ls /usr/lib/postgresql/*/bin/initdb || (apt-get update -q && apt-get install -q -y postgresql)
+	$(VENV)/databases/bin/python -m pytest tests/postgres
 
 # Mistakes, made one after another in a copy of the package: a test must notice each.
 test-mutations: $(VENV)/installed-dev
@@ -93,6 +103,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/adapters/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV)/adapters)
 	$(VENV)/adapters/bin/python $(INSTALL) -e ".[dev]" torchao
+	touch $@
+
+$(VENV)/databases/installed: pyproject.toml constraints.txt
+	$(call environment,$(VENV)/databases)
+	$(VENV)/databases/bin/python $(INSTALL) -e ".[dev]" pyspark "ibis-framework[postgres]" "psycopg[binary]"
 	touch $@
 
 $(VENV)/docs/installed: pyproject.toml constraints.txt

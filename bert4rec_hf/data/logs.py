@@ -194,9 +194,10 @@ def query(sql: str, database: str) -> Log:
     kind = database.partition(":")[0]
     try:
         connection = ibis.connect(database)
-        if connection.name == "duckdb":
+        if connection.name in ("duckdb", "postgres"):
+            # As of Ibis 12.0, `sql` fails with DuckDB 2.0, and with PostgreSQL and sqlglot 30.
             view = ibis.util.gen_name("bert4rec")
-            connection.raw_sql(f'CREATE TEMP VIEW "{view}" AS {sql}')  # `sql` fails with DuckDB 2.0, as of Ibis 12.0
+            connection.raw_sql(f"CREATE TEMPORARY VIEW {view} AS {sql}")
             return open_log(connection.table(view))
         return open_log(connection.sql(sql))
     except ModuleNotFoundError as error:
@@ -233,7 +234,8 @@ def _of_ibis(table: ir.Table) -> Log:
         # Whole numbers come as text: with some backends Ibis makes them float64 where a value is null.
         whole = {column: kind for column, kind in kinds.items() if kind.is_integer()}
         try:
-            chosen = table.select(columns).mutate(**{column: table[column].cast("string") for column in whole})
+            as_text = [column for column, kind in kinds.items() if kind.is_integer() or kind.is_uuid()]
+            chosen = table.select(columns).mutate(**{column: table[column].cast("string") for column in as_text})
             batches = chosen.to_pyarrow_batches()
             # The rows of a database have no order.
             found = _stored(batches.schema, batches, columns, name).drop(SOURCE_ROW)
