@@ -93,26 +93,26 @@ release:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV))
-	$(BIN)/python $(INSTALL) -e .
+	PYTHONWARNINGS=ignore $(BIN)/python $(INSTALL) -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python $(INSTALL) -e ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/python $(INSTALL) -e ".[dev]"
 	touch $@
 
 $(VENV)/adapters/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV)/adapters)
-	$(VENV)/adapters/bin/python $(INSTALL) -e ".[dev]" torchao
+	PYTHONWARNINGS=ignore $(VENV)/adapters/bin/python $(INSTALL) -e ".[dev]" torchao
 	touch $@
 
 $(VENV)/databases/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV)/databases)
-	$(VENV)/databases/bin/python $(INSTALL) -e ".[dev]" pyspark "ibis-framework[postgres]" "psycopg[binary]"
+	PYTHONWARNINGS=ignore $(VENV)/databases/bin/python $(INSTALL) -e ".[dev]" pyspark "ibis-framework[postgres]" "psycopg[binary]"
 	touch $@
 
 $(VENV)/docs/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV)/docs)
-	$(VENV)/docs/bin/python $(INSTALL) -e ".[dev,docs]"
+	PYTHONWARNINGS=ignore $(VENV)/docs/bin/python $(INSTALL) -e ".[dev,docs]"
 	touch $@
 
 clean:
