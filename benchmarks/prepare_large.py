@@ -130,9 +130,8 @@ def measured(folder: Path) -> tuple[list[str], list[str]]:
         for limit in LIMITS:
             found = in_own_process("prepare", log=str(log), data=str(data), memory_limit=limit)
             prepared.append(
-                f"| {num_events:,} | {limit or 'none given'} | {found['seconds']:.0f} | {found['CPU']:.0f} "
-                f"| {found['GiB']:.2f} | "
-                f"{found['temporary GiB']:.1f} | {found['files']} |"
+                f"| {num_events:,} | {limit or 'none given'} | {found['seconds']:.0f} | {found['CPU']:.0f} | "
+                f"{found['GiB']:.2f} | {found['temporary GiB']:.1f} | {found['files']} |"
             )
             print(prepared[-1], flush=True)
         log.unlink()

@@ -46,7 +46,7 @@ from bert4rec_hf import (
     read_prepared,
     training_rows,
 )
-from bert4rec_hf.data.histories import HISTORIES_FILE
+from bert4rec_hf.data.histories import histories_files
 from bert4rec_hf.data.rows import stream_training_rows
 from bert4rec_hf.model import losses
 
@@ -120,7 +120,7 @@ def make_batches(data: str, num_batches: int = 100) -> dict[str, float]:
             load_best_model_at_end=False,
         )
         trainer = Bert4RecTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    streamed = stream_training_rows(str(Path(data) / HISTORIES_FILE), tokenizer)
+    streamed = stream_training_rows([str(path) for path in histories_files(Path(data))], tokenizer)
     loaders = {"trainer": trainer.get_train_dataloader()}
     found["GiB"] = peak_gib()
     loaders["stream"] = DataLoader(streamed, BATCH, collate_fn=trainer.data_collator)
