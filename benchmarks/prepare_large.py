@@ -127,7 +127,7 @@ def section(folder: Path, num_events: int) -> list[str]:
     log, data = folder / "log.parquet", folder / "data"
     write_log(log, num_events)
     lines = [
-        "| `prepare` with memory limit | seconds | CPU seconds | GiB at most | GiB of temporary files | Parquet files |",
+        "| `prepare` with memory limit | seconds | CPU seconds | GiB at most | temporary GiB at most | Parquet files |",
         "|---|---|---|---|---|---|",
     ]
     for limit in LIMITS:
