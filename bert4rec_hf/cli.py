@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +203,19 @@ class EvaluateArguments:
             "rank."
         },
     )
+
+
+@dataclass
+class CalibrateArguments:
+    """The options of `calibrate`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written, with validation targets."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
 
 
 @dataclass
@@ -466,6 +479,8 @@ def train(arguments: Sequence[str]) -> None:
         **{name: value for name, value in vars(architecture).items() if value is not None},
     )
     if trainer.is_world_process_zero():
+        if trainer.calibration is not None:
+            print(format_calibration(trainer.calibration))
         folder, data = shlex.quote(output_dir), shlex.quote(data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
         following = f"evaluate {folder} --data {data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
@@ -493,6 +508,21 @@ def evaluate(arguments: Sequence[str]) -> None:
                 f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json, report.png and ranks.parquet"
             )
         print(f"{stored}next: bert4rec recommend {shlex.quote(rest.model)} ITEM_ID ITEM_ID …")
+
+
+def calibrate(arguments: Sequence[str]) -> None:
+    """Choose the weights of a model's counted scores on the validation targets, and store them in its folder."""
+    parser = _Parser(CalibrateArguments, prog="bert4rec calibrate", description=calibrate.__doc__)
+    parser.add_argument("model", help="A model folder, which is changed if this pays.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .runs import calibrate_prepared
+
+    record = calibrate_prepared(rest.model, **vars(options))
+    print(format_calibration(record))
+    following = f"bert4rec evaluate {shlex.quote(rest.model)} --data {shlex.quote(options.data)}"
+    print(f"{f'wrote {rest.model}' if record['adopted'] else f'{rest.model} stays as it was'}; next: {following}")
 
 
 def recommend(arguments: Sequence[str]) -> None:
@@ -643,6 +673,7 @@ COMMANDS = {
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
+    "calibrate": calibrate,
     "recommend": recommend,
     "export": export,
     "convert": convert,
@@ -715,6 +746,29 @@ def format_evaluation(record: dict[str, Any]) -> str:
             cells = [f"{metrics[name]:{wide}.4f}" if name in metrics else " " * wide for name, wide in widths.items()]
             lines.append(f"{title:<{width}}" + "".join(cells).rstrip())
     return "\n".join([*lines, protocol.describe_misses()])
+
+
+def format_calibration(record: Mapping[str, Any]) -> str:
+    """Format the result of a calibration as text: the weights, and what they gain.
+
+    Args:
+        record: The record of `choose_weights`.
+    """
+
+    def listed(weights: Mapping[str, float]) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {weight:.3g}" for name, weight in weights.items())
+
+    if "NDCG@10" not in record:
+        return f"weights of counted scores: {listed(record['weights'])}"
+    metrics, error = record["NDCG@10"], record["standard_error"]
+    gain = metrics["cross_fitted"] - metrics["start"]
+    found = (
+        f"cross-fitted NDCG@10 {metrics['cross_fitted']:.4f} instead of {metrics['start']:.4f} on "
+        f"{record['num_users']:,} validation users ({gain:+.4f}, standard error {error:.4f})"
+    )
+    if record["adopted"]:
+        return f"weights of counted scores chosen on validation: {listed(record['weights'])}; {found}"
+    return f"weights of counted scores kept, since others are not clearly better: {listed(record['weights'])}; {found}"
 
 
 def _overview() -> str:

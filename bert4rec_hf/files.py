@@ -26,12 +26,17 @@ def file_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def files_beside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder. When the block ends, its files replace those of the same names in `folder`."""
+def files_beside(folder: Path, *, last_file: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder. When the block ends, its files replace those of the same names in `folder`.
+
+    Args:
+        folder: The folder to write into.
+        last_file: The name of the file that is moved last, since it describes the others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         yield Path(temporary)
-        for path in Path(temporary).iterdir():
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == last_file):
             os.replace(path, folder / path.name)
 
 

@@ -22,13 +22,24 @@ from .data.counting import item_counts
 from .data.histories import PREPARATION_FILE, AnyHistories, Histories, check_prepared, read_prepared, stream_prepared
 from .data.rows import StreamedTrainingRows, ranking_rows, sampled_candidates, training_rows, users_with_targets
 from .defaults import default_architecture, default_num_transitions, default_start_with_mean
-from .evaluation.baselines import baseline_ranks, personal_popularity_ranks, popularity_ranks, transition_ranks
+from .evaluation.baselines import baseline_ranks
+from .evaluation.calibration import choose_weights, compare_targets, set_weights, weights_of
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from .evaluation.protocol import Protocol
 from .evaluation.report import check_report_folder, evaluation_report, write_report
+from .files import files_beside, write_file
 from .hub.load import load_model
-from .hub.model_card import add_evaluation, read_evaluations, write_model_card
+from .hub.model_card import (
+    CALIBRATION_FILE,
+    EVALUATION_FILE,
+    add_evaluation,
+    read_calibration,
+    read_evaluations,
+    write_model_card,
+)
+from .hub.publish_code import publish_code as publish_code_into
 from .model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
+from .model.history_scores import HistoryScores
 from .model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .model.tokenization_bert4rec import Bert4RecTokenizer
 from .training.arguments import Bert4RecTrainingArguments
@@ -97,21 +108,14 @@ def train_prepared(
         filter_seen_items=config.filter_seen_items,
         max_length=config.max_position_embeddings,
     )
-    protocol, baseline_metrics = None, {}
+    protocol, baselines = None, {}
     if len(validation):
         num_targets = histories.num_targets("validation")
         protocol = Protocol.of(
             evaluated, preparation, "validation", tokenizer.num_items, config.filter_seen_items, num_targets
         )
-        baseline_metrics = {"popularity": ranking_metrics(popularity_ranks(validation, histories, tokenizer.num_items))}
-        if default_num_transitions(tokenizer.num_items):
-            baseline_metrics["transitions"] = ranking_metrics(
-                # The pairs of streamed histories were counted for the model with the same seed.
-                transition_ranks(validation, histories, tokenizer.num_items, seed=args.seed if args.streaming else 0)
-            )
-        if not config.filter_seen_items:
-            ranks = personal_popularity_ranks(validation, histories, tokenizer.num_items)
-            baseline_metrics["personal popularity"] = ranking_metrics(ranks)
+        # The pairs of streamed histories were counted for the model with the same seed.
+        baselines = baseline_ranks(validation, histories, tokenizer.num_items, seed=args.seed if args.streaming else 0)
     else:
         logger.warning(
             "%s has no validation targets: nothing is evaluated, and the model is that of the last step", data
@@ -144,7 +148,7 @@ def train_prepared(
         eval_dataset=validation,
         processing_class=tokenizer,
         protocol=protocol,
-        baselines=baseline_metrics,
+        baselines=baselines,
         preparation=preparation,
         publish_code=publish_code,
     )
@@ -161,6 +165,8 @@ def train_prepared(
         check_resumable(checkpoint, trainer.args, config, tokenizer, preparation)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if len(validation):
+        trainer.calibrate()
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()
@@ -186,8 +192,8 @@ def _model_and_data(
     else:
         model, tokenizer, histories, preparation = _continued_model(data, args, model_name_or_path, dict(architecture))
     if model.config.num_transitions:
-        # A model that is trained further gets the transitions of its new log, and the default weight for this log.
-        weight = model.config.transition_weight if model_name_or_path is None else None
+        # A model that is trained further gets the transitions of its new log.
+        weight = model.config.transition_weight
         keep_transitions(model, histories, tokenizer.num_items, weight=weight, seed=args.seed)
     return model, tokenizer, histories, preparation
 
@@ -348,6 +354,10 @@ def evaluate_prepared(
         trainer.remove_callback(PrinterCallback)  # the record has all metrics
         prediction = trainer.predict(rows)
     described = Protocol.of(evaluated, preparation, part, tokenizer.num_items, policy, histories.num_targets(part))
+    if part == "validation" and os.path.isdir(model):
+        calibration = read_calibration(model)
+        was_here = calibration is not None and calibration.get("source") == os.path.basename(preparation["source"])
+        described = replace(described, calibrated=was_here)
     rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
     if protocol == "paper":
         described, measure = (
@@ -382,6 +392,74 @@ def evaluate_prepared(
             write_model_card(model)
         except OSError as error:
             logger.warning("the metrics could not be written into %s: %s", model, error)
+    return record
+
+
+def calibrate_prepared(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    *,
+    streaming: bool = False,
+    per_device_eval_batch_size: int = 64,
+    use_cpu: bool = False,
+) -> dict[str, Any]:
+    """Choose the weights of a model's counted scores on the validation targets of a prepared folder.
+
+    The counted scores are counted anew in the training part. A model without transitions, such as a converted one, gets
+    them. The folder of the model is changed only if the chosen weights are clearly better; see `choose_weights`. Then
+    calibration.json is written, and evaluation.json, whose metrics are those of the former weights, is removed.
+
+    Args:
+        model: A model folder.
+        data: The prepared folder.
+        streaming: Whether the histories stay on disk, for a log larger than memory.
+        per_device_eval_batch_size: Number of histories ranked at once.
+        use_cpu: Whether to leave an accelerator unused.
+
+    Returns:
+        The record of `choose_weights`.
+
+    Raises:
+        ValueError: If a folder is not a model folder or a prepared folder, or if no user has a validation target.
+    """
+    check_prepared(data)
+    if not Path(model).is_dir():
+        raise ValueError(f"expected a model folder, which calibration changes; got {model}: download it first")
+    loaded = load_model(model).eval()
+    tokenizer = Bert4RecTokenizer.from_pretrained(model)
+    histories, tokenizer, preparation = _histories(data, streaming, tokenizer)
+    _warn_of_other_preparation(model, preparation)
+    config = loaded.config
+    evaluated = users_with_targets(histories, "validation", None)
+    rows = ranking_rows(
+        evaluated,
+        tokenizer,
+        "validation",
+        filter_seen_items=config.filter_seen_items,
+        max_length=config.max_position_embeddings,
+    )
+    if not len(rows):
+        raise ValueError(f"no user of {data} has a validation target; prepare with another --split, or --validation")
+    if not config.num_transitions and default_num_transitions(tokenizer.num_items):
+        config.num_transitions, config.transition_weight = default_num_transitions(tokenizer.num_items), 0.0
+        loaded.history_scores = HistoryScores(config)
+    if config.num_transitions:
+        keep_transitions(loaded, histories, tokenizer.num_items, weight=config.transition_weight)
+    if not use_cpu and torch.accelerator.is_available():
+        loaded.to(torch.accelerator.current_accelerator())
+    comparisons = compare_targets(loaded, rows, tokenizer, batch_size=per_device_eval_batch_size)
+    record = choose_weights(comparisons, weights_of(config)) | {"source": os.path.basename(preparation["source"])}
+    if record["adopted"]:
+        set_weights(config, record["weights"])
+        folder = Path(model)
+        has_code = "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / EVALUATION_FILE).unlink(missing_ok=True)
+        with files_beside(folder, last_file="config.json") as beside:
+            loaded.save_pretrained(beside)
+        if has_code:
+            publish_code_into(folder)
+        write_file(folder / CALIBRATION_FILE, json.dumps(record, indent=2) + "\n")
+        write_model_card(folder)
     return record
 
 

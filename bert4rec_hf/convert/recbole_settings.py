@@ -92,7 +92,7 @@ def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list
         raise ValueError(f"{path} must be a mapping of settings to values; got {type(given).__name__}")
     given = {key: value for key, value in (given or {}).items() if value is not None or key not in DEFAULTS}
     settings = DEFAULTS | given
-    recipe: dict[str, Any] = ARCHITECTURE | {"item_initialization": "random"}
+    recipe: dict[str, Any] = ARCHITECTURE | {"item_initialization": "random", "calibrate": False}
     prepare: dict[str, Any] = {}
     remarks: list[str] = []
     left_out: dict[str, list[str]] = {}

@@ -25,6 +25,8 @@ VECTOR_RMS = 0.05
 MAX_NORM_RATIO = 10.0
 # Greatest distance between an item and its successor.
 SUCCESSOR_WINDOW = 3
+# Multiple of the probability of a next item, before 1 is added and the logarithm is taken.
+NEXT_ITEM_SCALE = 20
 # Maximum number of events that are counted. For a larger log, whole histories are sampled at random.
 MAX_COUNTED_EVENTS = 2_500_000
 # Catalogues above this size use a factorisation that is faster and rounds differently.
@@ -153,56 +155,91 @@ def cooccurrence_vectors(histories: AnyHistories, num_items: int, hidden_size: i
 
 
 def transitions(
-    histories: AnyHistories, num_items: int, number: int, *, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The strongest successors of each item, with their scores.
+    histories: AnyHistories, num_items: int, number: int, *, with_self_pairs: bool, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The strongest successors of each item, with two scores.
 
-    A successor follows an item within `SUCCESSOR_WINDOW` positions in the training part. A pair at distance d counts
-    1 / 2 ** (d - 1). The score of a pair is its positive pointwise mutual information times ln(1 + count). The
-    mutual information alone would be highest for pairs that occur once by chance. The row of [PAD] is for an empty
-    history: it holds the items that were most popular recently.
+    A successor follows an item within `SUCCESSOR_WINDOW` positions in the training part.
+
+    - The successor score of a pair is its positive pointwise mutual information times ln(1 + count). A pair at distance
+      d counts 1 / 2 ** (d - 1). The mutual information alone would be highest for pairs that occur once by chance. An
+      item is no successor of itself here.
+    - The next-item score of a pair is ln(1 + `NEXT_ITEM_SCALE` p), where p is the share of the item's events that the
+      successor directly follows.
+
+    A quarter of the K places of an item are for its most frequent next items. The other places are for the highest
+    successor scores. The row of [PAD] is for an empty history, and holds the most popular items. Their popularity is
+    the number of recent events, plus the number of all training events, scaled to the same sum.
 
     Args:
         histories: Histories from `read_prepared`, or `StreamedHistories`.
         num_items: Number of items in the catalogue.
         number: Number K of successors to keep for each item.
+        with_self_pairs: Whether an item may be the next item of itself. This is useful only if seen items are kept.
         seed: Seed of the sampled histories. Equal seeds give equal transitions.
 
     Returns:
-        successor_ids (num_items + 3, K) int32 token ids and successor_scores (num_items + 3, K) float32, both indexed
-        by token id. Each row is in descending order of score and padded with 0. The scores of [PAD] are
-        ln(1 + number of recent events).
+        successor_ids (num_items + 3, K) int32 token ids, successor_scores (num_items + 3, K) float32 and
+        next_item_scores (num_items + 3, K) float32, all indexed by token id and padded with 0. The successor scores of
+        [PAD] are ln(1 + popularity), its next-item scores are 0.
     """
-    keys, counts = [], []
-    for distance, (first, second) in enumerate(_pairs(histories, SUCCESSOR_WINDOW, seed)):
+    keys, counts, is_next = [], [], []
+    for distance, (first, second) in enumerate(_pairs(histories, SUCCESSOR_WINDOW, seed, with_self_pairs)):
+        if distance:
+            first, second = first[first != second], second[first != second]
         keys.append(first * num_items + second)
         counts.append(torch.full((len(first),), 0.5**distance))
+        is_next.append(torch.full((len(first),), float(distance == 0)))
     unique, places = torch.unique(torch.cat(keys), return_inverse=True)
-    count = torch.zeros(len(unique)).index_add_(0, places, torch.cat(counts))
+    count, next_count = (
+        torch.zeros(len(unique)).index_add_(0, places, torch.cat(parts)) for parts in (counts, is_next)
+    )
     first, second = unique // num_items, unique % num_items
-    scores = _positive_information(first, second, count, num_items) * count.log1p()
-    # Pairs are sorted by item, and within an item by descending score. The rank within an item is the column.
-    order = torch.argsort(scores, descending=True, stable=True)
-    order = order[torch.argsort(first[order], stable=True)]
-    first, second, scores = first[order], second[order], scores[order]
-    starts = torch.searchsorted(first, torch.arange(num_items))
-    columns = torch.arange(len(first)) - starts[first]
-    kept = (columns < number) & (scores > 0)
-    recent = torch.from_numpy(recent_item_counts(histories, num_items, seed))
-    recent = nn.functional.pad(recent, (0, max(0, number - len(recent))))
-    popularity, popular = recent.sort(descending=True, stable=True)
-    popularity, popular = popularity[:number], popular[:number]
+    count = count.where(first != second, 0)
+    scores = (_positive_information(first, second, count, num_items) * count.log1p()).where(count > 0, 0)
+    totals = torch.zeros(num_items).index_add_(0, first, next_count)
+    next_scores = (NEXT_ITEM_SCALE * next_count / totals[first].clamp(min=1)).log1p()
+    is_frequent = (_places(first, next_scores) < max(1, number // 4)) & (next_scores > 0)
+    columns = _places(first, scores.where(~is_frequent, torch.inf))
+    kept = (columns < number) & (is_frequent | (scores > 0))
     successor_ids = torch.zeros(num_items + FIRST_ITEM_ID, number, dtype=torch.int)
     successor_scores = torch.zeros(num_items + FIRST_ITEM_ID, number)
+    next_item_scores = torch.zeros(num_items + FIRST_ITEM_ID, number)
     places = first[kept] + FIRST_ITEM_ID, columns[kept]
     successor_ids[places] = (second[kept] + FIRST_ITEM_ID).int()
     successor_scores[places] = scores[kept]
+    next_item_scores[places] = next_scores[kept]
+    popularity = torch.from_numpy(popularity_of_items(histories, num_items, seed)).float()
+    popularity = nn.functional.pad(popularity, (0, max(0, number - len(popularity))))
+    popularity, popular = (found[:number] for found in popularity.sort(descending=True, stable=True))
     successor_ids[PAD_TOKEN_ID] = popular.where(popularity > 0, 0).int()
     successor_scores[PAD_TOKEN_ID] = popularity.log1p()
-    return successor_ids, successor_scores
+    return successor_ids, successor_scores, next_item_scores
 
 
-def _pairs(histories: AnyHistories, window: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def popularity_of_items(histories: AnyHistories, num_items: int, seed: int) -> np.ndarray:
+    """(num_items + 3,) float64 the popularity of each token id, half by all training events and half by recent ones.
+
+    On some logs, all events order the items better than the recent ones; on other logs, they order them worse. The sum
+    is about as good as the better of the two.
+    """
+    counts, recent = item_counts(histories, num_items), recent_item_counts(histories, num_items, seed)
+    return recent + counts * (recent.sum() / max(1, counts.sum()))
+
+
+def _places(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The place of each value within its group, from 0, in descending order. The groups are sorted."""
+    order = torch.argsort(values, descending=True, stable=True)
+    order = order[torch.argsort(groups[order], stable=True)]
+    numbers = torch.arange(len(groups))
+    places = torch.empty_like(numbers)
+    places[order] = numbers - torch.searchsorted(groups, groups)
+    return places
+
+
+def _pairs(
+    histories: AnyHistories, window: int, seed: int, with_self_pairs: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield, for each distance from 1 to the window, the earlier and the later item of each pair at that distance.
 
     Only the training part counts. Items are numbered from 0.
@@ -213,7 +250,9 @@ def _pairs(histories: AnyHistories, window: int, seed: int) -> Iterator[tuple[to
     items = torch.from_numpy(sample.item_ids[counted]).long() - FIRST_ITEM_ID
     for distance in range(1, window + 1):
         first, second = items[:-distance], items[distance:]
-        near = (row_of[:-distance] == row_of[distance:]) & (first != second)
+        near = row_of[:-distance] == row_of[distance:]
+        if not with_self_pairs:
+            near &= first != second
         yield first[near], second[near]
 
 

@@ -14,21 +14,25 @@ from ..defaults import default_num_transitions
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.history_scores import HistoryScores, Pairs, values_of
 from ..model.losses import IGNORE_INDEX
+from .neighbours import MAX_ITEMS_OF_A_MATRIX, Scores, ease, history_knn, item_knn, shared_users
 
 # Number of rows that are ranked at once.
 ROWS_PER_BATCH = 256
+# Maximum number of scores over the catalogue that are in memory at once.
+VALUES_PER_BATCH = 2**24
 # Scaled so that popularity (< 1) only breaks ties.
 SCALE_OVER_POPULARITY = 1e6
 
 
-def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> dict[str, np.ndarray]:
+def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Rank the targets of `rows` with baselines, which need no trained model.
 
     Args:
         rows: Rows from `ranking_rows`. Their excluded items are excluded here too.
         histories: The histories of the rows. The baselines are counted in their training part. Of `StreamedHistories`,
-            "last-item co-occurrence" is counted in `sampled_histories`.
+            only "popularity" is counted in all of them, the others in `sampled_histories`.
         num_items: Number of items in the catalogue.
+        seed: Seed of the sampled histories.
 
     Returns:
         For each baseline, (users,) ranks of the targets: from 1, or 0 for a target that is never shown. Ties between
@@ -39,9 +43,11 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> di
         - "last-item co-occurrence": how often an item directly follows the history's last item in the training part.
         - "transitions": see `transition_ranks`. Left out for catalogues for which the defaults count no transitions.
         - "personal popularity": how often the user's whole history has an item. Left out if seen items are filtered.
+        - "session kNN": see `history_knn`.
+        - "item kNN" and "EASE": see `item_knn` and `ease`. Left out for more than 15,000 items.
     """
     size = num_items + FIRST_ITEM_ID
-    counted = histories if isinstance(histories, Histories) else sampled_histories(histories, 0)
+    counted = histories if isinstance(histories, Histories) else sampled_histories(histories, seed)
     training = counted.is_trained()
     follows = training[1:] & training[:-1]
     ends = counted.offsets[1:-1]
@@ -60,13 +66,19 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> di
 
     ranks = {
         "popularity": popularity_ranks(rows, histories, num_items),
-        "recent popularity": _frequency_ranks(rows, recent_item_counts(histories, num_items, 0), num_items),
+        "recent popularity": _frequency_ranks(rows, recent_item_counts(histories, num_items, seed), num_items),
         "last-item co-occurrence": _history_ranks(rows, histories, num_items, following),
     }
     if default_num_transitions(num_items):
-        ranks["transitions"] = transition_ranks(rows, histories, num_items)
+        ranks["transitions"] = transition_ranks(rows, histories, num_items, seed=seed)
     if not len(list_values(rows, "exclude_ids")[0]):  # seen items are kept
         ranks["personal popularity"] = personal_popularity_ranks(rows, histories, num_items)
+    sample = sampled_histories(histories, seed)
+    ranks["session kNN"] = _catalogue_ranks(rows, histories, num_items, history_knn(sample, num_items))
+    if num_items <= MAX_ITEMS_OF_A_MATRIX:
+        shared = shared_users(sample, num_items)
+        ranks["item kNN"] = _catalogue_ranks(rows, histories, num_items, item_knn(shared))
+        ranks["EASE"] = _catalogue_ranks(rows, histories, num_items, ease(shared))
     return ranks
 
 
@@ -91,7 +103,9 @@ def transition_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, 
         num_attention_heads=1,
     )  # fmt: skip
     scores = HistoryScores(config)
-    scores.successor_ids, scores.successor_scores = transitions(histories, num_items, config.num_transitions, seed=seed)
+    scores.successor_ids, scores.successor_scores, scores.next_item_scores = transitions(
+        histories, num_items, config.num_transitions, with_self_pairs=False, seed=seed
+    )
     return _history_ranks(rows, histories, num_items, scores)
 
 
@@ -139,6 +153,25 @@ def _history_ranks(
         found -= ((score(exclude_ids) >= least) & (exclude_ids > 0)).sum(1)
         is_shown = (targets[part] != IGNORE_INDEX) & ~(exclude_ids == target_ids).any(1)
         ranks.append(found * is_shown)
+    return torch.cat([torch.zeros(0, dtype=torch.long), *ranks]).numpy()
+
+
+def _catalogue_ranks(rows: Dataset, histories: AnyHistories, num_items: int, scores: Scores) -> np.ndarray:
+    """(users,) ranks of the targets by scores of the whole catalogue; ties are broken by popularity."""
+    counts = item_counts(histories, num_items)
+    popularity = torch.from_numpy(counts / (counts.max() + 1))
+    columns = [_tensors(rows, name) for name in ("history_ids", "exclude_ids")]
+    targets, ranks = torch.from_numpy(target_ids_of(rows)).long(), []
+    at_once = max(1, min(ROWS_PER_BATCH, VALUES_PER_BATCH // (num_items + FIRST_ITEM_ID)))
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        history_ids, exclude_ids = (_padded(column[part]) for column in columns)
+        target_ids = targets[part].clamp(min=0).unsqueeze(1)
+        values = SCALE_OVER_POPULARITY * scores(history_ids).double() + popularity
+        values[:, :FIRST_ITEM_ID] = -torch.inf
+        values.scatter_(1, exclude_ids, -torch.inf)
+        least = values.gather(1, target_ids)
+        ranks.append(((values >= least).sum(1)) * ~least.isneginf().squeeze(1))
     return torch.cat([torch.zeros(0, dtype=torch.long), *ranks]).numpy()
 
 

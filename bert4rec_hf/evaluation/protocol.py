@@ -24,6 +24,7 @@ class Protocol:
         num_users_without_past: Number of these users that were ranked from an empty history.
         share_seen_targets: Share of targets that are in the catalogue and in the user's history.
         share_unknown_targets: Share of targets that are not in the catalogue. They are misses.
+        calibrated: Whether the weights of the model's counted scores were chosen on these targets.
     """
 
     split: str
@@ -34,6 +35,7 @@ class Protocol:
     num_users_without_past: int
     share_seen_targets: float
     share_unknown_targets: float
+    calibrated: bool = False
 
     @classmethod
     def of(
@@ -89,7 +91,8 @@ class Protocol:
     def __str__(self) -> str:
         """The protocol in one line."""
         filtered = "seen items filtered" if self.filter_seen_items else "seen items kept"
-        return f"{self.split}, {self.part}; {self.candidates} ranked, {filtered}; {self.num_users:,} users"
+        calibrated = "; weights of counted scores chosen on these targets" if self.calibrated else ""
+        return f"{self.split}, {self.part}; {self.candidates} ranked, {filtered}; {self.num_users:,} users{calibrated}"
 
     def describe_misses(self) -> str:
         """One line about the targets that no model can rank."""

@@ -22,6 +22,7 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 EVALUATION_FILE = "evaluation.json"
 TRAINING_FILE = "training.json"
 CURVE_FILE = "learning_curve.png"
+CALIBRATION_FILE = "calibration.json"
 RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
 # The library as the Hub names libraries: lower case, hyphens. docs/how-to/publishing.md says what the Hub shows for it.
@@ -32,10 +33,18 @@ THIS_FOLDER = "path-or-hub-id-of-this-folder"
 SNIPPET_MODEL = re.compile(r'model="(.+?)"')
 SHOWN_RECIPE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "per_device_train_batch_size",
-    "item_initialization", "num_transitions", "repeat_weight", "mask_ratio", "train_windows", "hidden_size",
+    "item_initialization", "num_transitions", "transition_weight", "next_item_weight", "repeat_weight",
+    "recency_weight", "calibrate", "mask_ratio", "train_windows", "hidden_size",
     "num_hidden_layers", "num_attention_heads", "intermediate_size", "gated_feed_forward", "hidden_dropout_prob",
     "max_position_embeddings", "position_embedding_type", "normalization", "item_loss", "seed",
 )  # fmt: skip
+# What each counted score is, for the card.
+COUNTED_TERMS = {
+    "transition_weight": "{} times the association with the newest items",
+    "next_item_weight": "{} times ln(1 + 20 p) for an item that directly followed the newest item with probability p",
+    "repeat_weight": "{} times ln(1 + n) for an item that the history has n times",
+    "recency_weight": "{} / 2 ** n for an item that the history last had n items before its newest",
+}
 # Number of evaluations in the card's table of a run, beside the chosen one. training.json has all evaluations.
 SHOWN_EVALUATIONS = 10
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
@@ -55,6 +64,13 @@ def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
         return json.loads(path.read_text("utf-8")) if path.is_file() else []
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and evaluate again") from error
+
+
+def read_calibration(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """Read calibration.json of a model folder. None if the weights of its counted scores were not chosen on a log."""
+    path = Path(folder) / CALIBRATION_FILE
+    record = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return record if record and record["adopted"] else None
 
 
 def add_evaluation(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
@@ -121,7 +137,7 @@ def write_model_card(
         f"---\n{data.to_yaml()}\n---",
         MARK,
         f"# {written['model_name']}",
-        _introduction(config, recipe, preparation),
+        _introduction(config, recipe, preparation, read_calibration(folder)),
     ]
     parts += [_usage(repo_id, tokenizer)]
     if records:
@@ -166,20 +182,33 @@ def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | Non
     return results
 
 
-def _introduction(config: Mapping[str, Any], recipe: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
+def _introduction(
+    config: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    preparation: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None,
+) -> str:
     text = (
         f"This model recommends the next item from {config['vocab_size'] - 3:,} items. It reads the newest "
         f"{config['max_position_embeddings'] - 1} items of a history. By default, items that a user has had are "
         f"{'not ' if config['filter_seen_items'] else ''}recommended again."
     )
-    if config.get("num_transitions"):
+    terms = [
+        text.format(f"{config[field]:.3g}")
+        for field, text in COUNTED_TERMS.items()
+        if config.get(field) and (config.get("num_transitions") or field in ("repeat_weight", "recency_weight"))
+    ]
+    if terms:
         text += (
-            " A score is the sum of the Transformer's score and a score that was counted in the log. The second part "
-            f"raises the {config['num_transitions']} strongest successors of each of the history's newest items."
+            " A score is the sum of the Transformer's score and of scores that were counted in the log: "
+            f"{'; '.join(terms)}."
         )
-    if config.get("repeat_weight"):
-        weight = config["repeat_weight"]
-        text += f" An item that the history has n times scores {weight:g} times ln(1 + n) more."
+    if calibration is not None:
+        metrics = calibration["NDCG@10"]
+        text += (
+            f" The weights of the counted scores were chosen on {calibration['num_users']:,} validation users "
+            f"(cross-fitted NDCG@10 {metrics['cross_fitted']:.4f} instead of {metrics['start']:.4f})."
+        )
     if preparation:
         statistics, source = preparation["statistics"], preparation["source"]
         text += (

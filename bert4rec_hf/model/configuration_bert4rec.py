@@ -70,12 +70,18 @@ class Bert4RecConfig(PreTrainedConfig):
             by `keep_transitions`, and added to the scores wherever items are ranked.
         transition_weight (`float`, defaults to 1.0):
             Weight of the transitions in the scores.
+        next_item_weight (`float`, defaults to 0.0):
+            Weight of the next items in the scores, with `num_transitions`: an item that directly followed the history's
+            newest item with probability p scores `next_item_weight` * ln(1 + 20 p) more.
         popularity_weight (`float`, defaults to 20.0):
             Weight of log-popularity in the scores of an empty history, with `num_transitions`. The default outweighs
             the network, which has hardly seen empty histories in training.
         repeat_weight (`float`, defaults to 0.0):
             Weight of repeats in the scores: an item that the history has n times scores `repeat_weight` * ln(1 + n)
             more. 0, as in the paper, adds nothing.
+        recency_weight (`float`, defaults to 0.0):
+            Weight of the recency of repeats in the scores: an item that the history last had n items before its newest
+            item scores `recency_weight` / 2 ** n more. 0, as in the paper, adds nothing.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole. This is for converted models.
             [PAD] itself is never recommended.
@@ -107,8 +113,10 @@ class Bert4RecConfig(PreTrainedConfig):
     gbce_calibration: float | int = 0.75
     num_transitions: int = 0
     transition_weight: float | int = 1.0
+    next_item_weight: float | int = 0.0
     popularity_weight: float | int = 20.0
     repeat_weight: float | int = 0.0
+    recency_weight: float | int = 0.0
     pad_in_softmax: bool = False
     filter_seen_items: bool = False
     pad_token_id: int | None = PAD_TOKEN_ID
@@ -128,7 +136,7 @@ class Bert4RecConfig(PreTrainedConfig):
                 raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}: leave it out")
         if self.num_transitions < 0:
             raise ValueError(f"num_transitions must be at least 0; got {self.num_transitions}")
-        for name in ("transition_weight", "popularity_weight", "repeat_weight"):
+        for name in ("transition_weight", "next_item_weight", "popularity_weight", "repeat_weight", "recency_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if not self.tie_word_embeddings:

@@ -1,5 +1,5 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""Counted scores that are added to the network's: successors of the newest items, popularity, and repeats."""
+"""Counted scores that are added to the network's: successors of the newest items, repeats, and popularity."""
 
 import torch
 from torch import nn
@@ -12,6 +12,15 @@ NUM_NEWEST_ITEMS = 8
 # Upper limit of the number of pairs of a history, before pairs of the same item are summed.
 MAX_PAIRS = 2**20
 
+# The features of `HistoryScores`, and the field of the config that has the weight of each.
+WEIGHT_FIELDS = {
+    "transitions": "transition_weight",
+    "next_items": "next_item_weight",
+    "repeats": "repeat_weight",
+    "recency": "recency_weight",
+    "popularity": "popularity_weight",
+}
+
 # Token ids (batch, K) int64 and values (batch, K) float32. The ids of a row are unique and in ascending order; the
 # padding, (0, 0), comes first.
 Pairs = tuple[torch.Tensor, torch.Tensor]
@@ -20,42 +29,49 @@ Pairs = tuple[torch.Tensor, torch.Tensor]
 class HistoryScores(nn.Module):
     """Scores that a history adds to some items, in addition to the network's scores.
 
-    The module sums the features that `features` returns, each multiplied by its weight in the config. The weights are
-    read at every call.
+    The module sums the features that `features` returns, each multiplied by its weight in the config, which is at least
+    0. The weights are read at every call. Every feature is at least 0.
 
     - `transitions` (`config.transition_weight`): the successor scores of the newest `NUM_NEWEST_ITEMS` items. They are
       averaged, and each item counts half as much as the next newer one.
-    - `popularity` (`config.popularity_weight`): the recent popularity of an item, for a history without items.
+    - `next_items` (`config.next_item_weight`): the next-item scores of the newest item.
     - `repeats` (`config.repeat_weight`): ln(1 + n) for an item that the history has n times.
+    - `recency` (`config.recency_weight`): 1 / 2 ** n for an item that the history last had n items before its newest.
+    - `popularity` (`config.popularity_weight`): the popularity of an item, for a history without items.
 
     The counts are buffers, which FSDP never shards. `successor_ids` (vocab size, K) int32 has the token ids of each
-    item's successors, each once and padded with 0. `successor_scores` (vocab size, K) float32 has their scores. K is
-    `config.num_transitions`. The row of [PAD] holds the popular items. Both are None if K is 0.
+    item's successors, each once and padded with 0. `successor_scores` and `next_item_scores` (vocab size, K) float32
+    have their scores; see `counting.transitions`. K is `config.num_transitions`. The row of [PAD] holds the popular
+    items. All three are None if K is 0.
     """
 
     successor_ids: torch.Tensor | None
     successor_scores: torch.Tensor
+    next_item_scores: torch.Tensor
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.config = config
         shape = config.vocab_size, config.num_transitions
         # The dtype is explicit, since half precision would give many items equal scores.
-        ids, scores = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.float32)
-        self.register_buffer("successor_ids", ids if config.num_transitions else None)
-        self.register_buffer("successor_scores", scores if config.num_transitions else None)
+        for name, dtype in (
+            ("successor_ids", torch.int32),
+            ("successor_scores", torch.float32),
+            ("next_item_scores", torch.float32),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype) if config.num_transitions else None)
 
     @property
     def is_empty(self) -> bool:
         """Whether the module adds nothing to the network's scores."""
-        return self.successor_ids is None and not self.config.repeat_weight
+        return self.successor_ids is None and not self.config.repeat_weight and not self.config.recency_weight
 
     def resize(self, vocab_size: int) -> None:
         """Add rows for new items, which have no successors."""
         if self.successor_ids is not None:
             added = 0, 0, 0, vocab_size - len(self.successor_ids)
-            self.successor_ids = nn.functional.pad(self.successor_ids, added)
-            self.successor_scores = nn.functional.pad(self.successor_scores, added)
+            for name in ("successor_ids", "successor_scores", "next_item_scores"):
+                setattr(self, name, nn.functional.pad(getattr(self, name), added))
 
     def forward(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Pairs:
         """The pairs of items and values to add to the network's scores.
@@ -74,11 +90,15 @@ class HistoryScores(nn.Module):
         if self.successor_ids is not None:
             newest_ids, shares, is_start = newest_items(item_ids)
             weights = shares * config.transition_weight + is_start * config.popularity_weight
-            found.append(self._successors(newest_ids, weights))
+            values = self.successor_scores[newest_ids].float() * weights.unsqueeze(2)
+            next_items = self.next_item_scores[newest_ids[:, :1]].float() * config.next_item_weight
+            values = torch.cat((values[:, :1] + next_items, values[:, 1:]), dim=1)
+            found.append((self.successor_ids[newest_ids].flatten(1).long(), values.flatten(1)))
             most += NUM_NEWEST_ITEMS
-        if config.repeat_weight:
-            repeated_ids, counts = item_counts(item_ids)
-            found.append((repeated_ids, counts.log1p() * config.repeat_weight))
+        if config.repeat_weight or config.recency_weight:
+            repeated_ids, counts, ages = item_occurrences(item_ids)
+            values = counts.log1p() * config.repeat_weight + _recency(counts, ages) * config.recency_weight
+            found.append((repeated_ids, values))
             most += 1
         if not found:
             return item_ids[:, :0], torch.zeros(item_ids.shape[0], 0, device=item_ids.device)
@@ -88,19 +108,21 @@ class HistoryScores(nn.Module):
     def features(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Pairs]:
         """The unweighted pairs of each feature by name. Arguments and shapes are those of `forward`."""
         item_ids = _items(history_ids, attention_mask)
-        repeated_ids, counts = item_counts(item_ids)
-        features = {"repeats": _sum_pairs(repeated_ids, counts.log1p(), 1)}
+        repeated_ids, counts, ages = item_occurrences(item_ids)
+        features = {
+            "repeats": _sum_pairs(repeated_ids, counts.log1p(), 1),
+            "recency": _sum_pairs(repeated_ids, _recency(counts, ages), 1),
+        }
         if self.successor_ids is not None:
             newest_ids, shares, is_start = newest_items(item_ids)
-            features["transitions"] = _sum_pairs(*self._successors(newest_ids, shares), NUM_NEWEST_ITEMS)
-            features["popularity"] = _sum_pairs(*self._successors(newest_ids, is_start), 1)
+            ids = self.successor_ids[newest_ids].long()
+            scores = self.successor_scores[newest_ids].float()
+            next_item_scores = self.next_item_scores[newest_ids[:, 0]].float()
+            weighted = (scores * shares.unsqueeze(2)).flatten(1)
+            features["transitions"] = _sum_pairs(ids.flatten(1), weighted, NUM_NEWEST_ITEMS)
+            features["next_items"] = _sum_pairs(ids[:, 0], next_item_scores, 1)
+            features["popularity"] = _sum_pairs(ids[:, 0], scores[:, 0] * is_start[:, :1], 1)
         return features
-
-    def _successors(self, item_ids: torch.Tensor, weights: torch.Tensor) -> Pairs:
-        """The successors of weighted items (batch, N): (batch, N K) token ids, some repeatedly, and their values."""
-        assert self.successor_ids is not None  # for the type checker
-        values = self.successor_scores[item_ids].float() * weights.unsqueeze(2)
-        return self.successor_ids[item_ids].flatten(1).long(), values.flatten(1)
 
 
 def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -126,21 +148,31 @@ def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     return newest_ids, shares / shares.sum(1, keepdim=True).clamp(min=1), is_start.float()
 
 
-def item_counts(item_ids: torch.Tensor) -> Pairs:
-    """Count how often a history has each item.
+def item_occurrences(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Count how often, and how few items ago, a history has each item.
 
     Args:
-        item_ids: (batch, length) token ids, 0 where there is no item.
+        item_ids: (batch, length) token ids, oldest first, 0 where there is no item.
 
     Returns:
-        The token ids in ascending order, and their counts (batch, length) float32. The count of an item is at its first
-        place, and 0 at its other places.
+        The token ids (batch, length) in ascending order; their counts (batch, length) float32; and the numbers of items
+        (batch, length) int64 that are newer than the newest occurrence of the item. The values of an item are at its
+        first place. The counts are 0 at its other places.
     """
-    item_ids, _ = item_ids.sort(dim=1)
+    is_item = item_ids > 0
+    ages = is_item.flip(1).cumsum(1).flip(1) - 1
+    # Within an item, the newest occurrence comes first. ONNX has no stable sort, so both are sorted as one key.
+    keys = (item_ids * MAX_PAIRS + ages.clamp(min=0)).sort(dim=1).values
+    item_ids = keys // MAX_PAIRS
     is_first, number = _runs(item_ids)
     counts = torch.zeros(item_ids.shape, device=item_ids.device)
     counts = counts.scatter_add(1, number, torch.ones_like(counts)).gather(1, number)
-    return item_ids, counts * (is_first & (item_ids > 0))
+    return item_ids, counts * (is_first & (item_ids > 0)), keys - item_ids * MAX_PAIRS
+
+
+def _recency(counts: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+    """The feature `recency` from the results of `item_occurrences`."""
+    return torch.pow(0.5, ages.float()) * (counts > 0)
 
 
 def add_to_scores(scores: torch.Tensor, pairs: Pairs, start: int = 0) -> torch.Tensor:

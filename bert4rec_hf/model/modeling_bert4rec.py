@@ -302,6 +302,7 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
         if isinstance(module, HistoryScores) and module.successor_ids is not None:
             initialization.zeros_(module.successor_ids)
             initialization.zeros_(module.successor_scores)
+            initialization.zeros_(module.next_item_scores)
         if isinstance(module, ItemBias):
             # With gBCE, a bias of 0 means that every item is predicted with probability 1/2. The biases start at
             # probability 1 / num_items instead. Otherwise, correcting all probabilities, with all items as negatives,

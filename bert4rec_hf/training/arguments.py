@@ -22,8 +22,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the arguments of masked item prediction, and with defaults that were measured for it.
 
     Some arguments have an effect only in `train_prepared`, which creates the model and the training rows:
-    `item_initialization`, `window_step`, `streaming`, `max_eval_samples`, and every value of `train_windows` except
-    "newest".
+    `item_initialization`, `window_step`, `streaming`, `max_eval_samples`, `calibrate`, and every value of
+    `train_windows` except "newest".
     """
 
     mask_ratio: float | None = field(
@@ -67,6 +67,14 @@ class Bert4RecTrainingArguments(TrainingArguments):
         metadata={
             "help": "Maximum number of users whose validation targets are ranked, drawn at random. All if left out; "
             f"with streaming, {STREAMED_EVAL_SAMPLES}."
+        },
+    )
+    calibrate: bool = field(
+        default=True,
+        metadata={
+            "help": "After training, choose the weights of the counted scores (transition_weight, next_item_weight, "
+            "repeat_weight, recency_weight, popularity_weight) on the validation targets, if this pays. Without, the "
+            "weights stay as they are given or chosen from the log."
         },
     )
     num_negatives: int = field(

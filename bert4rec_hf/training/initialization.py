@@ -76,10 +76,15 @@ def keep_transitions(
     if weight is None:
         weight = default_transition_weight(histories.num_training_events(), num_items)
     model.config.transition_weight = weight
-    successor_ids, successor_scores = transitions(histories, num_items, model.config.num_transitions, seed=seed)
-    counted = successor_scores.any(dim=1)
+    found = transitions(
+        histories,
+        num_items,
+        model.config.num_transitions,
+        with_self_pairs=not model.config.filter_seen_items,
+        seed=seed,
+    )
+    counted = found[0].any(dim=1)
     counted[PAD_TOKEN_ID] = True
     kept: Any = model.history_scores
-    places = counted.nonzero().squeeze(1).to(kept.successor_ids.device)
-    kept.successor_ids[places] = successor_ids[counted].to(kept.successor_ids)
-    kept.successor_scores[places] = successor_scores[counted].to(kept.successor_scores)
+    for buffer, values in zip((kept.successor_ids, kept.successor_scores, kept.next_item_scores), found, strict=True):
+        buffer[counted.to(buffer.device)] = values[counted].to(buffer)

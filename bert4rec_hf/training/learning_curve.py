@@ -1,5 +1,6 @@
 """The learning curve of a training run: its evaluations as data and as a plot, and warnings about the run."""
 
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,9 @@ NEEDED = {f"eval_{metric}@{k}" for metric in ("HR", "NDCG") for k in (1, 5, 10)}
 # Smallest rise of NDCG@10 in the last quarter of a run, as a share of its last value, that counts as under-trained.
 # A linear decay of the learning rate to zero lifts the last quarter of a converged run by up to 5 %.
 RISE = 0.07
-# Smallest fall of the validation loss in the last quarter that counts as under-trained. The same decay lowers the loss
-# of a converged run by up to .07.
-LOSS_FALL = 0.09
+# Smallest fall of the validation loss in the last quarter that counts as under-trained, and smallest rise since its
+# lowest value that counts as overfitting. The same decay lowers the loss of a converged run by up to .07.
+LOSS_CHANGE = 0.09
 
 
 def training_record(
@@ -32,6 +33,7 @@ def training_record(
     protocol: Protocol,
     baselines: Mapping[str, Mapping[str, float]],
     chosen_step: int,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The content of training.json.
 
@@ -41,6 +43,7 @@ def training_record(
         protocol: The protocol of the evaluations.
         baselines: Metrics of the baselines on the same rows, by name.
         chosen_step: The step of the weights that were kept.
+        calibration: The record of `Bert4RecTrainer.calibrate`. None: the model was not compared with the baselines yet.
 
     Returns:
         None if there was no training or no evaluation. Otherwise the keys are: protocol; step, max_steps and
@@ -73,15 +76,20 @@ def training_record(
         "evaluations": list(evaluations.values()),
         "training_losses": losses,
     }
-    longer = (
-        f"--max_steps {2 * args.max_steps}"
+    longer, shorter = (
+        (f"--max_steps {2 * args.max_steps}", f"--max_steps {max(1, args.max_steps // 2)}")
         if args.max_steps > 0
-        else f"--num_train_epochs {math.ceil(2 * args.num_train_epochs)}"
+        else (
+            f"--num_train_epochs {math.ceil(2 * args.num_train_epochs)}",
+            f"--num_train_epochs {args.num_train_epochs / 2:g}",
+        )
     )
-    return record | {"warnings": training_warnings(record, longer)}
+    return record | {"warnings": training_warnings(record, longer, shorter, calibration)}
 
 
-def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
+def training_warnings(
+    record: Mapping[str, Any], longer: str, shorter: str, calibration: Mapping[str, Any] | None = None
+) -> list[str]:
     """Warnings about a training run, one sentence each. The list is empty if there is nothing to warn of.
 
     - Under-trained by NDCG@10: the last evaluation is the best one, and it exceeds the best of the first three quarters
@@ -89,15 +97,15 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
       one evaluation over its users. The standard error of the difference of two evaluations, user by user, is .6 to .8
       of it on MovieLens 100K.
     - Under-trained by validation loss, which has less noise: the best evaluation is in the last quarter, and the last
-      loss is below the lowest of the first three quarters by more than `LOSS_FALL` and by more than two standard
+      loss is below the lowest of the first three quarters by more than `LOSS_CHANGE` and by more than two standard
       errors. The differences of users are taken to have a standard deviation of .5, as on MovieLens 100K.
+    - Overfitting: the last validation loss is above the lowest one by more than `LOSS_CHANGE` and by more than two
+      standard errors. The advice is then to train less, and never to train longer.
     - No better than at its start: the evaluation before the first step is better than all later ones.
     - At the popularity baseline: the best NDCG@10 does not exceed that of popularity by more than two standard errors
       of the difference, with users taken as unpaired.
-    - No better than transitions alone: the best NDCG@10 does not exceed that of the transitions. The defaults add
-      transitions to the model's scores, and they can hide a network that has learnt nothing.
-    - No better than personal popularity alone: the same comparison with how often each user had an item, if seen items
-      are kept.
+    - Below a baseline: the final model, with calibrated weights, is worse than a baseline by more than two standard
+      errors, user by user. Without a calibration: the best NDCG@10 does not exceed that of the baseline.
 
     A schedule that decays to zero flattens every curve at its end. So the absence of a warning does not prove that a
     longer run would not be better.
@@ -105,6 +113,8 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     Args:
         record: The record from `training_record`, still without its warnings.
         longer: The command-line option that makes the run twice as long.
+        shorter: The command-line option that makes the run half as long.
+        calibration: The record of `Bert4RecTrainer.calibrate`.
     """
     num_users, evaluations = record["protocol"]["num_users"], record["evaluations"]
     values = np.array([evaluation["NDCG@10"] for evaluation in evaluations])
@@ -114,15 +124,26 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
     steps = np.array([evaluation["step"] for evaluation in evaluations])
     best = evaluations[int(values.argmax())]
     warnings = []
+    clear_change = max(LOSS_CHANGE, 2 * 0.5 / math.sqrt(max(num_users, 1)))
+    less = f"train less ({shorter}), or with more dropout (--hidden_dropout_prob)"
+    rise = losses[-1] - np.min(losses, initial=np.inf, where=np.isfinite(losses))
+    is_overfitted = bool(rise > clear_change)
+    if is_overfitted:
+        lowest = evaluations[int(np.nanargmin(losses))]
+        warnings.append(
+            f"overfitting: the validation loss was lowest at step {lowest['step']:,} and rose by {rise:.2f} to "
+            f"{losses[-1]:.2f} at step {record['step']:,}; {less}"
+        )
     early = steps <= 0.75 * steps[-1]
     # Without an evaluation in the third quarter, the rise may lie before the last quarter.
-    if (early & (steps > 0.5 * steps[-1])).any() and best["step"] > 0.75 * steps[-1]:
+    has_third_quarter = (early & (steps > 0.5 * steps[-1])).any()
+    if not is_overfitted and has_third_quarter and best["step"] > 0.75 * steps[-1]:
         gain, fall = values[-1] - values[early].max(), losses[early].min() - losses[-1]
         clear_gain = max(2 * standard_error_from_metrics(best, num_users), RISE * values[-1])
         seen = None
         if best is evaluations[-1] and gain > clear_gain:
             seen = f"NDCG@10 was still rising at step {record['step']:,}, by {gain:.4f} to {values[-1]:.4f}"
-        elif fall > max(LOSS_FALL, 2 * 0.5 / math.sqrt(max(num_users, 1))):
+        elif fall > clear_change:
             seen = f"loss was still falling at step {record['step']:,}, by {fall:.2f} to {losses[-1]:.2f}"
         if seen:
             advice = (
@@ -138,23 +159,32 @@ def training_warnings(record: Mapping[str, Any], longer: str) -> list[str]:
             "--learning_rate"
         )
     more = f"give the model more steps ({longer}, a smaller --per_device_train_batch_size) or another --learning_rate"
+    more = less if is_overfitted else more
+    compared = (calibration or {}).get("baselines", {})
     popularity = record["baselines"].get("popularity")
     if popularity is not None:
         error = math.hypot(*(standard_error_from_metrics(metrics, num_users) for metrics in (best, popularity)))
-        if best["NDCG@10"] - popularity["NDCG@10"] <= 2 * error:
+        difference = best["NDCG@10"] - popularity["NDCG@10"]
+        if "popularity" in compared:
+            difference, error = compared["popularity"]["difference"], compared["popularity"]["standard_error"]
+        if difference <= 2 * error:
             return [
                 *warnings,
-                f"at the popularity baseline: the best validation NDCG@10, {best['NDCG@10']:.4f}, is not clearly above "
-                f"that of popularity, {popularity['NDCG@10']:.4f} (standard error of the difference {error:.4f}); "
-                f"{more}",
+                f"at the popularity baseline: the validation NDCG@10 is not clearly above that of popularity, "
+                f"{popularity['NDCG@10']:.4f} (difference {difference:+.4f}, standard error {error:.4f}); {more}",
             ]
-    counted = {"transitions": "each item's successors", "personal popularity": "how often each user had an item"}
-    for name, what in counted.items():
-        baseline = record["baselines"].get(name)
-        if baseline is not None and best["NDCG@10"] <= baseline["NDCG@10"]:
+    for name, metrics in record["baselines"].items():
+        if name in compared:
+            difference, error = compared[name]["difference"], compared[name]["standard_error"]
+            if difference < -2 * error:
+                warnings.append(
+                    f"below {name}: its validation NDCG@10 exceeds that of the model by {-difference:.4f} (standard "
+                    f"error {error:.4f}, user by user); {more}"
+                )
+        elif best["NDCG@10"] <= metrics["NDCG@10"]:
             warnings.append(
-                f"no better than {name} alone: the best validation NDCG@10 is {best['NDCG@10']:.4f}; counting {what} "
-                f"alone gives {baseline['NDCG@10']:.4f}; {more}"
+                f"below {name}: the best validation NDCG@10 is {best['NDCG@10']:.4f}, that of {name} is "
+                f"{metrics['NDCG@10']:.4f}; {more}"
             )
     return warnings
 
@@ -188,7 +218,7 @@ def plot_training(record: Mapping[str, Any]) -> bytes:
     from matplotlib.figure import Figure  # imported here because matplotlib is slow to load
 
     evaluations, losses = record["evaluations"], record["training_losses"]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 3.6), layout="constrained")
     figure.suptitle(str(Protocol(**record["protocol"])), fontsize=9, wrap=True)
     panels = figure.subplots(1, 3, sharex=True)
     curves = (
@@ -209,12 +239,15 @@ def plot_training(record: Mapping[str, Any]) -> bytes:
                     entry["epoch"], value, "*", color=ORANGE, markeredgecolor="black", markersize=14,
                     label=f"these weights, step {entry['step']:,}",
                 )  # fmt: skip
-    for (title, metrics), style in zip(record["baselines"].items(), ("--", ":", "-."), strict=False):
-        panels[-1].axhline(metrics["NDCG@10"], color=GREEN, linestyle=style, label=f"{title} {metrics['NDCG@10']:.4f}")
+    baselines = sorted(record["baselines"].items(), key=lambda baseline: -baseline[1]["NDCG@10"])
+    looks = itertools.cycle(itertools.product(("--", ":", "-."), (GREEN, VERMILION, GREY)))
+    for (title, metrics), (style, colour) in zip(baselines, looks, strict=False):
+        value = metrics["NDCG@10"]
+        panels[-1].axhline(value, color=colour, linestyle=style, linewidth=1.2, label=f"{title} {value:.4f}")
     panels[-1].margins(y=0.1)  # room for the star
     panels[-1].set_ylim(bottom=0)
     if panels[-1].get_legend_handles_labels()[0]:
-        panels[-1].legend(fontsize=8, loc="best")
+        panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return png(figure)
 
 

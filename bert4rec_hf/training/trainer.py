@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -31,10 +32,12 @@ from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..data.histories import PREPARATION_FILE
 from ..data.rows import StreamedTrainingRows
 from ..defaults import default_batch_size, default_learning_rate, default_mask_ratio
+from ..evaluation.calibration import choose_weights, compare_targets, compare_with_baselines, set_weights, weights_of
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.protocol import Protocol
 from ..files import write_file
 from ..hub.model_card import (
+    CALIBRATION_FILE,
     CURVE_FILE,
     EVALUATION_FILE,
     RECIPE_FILE,
@@ -63,7 +66,9 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
 # Columns of evaluation rows that `search` takes, not `forward`.
 RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids")
 # Arguments that only `train_prepared` reads.
-ARGUMENTS_OF_TRAIN_PREPARED = {"item_initialization", "train_windows", "window_step", "streaming", "max_eval_samples"}
+ARGUMENTS_OF_TRAIN_PREPARED = {
+    "item_initialization", "train_windows", "window_step", "streaming", "max_eval_samples", "calibrate",
+}  # fmt: skip
 
 
 class ItemLabelSmoother(LabelSmoother):
@@ -173,6 +178,9 @@ class Bert4RecTrainer(Trainer):
         if plugin is not None:
             keep_inputs_and_outputs_in_float32(plugin)
         self.protocol = protocol
+        self.baseline_ranks = {
+            name: found for name, found in (baselines or {}).items() if isinstance(found, np.ndarray)
+        }
         self.baselines = {
             name: found if isinstance(found, Mapping) else ranking_metrics(found)
             for name, found in (baselines or {}).items()
@@ -180,6 +188,8 @@ class Bert4RecTrainer(Trainer):
         self.preparation = preparation
         self.publish_code = publish_code
         self.evaluation: dict[str, Any] | None = None
+        # The record of `calibrate`.
+        self.calibration: dict[str, Any] | None = None
         # The step of the weights that `evaluation` was computed with. None: the weights have changed since.
         self.evaluated_step: int | None = None
 
@@ -292,6 +302,36 @@ class Bert4RecTrainer(Trainer):
             self.evaluated_step = self.state.global_step
         return metrics
 
+    def calibrate(self) -> dict[str, Any]:
+        """Choose the weights of the counted scores on `eval_dataset`, and compare the model with the baselines.
+
+        The weights are set in the model's config if they pay; see `choose_weights`. The metrics of `evaluate` are then
+        of targets that weights were chosen on, and their protocol says so. `save_model` writes the record into
+        calibration.json. If the argument `calibrate` is False, the weights stay, and only the baselines are compared.
+
+        Returns:
+            The record of `choose_weights`, or weights and adopted without a choice; and, under baselines, the record of
+            `compare_with_baselines`.
+        """
+        model = self.accelerator.unwrap_model(self.model).eval()
+        rows: Any = self.eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        comparisons = compare_targets(model, rows, self.processing_class, batch_size=batch_size)
+        weights = weights_of(model.config)
+        chosen: dict[str, Any] = {"weights": weights, "adopted": False}
+        if self.args.calibrate:
+            chosen = choose_weights(comparisons, weights)
+        compared = compare_with_baselines(comparisons, chosen["weights"], self.baseline_ranks, rows["user_id"][:])
+        # The processes must agree, while their devices may round differently.
+        source = {"source": os.path.basename(self.preparation["source"])} if self.preparation else {}
+        self.calibration = broadcast_object_list([chosen | source | {"baselines": compared}])[0]
+        if self.calibration["adopted"]:
+            set_weights(model.config, self.calibration["weights"])
+            self.evaluated_step = None
+            if self.protocol is not None:
+                self.protocol = replace(self.protocol, calibrated=True)
+        return self.calibration
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         # The item vectors do not decay: the vectors of items that are in no batch would shrink too.
         return [name for name in super().get_decay_parameter_names(model) if "item_embeddings" not in name]
@@ -361,6 +401,9 @@ class Bert4RecTrainer(Trainer):
             (folder / EVALUATION_FILE).unlink(missing_ok=True)  # its metrics belong to the old weights
             (folder / TRAINING_FILE).unlink(missing_ok=True)
             (folder / CURVE_FILE).unlink(missing_ok=True)
+            (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+        if self.calibration is not None:
+            write_file(folder / CALIBRATION_FILE, json.dumps(self.calibration, indent=2) + "\n")
         protocols = [record["protocol"] for record in read_evaluations(folder)]
         is_of_these_weights = self.evaluated_step == self.state.global_step
         if self.evaluation is not None and is_of_these_weights and self.evaluation["protocol"] not in protocols:
@@ -377,7 +420,8 @@ class Bert4RecTrainer(Trainer):
         if self.protocol is None:
             return None
         best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
-        return training_record(self.state, self.args, self.protocol, self.baselines, best or self.state.global_step)
+        step = best or self.state.global_step
+        return training_record(self.state, self.args, self.protocol, self.baselines, step, self.calibration)
 
     def recipe(self) -> dict[str, Any]:
         """All training arguments and the architecture, in the form that `bert4rec train --config` reads.

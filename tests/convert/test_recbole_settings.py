@@ -69,6 +69,7 @@ user_inter_num_interval: "[0,inf)"
 RECBOLE_RECIPE = {
     "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
     "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0, "item_initialization": "random",
+    "calibrate": False,
     "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 256,
     "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
     "initializer_range": 0.02, "mask_ratio": 0.2, "max_predictions": 10, "last_item_ratio": 0.5,
@@ -195,7 +196,7 @@ def test_recboles_defaults_become_its_architecture_and_training(tmp_path, capsys
 
 def test_of_a_partial_file_the_model_is_recboles_and_the_training_loop_ours(tmp_path, capsys):
     recipe, comments = converted(write(tmp_path, "hidden_size: 32\nn_heads: ~\n"), capsys)
-    others = ("item_initialization", "mask_ratio", "max_predictions", "last_item_ratio")
+    others = ("item_initialization", "calibrate", "mask_ratio", "max_predictions", "last_item_ratio")
     architecture = (*Bert4RecConfig.__annotations__, *others)
     expected = {name: value for name, value in RECBOLE_RECIPE.items() if name in architecture}
     assert recipe == expected | {"hidden_size": 32}

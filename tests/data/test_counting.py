@@ -116,74 +116,99 @@ def test_the_first_layer_hands_on_the_mean_of_a_history():
     assert changed == {"model.embeddings.item_embeddings.weight"}
 
 
-def stored_transitions(model: Bert4RecForMaskedItemPrediction) -> list[list[tuple[int, float]]]:
-    """For each item, the stored successors, as indices from 0, and their scores."""
-    tables = (
-        model.history_scores.successor_ids[FIRST_ITEM_ID:].tolist(),
-        model.history_scores.successor_scores[FIRST_ITEM_ID:].tolist(),
-    )
+def stored_transitions(model: Bert4RecForMaskedItemPrediction) -> list[dict[int, tuple[float, float]]]:
+    """For each item, the stored successors, as indices from 0, with their two scores."""
+    scores = model.history_scores
+    tables = (scores.successor_ids, scores.successor_scores, scores.next_item_scores)
     return [
-        [(item - FIRST_ITEM_ID, score) for item, score in zip(*row, strict=True) if item]
-        for row in zip(*tables, strict=True)
+        {item - FIRST_ITEM_ID: values for item, *values in zip(*row, strict=True) if item}
+        for row in zip(*(table[FIRST_ITEM_ID:].tolist() for table in tables), strict=True)
     ]
 
 
-def test_transitions_are_the_strongest_of_what_followed_an_item():
-    rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij", "abab", "z"]
+@pytest.mark.parametrize("filter_seen_items", [True, False])
+def test_transitions_are_the_strongest_of_what_followed_an_item(filter_seen_items):
+    rows = ["abcabdhgijk", "badcba", "efefgh", "ghfe", "abefcc", "ijkij", "abab", "aab", "z"]
     histories, num_items = histories_of([row + "xy" for row in rows], held_out=2)
     names = sorted(set("".join(rows) + "xy"))
     counts: Counter = Counter()
+    next_counts: Counter = Counter()
     for row in rows:
         for (i, first), (j, second) in combinations(enumerate(row), 2):
+            pair = names.index(first), names.index(second)
             if j - i <= SUCCESSOR_WINDOW and first != second:
-                counts[names.index(first), names.index(second)] += 0.5 ** (j - i - 1)
-    first_counts, second_counts = Counter(), Counter()
+                counts[pair] += 0.5 ** (j - i - 1)
+            if j - i == 1 and (first != second or not filter_seen_items):
+                next_counts[pair] += 1
+    first_counts, second_counts, totals = Counter(), Counter(), Counter()
     for (first, second), count in counts.items():
         first_counts[first] += count
         second_counts[second] += count
+    for (first, _), count in next_counts.items():
+        totals[first] += count
     powers = {item: count**NEIGHBOUR_POWER for item, count in second_counts.items()}
-    expected: list[list[tuple[int, float]]] = [[] for _ in names]
-    for (first, second), count in counts.items():
-        information = math.log(count / first_counts[first] / powers[second] * sum(powers.values()))
-        if information > 0:
-            expected[first].append((second, information * math.log(1 + count)))
-    for number in (3, 12):
-        config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=number)
+    expected: list[dict[int, tuple[float, float]]] = [{} for _ in names]
+    for first, second in {*counts, *next_counts}:
+        count = counts[first, second]
+        information = math.log(count / first_counts[first] / powers[second] * sum(powers.values())) if count else 0
+        followed = next_counts[first, second] / max(1, totals[first])
+        expected[first][second] = max(0.0, information) * math.log(1 + count), math.log(1 + 20 * followed)
+    for number in (4, 48):
+        config = Bert4RecConfig(
+            vocab_size=num_items + FIRST_ITEM_ID, num_transitions=number, filter_seen_items=filter_seen_items
+        )
         model = Bert4RecForMaskedItemPrediction(config)
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         for _ in range(2):  # the second call replaces the transitions of the first
             keep_transitions(model, histories, num_items, weight=0.3)
         assert model.config.transition_weight == 0.3
-        for row, strongest in zip(stored_transitions(model), expected, strict=True):
-            scores = sorted((score for _, score in strongest), reverse=True)[:number]
-            assert [score for _, score in row] == pytest.approx(scores, rel=1e-4)
-            assert len({item for item, _ in row}) == len(row)
-            for item, score in row:
-                assert dict(strongest)[item] == pytest.approx(score, rel=1e-4)
+        for row, scores in zip(stored_transitions(model), expected, strict=True):
+            assert all(scores[item] == pytest.approx(values, rel=1e-4) for item, values in row.items())
+            # A quarter of the places are for the most frequent next items, the others for the highest first scores.
+            frequent, strong = (
+                sorted((values[kind] for values in scores.values() if values[kind]), reverse=True)[:places]
+                for kind, places in ((1, number // 4), (0, number - number // 4))
+            )
+            kept_strong, kept_frequent = (
+                sorted((values[kind] for values in row.values()), reverse=True) for kind in (0, 1)
+            )
+            assert kept_frequent[: len(frequent)] == pytest.approx(frequent, rel=1e-4)
+            assert kept_strong[: len(strong)] == pytest.approx(strong, rel=1e-4)
+            assert len(row) <= number
         changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
-        assert changed == {"history_scores.successor_ids", "history_scores.successor_scores"}
-    assert max(map(len, expected)) > 3
+        assert changed == {
+            f"history_scores.{name}" for name in ("successor_ids", "successor_scores", "next_item_scores")
+        }
+    assert max(map(len, expected)) > 4
+    a = names.index("a")
+    assert (a in expected[a]) is not filter_seen_items
     assert not model.history_scores.successor_ids[1:FIRST_ITEM_ID].any()
+    assert not model.history_scores.next_item_scores[:FIRST_ITEM_ID].any()
 
 
-def test_a_history_without_items_gets_what_is_most_popular_of_late():
+def test_a_history_without_items_gets_what_is_popular_both_of_late_and_at_all_times():
     rows = ["abcdefghij", "jihgfedcba", *["jklmnopqra"] * 3, *["jklmnopqrb"] * 2, "c"]
     histories, num_items = histories_of(rows)
     config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=5)
     model = Bert4RecForMaskedItemPrediction(config).eval()
     keep_transitions(model, histories, num_items)
     names = sorted(set("".join(rows)))
+    # Without times, the last tenth of each history is recent, at least one event: 8 of the 71 events.
+    recent, at_all_times = Counter(row[-1] for row in rows), Counter("".join(rows))
+    popularity = {name: recent[name] + at_all_times[name] * 8 / 71 for name in names}
+    expected = sorted(names, key=lambda name: -popularity[name])[:3]
     _, best = model.recommend(torch.tensor([[MASK_TOKEN_ID]]), top_k=3)
-    # Without times, the last tenth of each history is recent, at least one event: a 4 times, b twice, c and j once.
-    assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()][:2] == ["a", "b"]
-    assert names[best[0, 2] - FIRST_ITEM_ID] in "cj"
+    assert [names[item - FIRST_ITEM_ID] for item in best[0].tolist()] == expected == ["a", "b", "j"]
+    scores = model.history_scores.successor_scores[PAD_TOKEN_ID]
+    assert scores[0].item() == pytest.approx(math.log(1 + popularity["a"]))
 
 
 def test_a_log_of_single_events_has_no_transitions():
     histories, num_items = histories_of(["a", "b", "cc"])
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_transitions=2))
     keep_transitions(model, histories, num_items)
-    assert stored_transitions(model) == [[], [], []]
+    c = 2
+    assert stored_transitions(model) == [{}, {}, {c: [0.0, pytest.approx(math.log(21))]}]
 
 
 def test_no_vector_is_longer_than_so_many_times_the_others(monkeypatch):

@@ -132,8 +132,9 @@ def test_where_nothing_trains_all_baselines_are_ties():
     found = baseline_ranks(rows, histories, 2)
     assert list(found) == [
         "popularity", "recent popularity", "last-item co-occurrence", "transitions", "personal popularity",
+        "session kNN", "item kNN", "EASE",
     ]  # fmt: skip
-    assert [ranks.tolist() for ranks in found.values()] == [[2]] * 5
+    assert [ranks.tolist() for ranks in found.values()] == [[2]] * 8
 
 
 def test_co_occurrence_knows_what_follows_what():

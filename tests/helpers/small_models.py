@@ -53,6 +53,8 @@ def make_model(seed: int = 0, **options) -> Bert4RecForMaskedItemPrediction:
             count = int(torch.randint(max_successors + 1, ()))
             scores.successor_ids[item, :count] = FIRST + torch.randperm(config.vocab_size - FIRST)[:count].int()
             scores.successor_scores[item, :count] = torch.rand(count) * 3
+            if item != PAD:
+                scores.next_item_scores[item, :count] = torch.rand(count) * 3
     return model.eval()
 
 
@@ -69,7 +71,8 @@ def make_popularity_model(scores: list[float]) -> Bert4RecForMaskedItemPredictio
 WITH_HISTORY = {
     "transitions": {"num_transitions": 5},
     "repeats": {"repeat_weight": 0.8},
-    "both": {"num_transitions": 5, "repeat_weight": 0.8},
+    "recency": {"recency_weight": 1.5},
+    "all": {"num_transitions": 5, "next_item_weight": 2.0, "repeat_weight": 0.8, "recency_weight": 1.5},
 }
 # The models of the fixture `model` without history scores.
 without_history_scores = pytest.mark.parametrize(

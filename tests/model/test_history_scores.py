@@ -11,8 +11,9 @@ from small_models import FIRST, MASK, NUM_ITEMS, PAD, VOCAB, WITH_HISTORY, make_
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 from bert4rec_hf.model.history_scores import (
     NUM_NEWEST_ITEMS,
+    WEIGHT_FIELDS,
     add_to_scores,
-    item_counts,
+    item_occurrences,
     newest_items,
     values_of,
 )
@@ -40,13 +41,13 @@ def test_of_the_newest_items_each_counts_half_as_much_as_the_one_after_it():
     assert newest_items(torch.tensor([[9, *[0] * 300]]))[0][0, 0] == 9
 
 
-def test_an_item_is_counted_in_one_place():
-    items, counts = item_counts(torch.tensor([[5, 9, 5, 0, 5], [0, 0, 0, 0, 0], [*[7] * 4, 6]]))
+def test_an_item_is_counted_in_one_place_with_the_age_of_its_newest_occurrence():
+    history_ids = torch.tensor([[5, 9, 5, 0, 5, 8], [0, 0, 0, 0, 0, 0], [*[7] * 4, 6, 0]])
     found = [
-        [(item, count) for item, count in zip(*row, strict=True) if count]
-        for row in zip(items.tolist(), counts.tolist(), strict=True)
+        [(item, count, age) for item, count, age in zip(*row, strict=True) if count]
+        for row in zip(*(values.tolist() for values in item_occurrences(history_ids)), strict=True)
     ]
-    assert found == [[(5, 3), (9, 1)], [], [(6, 1), (7, 4)]]
+    assert found == [[(5, 3, 1), (8, 1, 0), (9, 1, 3)], [], [(6, 1, 0), (7, 4, 1)]]
 
 
 @pytest.mark.parametrize("options", [*WITH_HISTORY.values()], ids=[*WITH_HISTORY])
@@ -73,8 +74,14 @@ def test_pairs_are_unique_in_order_and_the_sums_that_loops_give(options):
             for item, share in zip(newest or [PAD], shares or [config.popularity_weight], strict=True):
                 for successor, score in zip(scores.successor_ids[item], scores.successor_scores[item], strict=True):
                     expected[int(successor)] += share * float(score)
+            newest_item = (newest or [PAD])[0]
+            for successor, score in zip(
+                scores.successor_ids[newest_item], scores.next_item_scores[newest_item], strict=True
+            ):
+                expected[int(successor)] += config.next_item_weight * float(score)
         for item, count in Counter(items).items():
             expected[item] += config.repeat_weight * math.log1p(count)
+            expected[item] += config.recency_weight * 0.5 ** items[::-1].index(item)
         found = by_item(pairs, row)
         expected = {item: value for item, value in expected.items() if value}
         assert found.keys() == expected.keys()
@@ -82,22 +89,26 @@ def test_pairs_are_unique_in_order_and_the_sums_that_loops_give(options):
 
 
 def test_the_weighted_features_sum_to_the_scores():
-    model = make_model(num_transitions=5, repeat_weight=0.8, transition_weight=0.7, popularity_weight=11.0)
+    weights = {"transitions": 0.7, "next_items": 3.0, "popularity": 11.0, "repeats": 0.8, "recency": 2.0}
+    model = make_model(num_transitions=5, **{WEIGHT_FIELDS[name]: weight for name, weight in weights.items()})
     scores, config = model.history_scores, model.config
     histories = torch.tensor([[5, 9, 5, 8], [0, 0, 0, 0]])
     features = scores.features(histories)
-    weights = {"transitions": 0.7, "popularity": 11.0, "repeats": 0.8}
+    assert features.keys() == WEIGHT_FIELDS.keys()
     for row in range(2):
         expected: dict[int, float] = defaultdict(float)
         for name, pairs in features.items():
+            assert all(value > 0 for value in by_item(pairs, row).values())
             for item, value in by_item(pairs, row).items():
                 expected[item] += weights[name] * value
         assert by_item(scores(histories), row) == pytest.approx(expected, abs=1e-6)
     assert by_item(features["repeats"]) == pytest.approx({5: math.log(3), 8: math.log(2), 9: math.log(2)})
+    assert by_item(features["recency"]) == {5: 0.5, 8: 1.0, 9: 0.25}
     assert by_item(features["transitions"])
     assert not by_item(features["transitions"], 1)
     # The weights are read at every call.
-    config.transition_weight = config.popularity_weight = config.repeat_weight = 0.0
+    for field in WEIGHT_FIELDS.values():
+        setattr(config, field, 0.0)
     assert not by_item(scores(histories))
 
 

@@ -31,6 +31,7 @@ def history_scores_by_loops(model, histories) -> torch.Tensor:
     for row, history in zip(added, histories, strict=True):
         for item in set(history):
             row[item] += model.config.repeat_weight * math.log(1 + history.count(item))
+            row[item] += model.config.recency_weight * 0.5 ** history[::-1].index(item)
         newest = history[::-1][:NUM_NEWEST_ITEMS]
         for age, item in enumerate((newest or [PAD]) if model.config.num_transitions else []):
             share = 0.5**age / sum(0.5**age for age in range(max(1, len(newest))))
@@ -40,6 +41,11 @@ def history_scores_by_loops(model, histories) -> torch.Tensor:
                 strict=True,
             ):
                 row[next_id] += share * score
+        for item in newest[:1] if model.config.num_transitions else []:
+            for next_id, score in zip(
+                model.history_scores.successor_ids[item], model.history_scores.next_item_scores[item], strict=True
+            ):
+                row[next_id] += model.config.next_item_weight * score
     return added
 
 

@@ -14,7 +14,7 @@ SWITCHES = [
     {"position_embedding_type": "learned_from_end"},
     {"num_transitions": 5},
     {"repeat_weight": 0.8},
-    {"num_transitions": 5, "repeat_weight": 0.8},
+    {"num_transitions": 5, "next_item_weight": 2.0, "repeat_weight": 0.8, "recency_weight": 1.5},
 ]
 # (batch, length, excluded, candidates)
 SHAPES = [(4, 6, 3, 1), (1, 1, 1, 1), (1, 12, 9, 20), (9, 12, 1, 5)]
@@ -28,6 +28,7 @@ def make_model(switches) -> Bert4RecForMaskedItemPrediction:
     if model.history_scores.successor_ids is not None:
         model.history_scores.successor_ids[3:] = torch.stack([torch.randperm(57)[:5] + 3 for _ in range(57)])
         model.history_scores.successor_scores[3:] = torch.rand(57, 5) * 3
+        model.history_scores.next_item_scores[3:] = torch.rand(57, 5) * 3
     return model
 
 

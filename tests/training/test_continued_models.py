@@ -54,7 +54,7 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert "no validation targets: nothing is evaluated, and the model is that of the last step" in caplog.text
     names = {path.name for path in (tmp_path / "served").iterdir() if path.is_file()}
     assert names == {path.name for path in (tmp_path / "evaluated").iterdir() if path.is_file()} - {
-        "evaluation.json", "training.json", "learning_curve.png",
+        "evaluation.json", "training.json", "learning_curve.png", "calibration.json",
     }  # fmt: skip
     assert_equal_weights(tmp_path / "served", next((tmp_path / "served").glob("checkpoint-*")))
     assert yaml.safe_load((tmp_path / "served" / "recipe.yaml").read_text())["num_train_epochs"] == 2

@@ -121,7 +121,7 @@ def test_a_run_whose_validation_loss_still_falls_at_its_end_is_called_under_trai
 def test_of_few_users_a_falling_validation_loss_may_be_chance():
     found = record([300, 300, 300, 301], losses=[5.0, 4.5, 4.0, 3.9])
     for num_users, warned in ((120, True), (90, False)):  # 1 / sqrt(num_users) is .091 and .105
-        warnings = training_warnings(found | {"protocol": {"num_users": num_users}}, "")
+        warnings = training_warnings(found | {"protocol": {"num_users": num_users}}, "", "")
         assert any(warning.startswith("under-trained: validation loss") for warning in warnings) == warned
 
 
@@ -131,26 +131,65 @@ def test_a_model_that_is_not_clearly_above_popularity_is_at_the_baseline(hits, w
     warnings = record([hits, hits, hits])["warnings"]
     assert len(warnings) == warned
     if warned:
-        assert warnings[0].startswith(f"at the popularity baseline: the best validation NDCG@10, {hits / 1000:.4f}, ")
-        assert "popularity, 0.0500 " in warnings[0]
+        assert warnings[0].startswith(
+            "at the popularity baseline: the validation NDCG@10 is not clearly above that of "
+        )
+        assert f"popularity, 0.0500 (difference {hits / 1000 - 0.05:+.4f}, standard error 0.0" in warnings[0]
 
 
-@pytest.mark.parametrize(
-    ("baseline", "what"),
-    [("transitions", "each item's successors"), ("personal popularity", "how often each user had an item")],
-)
-@pytest.mark.parametrize(
-    ("hits", "expected"), [(50, "at the popularity baseline"), (120, "no better than"), (121, None)]
-)
-def test_a_model_that_adds_nothing_to_a_count_is_told(baseline, what, hits, expected):
+@pytest.mark.parametrize("baseline", ["transitions", "last-item co-occurrence"])
+@pytest.mark.parametrize(("hits", "expected"), [(50, "at the popularity baseline"), (120, "below {}"), (121, None)])
+def test_a_model_that_is_no_better_than_a_baseline_is_told(baseline, hits, expected):
     baselines = BASELINE | {baseline: record([120])["evaluations"][0]}
     warnings = record([hits, hits], baselines=baselines)["warnings"]
     assert len(warnings) == (expected is not None)
     if expected is not None:
-        assert warnings[0].startswith(expected)
+        assert warnings[0].startswith(expected.format(baseline))
     if hits == 120:
-        assert warnings[0].startswith(f"no better than {baseline} alone: the best validation NDCG@10 is 0.1200; ")
-        assert f"counting {what} alone gives 0.1200; give" in warnings[0]
+        assert warnings[0].startswith(
+            f"below {baseline}: the best validation NDCG@10 is 0.1200, that of {baseline} is 0.1200; give the model "
+            "more steps (--num_train_epochs 4, "
+        )
+
+
+def test_a_calibrated_model_is_compared_with_the_baselines_user_by_user():
+    names = ("popularity", "EASE", "session kNN", "item kNN")
+    metrics = record([120])["evaluations"][0]
+    differences = dict(zip(names, (0.02, -0.005, -0.002, 0.0), strict=True))
+    compared = {name: {"difference": value, "standard_error": 0.002} for name, value in differences.items()}
+    found = record([60, 60], baselines=dict.fromkeys(names, metrics))
+    warnings = training_warnings(found, "longer", "shorter", {"baselines": compared})
+    assert len(warnings) == 1  # the metrics before the calibration are below those of all four
+    assert warnings[0].startswith(
+        "below EASE: its validation NDCG@10 exceeds that of the model by 0.0050 (standard error 0.0020, user by user); "
+        "give the model more steps (longer, "
+    )
+    compared["popularity"]["difference"] = 0.003
+    warnings = training_warnings(found, "longer", "shorter", {"baselines": compared})
+    assert [warning.split(":")[0] for warning in warnings] == ["at the popularity baseline"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([3.0, 3.2, 3.4, 3.6], "lowest at step 100 and rose by 0.60 to 3.60 at step 400"),
+        ([3.0, 2.8, 2.85, 2.95], "lowest at step 200 and rose by 0.15 to 2.95 at step 400"),
+        ([3.0, 2.8, 2.8, 2.85], None),
+        ([float("nan"), 2.8, 2.85, 2.95], "lowest at step 200 and rose by 0.15 to 2.95 at step 400"),
+        ([3.0, 2.8, 2.85, float("nan")], None),
+    ],
+)
+def test_a_run_that_overfits_is_told_to_train_less_and_never_longer(losses, expected):
+    warnings = record([200, 230, 260, 300], losses=losses)["warnings"]  # the ranking improves until the end
+    if expected is not None:
+        assert warnings == [
+            f"overfitting: the validation loss was {expected}; train less (--num_train_epochs 2), or with more dropout "
+            "(--hidden_dropout_prob)"
+        ]
+    below = record([20, 30, 40, 50], losses=losses)["warnings"][-1]
+    assert below.startswith("at the popularity baseline")
+    assert ("train less" in below) is (expected is not None)
+    assert ("more steps" in below) is (expected is None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Nearest neighbours and EASE: baselines that score the whole catalogue from counts of the training part."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..data.histories import Histories
+from ..model.configuration_bert4rec import FIRST_ITEM_ID
+from ..model.history_scores import item_occurrences
+
+# Catalogues above this size have no item kNN and no EASE, which need a square matrix over the items.
+MAX_ITEMS_OF_A_MATRIX = 15_000
+# Number of neighbours of an item, and of a history.
+ITEM_NEIGHBOURS, HISTORY_NEIGHBOURS = 200, 100
+# Number of newest histories with an item that may become neighbours through it.
+NEWEST_HISTORIES_OF_AN_ITEM = 1000
+# Number of newest items of a history that neighbours are found by.
+MATCHED_ITEMS = 20
+# L2 regularisation of EASE.
+EASE_REGULARISATION = 100.0
+# Pairs that are counted at once.
+PAIRS_AT_ONCE = 2**24
+
+# Maps histories (batch, length) of token ids, padded with 0 on the left, to scores (batch, vocab size), at least 0 or
+# of any sign. The scores of special tokens have no meaning.
+Scores = Callable[[torch.Tensor], torch.Tensor]
+
+
+def shared_users(histories: Histories, num_items: int) -> torch.Tensor:
+    """(vocab size, vocab size) float32 the number of users who have both items in the training part."""
+    size = num_items + FIRST_ITEM_ID
+    user_of = np.repeat(np.arange(len(histories), dtype=np.int64), np.diff(histories.offsets))
+    trained = histories.is_trained()
+    keys = np.unique(user_of[trained] * size + histories.item_ids[trained])
+    users, items = keys // size, torch.from_numpy(keys % size)
+    lengths = np.bincount(users, minlength=len(histories))
+    starts = np.concatenate(([0], lengths.cumsum()))
+    counts = torch.zeros(size * size)
+    first = 0
+    while first < len(lengths):  # some users at a time
+        last = first + max(1, int(np.searchsorted(np.cumsum(lengths[first:] ** 2), PAIRS_AT_ONCE)))
+        sizes = torch.from_numpy(lengths[first:last])
+        own = items[starts[first] : starts[min(last, len(lengths))]]
+        repeats = torch.repeat_interleave(sizes, sizes)
+        one = torch.repeat_interleave(own, repeats)
+        # The other item of each pair runs through the items of the same user.
+        begins = torch.repeat_interleave(torch.from_numpy(starts[first:last] - starts[first]), sizes)
+        place = torch.arange(len(one)) - torch.repeat_interleave(repeats.cumsum(0) - repeats, repeats)
+        other = own[torch.repeat_interleave(begins, repeats) + place]
+        counts.index_add_(0, one * size + other, torch.ones(len(one)))
+        first = last
+    return counts.view(size, size)
+
+
+def item_knn(shared: torch.Tensor) -> Scores:
+    """Item kNN (Sarwar et al., WWW 2001): the sum of the cosines to the items of the history.
+
+    Args:
+        shared: The counts from `shared_users`. An item has `ITEM_NEIGHBOURS` neighbours.
+    """
+    lengths = shared.diagonal().clamp(min=1).sqrt()
+    cosines = shared / lengths / lengths.unsqueeze(1)
+    cosines.fill_diagonal_(0)
+    least = cosines.topk(min(ITEM_NEIGHBOURS, len(cosines)), dim=1).values[:, -1:]
+    cosines[cosines < least] = 0
+    return lambda history_ids: _has(history_ids, len(cosines)) @ cosines
+
+
+def ease(shared: torch.Tensor) -> Scores:
+    """EASE (Steck, WWW 2019, equation 8): a linear model from the items of a history to all items.
+
+    Args:
+        shared: The counts from `shared_users`, which are overwritten.
+    """
+    shared.diagonal().add_(EASE_REGULARISATION)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shared))
+    weights = inverse.div_(-inverse.diagonal().clone())
+    weights.fill_diagonal_(0)
+    return lambda history_ids: _has(history_ids, len(weights)) @ weights
+
+
+def history_knn(histories: Histories, num_items: int) -> Scores:
+    """Vector multiplication session kNN, V-SKNN (Ludewig & Jannach, UMUAI 2018), with users as sessions.
+
+    Histories are similar if they share items, of which newer ones count more, in proportion to their position among the
+    newest `MATCHED_ITEMS`. An item of the `HISTORY_NEIGHBOURS` most similar histories scores the similarity, divided by
+    the number of items since the newest shared one.
+
+    Args:
+        histories: The histories, of which the training part counts.
+        num_items: Number of items in the catalogue.
+    """
+    size = num_items + FIRST_ITEM_ID
+    trained = histories.is_trained()
+    user_of = np.repeat(np.arange(len(histories), dtype=np.int64), np.diff(histories.offsets))
+    # The last place of each item in each history.
+    keys, places = np.unique((user_of[trained] * size + histories.item_ids[trained])[::-1], return_index=True)
+    users, items = keys // size, keys % size
+    ends = np.zeros(len(histories))
+    if histories.timestamps is not None:
+        np.maximum.at(ends, user_of[trained], histories.timestamps[trained].astype(float))
+    newest_first = np.argsort(-ends, kind="stable")
+    age_of = np.empty_like(newest_first)
+    age_of[newest_first] = np.arange(len(newest_first))
+    # For each item, its histories, the newest first.
+    order = np.lexsort((age_of[users], items))
+    of_item = torch.from_numpy(users[order])
+    starts = torch.from_numpy(np.searchsorted(items[order], np.arange(size + 1)))
+    num_of_item = starts.diff().clamp(max=NEWEST_HISTORIES_OF_AN_ITEM)
+    # For each history, its items.
+    own_items = torch.from_numpy(items)
+    own_starts = torch.from_numpy(np.searchsorted(users, np.arange(len(histories) + 1)))
+    num_own = own_starts.diff()
+    norms = num_own.clamp(min=1).float().sqrt()
+    del keys, places
+
+    def scores(history_ids: torch.Tensor) -> torch.Tensor:
+        batch = len(history_ids)
+        ids, counts, ages = item_occurrences(history_ids)
+        is_matched = (counts > 0) & (ages < MATCHED_ITEMS)
+        rows, columns = is_matched.nonzero(as_tuple=True)
+        matched, matched_ages = ids[rows, columns], ages[rows, columns]
+        lengths = num_of_item[matched]
+        pair = torch.repeat_interleave(torch.arange(len(matched)), lengths)
+        places = starts[matched][pair] + torch.arange(len(pair)) - (lengths.cumsum(0) - lengths)[pair]
+        found = rows[pair] * len(norms) + of_item[places]
+        weights = 1 - matched_ages.float() / MATCHED_ITEMS
+        similar = torch.zeros(batch * len(norms)).index_add_(0, found, weights[pair])
+        # Places since the newest shared item.
+        nearest = torch.full((batch * len(norms),), float(MATCHED_ITEMS))
+        nearest = nearest.scatter_reduce_(0, found, matched_ages[pair].float(), "amin").view(batch, -1)
+        similar = similar.view(batch, -1) / norms
+        best, neighbours = similar.topk(min(HISTORY_NEIGHBOURS, len(norms)), dim=1)
+        best = best / (1 + nearest.gather(1, neighbours))
+        neighbours, best = neighbours.flatten(), best.flatten()
+        lengths = num_own[neighbours] * (best > 0)
+        pair = torch.repeat_interleave(torch.arange(len(neighbours)), lengths)
+        places = own_starts[neighbours][pair] + torch.arange(len(pair)) - (lengths.cumsum(0) - lengths)[pair]
+        row_of = pair // (len(neighbours) // batch)
+        return torch.zeros(batch * size).index_add_(0, row_of * size + own_items[places], best[pair]).view(batch, size)
+
+    return scores
+
+
+def _has(history_ids: torch.Tensor, size: int) -> torch.Tensor:
+    """(batch, size) float32, 1 for the items of each history."""
+    has = torch.zeros(len(history_ids), size).scatter_(1, history_ids, 1.0)
+    has[:, :FIRST_ITEM_ID] = 0
+    return has
