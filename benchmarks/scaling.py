@@ -85,7 +85,7 @@ def rank_users(
         start = time.perf_counter()
         index = ItemIndex.build(model)
         found["build"] = time.perf_counter() - start
-        found["bytes"] = index.index.serialized_length
+        found["bytes"] = len(index.index.save())  # `serialized_length` of usearch 2.21 raises an error
         found["index"] = seconds(lambda: index.search(model.user_vectors(histories["input_ids"]), TOP_K + length))
     return found
 

@@ -1,10 +1,13 @@
 """Atomic writing: files and folders are written beside their destination and moved there when they are complete."""
 
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -34,9 +37,9 @@ def files_beside(folder: Path, *, last_file: str | None = None) -> Iterator[Path
         last_file: The name of the file that is moved last, since it describes the others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        yield Path(temporary)
-        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == last_file):
+    with _temporary_folder(folder) as temporary:
+        yield temporary
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == last_file):
             os.replace(path, folder / path.name)
 
 
@@ -61,8 +64,8 @@ def folder_beside(
     destination.parent.mkdir(parents=True, exist_ok=True)
     is_empty = destination.is_dir() and not any(destination.iterdir())
     beside = destination if is_empty else destination.parent
-    with tempfile.TemporaryDirectory(dir=beside, prefix=f".{destination.name}-") as temporary:
-        folder = Path(temporary) / "new"
+    with _temporary_folder(beside, f".{destination.name}-") as temporary:
+        folder = temporary / "new"
         folder.mkdir()
         yield folder
         if not destination.exists():
@@ -74,7 +77,9 @@ def folder_beside(
             for path in sorted(folder.iterdir(), key=lambda path: path.name == last_file):
                 os.rename(path, destination / path.name)
         else:
-            _replace_folder(folder, destination, Path(temporary) / "old", own_files(destination))
+            names = own_files(destination)
+            with _signals_held():  # an interrupt between two moves would lose the destination
+                _replace_folder(folder, destination, temporary / "old", names)
 
 
 def _replace_folder(folder: Path, destination: Path, old: Path, own_files: Collection[str]) -> None:
@@ -88,3 +93,39 @@ def _replace_folder(folder: Path, destination: Path, old: Path, own_files: Colle
     for path in old.iterdir():
         if path.name not in own_files and not (destination / path.name).exists():
             os.rename(path, destination / path.name)
+
+
+@contextmanager
+def _temporary_folder(parent: Path, prefix: str | None = None) -> Iterator[Path]:
+    """Make a folder in `parent`, and remove it when the block ends.
+
+    When a process of a launch fails, the others get an error, and soon afterwards a signal, which must not interrupt
+    the removal that the error has begun.
+    """
+    temporary = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
+    try:
+        yield Path(temporary.name)
+    finally:
+        with _signals_held():
+            temporary.cleanup()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM until the block ends."""
+    held: list[int] = []
+    handlers: dict[int, Any] = {}
+    try:
+        # Python runs handlers in the main thread, which alone may set them.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.getsignal(number)
+                if handlers[number] is not None:  # None: a handler that is not of Python and could not be set again
+                    signal.signal(number, lambda number, frame: held.append(number))
+        yield
+    finally:
+        for held_number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(held_number, handler)
+        if held:
+            signal.raise_signal(held[0])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import duckdb
 import ibis
@@ -289,6 +290,9 @@ def _of_pandas(frame: Any, columns: list[str], name: str) -> ir.Table:
         try:
             arrays[column] = pa.array(values, from_pandas=True)
         except (pa.ArrowException, UnicodeError, OverflowError) as error:
+            if set(values.dropna().map(type)) == {UUID}:  # PyArrow before version 24 does not convert them
+                arrays[column] = pa.array(values.map(str, na_action="ignore"), from_pandas=True)
+                continue
             kinds = sorted({type(value).__name__ for value in values if value is not None and value is not math.nan})
             raise ValueError(
                 f"column {column!r} of the data frame {'mixes' if len(kinds) > 1 else 'has'} {' and '.join(kinds)}, "
@@ -573,16 +577,19 @@ def _parquet(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
 def _is_native(path: str, schema: pa.Schema, columns: Sequence[str]) -> bool:
     """Whether DuckDB itself reads these columns of a Parquet file exactly."""
     lower = [name.lower() for name in schema.names]
-    physical = pq.ParquetFile(path).schema
-    int96 = {
-        physical.column(index).path for index in range(len(physical)) if physical.column(index).physical_type == "INT96"
-    }
-    return all(
-        lower.count(name.lower()) == 1
-        and name not in int96
-        and (pa.types.is_dictionary(kind := schema.field(name).type) or plain_type(kind) == kind)
-        for name in columns
-    )
+    parquet = pq.ParquetFile(path).schema
+    physical = {column.path: column for column in map(parquet.column, range(len(parquet)))}
+
+    def is_exact(name: str) -> bool:
+        kind, column = schema.field(name).type, physical.get(name)  # None: a nested column
+        if column is not None and column.logical_type.type == "UUID":  # plain bytes for PyArrow before version 21
+            return True
+        # PyArrow before version 21 marked UUIDs in its own metadata only. DuckDB reads these as bytes.
+        if isinstance(kind, pa.UuidType) or (column is not None and column.physical_type == "INT96"):
+            return False
+        return pa.types.is_dictionary(kind) or plain_type(kind) == kind
+
+    return all(lower.count(name.lower()) == 1 and is_exact(name) for name in columns)
 
 
 def _group(kind: pa.DataType) -> str:

@@ -114,7 +114,9 @@ class _CrossEntropy(torch.autograd.Function):
                 counts, index = (labels[part] != IGNORE_INDEX).unsqueeze(1), labels[part].clamp(min=0).unsqueeze(1)
                 largest, of_labels = logits.amax(dim=1, keepdim=True), logits.gather(1, index)
                 sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-                loss += ((sums.log() + largest - of_labels) * counts).sum()
+                # Not in place: the function that torch.compile of torch 2.11 makes of this one would return the loss a
+                # second time, and all gradients would be 0.
+                loss = loss + ((sums.log() + largest - of_labels) * counts).sum()
                 if needs_gradient:
                     probabilities = logits.mul_(counts / sums)
                     probabilities.scatter_add_(1, index, -counts.to(precise))

@@ -368,8 +368,21 @@ def test_uuids_are_spelled_as_usual(tmp_path):
     expected = {"00": names[::2], "01": names[1::2]}
     for source in (table, _parquet(tmp_path, table), _duckdb(tmp_path, table)):
         assert items_of(source) == expected
+    # The UUIDs of a Parquet file are marked by Parquet, as DuckDB writes them, or by PyArrow's metadata only, as its
+    # versions before 21 wrote them.
+    marked, unmarked = tmp_path / "marked.parquet", tmp_path / "unmarked.parquet"
+    _duckdb(tmp_path, table).to_parquet(marked)
+    metadata = {"ARROW:extension:name": "arrow.uuid", "ARROW:extension:metadata": ""}
+    schema = table.schema.set(1, pa.field("item_id", pa.binary(16), metadata=metadata))
+    columns = [items.storage if name == "item_id" else table[name] for name in table.column_names]
+    pq.write_table(pa.table(columns, schema=schema), unmarked)
+    for path, kind in ((marked, "UUID"), (unmarked, "NONE")):
+        assert pq.ParquetFile(path).schema.column(1).logical_type.type == kind
+        assert items_of(path) == expected
     frame = table.to_pandas().assign(item_id=[uuid.UUID(name) for name in names])
     assert items_of(frame) == expected
+    with pytest.raises(ValueError, match="column 'item_id' is null or empty in 1 of 4 rows"):
+        items_of(frame.assign(item_id=[None, *frame["item_id"][1:]]))
 
 
 def test_the_names_of_class_labels_are_ids():

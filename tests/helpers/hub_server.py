@@ -11,6 +11,8 @@ import functools
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,7 +63,7 @@ class HubServer(ThreadingHTTPServer):
         objects: Large files that have arrived whole and verified, by sha256.
         requests: Method and path of all requests.
         log: Function that is called with each request.
-        uploads_to_break: Number of uploads of large files that lose their connection half way.
+        uploads_to_break: Number of uploads of large files whose connection is reset before the answer.
         uploads_to_refuse: Number of uploads after these that are refused.
     """
 
@@ -265,7 +267,10 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(self.headers["Content-Length"])
         if self.server.uploads_to_break:
             self.server.uploads_to_break -= 1
-            self.rfile.read(size // 2)
+            # Older versions of the client repeat an upload after a reset, but not after the end of the connection. A
+            # reset may look like an end to a client that is still sending.
+            self.rfile.read(size)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             return self.connection.close()
         content = self.rfile.read(size)

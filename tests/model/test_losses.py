@@ -143,6 +143,23 @@ def test_gradients_are_those_of_finite_differences(name, negative_ids):
     assert torch.autograd.gradcheck(lambda *inputs: ITEM_LOSSES[name](*inputs, labels, **options), tensors)
 
 
+@pytest.mark.parametrize("excluded_ids", [None, EXCLUDED], ids=["all-items", "some-excluded"])
+@pytest.mark.parametrize("name", [*SAMPLED, "softmax", "softmax in chunks"])
+def test_a_compiled_loss_has_the_same_gradients(name, excluded_ids, monkeypatch):
+    if name == "softmax in chunks":
+        monkeypatch.setattr(losses, "MAX_LOGITS_PER_CHUNK", 3 * NUM_ITEMS)
+    options = {"excluded_ids": excluded_ids} | ({"negative_ids": SHARED} | OPTIONS[name] if name in OPTIONS else {})
+    *tensors, labels = make_case().values()
+    tensors = [values.requires_grad_() for values in tensors]
+    item_loss = ITEM_LOSSES[name.partition(" ")[0]]
+    torch.compiler.reset()
+    # This backend captures the graphs of the loss and of its gradients, but needs no C++ compiler.
+    compiled = torch.compile(item_loss, backend="aot_eager", fullgraph=True)
+    one, other = (loss(*tensors, labels, **options) for loss in (item_loss, compiled))
+    torch.testing.assert_close(other, one)
+    torch.testing.assert_close(torch.autograd.grad(other, tensors), torch.autograd.grad(one, tensors))
+
+
 @pytest.mark.parametrize("name", SAMPLED)
 def test_shared_negatives_are_each_positions_own_repeated(name):
     case = make_case()
