@@ -199,8 +199,8 @@ def transitions(
     scores = (_positive_information(first, second, count, num_items) * count.log1p()).where(count > 0, 0)
     totals = torch.zeros(num_items).index_add_(0, first, next_count)
     next_scores = (NEXT_ITEM_SCALE * next_count / totals[first].clamp(min=1)).log1p()
-    is_frequent = (_places(first, next_scores) < max(1, number // 4)) & (next_scores > 0)
-    columns = _places(first, scores.where(~is_frequent, torch.inf))
+    is_frequent = (places_in_groups(first, next_scores) < max(1, number // 4)) & (next_scores > 0)
+    columns = places_in_groups(first, scores.where(~is_frequent, torch.inf))
     kept = (columns < number) & (is_frequent | (scores > 0))
     successor_ids = torch.zeros(num_items + FIRST_ITEM_ID, number, dtype=torch.int)
     successor_scores = torch.zeros(num_items + FIRST_ITEM_ID, number)
@@ -227,7 +227,7 @@ def popularity_of_items(histories: AnyHistories, num_items: int, seed: int) -> n
     return recent + counts * (recent.sum() / max(1, counts.sum()))
 
 
-def _places(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def places_in_groups(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The place of each value within its group, from 0, in descending order. The groups are sorted."""
     order = torch.argsort(values, descending=True, stable=True)
     order = order[torch.argsort(groups[order], stable=True)]

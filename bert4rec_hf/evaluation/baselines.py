@@ -74,7 +74,7 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, se
     if not len(list_values(rows, "exclude_ids")[0]):  # seen items are kept
         ranks["personal popularity"] = personal_popularity_ranks(rows, histories, num_items)
     sample = sampled_histories(histories, seed)
-    ranks["session kNN"] = _catalogue_ranks(rows, histories, num_items, history_knn(sample, num_items))
+    ranks["session kNN"] = _history_ranks(rows, histories, num_items, history_knn(sample, num_items))
     if num_items <= MAX_ITEMS_OF_A_MATRIX:
         shared = shared_users(sample, num_items)
         ranks["item kNN"] = _catalogue_ranks(rows, histories, num_items, item_knn(shared))

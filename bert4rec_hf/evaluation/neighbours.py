@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
+from ..data.counting import places_in_groups
 from ..data.histories import Histories
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
-from ..model.history_scores import item_occurrences
+from ..model.history_scores import Pairs, item_occurrences
 
 # Catalogues above this size have no item kNN and no EASE, which need a square matrix over the items.
 MAX_ITEMS_OF_A_MATRIX = 15_000
@@ -64,7 +66,7 @@ def item_knn(shared: torch.Tensor) -> Scores:
     cosines.fill_diagonal_(0)
     least = cosines.topk(min(ITEM_NEIGHBOURS, len(cosines)), dim=1).values[:, -1:]
     cosines[cosines < least] = 0
-    return lambda history_ids: _has(history_ids, len(cosines)) @ cosines
+    return lambda history_ids: _sum_of_rows(cosines, history_ids)
 
 
 def ease(shared: torch.Tensor) -> Scores:
@@ -74,13 +76,14 @@ def ease(shared: torch.Tensor) -> Scores:
         shared: The counts from `shared_users`, which are overwritten.
     """
     shared.diagonal().add_(EASE_REGULARISATION)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shared))
+    # The inverse is symmetric and stored by columns. Its transpose is the same matrix, stored by rows.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shared)).mT
     weights = inverse.div_(-inverse.diagonal().clone())
     weights.fill_diagonal_(0)
-    return lambda history_ids: _has(history_ids, len(weights)) @ weights
+    return lambda history_ids: _sum_of_rows(weights, history_ids)
 
 
-def history_knn(histories: Histories, num_items: int) -> Scores:
+def history_knn(histories: Histories, num_items: int) -> Callable[[torch.Tensor], Pairs]:
     """Vector multiplication session kNN, V-SKNN (Ludewig & Jannach, UMUAI 2018), with users as sessions.
 
     Histories are similar if they share items, of which newer ones count more, in proportion to their position among the
@@ -90,6 +93,9 @@ def history_knn(histories: Histories, num_items: int) -> Scores:
     Args:
         histories: The histories, of which the training part counts.
         num_items: Number of items in the catalogue.
+
+    Returns:
+        A function of histories (batch, length) that returns the pairs of items and scores.
     """
     size = num_items + FIRST_ITEM_ID
     trained = histories.is_trained()
@@ -115,36 +121,48 @@ def history_knn(histories: Histories, num_items: int) -> Scores:
     norms = num_own.clamp(min=1).float().sqrt()
     del keys, places
 
-    def scores(history_ids: torch.Tensor) -> torch.Tensor:
-        batch = len(history_ids)
+    def scores(history_ids: torch.Tensor) -> Pairs:
         ids, counts, ages = item_occurrences(history_ids)
-        is_matched = (counts > 0) & (ages < MATCHED_ITEMS)
-        rows, columns = is_matched.nonzero(as_tuple=True)
+        rows, columns = ((counts > 0) & (ages < MATCHED_ITEMS)).nonzero(as_tuple=True)
         matched, matched_ages = ids[rows, columns], ages[rows, columns]
-        lengths = num_of_item[matched]
-        pair = torch.repeat_interleave(torch.arange(len(matched)), lengths)
-        places = starts[matched][pair] + torch.arange(len(pair)) - (lengths.cumsum(0) - lengths)[pair]
-        found = rows[pair] * len(norms) + of_item[places]
+        pair, places = _expand(starts[matched], num_of_item[matched])
+        # A row and a history are encoded as one number.
+        keys, found = torch.unique(rows[pair] * len(norms) + of_item[places], return_inverse=True)
         weights = 1 - matched_ages.float() / MATCHED_ITEMS
-        similar = torch.zeros(batch * len(norms)).index_add_(0, found, weights[pair])
-        # Places since the newest shared item.
-        nearest = torch.full((batch * len(norms),), float(MATCHED_ITEMS))
-        nearest = nearest.scatter_reduce_(0, found, matched_ages[pair].float(), "amin").view(batch, -1)
-        similar = similar.view(batch, -1) / norms
-        best, neighbours = similar.topk(min(HISTORY_NEIGHBOURS, len(norms)), dim=1)
-        best = best / (1 + nearest.gather(1, neighbours))
-        neighbours, best = neighbours.flatten(), best.flatten()
-        lengths = num_own[neighbours] * (best > 0)
-        pair = torch.repeat_interleave(torch.arange(len(neighbours)), lengths)
-        places = own_starts[neighbours][pair] + torch.arange(len(pair)) - (lengths.cumsum(0) - lengths)[pair]
-        row_of = pair // (len(neighbours) // batch)
-        return torch.zeros(batch * size).index_add_(0, row_of * size + own_items[places], best[pair]).view(batch, size)
+        similar = torch.zeros(len(keys)).index_add_(0, found, weights[pair])
+        # Number of items since the newest shared one.
+        nearest = torch.full((len(keys),), float(MATCHED_ITEMS))
+        nearest = nearest.scatter_reduce_(0, found, matched_ages[pair].float(), "amin")
+        rows, neighbours = keys // len(norms), keys % len(norms)
+        similar = similar / norms[neighbours]
+        is_neighbour = places_in_groups(rows, similar) < HISTORY_NEIGHBOURS
+        rows, neighbours = rows[is_neighbour], neighbours[is_neighbour]
+        values = (similar / (1 + nearest))[is_neighbour]
+        pair, places = _expand(own_starts[neighbours], num_own[neighbours])
+        keys, found = torch.unique(rows[pair] * size + own_items[places], return_inverse=True)
+        summed = torch.zeros(len(keys)).index_add_(0, found, values[pair])
+        rows = keys // size
+        lengths = torch.bincount(rows, minlength=len(history_ids))
+        width = int(lengths.max()) if len(lengths) else 0
+        # The padding comes first.
+        columns = torch.arange(len(keys)) - (lengths.cumsum(0) - lengths)[rows] + (width - lengths)[rows]
+        item_ids = torch.zeros(len(history_ids), width, dtype=torch.long)
+        item_ids[rows, columns] = keys % size
+        of_items = torch.zeros(len(history_ids), width)
+        of_items[rows, columns] = summed
+        return item_ids, of_items
 
     return scores
 
 
-def _has(history_ids: torch.Tensor, size: int) -> torch.Tensor:
-    """(batch, size) float32, 1 for the items of each history."""
-    has = torch.zeros(len(history_ids), size).scatter_(1, history_ids, 1.0)
-    has[:, :FIRST_ITEM_ID] = 0
-    return has
+def _expand(starts: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges of places as single places, with the number of the range that each belongs to."""
+    numbers = torch.repeat_interleave(torch.arange(len(starts)), lengths)
+    return numbers, starts[numbers] + torch.arange(len(numbers)) - (lengths.cumsum(0) - lengths)[numbers]
+
+
+def _sum_of_rows(table: torch.Tensor, history_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, columns) the sum of a table's rows (vocab size, columns) of the items of each history, each once."""
+    item_ids, counts, _ = item_occurrences(history_ids)
+    is_item = (counts > 0).to(table.dtype)
+    return nn.functional.embedding_bag(item_ids, table, mode="sum", per_sample_weights=is_item)

@@ -92,9 +92,12 @@ def test_session_knn_scores_the_items_of_similar_histories(monkeypatch):
     for value, user, age in similar[:number]:
         for item in set(trained[user]):
             expected[item] += value / (1 + age)
-    found = history_knn(histories, NUM_ITEMS)(torch.tensor([[0, 0, *history], [0] * 7]))
-    assert found[0].numpy() == pytest.approx(expected, abs=1e-5)
+    item_ids, values = history_knn(histories, NUM_ITEMS)(torch.tensor([[0, 0, *history], [0] * 7]))
+    found = np.zeros((2, SIZE))
+    np.put_along_axis(found, item_ids.numpy(), values.numpy(), axis=1)
+    assert found[0] == pytest.approx(expected, abs=1e-5)
     assert not found[1].any()
+    assert item_ids[0].tolist() == sorted(set(item_ids[0].tolist()))
 
 
 def test_only_the_newest_histories_with_an_item_become_neighbours(monkeypatch):
@@ -104,8 +107,8 @@ def test_only_the_newest_histories_with_an_item_become_neighbours(monkeypatch):
         user: histories.timestamps[histories.offsets[user] + len(row) - 1] for user, row in enumerate(trained) if row
     }
     newest = max((user for user, row in enumerate(trained) if 5 in row), key=lambda user: ends[user])
-    found = history_knn(histories, NUM_ITEMS)(torch.tensor([[5]]))[0]
-    assert set(found.nonzero().squeeze(1).tolist()) == set(trained[newest])
+    item_ids, _ = history_knn(histories, NUM_ITEMS)(torch.tensor([[5]]))
+    assert set(item_ids[0].tolist()) == set(trained[newest])
 
 
 def test_a_large_catalogue_has_no_square_matrix(monkeypatch):
