@@ -15,8 +15,8 @@ RARE_BELOW_EVENTS_PER_ITEM = 30
 LARGE_CATALOGUE = 100_000
 # Width of an attention head.
 HEAD_WIDTH = 32
-# Weight of repeats where seen items are kept.
-REPEAT_WEIGHT = 1.0
+# Weights of next items and of repeats where seen items are kept, and the part of the transition weight that is left.
+NEXT_ITEM_WEIGHT, REPEAT_WEIGHT, TRANSITION_SHARE = 1.0, 1.0, 0.25
 # Maximum number of users that are ranked if the histories are streamed. The ranking rows are in memory.
 STREAMED_EVAL_SAMPLES = 50_000
 
@@ -45,7 +45,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     - Dropout: .1, and .5 if items are rare.
     - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
     - Transitions: 64 per item for at most 100,000 items, otherwise none.
-    - `repeat_weight`: 1 if seen items are kept, otherwise 0.
+    - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; see
+      `default_transition_weight`.
 
     Args:
         num_events: Number of events in the training part.
@@ -60,12 +61,14 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     if are_rare and num_items <= LARGE_CATALOGUE:
         hidden_size = 256
     hidden_size = given.get("hidden_size", hidden_size)
+    filter_seen_items = given.get("filter_seen_items", False)
     chosen: dict[str, Any] = {
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
         "num_transitions": default_num_transitions(num_items),
-        "transition_weight": default_transition_weight(num_events, num_items),
-        "repeat_weight": 0.0 if given.get("filter_seen_items", False) else REPEAT_WEIGHT,
+        "transition_weight": default_transition_weight(num_events, num_items, filter_seen_items),
+        "next_item_weight": 0.0 if filter_seen_items else NEXT_ITEM_WEIGHT,
+        "repeat_weight": 0.0 if filter_seen_items else REPEAT_WEIGHT,
     }
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
@@ -91,12 +94,15 @@ def default_num_transitions(num_items: int) -> int:
     return 64 if num_items <= LARGE_CATALOGUE else 0
 
 
-def default_transition_weight(num_events: int, num_items: int) -> float:
+def default_transition_weight(num_events: int, num_items: int, filter_seen_items: bool = True) -> float:
     """Weight of the transitions in the scores: 20 / (events per item), between .25 and 1.5.
 
-    The fewer events an item has, the less the network has learnt about it, and the more the counts help.
+    The fewer events an item has, the less the network has learnt about it, and the more the counts help. If seen items
+    are kept, the weight is a quarter of this: transitions leave out that an item follows itself, so they would
+    push down what users come back to.
     """
-    return min(1.5, max(0.25, 20 * num_items / max(1, num_events)))
+    weight = min(1.5, max(0.25, 20 * num_items / max(1, num_events)))
+    return weight if filter_seen_items else TRANSITION_SHARE * weight
 
 
 def default_batch_size(num_rows: int) -> int:

@@ -441,7 +441,8 @@ def calibrate_prepared(
     if not len(rows):
         raise ValueError(f"no user of {data} has a validation target; prepare with another --split, or --validation")
     if not config.num_transitions and default_num_transitions(tokenizer.num_items):
-        config.num_transitions, config.transition_weight = default_num_transitions(tokenizer.num_items), 0.0
+        config.num_transitions = default_num_transitions(tokenizer.num_items)
+        config.transition_weight = config.next_item_weight = 0.0  # the model as it is
         loaded.history_scores = HistoryScores(config)
     if config.num_transitions:
         keep_transitions(loaded, histories, tokenizer.num_items, weight=config.transition_weight)

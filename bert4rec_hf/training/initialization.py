@@ -74,7 +74,8 @@ def keep_transitions(
             "Bert4RecConfig(num_transitions=64)"
         )
     if weight is None:
-        weight = default_transition_weight(histories.num_training_events(), num_items)
+        num_events = histories.num_training_events()
+        weight = default_transition_weight(num_events, num_items, model.config.filter_seen_items)
     model.config.transition_weight = weight
     found = transitions(
         histories,

@@ -36,6 +36,7 @@ def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_pat
 def test_the_rarer_items_are_the_more_their_transitions_count():
     weights = [default_transition_weight(num_events, 1000) for num_events in (0, 5_000, 20_000, 40_000, 300_000)]
     assert weights == [1.5, 1.5, 1.0, 0.5, 0.25]
+    assert default_transition_weight(20_000, 1000, filter_seen_items=False) == 0.25
 
 
 @pytest.mark.parametrize(("rare_below", "wide_from"), [(0, 10**6), (10**6, 10**6), (0, 1)])
@@ -54,8 +55,8 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
     small = default_architecture(90_000, 1_000, {})
     assert small == {
         "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 160, "gated_feed_forward": True,
-        "hidden_act": "silu", "hidden_dropout_prob": 0.1, "num_transitions": 64, "transition_weight": 0.25,
-        "repeat_weight": 1.0,
+        "hidden_act": "silu", "hidden_dropout_prob": 0.1, "num_transitions": 64, "transition_weight": 0.0625,
+        "next_item_weight": 1.0, "repeat_weight": 1.0,
     }  # fmt: skip
     large = default_architecture(600_000, 20_000, {})
     assert (large["hidden_size"], large["num_attention_heads"], large["intermediate_size"]) == (128, 4, 320)
@@ -65,14 +66,16 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
     assert (rare["hidden_dropout_prob"], rare["num_transitions"]) == (0.5, 64)
     many = default_architecture(499_999, 100_001, {})
     assert (many["hidden_size"], many["hidden_dropout_prob"], many["num_transitions"]) == (64, 0.5, 0)
-    assert default_architecture(90_000, 1_000, {"filter_seen_items": True})["repeat_weight"] == 0
+    filtered = default_architecture(90_000, 1_000, {"filter_seen_items": True})
+    weights = [filtered[name] for name in ("transition_weight", "next_item_weight", "repeat_weight")]
+    assert weights == [0.25, 0.0, 0.0]
     plain = default_architecture(
         500_000, 20_000, {"hidden_size": 48, "gated_feed_forward": False, "hidden_act": "relu"}
     )
     assert plain == {
         "hidden_size": 48, "intermediate_size": 192, "gated_feed_forward": False, "hidden_act": "relu",
-        "hidden_dropout_prob": 0.5, "num_transitions": 64, "transition_weight": 0.8,
-        "repeat_weight": 1.0,
+        "hidden_dropout_prob": 0.5, "num_transitions": 64, "transition_weight": 0.2,
+        "next_item_weight": 1.0, "repeat_weight": 1.0,
     }  # fmt: skip
 
 
