@@ -37,7 +37,7 @@ KNOWN_NAMES = {
     ("torch", "float32"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor_v2"),
     ("numpy", "dtype"), ("numpy", "ndarray"),
 }  # fmt: skip
-# NumPy names `_frombuffer` in pickle protocol 5, the default from Python 3.14 on, and `_reconstruct` in older protocols.
+# NumPy names `_frombuffer` in pickle protocol 5, the default of Python 3.14, and `_reconstruct` in older protocols.
 NUMPY_NAMES = {
     (f"numpy.{core}.{module}", name)
     for core in ("core", "_core")
