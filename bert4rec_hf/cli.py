@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import io
 import json
 import logging
@@ -315,7 +316,8 @@ def _architecture_arguments() -> type:
     """A dataclass of the fields of `Bert4RecConfig`. A field that the command line does not set is None."""
     from .defaults import default_architecture
 
-    described = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", Bert4RecConfig.__doc__ or "", re.MULTILINE)
+    # `inspect.getdoc` gives all versions of Python the same indentation; from 3.13 on, `__doc__` has none.
+    described = re.findall(r"^ {4}(\w+) \(.*\):((?:\n {8}.*)+)", inspect.getdoc(Bert4RecConfig) or "", re.MULTILINE)
     sentences = {name: " ".join(text.split()).split(". ")[0].rstrip(".") for name, text in described}
     chosen = default_architecture(1, 1, {})  # the keys are the fields that are chosen from the log
     fields = []

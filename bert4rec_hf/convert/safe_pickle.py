@@ -37,7 +37,12 @@ KNOWN_NAMES = {
     ("torch", "float32"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor_v2"),
     ("numpy", "dtype"), ("numpy", "ndarray"),
 }  # fmt: skip
-NUMPY_MODULES, NUMPY_NAMES = ("numpy.core.multiarray", "numpy._core.multiarray"), ("scalar", "_reconstruct")
+# NumPy names `_frombuffer` in pickle protocol 5, the default of Python 3.14, and `_reconstruct` in older protocols.
+NUMPY_NAMES = {
+    (f"numpy.{core}.{module}", name)
+    for core in ("core", "_core")
+    for module, name in (("multiarray", "scalar"), ("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+}
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64,
@@ -54,7 +59,7 @@ class InertUnpickler(pickle.Unpickler):
             module.partition(".")[0] in KNOWN_MODULES
             or (module, name) in KNOWN_NAMES
             or (module == "torch" and name in STORAGES)
-            or (module in NUMPY_MODULES and name in NUMPY_NAMES)
+            or (module, name) in NUMPY_NAMES
         ):
             return type(name, (Inert,), {})
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of RecBole or hopwise needs")
@@ -131,6 +136,8 @@ def strings(stored: Any) -> list[str]:
         return [str(stored)]
     if type(stored).__name__ == "scalar":
         (dtype, data), number = stored.args, 1
+    elif type(stored).__name__ == "_frombuffer":
+        data, dtype, (number,), *_ = stored.args
     else:
         _, (number,), dtype, _, data = stored.state
     if dtype.args[0].startswith("U") and dtype.state[1] == "<" and number >= 0:

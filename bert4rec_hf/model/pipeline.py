@@ -4,14 +4,17 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from difflib import get_close_matches
 from numbers import Integral
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Pipeline
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.pipelines.base import pad_collate_fn
 
 from .configuration_bert4rec import UNK_TOKEN_ID
 from .tokenization_bert4rec import Bert4RecTokenizer, is_history
@@ -91,6 +94,19 @@ class SequentialRecommendationPipeline(Pipeline):
         rows = [_AsOne(inputs[place], unknown, place) for place in order]
         answers = self._answers(super().__call__(rows, **kwargs), unknown)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+
+    def get_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        answers = super().get_iterator(*args, **kwargs)
+        loader = answers.loader.loader  # it is inside the iterators over the answers and over the model's outputs
+        if loader.num_workers:
+            # Where workers are not forked, as on Linux since Python 3.14, their arguments are pickled. The local
+            # function of Transformers that pads a batch cannot be pickled, and the model would fill shared memory.
+            reader = copy(self)
+            reader.model, reader._forward_params = SimpleNamespace(config=self.model.config), {}
+            setattr(loader.dataset, "process" if hasattr(loader.dataset, "process") else "infer", reader.preprocess)
+            if loader.batch_size > 1:
+                loader.collate_fn = _PadBatch(self.tokenizer)
+        return answers
 
     @staticmethod
     def _answers(
@@ -291,6 +307,16 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator["_AsOne"]:
         return (_AsOne(request, self.unknown, place) for place, request in enumerate(self.requests))
+
+
+class _PadBatch:
+    """Pads a batch as `pad_collate_fn` of Transformers does, and can be pickled."""
+
+    def __init__(self, tokenizer: Bert4RecTokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return pad_collate_fn(self.tokenizer, None)(rows)
 
 
 class _AsOne:

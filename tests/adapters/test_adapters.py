@@ -10,6 +10,7 @@ from log_and_model import answers, histories_in_tokens, trainer_inputs, write_lo
 from small_models import make_model, mask_scores, training_batch
 from torch import nn
 from transformers import Trainer, TrainingArguments, pipeline
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import is_accelerate_available
 
 from bert4rec_hf import (
@@ -41,6 +42,12 @@ OTHER_ADAPTERS = {
 @pytest.fixture
 def peft():
     return pytest.importorskip("peft")
+
+
+@pytest.fixture
+def peft_of_add_adapter():
+    """PEFT for `model.add_adapter`, whose required version may be newer than any released one."""
+    return pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
 
 
 @pytest.fixture
@@ -159,9 +166,11 @@ def test_item_vectors_and_biases_can_be_trained_in_other_ways_than_lora(peft, op
 # The test uses the old name, since the oldest supported version of transformers lacks the new one.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @OF_EACH_TARGET
-def test_layers_that_are_computed_again_in_the_backward_pass_give_the_adapter_the_same_gradients(peft, targets):
+def test_layers_that_are_computed_again_in_the_backward_pass_give_the_adapter_the_same_gradients(
+    peft_of_add_adapter, targets
+):
     model = new_model()
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=targets))
+    model.add_adapter(peft_of_add_adapter.LoraConfig(r=4, target_modules=targets))
     move_adapter(model)
 
     def gradients() -> dict[str, torch.Tensor]:
@@ -185,7 +194,8 @@ def training_arguments(folder, **options) -> Bert4RecTrainingArguments:
 
 
 @pytest.mark.parametrize("by", ["get_peft_model", "add_adapter"])
-def test_our_trainer_trains_evaluates_and_keeps_an_adapter(peft, by, tmp_path):
+def test_our_trainer_trains_evaluates_and_keeps_an_adapter(request, by, tmp_path):
+    peft = request.getfixturevalue("peft_of_add_adapter" if by == "add_adapter" else "peft")
     data, base, _ = write_log_and_model(tmp_path)
     model = Bert4RecForMaskedItemPrediction.from_pretrained(base)
     plain, untrained = answers(model.eval()), {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -223,10 +233,10 @@ def test_our_trainer_trains_evaluates_and_keeps_an_adapter(peft, by, tmp_path):
     assert len(recommend(["item 3", "item 4"], top_k=5)) == 5
 
 
-def test_our_trainer_saves_the_adapter_that_a_model_was_given(peft, tmp_path):
+def test_our_trainer_saves_the_adapter_that_a_model_was_given(peft_of_add_adapter, tmp_path):
     data, base, _ = write_log_and_model(tmp_path)
     model = Bert4RecForMaskedItemPrediction.from_pretrained(base)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS["both"]))
+    model.add_adapter(peft_of_add_adapter.LoraConfig(r=4, target_modules=TARGETS["both"]))
     trainer = Bert4RecTrainer(model, training_arguments(tmp_path / "adapter"), **trainer_inputs(data))
     trainer.train()
     trainer.save_model()

@@ -314,16 +314,49 @@ def test_items_come_from_a_list_a_file_or_an_atomic_file(tmp_path):
         read_items(tmp_path / "log.inter")
 
 
-def test_items_come_from_a_saved_dataset(tmp_path):
+# The default protocol of Python up to 3.13, and that of newer versions, in which NumPy names another function.
+each_protocol = pytest.mark.parametrize("protocol", [4, 5])
+
+
+@each_protocol
+def test_items_come_from_a_saved_dataset(tmp_path, protocol):
+    read_only = np.array(["[PAD]", "b", "a"])
+    read_only.flags.writeable = False
     with installed("recbole") as (config_class, _):
         dataset = config_class()
         dataset.iid_field = "item_id"
         dataset.field2id_token = {"user_id": np.array(["[PAD]", "1"]), "item_id": np.array(["[PAD]", "b", "a"])}
-        (tmp_path / "numpy-strings.pth").write_bytes(pickle.dumps(dataset))
+        (tmp_path / "numpy-strings.pth").write_bytes(pickle.dumps(dataset, protocol))
+        dataset.field2id_token = {"item_id": read_only}
+        (tmp_path / "numpy-read-only.pth").write_bytes(pickle.dumps(dataset, protocol))
         dataset.field2id_token = {np.str_("item_id"): np.array(["[PAD]", "b", "a"], dtype=object)}
-        (tmp_path / "numpy-objects.pth").write_bytes(pickle.dumps(dataset))
+        (tmp_path / "numpy-objects.pth").write_bytes(pickle.dumps(dataset, protocol))
+    assert (b"_frombuffer" in (tmp_path / "numpy-strings.pth").read_bytes()) == (protocol == 5)
     for path in tmp_path.glob("*.pth"):
         assert read_items(path) == ["b", "a"], path
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.numeric", b"numpy._core.numeric"])
+def test_arrays_of_protocol_5_are_read_within_their_bytes(tmp_path, module):
+    """Pickles of NumPy 1 and 2 are read, and shapes that exceed the bytes or have other dimensions are refused."""
+    path = tmp_path / "data.pth"
+
+    def write(letters: bytes, shape: bytes, further: bytes = b"") -> None:
+        dtype = b"cnumpy\ndtype\n(S'U1'\nI00\nI01\ntR(I3\nS'<'\nNNNI4\nI4\nI8\ntb"
+        buffer = b"\x96" + struct.pack("<Q", len(letters)) + letters
+        array = b"c" + module + b"\n_frombuffer\n(" + buffer + dtype + shape + b"S'C'\n" + further + b"tR"
+        dataset = b"crecbole.data.dataset\nDataset\n)R}S'field2id_token'\n}S'item_id'\n" + array + b"ssb."
+        path.write_bytes(b"\x80\x05" + dataset)
+
+    letters = "ba".encode("utf-32-le")
+    write(letters, b"(I2\nt")
+    assert read_items(path) == ["b", "a"]
+    write(letters, b"(I2\nt", further=b"N")  # the order of the axes, in newer versions of NumPy
+    assert read_items(path) == ["b", "a"]
+    for shape in (b"(I3\nt", b"(I1000000000000\nt", b"(I-1\nt", b"(I1\nI2\nt", b"(t", b"S'2'\n", b"N"):
+        write(letters, shape)
+        with pytest.raises(ValueError, match="has no item ids that can be read"):
+            read_items(path)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +411,8 @@ def test_an_item_file_that_cannot_be_read_is_named(tmp_path, name, content, mess
         read_items(tmp_path / name)
 
 
-def test_odd_arrays_of_item_ids_are_refused(tmp_path):
+@each_protocol
+def test_odd_arrays_of_item_ids_are_refused(tmp_path, protocol):
     arrays = {
         "strings": np.array(["a", np.str_("b")], dtype=object), "numbers": np.arange(3), "bytes": np.array([b"a"]),
         "code point": np.frombuffer(b"\xff" * 4, "<U1"), "big-endian": np.array(["a"], dtype=">U1"),
@@ -387,7 +421,7 @@ def test_odd_arrays_of_item_ids_are_refused(tmp_path):
         with installed("recbole") as (config_class, _):
             dataset = config_class()
             dataset.field2id_token = {"item_id": array}
-            (tmp_path / "data.pth").write_bytes(pickle.dumps(dataset))
+            (tmp_path / "data.pth").write_bytes(pickle.dumps(dataset, protocol))
         if name == "strings":
             assert read_items(tmp_path / "data.pth") == ["a", "b"]
             continue

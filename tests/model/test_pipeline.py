@@ -1,6 +1,7 @@
 """The pipeline, loaded from a folder as a user loads it."""
 
 import logging
+import multiprocessing
 import re
 
 import datasets
@@ -64,9 +65,10 @@ def ids(answer):
 
 
 def assert_equal_answers(answers, expected):
+    """Compare answers, whose scores differ in the last digits if weights lie elsewhere in memory or batches differ."""
     assert len(answers) == len(expected)
     for answer, other in zip(answers, expected, strict=True):
-        assert ids(answer) == ids(other)
+        assert [entry | {"score": 0} for entry in answer] == [entry | {"score": 0} for entry in other]
         assert [entry["score"] for entry in answer] == pytest.approx([entry["score"] for entry in other], abs=1e-5)
 
 
@@ -156,12 +158,23 @@ def test_arrays_tuples_and_integers_are_histories_too(pipe):
     assert_equal_answers(list(pipe(np.array([[100, 101, 102]] * 2))), [expected] * 2)
 
 
-def test_workers_of_a_list_answer_as_one_process_does(pipe, histories, caplog):
+# Python forks workers on Linux up to version 3.13. From 3.14 on, it uses a fork server, and pickles what they get.
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_workers_answer_as_one_process_does(pipe, histories, caplog, monkeypatch, start_method):
     expected = pipe(histories, batch_size=4)
-    with caplog.at_level(logging.WARNING):
-        assert_equal_answers(pipe(histories, batch_size=4, num_workers=2), expected)
-    assert "num_workers" not in caplog.text
-    assert pipe([[]], num_workers=2) == pipe([[]])
+    # A lambda cannot be pickled, so workers that get the model are an error.
+    monkeypatch.setattr(pipe.model, "not_for_workers", lambda: None, raising=False)
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(start_method, force=True)
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert_equal_answers(pipe(histories, batch_size=4, num_workers=2), expected)
+        assert "num_workers" not in caplog.text
+        assert_equal_answers(pipe([[]], num_workers=1), expected[:1])
+        stream = pipe(datasets.Dataset.from_dict({"item_id": histories}), batch_size=4, num_workers=1)
+        assert_equal_answers(list(stream), expected)
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
 
 
 def test_the_task_is_no_multimodal_one():
@@ -409,7 +422,7 @@ def test_a_saved_pipeline_loads_again_without_trusting_remote_code(pipe, tmp_pat
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "items.json"}
     assert not [name for name in names if name.endswith(".py")]
-    assert load(tmp_path / "copy")(["100", "a b"]) == pipe(["100", "a b"])
+    assert_equal_answers([load(tmp_path / "copy")(["100", "a b"])], [pipe(["100", "a b"])])
 
 
 def test_the_jth_recommendation_has_rank_j_for_each_of_50_users(pipe):
@@ -505,7 +518,7 @@ def test_top_k_is_any_whole_number(pipe):
 def test_a_model_that_has_just_been_trained_answers_without_dropout(folder, pipe):
     model = Bert4RecForMaskedItemPrediction.from_pretrained(folder).train()
     fresh = pipeline("sequential-recommendation", model=model, tokenizer=pipe.tokenizer, device="cpu")
-    assert fresh(["100", "007"]) == pipe(["100", "007"])
+    assert_equal_answers([fresh(["100", "007"])], [pipe(["100", "007"])])
 
 
 def test_an_index_that_is_not_there_is_an_error(tmp_path):

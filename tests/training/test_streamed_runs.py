@@ -124,13 +124,13 @@ def test_batches_have_similar_lengths_and_those_of_a_step_too(monkeypatch, tmp_p
     assert mixed.sum() / (mixed.max(axis=1).sum() * 10) < 0.65
 
 
+def first_items(rows) -> dict[str, torch.Tensor]:
+    return {"first": torch.tensor([int(row["input_ids"][0]) for row in rows]), "pid": torch.tensor([os.getpid()])}
+
+
 def trainer_of(data: Path, output: Path, **options) -> Bert4RecTrainer:
     """A trainer whose batches are only the first item of each row, and the process of the worker."""
     histories, tokenizer, _ = stream_prepared(data)
-
-    def first_items(rows):
-        return {"first": torch.tensor([int(row["input_ids"][0]) for row in rows]), "pid": torch.tensor([os.getpid()])}
-
     torch.manual_seed(0)
     return Bert4RecTrainer(
         Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **SMALL)),
