@@ -32,6 +32,7 @@ _LATER = {
     "PrepareOptions": "data.prepare_options",
     "Protocol": "evaluation.protocol",
     "baseline_ranks": "evaluation.baselines",
+    "calibrate_prepared": "runs",
     "compute_metrics": "evaluation.metrics",
     "convert_config": "convert.recbole_settings",
     "convert_from_recbole": "convert.recbole",
@@ -52,6 +53,7 @@ _LATER = {
     "target_ranks": "evaluation.metrics",
     "tokenize_histories": "data.histories",
     "train_prepared": "runs",
+    "tune_prepared": "tuning",
     "training_rows": "data.rows",
     "floors": "evaluation.baselines",
 }
@@ -70,6 +72,7 @@ __all__ = [
     "SequentialRecommendationPipeline",
     "__version__",
     "baseline_ranks",
+    "calibrate_prepared",
     "compute_metrics",
     "convert_config",
     "convert_from_recbole",
@@ -92,6 +95,7 @@ __all__ = [
     "tokenize_histories",
     "train_prepared",
     "training_rows",
+    "tune_prepared",
 ]
 
 if TYPE_CHECKING:
@@ -107,12 +111,13 @@ if TYPE_CHECKING:
     from .evaluation.metrics import compute_metrics, ranking_metrics, target_ranks
     from .evaluation.protocol import Protocol
     from .hub.publish_code import publish_code
-    from .runs import evaluate_prepared, train_prepared
+    from .runs import calibrate_prepared, evaluate_prepared, train_prepared
     from .serving.item_index import ItemIndex
     from .serving.onnx_export import export_onnx
     from .training.arguments import Bert4RecTrainingArguments
     from .training.initialization import keep_transitions, start_from_cooccurrence
     from .training.trainer import Bert4RecTrainer
+    from .tuning import tune_prepared
 else:
 
     def __getattr__(name: str) -> Any:

@@ -167,6 +167,18 @@ class TrainArguments:
 
 
 @dataclass
+class TuneArguments:
+    """The options of `tune`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written, with validation targets."})
+    output_dir: str = field(metadata={"help": "The folder to write the recipe, the trials and their picture to."})
+    minutes: float = field(default=60.0, metadata={"help": "Time of the search."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    seed: int = field(default=42, metadata={"help": "Seed of the search and of every trial."})
+
+
+@dataclass
 class EvaluateArguments:
     """The options of `evaluate`."""
 
@@ -489,6 +501,25 @@ def train(arguments: Sequence[str]) -> None:
         print(f"wrote {output_dir}; next: bert4rec {following}")
 
 
+def tune(arguments: Sequence[str]) -> None:
+    """Search width, dropout, mask ratio and epochs on the validation targets, and write the best as a recipe."""
+    parser = _Parser(TuneArguments, prog="bert4rec tune", description=tune.__doc__)
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .tuning import tune_prepared
+
+    try:
+        found = tune_prepared(**vars(options))
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'bert4rec_hf[tune]'")
+    folder, data = shlex.quote(options.output_dir), shlex.quote(options.data)
+    best = ", ".join(f"{name} {value:g}" for name, value in found["best"].items())
+    print(f"best of {len(found['trials'])} trials: {best}")
+    print(f"wrote {options.output_dir}: recipe.yaml, trials.json and tuning.png")
+    print(f"next: bert4rec train --config {folder}/recipe.yaml --data {data} --output_dir MODEL")
+
+
 def evaluate(arguments: Sequence[str]) -> None:
     """Rank held-out targets with a model and with baselines, and write the metrics into the model folder."""
     parser = _Parser(EvaluateArguments, prog="bert4rec evaluate", description=evaluate.__doc__)
@@ -674,6 +705,7 @@ def convert_config(arguments: Sequence[str]) -> None:
 COMMANDS = {
     "prepare": prepare,
     "train": train,
+    "tune": tune,
     "evaluate": evaluate,
     "calibrate": calibrate,
     "recommend": recommend,

@@ -61,6 +61,7 @@ def train_prepared(
     *,
     publish_code: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    with_baselines: bool = True,
     **architecture: Any,
 ) -> Bert4RecTrainer:
     """Train a model on a prepared folder, and write the model folder `args.output_dir`.
@@ -77,6 +78,7 @@ def train_prepared(
             None: a new model.
         publish_code: Whether the model's code is copied into the folder; see `publish_code`.
         callbacks: Further callbacks of the Trainer.
+        with_baselines: Whether the baselines are computed. Without them, the run ends with fewer warnings.
         architecture: Fields of `Bert4RecConfig` for a new model. `default_architecture` chooses the other fields.
 
     Returns:
@@ -115,7 +117,10 @@ def train_prepared(
             evaluated, preparation, "validation", tokenizer.num_items, config.filter_seen_items, num_targets
         )
         # The pairs of streamed histories were counted for the model with the same seed.
-        baselines = baseline_ranks(validation, histories, tokenizer.num_items, seed=args.seed if args.streaming else 0)
+        if with_baselines:
+            baselines = baseline_ranks(
+                validation, histories, tokenizer.num_items, seed=args.seed if args.streaming else 0
+            )
     else:
         logger.warning(
             "%s has no validation targets: nothing is evaluated, and the model is that of the last step", data

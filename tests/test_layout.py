@@ -17,6 +17,7 @@ ORDER = [
     {"hub"},
     {"training", "serving", "convert"},
     {"runs"},
+    {"tuning"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -336,7 +336,7 @@ def test_an_unknown_command_names_the_nearest_and_all_known_ones():
     assert (status, out) == (2, "")
     assert err == (
         "bert4rec: unknown command 'recomend'; did you mean recommend? "
-        "Expected one of prepare, train, evaluate, calibrate, recommend, export, convert, convert-config\n"
+        "Expected one of prepare, train, tune, evaluate, calibrate, recommend, export, convert, convert-config\n"
     )
     assert run("xyz")[2] == f"bert4rec: unknown command 'xyz'. Expected one of {', '.join(COMMANDS)}\n"
 
