@@ -168,7 +168,8 @@ def test_what_is_counted_from_disk_is_what_is_counted_in_memory(prepared):
     assert 0 < recent.sum() < 0.3 * in_memory.num_training_events()
     assert recent_item_counts(streamed, num_items, 0).tolist() == recent.tolist()
     for of_memory, of_disk in zip(
-        transitions(in_memory, num_items, 40), transitions(streamed, num_items, 40), strict=True
+        *(transitions(histories, num_items, 40, with_self_pairs=True) for histories in (in_memory, streamed)),
+        strict=True,
     ):
         assert torch.equal(of_memory, of_disk)
     assert torch.equal(cooccurrence_vectors(in_memory, num_items, 8), cooccurrence_vectors(streamed, num_items, 8))
@@ -211,7 +212,7 @@ def test_a_log_on_disk_is_read_once_for_each_count(prepared, monkeypatch):
     for _ in range(2):
         item_counts(streamed, tokenizer.num_items)
         recent_item_counts(streamed, tokenizer.num_items, 0)
-        transitions(streamed, tokenizer.num_items, 5)
+        transitions(streamed, tokenizer.num_items, 5, with_self_pairs=True)
     assert sorted(parts) == sorted([*range(len(streamed.row_groups))] * 3)  # counts, sample, recent counts
 
 

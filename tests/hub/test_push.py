@@ -21,8 +21,8 @@ from bert4rec_hf import prepare
 
 REPO = f"{USER}/chain"
 MODEL_FILES = {
-    ".gitattributes", "README.md", "config.json", "evaluation.json", "items.json", "learning_curve.png",
-    "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "training.json",
+    ".gitattributes", "README.md", "calibration.json", "config.json", "evaluation.json", "items.json",
+    "learning_curve.png", "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "training.json",
 }  # fmt: skip
 LOADED_ALONE = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 HISTORIES = [[], ["item 3"], ["item 3", "item 7", "item 1"]]
@@ -287,9 +287,12 @@ def test_the_command_trains_pushes_every_checkpoint_and_recommends_by_repo_id(hu
     assert messages[-1] == "Model save"
     # Each of these commits has a complete model folder or none.
     for _, snapshot in list(repository.commits.values())[1:]:
-        assert {name for name in snapshot if "/" not in name} in (MODEL_FILES, {".gitattributes"})
+        # Only the final model is calibrated.
+        expected = (MODEL_FILES, MODEL_FILES - {"calibration.json"}, {".gitattributes"})
+        assert {name for name in snapshot if "/" not in name} in expected
     resumable = {name.removeprefix("last-checkpoint/") for name in repository.files() if "/" in name}
-    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", *MODEL_FILES} - {".gitattributes"} <= resumable
+    saved = {"optimizer.pt", "scheduler.pt", "trainer_state.json", *MODEL_FILES}
+    assert saved - {".gitattributes", "calibration.json"} <= resumable
     assert "training_args.bin" not in resumable
     recipe = yaml.safe_load(repository.files()["recipe.yaml"])
     assert not [name for name in recipe if name.startswith(("hub", "push", "output"))]
@@ -323,8 +326,10 @@ STRATEGIES = [
 ]
 # A plain Trainer pushes its own card and its pickled arguments, but no recipe, preparation or evaluation.
 PLAIN_FILES = {*LOADED_ALONE, "items.json", "tokenizer.json", "tokenizer_config.json", "training_args.bin"}
-# Our trainer lacks these files here, since it gets neither a protocol nor a preparation.
-OURS_FILES = MODEL_FILES - {"evaluation.json", "learning_curve.png", "preparation.json", "training.json"}
+# Our trainer lacks these files here, since it gets neither a protocol nor a preparation, and is not calibrated.
+OURS_FILES = MODEL_FILES - {
+    "calibration.json", "evaluation.json", "learning_curve.png", "preparation.json", "training.json",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
