@@ -22,7 +22,8 @@ from bert4rec_hf import prepare
 REPO = f"{USER}/chain"
 MODEL_FILES = {
     ".gitattributes", "README.md", "calibration.json", "config.json", "evaluation.json", "items.json",
-    "learning_curve.png", "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json", "tokenizer_config.json", "training.json",
+    "learning_curve.png", "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json",
+    "tokenizer_config.json", "training.json",
 }  # fmt: skip
 LOADED_ALONE = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 HISTORIES = [[], ["item 3"], ["item 3", "item 7", "item 1"]]
