@@ -120,7 +120,7 @@ def choose_weights(comparisons: Comparisons, weights: Mapping[str, float]) -> di
     Returns:
         A record with the keys num_users; start_weights; weights, the chosen ones, or the given ones if they are not
         adopted; adopted; NDCG@10, a mapping with start, cross_fitted and chosen; and standard_error, that of the
-        difference between cross_fitted and start.
+        difference between cross_fitted and start, or None for a single user.
     """
     start = dict(weights)
     folds = np.array([zlib.crc32(user_id.encode()) % NUM_FOLDS for user_id in comparisons.user_ids])
@@ -131,8 +131,8 @@ def choose_weights(comparisons: Comparisons, weights: Mapping[str, float]) -> di
         cross_fitted[held_out] = search.gains(search.best(~held_out))[held_out]
     before = comparisons.gains(start)
     difference = cross_fitted - before
-    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else math.inf
-    adopted = bool(difference.mean() > error) if len(difference) > 1 else False
+    error = _standard_error(difference)
+    adopted = error is not None and bool(difference.mean() > error)
     chosen = search.named(search.best(np.ones(len(folds), bool))) if adopted else start
     return {
         "num_users": len(folds),
@@ -161,6 +161,7 @@ def compare_with_baselines(
 
     Returns:
         For each baseline, the mean difference of NDCG@10 between the model and the baseline, and its standard error.
+        Empty if there is only one user, whose difference has no standard error.
     """
     place_of = {user_id: place for place, user_id in enumerate(user_ids)}
     places = np.array([place_of[user_id] for user_id in comparisons.user_ids])
@@ -170,10 +171,9 @@ def compare_with_baselines(
         of_baseline = of_all[places]
         is_hit = (of_baseline > 0) & (of_baseline <= CUTOFF)
         difference = of_model - np.where(is_hit, 1 / np.log2(np.maximum(of_baseline, 1) + 1), 0)
-        compared[name] = {
-            "difference": float(difference.mean()),
-            "standard_error": float(difference.std(ddof=1) / math.sqrt(len(places))) if len(places) > 1 else math.inf,
-        }
+        error = _standard_error(difference)
+        if error is not None:
+            compared[name] = {"difference": float(difference.mean()), "standard_error": error}
     return compared
 
 
@@ -200,7 +200,8 @@ class _Search:
         return max((self._ascend(start, users) for start in starts), key=lambda weights: self._value(weights, users))
 
     def _value(self, weights: tuple[float, ...], users: np.ndarray) -> float:
-        return float(self.gains(weights)[users].mean())
+        # Without users, as for a single user who is held out, all weights are equally good.
+        return float(self.gains(weights)[users].mean()) if users.any() else 0.0
 
     def _ascend(self, weights: tuple[float, ...], users: np.ndarray) -> tuple[float, ...]:
         value, improves = self._value(weights, users), True
@@ -252,6 +253,11 @@ def _compare(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray,
     kept = is_reachable.nonzero().squeeze(1)
     results = kept, num_always[kept], is_open.sum(1)[kept], network[is_open], counted[:, is_open]
     return tuple(values.cpu().numpy() for values in results)
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    """The standard error of the mean of some values. None for fewer than two values."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _collator(tokenizer: Bert4RecTokenizer) -> DataCollatorForMaskedItemPrediction:
