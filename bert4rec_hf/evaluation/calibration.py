@@ -21,6 +21,9 @@ CUTOFF = 10
 NUM_FOLDS = 5
 # Maximum number of users whose targets are compared. The comparisons of 20,000 users need some hundred MiB.
 MAX_CALIBRATED_USERS = 20_000
+# A weight is chosen only if its feature affects this number or this share of the users. Otherwise a few users without
+# a past would decide what all future users without a past get.
+ENOUGH_USERS, ENOUGH_SHARE = 100, 0.1
 # The values that are tried for each weight.
 WEIGHT_GRID = (0.0, *(2.0**power for power in range(-4, 7)))
 # All weights of a second start of the search: at this size, the network orders only what the counts leave tied.
@@ -60,8 +63,11 @@ class Comparisons:
         return gains
 
     def used_features(self) -> list[str]:
-        """The features that affect any target."""
-        return [name for name, values in zip(WEIGHT_FIELDS, self.features, strict=True) if values.any()]
+        """The features that affect the targets of enough users; see `ENOUGH_USERS`."""
+        enough = max(1, min(ENOUGH_USERS, ENOUGH_SHARE * len(self.user_ids)))
+        targets = np.repeat(np.arange(len(self.users)), np.diff(self.starts))
+        num_users = [np.unique(targets[values != 0]).size for values in self.features]
+        return [name for name, number in zip(WEIGHT_FIELDS, num_users, strict=True) if number >= enough]
 
 
 def weights_of(config: Any) -> dict[str, float]:
@@ -186,7 +192,7 @@ class _Search:
         self.known: dict[tuple[float, ...], np.ndarray] = {}
 
     def named(self, weights: tuple[float, ...]) -> dict[str, float]:
-        """All weights by feature: the searched ones, and the given ones of features without an effect."""
+        """All weights by feature: the searched ones, and the given ones of the other features."""
         return self.start | dict(zip(self.searched, weights, strict=True))
 
     def gains(self, weights: tuple[float, ...]) -> np.ndarray:

@@ -154,6 +154,18 @@ def test_no_user_and_no_feature_choose_nothing():
         assert record["weights"] == START
 
 
+@pytest.mark.parametrize(("num_new", "is_searched"), [(3, False), (49, False), (50, True)])
+def test_a_few_users_without_a_past_do_not_choose_the_weight_of_popularity(num_new, is_searched):
+    chance = np.random.default_rng(0)
+    comparisons = comparisons_of(chance.normal(size=(500, 30)), chance.normal(-1, 1, size=(500, 30)))
+    comparisons.features[4, : num_new * 30] = chance.normal(size=num_new * 30)
+    comparisons.features[0, : num_new * 30] = 0
+    assert comparisons.used_features() == ["transitions", "popularity"][: 1 + is_searched]
+    record = choose_weights(comparisons, START)
+    assert record["adopted"]
+    assert (record["weights"]["popularity"] == START["popularity"]) != is_searched
+
+
 def test_a_single_user_chooses_nothing():
     comparisons = comparisons_of(np.array([[1.0, -1]]), np.array([[-5.0, 0]]))
     record = json.loads(json.dumps(choose_weights(comparisons, START), allow_nan=False))
