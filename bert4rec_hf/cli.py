@@ -493,7 +493,7 @@ def train(arguments: Sequence[str]) -> None:
         **{name: value for name, value in vars(architecture).items() if value is not None},
     )
     if trainer.is_world_process_zero():
-        if trainer.calibration is not None:
+        if trainer.calibration is not None and training_arguments.calibrate:
             print(format_calibration(trainer.calibration))
         folder, data = shlex.quote(output_dir), shlex.quote(data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
@@ -792,9 +792,9 @@ def format_calibration(record: Mapping[str, Any]) -> str:
     def listed(weights: Mapping[str, float]) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {weight:.3g}" for name, weight in weights.items())
 
-    if "NDCG@10" not in record:
-        return f"weights of counted scores: {listed(record['weights'])}"
     metrics, error = record["NDCG@10"], record["standard_error"]
+    if error is None:
+        return f"weights of counted scores kept, since there is only one validation user: {listed(record['weights'])}"
     gain = metrics["cross_fitted"] - metrics["start"]
     found = (
         f"cross-fitted NDCG@10 {metrics['cross_fitted']:.4f} instead of {metrics['start']:.4f} on "

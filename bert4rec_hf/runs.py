@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -32,6 +33,7 @@ from .hub.load import load_model
 from .hub.model_card import (
     CALIBRATION_FILE,
     EVALUATION_FILE,
+    RECIPE_FILE,
     add_evaluation,
     read_calibration,
     read_evaluations,
@@ -39,7 +41,7 @@ from .hub.model_card import (
 )
 from .hub.publish_code import publish_code as publish_code_into
 from .model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
-from .model.history_scores import HistoryScores
+from .model.history_scores import WEIGHT_FIELDS, HistoryScores
 from .model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .model.tokenization_bert4rec import Bert4RecTokenizer
 from .training.arguments import Bert4RecTrainingArguments
@@ -168,6 +170,11 @@ def train_prepared(
             if trainer.is_world_process_zero():
                 logger.warning("resuming from %s", checkpoint)
         check_resumable(checkpoint, trainer.args, config, tokenizer, preparation)
+        began = weights_of(Bert4RecConfig.from_pretrained(checkpoint))
+        if began != weights_of(config):
+            # The checkpoint's evaluations were under these weights. Those of a recipe may be calibrated already.
+            logger.warning("the resumed run goes on with the weights of counted scores of %s", checkpoint)
+            set_weights(config, began)
         trainer.add_callback(BestCheckpointHere)
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation):
@@ -324,13 +331,7 @@ def evaluate_prepared(
     loaded = load_model(model)
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = _histories(data, streaming, tokenizer)
-    if not any((part.item_ids >= FIRST_ITEM_ID).any() for part in histories.parts()):
-        catalogues = (tokenizer.items, Bert4RecTokenizer.from_pretrained(data).items)
-        known, asked = (", ".join(map(repr, items[:3])) for items in catalogues)
-        raise ValueError(
-            f"the catalogue of {model} has none of the items of {data}: its ids look like {known}, those of the data "
-            f"like {asked}; give data with the model's item ids"
-        )
+    _check_catalogue(model, tokenizer, data, histories)
     _warn_of_other_preparation(model, preparation)
     if os.path.isdir(model):
         read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
@@ -412,7 +413,8 @@ def calibrate_prepared(
 
     The counted scores are counted anew in the training part. A model without transitions, such as a converted one, gets
     them. The folder of the model is changed only if the chosen weights are clearly better; see `choose_weights`. Then
-    calibration.json is written, and evaluation.json, whose metrics are those of the former weights, is removed.
+    calibration.json is written, recipe.yaml gets the weights, and evaluation.json, whose metrics are those of the
+    former weights, is removed.
 
     Args:
         model: A model folder.
@@ -425,7 +427,8 @@ def calibrate_prepared(
         The record of `choose_weights`.
 
     Raises:
-        ValueError: If a folder is not a model folder or a prepared folder, or if no user has a validation target.
+        ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
+            the data, or if no user has a validation target.
     """
     check_prepared(data)
     if not Path(model).is_dir():
@@ -433,6 +436,7 @@ def calibrate_prepared(
     loaded = load_model(model).eval()
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = _histories(data, streaming, tokenizer)
+    _check_catalogue(model, tokenizer, data, histories)
     _warn_of_other_preparation(model, preparation)
     config = loaded.config
     evaluated = users_with_targets(histories, "validation", None)
@@ -462,11 +466,29 @@ def calibrate_prepared(
         (folder / EVALUATION_FILE).unlink(missing_ok=True)
         with files_beside(folder, last_file="config.json") as beside:
             loaded.save_pretrained(beside)
+            if (folder / RECIPE_FILE).is_file():
+                recipe = yaml.safe_load((folder / RECIPE_FILE).read_text("utf-8"))
+                recipe |= {name: getattr(config, name) for name in ("num_transitions", *WEIGHT_FIELDS.values())}
+                text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
+                (beside / RECIPE_FILE).write_text(text, "utf-8")
         if has_code:
             publish_code_into(folder)
         write_file(folder / CALIBRATION_FILE, json.dumps(record, indent=2) + "\n")
         write_model_card(folder)
     return record
+
+
+def _check_catalogue(
+    model: str | os.PathLike, tokenizer: Bert4RecTokenizer, data: str | os.PathLike, histories: AnyHistories
+) -> None:
+    """Raise ValueError if the catalogue of a model has none of the items of a prepared folder."""
+    if not any((part.item_ids >= FIRST_ITEM_ID).any() for part in histories.parts()):
+        catalogues = (tokenizer.items, Bert4RecTokenizer.from_pretrained(data).items)
+        known, asked = (", ".join(map(repr, items[:3])) for items in catalogues)
+        raise ValueError(
+            f"the catalogue of {model} has none of the items of {data}: its ids look like {known}, those of the data "
+            f"like {asked}; give data with the model's item ids"
+        )
 
 
 def _numbers_of(rows: Dataset) -> str:

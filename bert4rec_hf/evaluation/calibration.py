@@ -21,6 +21,9 @@ CUTOFF = 10
 NUM_FOLDS = 5
 # Maximum number of users whose targets are compared. The comparisons of 20,000 users need some hundred MiB.
 MAX_CALIBRATED_USERS = 20_000
+# A weight is chosen only if its feature affects this number or this share of the users. Otherwise a few users without
+# a past would decide what all future users without a past get.
+ENOUGH_USERS, ENOUGH_SHARE = 100, 0.1
 # The values that are tried for each weight.
 WEIGHT_GRID = (0.0, *(2.0**power for power in range(-4, 7)))
 # All weights of a second start of the search: at this size, the network orders only what the counts leave tied.
@@ -60,8 +63,11 @@ class Comparisons:
         return gains
 
     def used_features(self) -> list[str]:
-        """The features that affect any target."""
-        return [name for name, values in zip(WEIGHT_FIELDS, self.features, strict=True) if values.any()]
+        """The features that affect the targets of enough users; see `ENOUGH_USERS`."""
+        enough = max(1, min(ENOUGH_USERS, ENOUGH_SHARE * len(self.user_ids)))
+        targets = np.repeat(np.arange(len(self.users)), np.diff(self.starts))
+        num_users = [np.unique(targets[values != 0]).size for values in self.features]
+        return [name for name, number in zip(WEIGHT_FIELDS, num_users, strict=True) if number >= enough]
 
 
 def weights_of(config: Any) -> dict[str, float]:
@@ -120,7 +126,7 @@ def choose_weights(comparisons: Comparisons, weights: Mapping[str, float]) -> di
     Returns:
         A record with the keys num_users; start_weights; weights, the chosen ones, or the given ones if they are not
         adopted; adopted; NDCG@10, a mapping with start, cross_fitted and chosen; and standard_error, that of the
-        difference between cross_fitted and start.
+        difference between cross_fitted and start, or None for a single user.
     """
     start = dict(weights)
     folds = np.array([zlib.crc32(user_id.encode()) % NUM_FOLDS for user_id in comparisons.user_ids])
@@ -131,8 +137,8 @@ def choose_weights(comparisons: Comparisons, weights: Mapping[str, float]) -> di
         cross_fitted[held_out] = search.gains(search.best(~held_out))[held_out]
     before = comparisons.gains(start)
     difference = cross_fitted - before
-    error = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else math.inf
-    adopted = bool(difference.mean() > error) if len(difference) > 1 else False
+    error = _standard_error(difference)
+    adopted = error is not None and bool(difference.mean() > error)
     chosen = search.named(search.best(np.ones(len(folds), bool))) if adopted else start
     return {
         "num_users": len(folds),
@@ -161,6 +167,7 @@ def compare_with_baselines(
 
     Returns:
         For each baseline, the mean difference of NDCG@10 between the model and the baseline, and its standard error.
+        Empty if there is only one user, whose difference has no standard error.
     """
     place_of = {user_id: place for place, user_id in enumerate(user_ids)}
     places = np.array([place_of[user_id] for user_id in comparisons.user_ids])
@@ -170,10 +177,9 @@ def compare_with_baselines(
         of_baseline = of_all[places]
         is_hit = (of_baseline > 0) & (of_baseline <= CUTOFF)
         difference = of_model - np.where(is_hit, 1 / np.log2(np.maximum(of_baseline, 1) + 1), 0)
-        compared[name] = {
-            "difference": float(difference.mean()),
-            "standard_error": float(difference.std(ddof=1) / math.sqrt(len(places))) if len(places) > 1 else math.inf,
-        }
+        error = _standard_error(difference)
+        if error is not None:
+            compared[name] = {"difference": float(difference.mean()), "standard_error": error}
     return compared
 
 
@@ -186,7 +192,7 @@ class _Search:
         self.known: dict[tuple[float, ...], np.ndarray] = {}
 
     def named(self, weights: tuple[float, ...]) -> dict[str, float]:
-        """All weights by feature: the searched ones, and the given ones of features without an effect."""
+        """All weights by feature: the searched ones, and the given ones of the other features."""
         return self.start | dict(zip(self.searched, weights, strict=True))
 
     def gains(self, weights: tuple[float, ...]) -> np.ndarray:
@@ -200,7 +206,8 @@ class _Search:
         return max((self._ascend(start, users) for start in starts), key=lambda weights: self._value(weights, users))
 
     def _value(self, weights: tuple[float, ...], users: np.ndarray) -> float:
-        return float(self.gains(weights)[users].mean())
+        # Without users, as for a single user who is held out, all weights are equally good.
+        return float(self.gains(weights)[users].mean()) if users.any() else 0.0
 
     def _ascend(self, weights: tuple[float, ...], users: np.ndarray) -> tuple[float, ...]:
         value, improves = self._value(weights, users), True
@@ -252,6 +259,11 @@ def _compare(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray,
     kept = is_reachable.nonzero().squeeze(1)
     results = kept, num_always[kept], is_open.sum(1)[kept], network[is_open], counted[:, is_open]
     return tuple(values.cpu().numpy() for values in results)
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    """The standard error of the mean of some values. None for fewer than two values."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _collator(tokenizer: Bert4RecTokenizer) -> DataCollatorForMaskedItemPrediction:

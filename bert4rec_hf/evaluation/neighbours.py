@@ -1,5 +1,6 @@
 """Nearest neighbours and EASE: baselines that score the whole catalogue from counts of the training part."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -21,8 +22,10 @@ NEWEST_HISTORIES_OF_AN_ITEM = 1000
 MATCHED_ITEMS = 20
 # L2 regularisation of EASE.
 EASE_REGULARISATION = 100.0
-# Pairs that are counted at once.
-PAIRS_AT_ONCE = 2**24
+# Number of newest items of a neighbour that are scored, so that a few histories of bots do not fill the memory.
+NEWEST_ITEMS_OF_A_NEIGHBOUR = 1000
+# Number of counts of `shared_users` that are computed at once.
+COUNTS_AT_ONCE = 2**24
 
 # Maps histories (batch, length) of token ids, padded with 0 on the left, to scores (batch, vocab size), at least 0 or
 # of any sign. The scores of special tokens have no meaning.
@@ -34,25 +37,19 @@ def shared_users(histories: Histories, num_items: int) -> torch.Tensor:
     size = num_items + FIRST_ITEM_ID
     user_of = np.repeat(np.arange(len(histories), dtype=np.int64), np.diff(histories.offsets))
     trained = histories.is_trained()
-    keys = np.unique(user_of[trained] * size + histories.item_ids[trained])
-    users, items = keys // size, torch.from_numpy(keys % size)
-    lengths = np.bincount(users, minlength=len(histories))
-    starts = np.concatenate(([0], lengths.cumsum()))
-    counts = torch.zeros(size * size)
-    first = 0
-    while first < len(lengths):  # some users at a time
-        last = first + max(1, int(np.searchsorted(np.cumsum(lengths[first:] ** 2), PAIRS_AT_ONCE)))
-        sizes = torch.from_numpy(lengths[first:last])
-        own = items[starts[first] : starts[min(last, len(lengths))]]
-        repeats = torch.repeat_interleave(sizes, sizes)
-        one = torch.repeat_interleave(own, repeats)
-        # The other item of each pair runs through the items of the same user.
-        begins = torch.repeat_interleave(torch.from_numpy(starts[first:last] - starts[first]), sizes)
-        place = torch.arange(len(one)) - torch.repeat_interleave(repeats.cumsum(0) - repeats, repeats)
-        other = own[torch.repeat_interleave(begins, repeats) + place]
-        counts.index_add_(0, one * size + other, torch.ones(len(one)))
-        first = last
-    return counts.view(size, size)
+    keys = np.unique(histories.item_ids[trained].astype(np.int64) * len(histories) + user_of[trained])
+    items, users = (torch.from_numpy(found) for found in np.divmod(keys, len(histories)))
+    items_of_users = _ones(items, users, (size, len(histories))).t().coalesce()
+    counts = torch.empty(size, size)
+    at_once = max(1, COUNTS_AT_ONCE // size)
+    for first in range(0, size, at_once):  # the product of sparse matrices is sparse, and larger than a dense one
+        last = min(first + at_once, size)
+        start, end = torch.searchsorted(items, torch.tensor([first, last])).tolist()
+        part = _ones(items[start:end] - first, users[start:end], (last - first, len(histories)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+            counts[first:last] = torch.sparse.mm(part, items_of_users).to_dense()
+    return counts
 
 
 def item_knn(shared: torch.Tensor) -> Scores:
@@ -88,7 +85,8 @@ def history_knn(histories: Histories, num_items: int) -> Callable[[torch.Tensor]
 
     Histories are similar if they share items, of which newer ones count more, in proportion to their position among the
     newest `MATCHED_ITEMS`. An item of the `HISTORY_NEIGHBOURS` most similar histories scores the similarity, divided by
-    the number of items since the newest shared one.
+    the number of items since the newest shared one. Of a neighbour, the newest `NEWEST_ITEMS_OF_A_NEIGHBOUR` items
+    count.
 
     Args:
         histories: The histories, of which the training part counts.
@@ -114,15 +112,16 @@ def history_knn(histories: Histories, num_items: int) -> Callable[[torch.Tensor]
     of_item = torch.from_numpy(users[order])
     starts = torch.from_numpy(np.searchsorted(items[order], np.arange(size + 1)))
     num_of_item = starts.diff().clamp(max=NEWEST_HISTORIES_OF_AN_ITEM)
-    # For each history, its items.
-    own_items = torch.from_numpy(items)
+    # For each history, its items, the newest first.
+    own_items = torch.from_numpy(items[np.lexsort((places, users))])
     own_starts = torch.from_numpy(np.searchsorted(users, np.arange(len(histories) + 1)))
     num_own = own_starts.diff()
     norms = num_own.clamp(min=1).float().sqrt()
+    num_own = num_own.clamp(max=NEWEST_ITEMS_OF_A_NEIGHBOUR)
     del keys, places
 
     def scores(history_ids: torch.Tensor) -> Pairs:
-        ids, counts, ages = item_occurrences(history_ids)
+        ids, counts, ages = item_occurrences(history_ids[:, -MATCHED_ITEMS:])
         rows, columns = ((counts > 0) & (ages < MATCHED_ITEMS)).nonzero(as_tuple=True)
         matched, matched_ages = ids[rows, columns], ages[rows, columns]
         pair, places = _expand(starts[matched], num_of_item[matched])
@@ -164,5 +163,14 @@ def _expand(starts: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, 
 def _sum_of_rows(table: torch.Tensor, history_ids: torch.Tensor) -> torch.Tensor:
     """(batch, columns) the sum of a table's rows (vocab size, columns) of the items of each history, each once."""
     item_ids, counts, _ = item_occurrences(history_ids)
-    is_item = (counts > 0).to(table.dtype)
-    return nn.functional.embedding_bag(item_ids, table, mode="sum", per_sample_weights=is_item)
+    is_item = counts > 0
+    # The padding is left out, since beside one long history it would be most of the work.
+    lengths = is_item.sum(1)
+    return nn.functional.embedding_bag(item_ids[is_item], table, lengths.cumsum(0) - lengths, mode="sum")
+
+
+def _ones(rows: torch.Tensor, columns: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A sparse matrix of ones at sorted places."""
+    indices = torch.stack((rows, columns))
+    ones = torch.ones(len(rows))
+    return torch.sparse_coo_tensor(indices, ones, size, check_invariants=False, is_coalesced=True)

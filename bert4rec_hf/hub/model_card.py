@@ -115,7 +115,7 @@ def write_model_card(
     preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    records = read_evaluations(folder)
+    records, calibration = read_evaluations(folder), read_calibration(folder)
 
     kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}
     given = {name: value for name, value in metadata.items() if value is not None}
@@ -137,14 +137,15 @@ def write_model_card(
         f"---\n{data.to_yaml()}\n---",
         MARK,
         f"# {written['model_name']}",
-        _introduction(config, recipe, preparation, read_calibration(folder)),
+        _introduction(config, recipe, preparation, calibration),
     ]
     parts += [_usage(repo_id, tokenizer)]
     if records:
         parts.append("## Metrics")
         parts += [_metrics_table(record, preparation) for record in records]
     if (folder / TRAINING_FILE).is_file():
-        parts.append(_training(json.loads((folder / TRAINING_FILE).read_text("utf-8"))))
+        training = json.loads((folder / TRAINING_FILE).read_text("utf-8"))
+        parts.append(_training(training, is_calibrated=calibration is not None))
     parts.append(_limits(config, tokenizer, records))
     if recipe:
         parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
@@ -330,11 +331,14 @@ def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | N
     return f"{other}{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
 
 
-def _training(record: Mapping[str, Any]) -> str:
+def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
     evaluations, step = record["evaluations"], record["chosen_step"]
+    protocol = Protocol(**record["protocol"])
+    before = " Here, the weights of the counted scores are those before calibration."
     lines = [
         f"The weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
-        f"Validation protocol: {Protocol(**record['protocol'])}. `{TRAINING_FILE}` has all metrics of all evaluations."
+        f"Validation protocol: {protocol}.{before if is_calibrated and not protocol.calibrated else ''} "
+        f"`{TRAINING_FILE}` has all metrics of all evaluations."
     ]
     lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
     lines.append(f"![Learning curve]({CURVE_FILE})")

@@ -435,6 +435,8 @@ class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedMod
 
     # Tells the Trainer to pass `num_items_in_batch`, which the loss is divided by.
     accepts_loss_kwargs = True
+    # Models of earlier releases have no next-item scores. Loading sets them to 0, and needs no warning.
+    _keys_to_ignore_on_load_missing = [r"history_scores\.next_item_scores"]
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__(config)

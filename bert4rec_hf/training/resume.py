@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..data.histories import PREPARATION_FILE
 from ..hub.model_card import RECIPE_FILE
 from ..model.configuration_bert4rec import Bert4RecConfig
+from ..model.history_scores import WEIGHT_FIELDS
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
 # Arguments that must not change in a resumed run, since its optimizer and scheduler were created with them.
@@ -36,7 +37,8 @@ def check_resumable(
     """Raise ValueError if a run cannot resume from a checkpoint.
 
     The checkpoint must be complete, of the same architecture, catalogue and log, before the end of the run, and with
-    the same optimizer arguments as the run.
+    the same optimizer arguments as the run. The weights of counted scores may differ, as in the recipe of a run that
+    was calibrated.
 
     Args:
         checkpoint: The folder of the checkpoint.
@@ -64,7 +66,7 @@ def check_resumable(
     other = [
         f"{name}={getattr(began, name)}, not {getattr(config, name)}"
         for name in Bert4RecConfig.__annotations__
-        if getattr(began, name) != getattr(config, name)
+        if getattr(began, name) != getattr(config, name) and name not in WEIGHT_FIELDS.values()
     ]
     if other:
         raise ValueError(

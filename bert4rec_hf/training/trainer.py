@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -312,9 +313,17 @@ class Bert4RecTrainer(Trainer):
         Returns:
             The record of `choose_weights`, or weights and adopted without a choice; and, under baselines, the record of
             `compare_with_baselines`.
+
+        Raises:
+            ValueError: If `eval_dataset` is not one set of evaluation rows.
         """
+        if not isinstance(self.eval_dataset, Dataset):
+            raise ValueError(
+                f"expected one eval_dataset, rows of ranking_rows; got {type(self.eval_dataset).__name__}: give the "
+                "trainer the rows to calibrate on"
+            )
         model = self.accelerator.unwrap_model(self.model).eval()
-        rows: Any = self.eval_dataset
+        rows = self.eval_dataset
         batch_size = self.args.per_device_eval_batch_size
         comparisons = compare_targets(model, rows, self.processing_class, batch_size=batch_size)
         weights = weights_of(model.config)
@@ -421,7 +430,10 @@ class Bert4RecTrainer(Trainer):
             return None
         best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
         step = best or self.state.global_step
-        return training_record(self.state, self.args, self.protocol, self.baselines, step, self.calibration)
+        protocol = self.protocol
+        if self.args.eval_strategy != IntervalStrategy.NO:
+            protocol = replace(protocol, calibrated=False)  # the curve was measured before `calibrate`
+        return training_record(self.state, self.args, protocol, self.baselines, step, self.calibration)
 
     def recipe(self) -> dict[str, Any]:
         """All training arguments and the architecture, in the form that `bert4rec train --config` reads.

@@ -6,11 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from chain_runs import SMALL, arguments
 from small_models import FIRST, VOCAB, make_model
 
-from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, prepare, train_prepared
-from bert4rec_hf.cli import main
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
+    Bert4RecTrainer,
+    prepare,
+    train_prepared,
+)
+from bert4rec_hf.cli import format_calibration, main
 from bert4rec_hf.data.histories import read_prepared
 from bert4rec_hf.data.rows import ranking_rows
 from bert4rec_hf.evaluation import calibration
@@ -146,6 +154,27 @@ def test_no_user_and_no_feature_choose_nothing():
         assert record["weights"] == START
 
 
+@pytest.mark.parametrize(("num_new", "is_searched"), [(3, False), (49, False), (50, True)])
+def test_a_few_users_without_a_past_do_not_choose_the_weight_of_popularity(num_new, is_searched):
+    chance = np.random.default_rng(0)
+    comparisons = comparisons_of(chance.normal(size=(500, 30)), chance.normal(-1, 1, size=(500, 30)))
+    comparisons.features[4, : num_new * 30] = chance.normal(size=num_new * 30)
+    comparisons.features[0, : num_new * 30] = 0
+    assert comparisons.used_features() == ["transitions", "popularity"][: 1 + is_searched]
+    record = choose_weights(comparisons, START)
+    assert record["adopted"]
+    assert (record["weights"]["popularity"] == START["popularity"]) != is_searched
+
+
+def test_a_single_user_chooses_nothing():
+    comparisons = comparisons_of(np.array([[1.0, -1]]), np.array([[-5.0, 0]]))
+    record = json.loads(json.dumps(choose_weights(comparisons, START), allow_nan=False))
+    assert not record["adopted"]
+    assert record["standard_error"] is None
+    assert "since there is only one validation user" in format_calibration(record)
+    assert compare_with_baselines(comparisons, START, {"best": np.array([1])}, ["user 0"]) == {}
+
+
 def test_a_large_log_is_sampled(monkeypatch, shop):
     monkeypatch.setattr(calibration, "MAX_CALIBRATED_USERS", 50)
     histories, tokenizer, _ = read_prepared(shop)
@@ -183,7 +212,11 @@ def test_a_trained_model_has_calibrated_weights_and_says_so(shop, tmp_path, caps
     assert again["metrics"]["NDCG@10"] == pytest.approx(stored["metrics"]["NDCG@10"])
     assert not evaluate_prepared(tmp_path / "model", shop, use_cpu=True)["protocol"]["calibrated"]
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "weights of counted scores chosen on these targets" in card
+    assert card.count("seen items kept; 300 users; weights of counted scores chosen on these targets") == 1
+    # The curve was measured before.
+    training = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert not training["protocol"]["calibrated"]
+    assert "Here, the weights of the counted scores are those before calibration." in card
     assert f"cross-fitted NDCG@10 {record['NDCG@10']['cross_fitted']:.4f}" in card
     checkpoint = next((tmp_path / "model").glob("checkpoint-*"))
     assert not (checkpoint / "calibration.json").exists()
@@ -200,6 +233,37 @@ def test_without_calibration_the_weights_stay(shop, tmp_path):
     assert not record["adopted"]
     assert "EASE" in record["baselines"]
     assert not json.loads((tmp_path / "model" / "evaluation.json").read_text())[-1]["protocol"]["calibrated"]
+    assert "before calibration" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_without_evaluations_in_training_the_curve_is_of_the_calibrated_model(shop, tmp_path):
+    options = SMALL | {"num_transitions": 8, "transition_weight": 3.0}
+    trainer = train_prepared(shop, arguments(tmp_path / "model", num_train_epochs=1, eval_strategy="no"), **options)
+    assert trainer.calibration["adopted"]
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["protocol"]["calibrated"]
+    assert "before calibration" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_run_resumes_with_the_recipe_of_the_calibrated_run(shop, tmp_path, caplog):
+    options = SMALL | {"num_transitions": 8, "transition_weight": 3.0}
+    train_prepared(shop, arguments(tmp_path / "model", num_train_epochs=1), **options)
+    calibrated = Bert4RecConfig.from_pretrained(tmp_path / "model")
+    assert calibrated.transition_weight != 3
+    given = {field: getattr(calibrated, field) for field in WEIGHT_FIELDS.values()}
+    trainer = train_prepared(
+        shop, arguments(tmp_path / "model", num_train_epochs=2, resume_from_checkpoint="last"), **(options | given)
+    )
+    assert trainer.calibration["start_weights"]["transitions"] == 3
+    assert "goes on with the weights of counted scores of" in caplog.text
+
+
+def test_a_trainer_without_one_set_of_evaluation_rows_cannot_calibrate(shop, tmp_path):
+    histories, tokenizer, _ = read_prepared(shop)
+    rows = ranking_rows(histories, tokenizer, "validation", filter_seen_items=False, max_length=12)
+    model = make_model(vocab_size=len(tokenizer))
+    trainer = Bert4RecTrainer(model, arguments(tmp_path), eval_dataset={"one": rows}, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="expected one eval_dataset, rows of ranking_rows; got dict"):
+        trainer.calibrate()
 
 
 @pytest.mark.parametrize("publish_code", [False, True])
@@ -223,6 +287,9 @@ def test_a_model_without_counts_gets_them_by_the_command(shop, tmp_path, capsys,
     model = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / "model")
     assert model.history_scores.successor_ids.any()
     assert weights_of(model.config) == record["weights"]
+    recipe = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
+    assert {name: recipe[field] for name, field in WEIGHT_FIELDS.items()} == record["weights"]
+    assert recipe["num_transitions"] == 64
     assert not (tmp_path / "model" / "evaluation.json").exists()  # its metrics were those of the former weights
     found = evaluate_prepared(tmp_path / "model", shop, "validation", use_cpu=True)
     assert found["metrics"]["NDCG@10"] == pytest.approx(record["NDCG@10"]["chosen"], abs=1e-6)
@@ -234,6 +301,12 @@ def test_a_folder_that_cannot_be_calibrated_is_an_error(shop, tmp_path, capsys):
     assert main(["calibrate", "somebody/model", "--data", str(shop)]) == 2
     assert "expected a model folder, which calibration changes; got somebody/model" in capsys.readouterr().err
     train_prepared(shop, arguments(tmp_path / "model", max_steps=1), **SMALL)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()}
+    (tmp_path / "other.csv").write_text((shop.parent / "log.csv").read_text().replace("item ", "thing "))
+    prepare(tmp_path / "other.csv", tmp_path / "other")
+    assert main(["calibrate", str(tmp_path / "model"), "--data", str(tmp_path / "other")]) == 2
+    assert "has none of the items of" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()} == before
     prepare(shop.parent / "log.csv", tmp_path / "all", split="none")
     assert main(["calibrate", str(tmp_path / "model"), "--data", str(tmp_path / "all")]) == 2
     assert "has a validation target; prepare with another --split" in capsys.readouterr().err

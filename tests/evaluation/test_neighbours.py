@@ -38,9 +38,9 @@ def random_histories(num_users: int = 40) -> tuple[Histories, list[list[int]]]:
     return histories, [[item + FIRST for item in row[:-1]] for row in rows]
 
 
-@pytest.mark.parametrize("pairs_at_once", [1, 50, 2**24])
-def test_shared_users_are_counted_once_each(monkeypatch, pairs_at_once):
-    monkeypatch.setattr(neighbours, "PAIRS_AT_ONCE", pairs_at_once)
+@pytest.mark.parametrize("counts_at_once", [1, 50, 2**24])
+def test_shared_users_are_counted_once_each(monkeypatch, counts_at_once):
+    monkeypatch.setattr(neighbours, "COUNTS_AT_ONCE", counts_at_once)
     histories, trained = random_histories()
     expected = np.zeros((SIZE, SIZE))
     for row in trained:
@@ -109,6 +109,28 @@ def test_only_the_newest_histories_with_an_item_become_neighbours(monkeypatch):
     newest = max((user for user, row in enumerate(trained) if 5 in row), key=lambda user: ends[user])
     item_ids, _ = history_knn(histories, NUM_ITEMS)(torch.tensor([[5]]))
     assert set(item_ids[0].tolist()) == set(trained[newest])
+
+
+def test_only_the_newest_items_of_a_neighbour_are_scored(monkeypatch):
+    histories, trained = random_histories()
+    longest = max(range(len(trained)), key=lambda user: len(set(trained[user])))
+    item_ids, values = history_knn(histories.select(np.arange(len(histories)) == longest), NUM_ITEMS)(
+        torch.tensor([trained[longest][-1:]])
+    )
+    monkeypatch.setattr(neighbours, "NEWEST_ITEMS_OF_A_NEIGHBOUR", 2)
+    newest_ids, newest_values = history_knn(histories.select(np.arange(len(histories)) == longest), NUM_ITEMS)(
+        torch.tensor([trained[longest][-1:]])
+    )
+    assert item_ids.shape[1] > 2
+    assert newest_ids[0].tolist() == sorted(list(dict.fromkeys(reversed(trained[longest])))[:2])
+    assert newest_values[0].tolist() == values[0, :2].tolist()  # the norm is that of the whole history
+
+
+def test_padding_is_not_summed_since_beside_a_long_history_it_would_be_most_of_the_work():
+    table = torch.rand(SIZE, SIZE)
+    table[0] = torch.nan  # which would stay NaN with a weight of 0
+    found = neighbours._sum_of_rows(table, torch.tensor([[0, 0, 0, 5], [4, 4, 4, 4], [0, 0, 0, 0]]))
+    assert torch.equal(found, torch.stack((table[5], table[4], torch.zeros(SIZE))))
 
 
 def test_a_large_catalogue_has_no_square_matrix(monkeypatch):

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import FIRST, MASK, NUM_ITEMS, PAD, VOCAB, WITH_HISTORY, make_model
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
@@ -179,3 +180,16 @@ def test_a_config_that_lacks_its_transitions_starts_without_them(tmp_path):
     assert torch.equal(loaded.history_scores.successor_scores, torch.zeros(VOCAB, 4))
     with pytest.raises(Exception, match="num_transitions must be at least 0; got -1"):
         Bert4RecConfig(num_transitions=-1)
+
+
+def test_a_model_of_an_earlier_release_has_no_next_item_scores_and_loads_without_a_report(tmp_path):
+    model = make_model(num_transitions=5)
+    model.history_scores.next_item_scores.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["history_scores.next_item_scores"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, report = Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not loaded.history_scores.next_item_scores.any()
+    assert torch.equal(loaded.history_scores.successor_ids, model.history_scores.successor_ids)

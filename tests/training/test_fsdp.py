@@ -56,13 +56,14 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
     trainer = Bert4RecTrainer(model, arguments(output), **trainer_inputs(data))
     shard = model.get_input_embeddings().weight.to_local().shape
     trainer.train()
+    calibration = trainer.calibrate()
     metrics = trainer.evaluate()
     found = answers(model.eval())
     trainer.save_model()
     half = in_half_precision()
     if dist.get_rank() == 0:
         torch.save(found, output / "answers.pt")
-        report = {"shard": list(shard), "metrics": metrics, "half": half}
+        report = {"shard": list(shard), "metrics": metrics, "half": half, "calibration": calibration}
         (output / "report.json").write_text(json.dumps(report))
     dist.barrier()
 
@@ -86,6 +87,8 @@ def test_sharded_weights_train_evaluate_recommend_and_are_saved_whole(tmp_path):
     assert report["half"] == [True, True]
     # Each process holds half of the 24 rows of the item table.
     assert report["shard"] == [12, HIDDEN_SIZE]
+    # The calibration computed the scores of sharded weights.
+    assert report["calibration"]["NDCG@10"]["chosen"] == pytest.approx(report["metrics"]["eval_NDCG@10"], abs=1e-6)
     alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)
     assert not torch.equal(alone.get_input_embeddings().weight, model.get_input_embeddings().weight)
     assert torch.equal(alone.history_scores.successor_ids, model.history_scores.successor_ids)
