@@ -159,9 +159,7 @@ def compare_metrics(environments: Path, folder: Path) -> bool:
 
 def our_split(log: Path, user_column: str, item_column: str, **order: str | None) -> Parts:
     """For each user, our training items in order, and our validation and test items."""
-    table = histories(
-        read_log(log, id_columns=(user_column, item_column)), user_column=user_column, item_column=item_column, **order
-    )
+    table = histories(read_log(log), user_column=user_column, item_column=item_column, **order)
     parts: Parts = {}
     for row in table.to_pyarrow().to_pylist():
         parts[row["user_id"]] = {"train": row["item_id"][: row["train_end"]]}
