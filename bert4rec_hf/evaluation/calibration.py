@@ -100,10 +100,11 @@ def compare_targets(
     if len(rows) > MAX_CALIBRATED_USERS:
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:MAX_CALIBRATED_USERS]))
     rows = rows.select(np.argsort(rows["history_length"], kind="stable"))  # rows of similar length need little padding
+    collate = DataCollatorForMaskedItemPrediction(tokenizer)
     columns = rows.select_columns(["input_ids", "labels", "history_ids", "exclude_ids"])
     found: list[tuple[np.ndarray, ...]] = []
     with _weights(model.config, dict.fromkeys(WEIGHT_FIELDS, 0.0)):
-        for number, batch in enumerate(DataLoader(columns, batch_size, collate_fn=_collator(tokenizer))):
+        for number, batch in enumerate(DataLoader(columns, batch_size, collate_fn=collate)):
             batch = {name: values.to(model.device) for name, values in batch.items()}
             users, *compared = _compare(model, batch)
             found.append((users + number * batch_size, *compared))
@@ -264,10 +265,6 @@ def _compare(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray,
 def _standard_error(values: np.ndarray) -> float | None:
     """The standard error of the mean of some values. None for fewer than two values."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def _collator(tokenizer: Bert4RecTokenizer) -> DataCollatorForMaskedItemPrediction:
-    return DataCollatorForMaskedItemPrediction(tokenizer)
 
 
 @contextlib.contextmanager
