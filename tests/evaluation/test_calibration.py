@@ -18,7 +18,8 @@ from bert4rec_hf import (
     prepare,
     train_prepared,
 )
-from bert4rec_hf.cli import format_calibration, main
+from bert4rec_hf.cli import main
+from bert4rec_hf.command_line.output import format_calibration
 from bert4rec_hf.data.histories import read_prepared
 from bert4rec_hf.data.rows import ranking_rows
 from bert4rec_hf.evaluation import calibration

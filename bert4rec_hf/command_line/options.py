@@ -1,0 +1,237 @@
+"""The options of all commands, as dataclasses."""
+
+import dataclasses
+import inspect
+import re
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..defaults import STREAMED_EVAL_SAMPLES, default_architecture
+from ..model.configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
+
+
+@dataclass
+class PrepareArguments:
+    """Where `prepare` reads and writes, and its memory. The other options are in `PrepareOptions`."""
+
+    output: str = field(metadata={"help": "The prepared folder to write."})
+    sql: str | None = field(default=None, metadata={"help": "Query whose rows are the log, with --database."})
+    database: str | None = field(
+        default=None,
+        metadata={
+            "help": "Database of --sql, as a URL: sqlite:///shop.db, duckdb:///shop.duckdb, "
+            "postgres://user:password@host/name."
+        },
+    )
+    memory_limit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Memory that DuckDB may use, for example 4GB; what does not fit is in temporary files (TMPDIR); "
+            "four fifths of the machine's memory if left out."
+        },
+    )
+
+
+@dataclass
+class TrainArguments:
+    """The options of `train`, except training arguments and architecture."""
+
+    data: str = field(
+        metadata={
+            "help": "A folder that bert4rec prepare has written; or a log, which is prepared with the defaults of "
+            "bert4rec prepare into the folder OUTPUT_DIR-data."
+        }
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Train this model (a folder or Hub id) further; its token ids stay the same."}
+    )
+    publish_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Copy the model's code into the folder, so that trust_remote_code loads it without bert4rec_hf."
+        },
+    )
+
+
+@dataclass
+class TuneArguments:
+    """The options of `tune`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written, with validation targets."})
+    output_dir: str = field(metadata={"help": "The folder to write the recipe, the trials and their picture to."})
+    minutes: float = field(default=60.0, metadata={"help": "Time of the search."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    seed: int = field(default=42, metadata={"help": "Seed of the search and of every trial."})
+
+
+@dataclass
+class EvaluateArguments:
+    """The options of `evaluate`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
+    part: str = field(default="test", metadata={"choices": ["validation", "test"], "help": "Which targets to rank."})
+    protocol: str = field(
+        default="full",
+        metadata={
+            "choices": ["full", "paper"],
+            "help": "What each target is ranked among. full: all items; paper: 100 items drawn by popularity, to "
+            "compare with older publications.",
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
+            f"{STREAMED_EVAL_SAMPLES}."
+        },
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Show no progress bar. Without a terminal, there is never one."}
+    )
+    report: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder for a report. report.json, report.md and report.png have metrics by history length and "
+            "by popularity of the target, and the popularity of the recommendations; ranks.parquet has each user's "
+            "rank."
+        },
+    )
+
+
+@dataclass
+class CalibrateArguments:
+    """The options of `calibrate`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written, with validation targets."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+
+
+@dataclass
+class RecommendArguments:
+    """The options of `recommend`."""
+
+    top_k: int = field(default=10, metadata={"help": "Number of items to recommend."})
+    exclude: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "Item ids never to recommend."}
+    )
+    candidates: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "Item ids to choose from; the catalogue if left out."}
+    )
+    filter_seen_items: bool | None = field(
+        default=None,
+        metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
+    )
+    exclude_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of item ids never to recommend: text with one id per line, or CSV (.csv, .tsv) or Parquet "
+            "with the column item_id. They are added to those of --exclude."
+        },
+    )
+    candidates_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of item ids to choose from, as --exclude_file. They are added to those of --candidates."
+        },
+    )
+    histories: str | None = field(
+        default=None,
+        metadata={
+            "help": "Histories, one per row: a Parquet file, JSON lines, or a folder or pattern of such files, with "
+            "user_id, item_id (a list) and, if you like, the lists exclude and candidates."
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --histories: the Parquet file (.parquet) or the folder of Parquet files to write, with "
+            "user_id, item_id, rank and score. Several processes write a folder."
+        },
+    )
+    batch_size: int = field(
+        default=64, metadata={"help": "With --histories: number of histories that the model reads at once."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Device to run on, for example cpu or cuda:0."})
+
+
+@dataclass
+class ExportArguments:
+    """The options of `export`."""
+
+    output: str = field(metadata={"help": "The ONNX file to write."})
+    top_k: int = field(default=10, metadata={"help": "Number of items that the graph recommends."})
+
+
+@dataclass
+class ConvertArguments:
+    """The options of `convert`."""
+
+    output: str = field(metadata={"help": "The model folder to write; with --to recbole, the file."})
+    to: str = field(
+        default="bert4rec_hf",
+        metadata={
+            "choices": ["bert4rec_hf", "recbole"],
+            "help": "Format to write. bert4rec_hf: a model folder; recbole: a file that RecBole 1.2 and hopwise load.",
+        },
+    )
+    items: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with the raw item ids, which a checkpoint lacks: RecBole's saved dataset (.pth), its atomic "
+            "file (.inter), or a list in the order of the internal ids (.json, or text with one id per line)."
+        },
+    )
+    item_titles: str | None = field(
+        default=None, metadata={"help": "CSV or Parquet file of titles, with the columns item_id and title."}
+    )
+    drop_oldest_item: bool = field(
+        default=True,
+        metadata={"help": "Drop the oldest item of a history even if there is room, as RecBole does."},
+    )
+
+
+@dataclass
+class ConvertConfigArguments:
+    """The options of `convert-config`."""
+
+    output: str | None = field(
+        default=None, metadata={"help": "The recipe to write; written to standard output if left out."}
+    )
+
+
+def architecture_arguments() -> type:
+    """A dataclass of the fields of `Bert4RecConfig`. A field that the command line does not set is None."""
+    # `inspect.getdoc` gives all versions of Python the same indentation; from 3.13 on, `__doc__` has none.
+    described = re.findall(r"^ {4}(\w+) \(.*\):((?:\n {8}.*)+)", inspect.getdoc(Bert4RecConfig) or "", re.MULTILINE)
+    sentences = {name: " ".join(text.split()).split(". ")[0].rstrip(".") for name, text in described}
+    chosen = default_architecture(1, 1, {})  # the keys are the fields that are chosen from the log
+    fields = []
+    for name, annotation in Bert4RecConfig.__annotations__.items():
+        if name in DERIVED_FIELDS:
+            continue
+        default = getattr(Bert4RecConfig, name)
+        choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else None
+        kind = str if choices else type(default)
+        description = f"Architecture. {sentences.get(name, '')}"
+        metadata: dict[str, Any] = {"help": f"{description}; default {default}."}
+        if name in ("max_position_embeddings", "filter_seen_items"):
+            metadata["help"] = f"{description}; default: the value of the prepared folder."
+        elif name in chosen:
+            metadata["help"] = f"{description}; chosen from the log if left out."
+        if choices:
+            metadata["choices"] = choices
+        fields.append((name, kind | None, field(default=None, metadata=metadata)))
+    return dataclasses.make_dataclass("ArchitectureArguments", fields)

@@ -1,0 +1,115 @@
+"""What the commands print about a prepared log, an evaluation and a calibration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..data.prepare_options import PrepareOptions
+from ..evaluation.metrics import shown_metrics
+from ..evaluation.protocol import Protocol
+
+# A user with more events in one minute looks like a bot, or like an id that many people share.
+EVENTS_A_MINUTE_OF_A_PERSON = 60
+
+
+def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> None:
+    """Print the statistics of a log, and the defaults that were chosen for it.
+
+    Args:
+        prepared: The content of preparation.json.
+        options: The options of the preparation.
+    """
+    statistics = prepared["statistics"]
+    lengths = statistics["history_length"]
+    print(
+        f"{statistics['num_users']:,} users, {statistics['num_items']:,} items, "
+        f"{statistics['num_events']:,} events; history lengths: median {lengths['median']:g}, "
+        f"three quarters up to {lengths['p75']:g}, longest {lengths['max']:,}"
+    )
+    tied, order = statistics["share_tied_times"], prepared["columns"]["sequence_column"]
+    print(
+        f"repeated events {statistics['share_repeated_events']:.1%}, "
+        f"{f'tied times {tied:.1%}' if tied is not None else f'no times: in the order of {order}'}, "
+        f"cold targets {statistics['share_cold_targets']:.1%}"
+    )
+    identical = statistics["num_duplicate_rows"]
+    if identical and options.duplicates == "keep":
+        print(
+            f"{identical:,} rows repeat the user, item and time of another row: if these are duplicates by mistake, "
+            "--duplicates drop_identical keeps one of each"
+        )
+    busy = [
+        f"{user['user_id']} ({user['num_events']:,} events, "
+        + (f"{user['most_in_a_minute']:,} in one minute)" if user["most_in_a_minute"] else "no times)")
+        for user in statistics["longest_histories"]
+        if (user["most_in_a_minute"] or 0) > EVENTS_A_MINUTE_OF_A_PERSON
+    ]
+    if busy:
+        print(
+            f"users that look like no persons: {', '.join(busy)}; --max_user_events leaves out users with more events, "
+            "--where those that you name"
+        )
+    if prepared["split"]["name"] == "none":
+        print("no targets are held out: all events train")
+    else:
+        print(
+            f"{prepared['split']['name']}: {statistics['num_validation_targets']:,} validation and "
+            f"{statistics['num_test_targets']:,} test targets"
+        )
+    if options.max_length:
+        reason = "as given"
+    elif lengths["p75"] <= prepared["max_length"]:
+        reason = "the shortest of 50, 100, 200 that three quarters of the histories fit into"
+    else:
+        reason = "the longest of 50, 100, 200; more than a quarter of the histories are longer"
+    print(f"history length {prepared['max_length']} ({reason})")
+    if options.filter_seen_items is not None:
+        reason = "as given"
+    elif prepared["filter_seen_items"]:
+        reason = "fewer than 5 % of events are repeats"
+    else:
+        reason = "5 % of events or more are repeats"
+    policy = "are not recommended again" if prepared["filter_seen_items"] else "may be recommended again"
+    filtered = prepared["filter_seen_items"] and prepared["filters"].get("min_rating") is not None
+    print(f"seen items {policy} ({reason})" + ("; events rated lower do not count as seen" if filtered else ""))
+
+
+def format_evaluation(record: Mapping[str, Any]) -> str:
+    """Format an evaluation as text: its protocol, and a table of the metrics of the model and the baselines.
+
+    Args:
+        record: A record of evaluation.json.
+    """
+    widths = {name: max(13, len(name) + 2) for name in shown_metrics(record["metrics"])}
+    protocol = Protocol(**record["protocol"])
+    tables = {"": {"model": record["metrics"]} | record["baselines"]} | record.get("groups", {})
+    width = max(len(title) for table in tables.values() for title in table)
+    lines = [str(protocol), " " * width + "".join(f"{name:>{wide}}" for name, wide in widths.items())]
+    for heading, table in tables.items():
+        lines += [heading] if heading else []
+        for title, metrics in table.items():
+            cells = [f"{metrics[name]:{wide}.4f}" if name in metrics else " " * wide for name, wide in widths.items()]
+            lines.append(f"{title:<{width}}" + "".join(cells).rstrip())
+    return "\n".join([*lines, protocol.describe_misses()])
+
+
+def format_calibration(record: Mapping[str, Any]) -> str:
+    """Format the result of a calibration as text: the weights, and what they gain.
+
+    Args:
+        record: The record of `choose_weights`.
+    """
+
+    def listed(weights: Mapping[str, float]) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {weight:.3g}" for name, weight in weights.items())
+
+    metrics, error = record["NDCG@10"], record["standard_error"]
+    if error is None:
+        return f"weights of counted scores kept, since there is only one validation user: {listed(record['weights'])}"
+    gain = metrics["cross_fitted"] - metrics["start"]
+    found = (
+        f"cross-fitted NDCG@10 {metrics['cross_fitted']:.4f} instead of {metrics['start']:.4f} on "
+        f"{record['num_users']:,} validation users ({gain:+.4f}, standard error {error:.4f})"
+    )
+    if record["adopted"]:
+        return f"weights of counted scores chosen on validation: {listed(record['weights'])}; {found}"
+    return f"weights of counted scores kept, since others are not clearly better: {listed(record['weights'])}; {found}"
