@@ -150,7 +150,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     from bert4rec_hf import cli
 
     found: list[argparse.ArgumentParser] = []
-    catch = mock.patch.object(cli._Parser, "print_help", lambda self, file=None: found.append(self))
+    catch = mock.patch.object(cli.Parser, "print_help", lambda self, file=None: found.append(self))
     with catch, contextlib.suppress(SystemExit):
         cli.COMMANDS[command](["--help"])
     return found[0]
