@@ -168,7 +168,10 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     record = evaluate_prepared(rest.model, **vars(options))
     if PartialState().is_main_process:
+        of_sets = record.pop("all_targets", None)
         print(format_evaluation(record))
+        if of_sets is not None:
+            print(format_evaluation(of_sets))
         folder = Path(rest.model)
         is_stored = folder.is_dir() and record in read_evaluations(folder)
         stored = f"wrote {folder / 'evaluation.json'} and the model card; " if is_stored else ""

@@ -20,7 +20,15 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from .data.counting import item_counts
-from .data.histories import PREPARATION_FILE, AnyHistories, Histories, check_prepared, read_prepared, stream_prepared
+from .data.histories import (
+    PREPARATION_FILE,
+    AnyHistories,
+    Histories,
+    check_prepared,
+    read_prepared,
+    stream_prepared,
+    time_type,
+)
 from .data.rows import StreamedTrainingRows, ranking_rows, sampled_candidates, training_rows, users_with_targets
 from .defaults import default_architecture, default_num_transitions, default_start_with_mean
 from .evaluation.baselines import baseline_ranks
@@ -28,6 +36,7 @@ from .evaluation.calibration import choose_weights, compare_targets, set_weights
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from .evaluation.protocol import Protocol
 from .evaluation.report import check_report_folder, evaluation_report, write_report
+from .evaluation.target_sets import set_metrics, target_sets
 from .files import files_beside, write_file
 from .hub.load import load_model
 from .hub.model_card import (
@@ -286,6 +295,8 @@ def evaluate_prepared(
     part: str = "test",
     *,
     protocol: str = "full",
+    targets: str = "next",
+    horizon: str | None = None,
     streaming: bool = False,
     max_eval_samples: int | None = None,
     per_device_eval_batch_size: int = 64,
@@ -304,6 +315,10 @@ def evaluate_prepared(
         protocol: "full" ranks each target among the whole catalogue. "paper" ranks it among 100 items drawn by
             popularity (see `rows.sampled_candidates`); the names of the metrics start with "sampled_", and there are no
             baselines.
+        targets: "next" ranks the next event of each user. "all" also computes metrics with several targets per user;
+            see `target_sets`. They are stored as a record of their own.
+        horizon: With "all" and a temporal split, how long after the cut an event is a target, for example "7d". None:
+            no limit.
         streaming: Whether the histories stay on disk, for a log larger than memory. Only the users who are ranked are
             read into memory.
         max_eval_samples: Maximum number of users to rank, drawn at random. None: all; with `streaming`, 50,000.
@@ -315,13 +330,21 @@ def evaluate_prepared(
 
     Returns:
         The record of evaluation.json: source, protocol, metrics and baselines. If some users have an empty history, it
-        also has groups: the metrics of the users with and without a past.
+        also has groups: the metrics of the users with and without a past. With all targets, it also has all_targets,
+        the other record.
 
     Raises:
         ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
-            the data, if no user has a target, or if a report is asked for with the protocol "paper".
+            the data, if no user has a target, if a report or all targets are asked for with the protocol "paper", or if
+        the targets do not fit the data; see `target_sets`.
     """
     check_prepared(data)
+    if targets not in ("next", "all"):
+        raise ValueError(f"targets must be next or all; got {targets!r}")
+    if horizon is not None and targets != "all":
+        raise ValueError(f"--horizon is for --targets all; got {horizon}: leave it out, or add --targets all")
+    if targets == "all" and protocol == "paper":
+        raise ValueError("--targets all needs the full ranking; got --protocol paper: leave out one of the two")
     if max_eval_samples is not None and max_eval_samples < 1:
         raise ValueError(f"max_eval_samples must be at least 1; got {max_eval_samples}")
     if report is not None:
@@ -336,12 +359,16 @@ def evaluate_prepared(
     if os.path.isdir(model):
         read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
     policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
-    evaluated = users_with_targets(histories, part, max_eval_samples)
-    rows = ranking_rows(evaluated, tokenizer, part, filter_seen_items=policy, max_length=length)
+    evaluated = users_with_targets(histories, part, max_eval_samples, timestamps=targets == "all")
+    how: dict[str, Any] = {"filter_seen_items": policy, "max_length": length}
+    rows = ranking_rows(evaluated, tokenizer, part, **how)
     if not len(rows):
         raise ValueError(
             f"no user of {data} has a {part} target; choose another --part, or prepare with another --split"
         )
+    sets = None
+    if targets == "all":
+        sets = target_sets(evaluated, tokenizer, preparation, part, horizon=horizon, time_type=time_type(data), **how)
     if protocol == "paper":
         rows = sampled_candidates(rows, evaluated, counts=item_counts(histories, tokenizer.num_items))
     with tempfile.TemporaryDirectory() as nowhere:
@@ -359,6 +386,9 @@ def evaluate_prepared(
         )
         trainer.remove_callback(PrinterCallback)  # the record has all metrics
         prediction = trainer.predict(rows)
+        metrics_of_sets = None
+        if sets is not None:
+            metrics_of_sets = set_metrics(sets.ranks_in(trainer.predict(sets.rows).predictions[1]), sets.users)
     described = Protocol.of(evaluated, preparation, part, tokenizer.num_items, policy, histories.num_targets(part))
     if part == "validation" and os.path.isdir(model):
         calibration = read_calibration(model)
@@ -388,6 +418,23 @@ def evaluate_prepared(
             }
             for title, users in (("with", has_past), ("without", ~has_past))
         }
+    of_sets = None
+    if sets is not None:
+        of_all = replace(
+            described,
+            targets=sets.description,
+            num_users=len(sets.rows),
+            num_users_without_past=sum(length == 0 for length in sets.rows["history_length"]),
+            share_seen_targets=sets.share_seen(),
+            share_unknown_targets=float((sets.token_ids < 0).mean()),
+        )
+        ranked = baseline_ranks(sets.expanded_rows(), histories, tokenizer.num_items)
+        of_sets = {
+            "source": record["source"],
+            "protocol": of_all.as_dict(),
+            "metrics": metrics_of_sets,
+            "baselines": {name: set_metrics(ranks, sets.users) for name, ranks in ranked.items()},
+        }
     if trainer.is_world_process_zero() and report is not None:
         recommended = prediction.predictions[1]
         found = evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items)
@@ -395,10 +442,12 @@ def evaluate_prepared(
     if trainer.is_world_process_zero() and os.path.isdir(model):
         try:
             add_evaluation(model, record)
+            if of_sets is not None:
+                add_evaluation(model, of_sets)
             write_model_card(model)
         except OSError as error:
             logger.warning("the metrics could not be written into %s: %s", model, error)
-    return record
+    return record if of_sets is None else record | {"all_targets": of_sets}
 
 
 def calibrate_prepared(

@@ -80,6 +80,21 @@ class EvaluateArguments:
             "compare with older publications.",
         },
     )
+    targets: str = field(
+        default="next",
+        metadata={
+            "choices": ["next", "all"],
+            "help": "The targets of a user. next: the next event; all: in addition, metrics with all events of the "
+            "part of a temporal split, or with all held-out items of the basket with leave-one-out.",
+        },
+    )
+    horizon: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --targets all and a temporal split: how long after the cut an event is a target, for "
+            "example 7d or 12h, or a number in the unit of the log's times; no limit if left out."
+        },
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},

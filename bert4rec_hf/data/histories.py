@@ -263,6 +263,12 @@ def histories_files(folder: Path) -> list[Path]:
     return found
 
 
+def time_type(folder: str | os.PathLike) -> pa.DataType | None:
+    """The type of the times in a prepared folder. None if the log has none."""
+    schema = pq.read_schema(histories_files(Path(folder))[0])
+    return schema.field("timestamp").type.value_type if "timestamp" in schema.names else None
+
+
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
     """Convert histories to token ids.
 

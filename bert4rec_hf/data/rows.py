@@ -245,7 +245,12 @@ def ranking_rows(
 
 
 def users_with_targets(
-    histories: AnyHistories, part: str, max_users: int | None = None, *, seed: int = 42
+    histories: AnyHistories,
+    part: str,
+    max_users: int | None = None,
+    *,
+    seed: int = 42,
+    timestamps: bool = False,
 ) -> Histories:
     """The histories of the users with a target, in memory, for `ranking_rows`.
 
@@ -255,6 +260,7 @@ def users_with_targets(
         max_users: Largest number of users, which are drawn at random. None: all; of `StreamedHistories`,
             `STREAMED_EVAL_SAMPLES`.
         seed: Equal seeds give equal users.
+        timestamps: Whether the times of `StreamedHistories` are read too.
 
     Returns:
         If histories in memory are all wanted, these histories, with the users that have no target.
@@ -267,7 +273,7 @@ def users_with_targets(
         return histories
     chosen = np.sort(np.random.default_rng(seed).choice(num_users, number, replace=False, shuffle=False))
     kept, first = [], 0
-    for here in histories.parts():
+    for here in histories.parts(timestamps=timestamps):
         users = np.flatnonzero(here.target_positions[part] >= 0)
         is_chosen = np.zeros(len(here), bool)
         from_first, to_last = np.searchsorted(chosen, [first, first + len(users)])

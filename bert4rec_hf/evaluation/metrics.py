@@ -12,6 +12,8 @@ CUTOFFS = (1, 5, 10, 20, 50, 100)
 COVERAGE_CUTOFF = 10
 # Metrics that tables show. evaluation.json has all of them.
 SHOWN_METRICS = ("HR@1", "HR@10", "NDCG@10", "HR@100", "MRR", "coverage@10")
+# Metrics with several targets per user; see `target_sets.set_metrics`.
+SET_METRICS = ("recall@10", "NDCG@10", "MAP@10", "HR@10")
 SAMPLED_METRICS = ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR")
 
 
@@ -44,7 +46,9 @@ def result_metrics(logged: Mapping[str, float], prefix: str) -> dict[str, float]
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[str]:
     """The names of the metrics that a table shows."""
-    return [name for name in (*SHOWN_METRICS, *(f"sampled_{name}" for name in SAMPLED_METRICS)) if name in metrics]
+    of_sets = (f"all_targets_{name}" for name in SET_METRICS)
+    sampled = (f"sampled_{name}" for name in SAMPLED_METRICS)
+    return [name for name in (*SHOWN_METRICS, *of_sets, *sampled) if name in metrics]
 
 
 def sampled_metrics(ranks: np.ndarray) -> dict[str, float]:

@@ -9,6 +9,9 @@ import numpy as np
 from ..data.histories import PARTS, Histories
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 
+# The targets of the metrics HR@k, NDCG@k and MRR.
+ONE_TARGET = "the next event of each user"
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -25,6 +28,7 @@ class Protocol:
         share_seen_targets: Share of targets that are in the catalogue and in the user's history.
         share_unknown_targets: Share of targets that are not in the catalogue. They are misses.
         calibrated: Whether the weights of the model's counted scores were chosen on these targets.
+        targets: What the targets are, in words.
     """
 
     split: str
@@ -36,6 +40,7 @@ class Protocol:
     share_seen_targets: float
     share_unknown_targets: float
     calibrated: bool = False
+    targets: str = ONE_TARGET
 
     @classmethod
     def of(
@@ -92,7 +97,8 @@ class Protocol:
         """The protocol in one line."""
         filtered = "seen items filtered" if self.filter_seen_items else "seen items kept"
         calibrated = "; weights of counted scores chosen on these targets" if self.calibrated else ""
-        return f"{self.split}, {self.part}; {self.candidates} ranked, {filtered}; {self.num_users:,} users{calibrated}"
+        users = f"{self.num_users:,} users" + ("" if self.targets == ONE_TARGET else f" with {self.targets}")
+        return f"{self.split}, {self.part}; {self.candidates} ranked, {filtered}; {users}{calibrated}"
 
     def describe_misses(self) -> str:
         """One line about the targets that no model can rank."""

@@ -263,7 +263,9 @@ def _limits(config: Mapping[str, Any], tokenizer: Bert4RecTokenizer | None, reco
             f" {num_cold:,} of {tokenizer.num_items:,} items are cold: they have no training event, so their scores "
             "are arbitrary."
         )
-    coverage = next((record["metrics"].get(f"coverage@{COVERAGE_CUTOFF}") for record in reversed(records)), None)
+    metrics = [record["metrics"] for record in reversed(records)]
+    name = f"coverage@{COVERAGE_CUTOFF}"
+    coverage = next((of_record[name] for of_record in metrics if name in of_record), None)
     lines.append(
         "The model learns from recorded behaviour, including the popularity bias of the log."
         + (
