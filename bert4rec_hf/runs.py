@@ -21,7 +21,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .data.counting import item_counts
 from .data.histories import (
-    PREPARATION_FILE,
     AnyHistories,
     Histories,
     check_prepared,
@@ -36,6 +35,7 @@ from .evaluation.calibration import choose_weights, compare_targets, set_weights
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from .evaluation.protocol import Protocol
 from .evaluation.report import check_report_folder, evaluation_report, write_report
+from .evaluation.seen_targets import check_targets, with_period_of
 from .evaluation.target_sets import set_metrics, target_sets
 from .files import files_beside, write_file
 from .hub.load import load_model
@@ -99,7 +99,8 @@ def train_prepared(
     Raises:
         TypeError: If a name in `architecture` is not a field of `Bert4RecConfig`.
         ValueError: If a folder is not a prepared folder or a model folder, if `output_dir` holds other files, if the
-            checkpoint does not fit the run, or if the architecture differs from that of the model to train further.
+            checkpoint does not fit the run, or if the architecture differs from that of the model to train further, or
+            that model has trained on the targets.
     """
     unknown = architecture.keys() - Bert4RecConfig.__annotations__.keys()
     if unknown:
@@ -272,7 +273,9 @@ def _continued_model(
     model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     histories, tokenizer, preparation = _histories(data, args.streaming, tokenizer)
-    _warn_of_other_preparation(folder, preparation)
+    has_validation = preparation["split"].get("validation")
+    check_targets(folder, preparation, "validation" if has_validation else "test", is_trained_further=True)
+    preparation = with_period_of(preparation, folder)
     if not old_items.intersection(catalogue.items):
         logger.warning("the catalogue of %s has none of the items of %s: all of them are new", folder, data)
     kept, asked = model.config.filter_seen_items, preparation["filter_seen_items"]
@@ -335,8 +338,8 @@ def evaluate_prepared(
 
     Raises:
         ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
-            the data, if no user has a target, if a report or all targets are asked for with the protocol "paper", or if
-        the targets do not fit the data; see `target_sets`.
+            the data, if no user has a target, if the model has trained on the targets, if a report or all targets are
+            asked for with the protocol "paper", or if the targets do not fit the data; see `target_sets`.
     """
     check_prepared(data)
     if targets not in ("next", "all"):
@@ -355,7 +358,7 @@ def evaluate_prepared(
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = _histories(data, streaming, tokenizer)
     _check_catalogue(model, tokenizer, data, histories)
-    _warn_of_other_preparation(model, preparation)
+    check_targets(model, preparation, part)
     if os.path.isdir(model):
         read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
     policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
@@ -477,7 +480,7 @@ def calibrate_prepared(
 
     Raises:
         ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
-            the data, or if no user has a validation target.
+            the data, if no user has a validation target, or if the model has trained on these targets.
     """
     check_prepared(data)
     if not Path(model).is_dir():
@@ -486,7 +489,7 @@ def calibrate_prepared(
     tokenizer = Bert4RecTokenizer.from_pretrained(model)
     histories, tokenizer, preparation = _histories(data, streaming, tokenizer)
     _check_catalogue(model, tokenizer, data, histories)
-    _warn_of_other_preparation(model, preparation)
+    check_targets(model, preparation, "validation")
     config = loaded.config
     evaluated = users_with_targets(histories, "validation", None)
     rows = ranking_rows(
@@ -543,36 +546,3 @@ def _check_catalogue(
 def _numbers_of(rows: Dataset) -> str:
     numbers = [len(items) for items in rows["candidate_ids"]]
     return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
-
-
-def _warn_of_other_preparation(model: str | os.PathLike, preparation: Mapping[str, Any]) -> None:
-    """Warn if a model may have trained on targets of this preparation.
-
-    This is possible if the model was trained on all events, or with another split or filter. The exception is a
-    temporal split whose training part ends before the first of these targets. File names are not compared: a growing
-    log may keep its name or get a new one.
-    """
-    own = Path(model) / PREPARATION_FILE
-    if not own.is_file() or preparation["split"]["name"] == "none":
-        return
-    trained = json.loads(own.read_text("utf-8"))
-    if trained["split"]["name"] == "none":
-        logger.warning(
-            "%s was trained on all events of %s: targets of %s among these events are no test of this model, nor of a "
-            "model that is trained further from it", model, trained["source"], os.path.basename(preparation["source"]),
-        )  # fmt: skip
-        return
-    other = [
-        f"{name} {trained[name]}, here {preparation[name]}"
-        for name in ("split", "filters")
-        if trained[name] != preparation[name]
-    ]
-    ends = [split.get("validation_cut", split.get("test_cut")) for split in (trained["split"], preparation["split"])]
-    # Both cuts are dates, or both are numbers.
-    are_alike = None not in ends and isinstance(ends[0], str) == isinstance(ends[1], str)
-    was_before = are_alike and ends[0] <= ends[1]
-    if other and not was_before:
-        logger.warning(
-            "%s was trained on another preparation, of %s (%s): if both are of the same or a growing log, the model "
-            "may have trained on targets of this one", model, trained["source"], "; ".join(other),
-        )  # fmt: skip

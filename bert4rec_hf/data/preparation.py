@@ -27,7 +27,7 @@ import sqlglot
 from ..defaults import default_filter_seen_items, default_max_length
 from ..files import folder_beside
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from .histories import PREPARATION_FILE, histories_file, histories_files
+from .histories import PARTS, PREPARATION_FILE, histories_file, histories_files
 from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
@@ -192,6 +192,8 @@ def prepare(
             "max_length": max_length,
             "filter_seen_items": filter_seen_items,
             "statistics": statistics,
+            "trained_period": _trained_period(written),
+            "checksum": _checksum(connection, files),
         }
         _save_catalogue(folder, catalogue, read_titles(item_titles, options.item_column, catalogue), max_length)
         # A later call replaces these files and no others.
@@ -528,6 +530,27 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
         statistics["num_test_users_without_past"] = row["without_past"]
     statistics["longest_histories"] = _longest_histories(table)
     return statistics
+
+
+def _trained_period(table: ir.Table) -> list[Any] | None:
+    """The times of the first and the last training event. None without times or training events."""
+    if "timestamp" not in table.columns:
+        return None
+    trained = table.filter(table.train_end > 0)
+    ends = trained.aggregate(first=trained.timestamp[0].min(), last=trained.timestamp[trained.train_end - 1].max())
+    row = ends.to_pyarrow().to_pylist()[0]
+    return None if row["first"] is None else [plain_time(row["first"]), plain_time(row["last"])]
+
+
+def _checksum(connection: Any, files: list[str]) -> str:
+    """A checksum of the histories with their split. It does not depend on the order of the users or on a library."""
+    columns = ["user_id", "array_to_string(item_id, chr(30))", "train_end"]
+    row = ", ".join([*columns, *(f"coalesce({part}_position, -1)" for part in PARTS)])
+    query = (
+        f"SELECT sum(md5_number_lower(concat_ws(chr(31), {row})))::VARCHAR "
+        "FROM read_parquet(?, hive_partitioning = false)"
+    )
+    return f"{int(connection.con.execute(query, [files]).fetchone()[0]) % 2**64:016x}"
 
 
 def _longest_histories(table: ir.Table) -> list[dict[str, Any]]:

@@ -216,6 +216,9 @@ def _introduction(
             f" It was trained on {statistics['num_training_events']:,} events of "
             f"{statistics['num_training_users']:,} users in `{source}`."
         )
+        if preparation.get("trained_period"):
+            first, last = preparation["trained_period"]
+            text += f" The events that it has seen are from {first} to {last}."
         if "model_name_or_path" in recipe:
             text += f" Training continued from the model `{recipe['model_name_or_path']}`."
         if _holds_nothing_out(preparation):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 import torch
 import yaml
 from chain_runs import SMALL, arguments, assert_equal_weights
@@ -59,7 +60,8 @@ def test_a_model_to_serve_trains_on_all_events_by_the_recipe_of_the_one_that_was
     assert_equal_weights(tmp_path / "served", next((tmp_path / "served").glob("checkpoint-*")))
     assert yaml.safe_load((tmp_path / "served" / "recipe.yaml").read_text())["num_train_epochs"] == 2
     card = (tmp_path / "served" / "README.md").read_text()
-    assert "It was trained on 6,020 events of 301 users in `log.csv`. No events were held out" in card
+    assert "It was trained on 6,020 events of 301 users in `log.csv`. The events that it has seen are from" in card
+    assert "No events were held out" in card
     assert "--split none" in card
     assert "bert4rec evaluate" not in card
     assert pipeline("sequential-recommendation", model=str(tmp_path / "served"), device="cpu")(["item 3"], top_k=2)
@@ -99,8 +101,47 @@ def test_a_model_may_go_on_week_by_week_where_a_cut_keeps_its_training_before_th
     train_prepared(tmp_path / "second week", arguments(tmp_path / "second", max_steps=1), tmp_path / "first")
     evaluate_prepared(tmp_path / "first", tmp_path / "second week", use_cpu=True)
     assert "another preparation" not in caplog.text
-    evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)  # it has trained on these targets
-    assert "second was trained on another preparation, of renamed.csv (split {" in caplog.text
+    with pytest.raises(ValueError, match="second was trained on events up to 13, and the test targets begin at 12"):
+        evaluate_prepared(tmp_path / "second", tmp_path / "first week", use_cpu=True)
+    with pytest.raises(
+        ValueError, match="second was trained on events up to 13, and the validation targets begin at 10"
+    ):
+        train_prepared(tmp_path / "first week", arguments(tmp_path / "back", max_steps=1), tmp_path / "second")
+    # The period of a model that goes on includes that of the model before it.
+    prepare(tmp_path / "renamed.csv", tmp_path / "third week", split="temporal", validation_cut=17, test_cut=18)
+    trained = json.loads((tmp_path / "second" / "preparation.json").read_text())["trained_period"]
+    assert trained == [0, 13]
+    assert "The events that it has seen are from 0 to 13." in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_a_model_keeps_the_period_of_the_log_that_it_began_with(chain, tmp_path):
+    data, _ = chain
+    log = data.parent / "log.csv"
+    prepare(log, tmp_path / "old", split="temporal", validation_cut=14, test_cut=16)
+    prepare(log, tmp_path / "new", where="timestamp >= 10 and timestamp < 15", split="none")
+    train_prepared(tmp_path / "old", arguments(tmp_path / "first", max_steps=1), **SMALL)
+    train_prepared(tmp_path / "new", arguments(tmp_path / "second", max_steps=1), tmp_path / "first")
+    trained = json.loads((tmp_path / "second" / "preparation.json").read_text())["trained_period"]
+    assert trained == [0, 14]
+
+
+def test_the_checksum_tells_histories_apart_where_split_and_filters_are_the_same(chain, tmp_path, caplog):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model", max_steps=1), **SMALL)
+    lines = (data.parent / "log.csv").read_text().splitlines()
+    (tmp_path / "reordered.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    (tmp_path / "shorter.csv").write_text("\n".join(lines[:-1]))
+    assert (
+        prepare(tmp_path / "reordered.csv", tmp_path / "reordered")["checksum"]
+        == json.loads((data / "preparation.json").read_text())["checksum"]
+    )
+    evaluate_prepared(tmp_path / "model", tmp_path / "reordered", use_cpu=True)
+    assert "another preparation" not in caplog.text
+    prepare(tmp_path / "shorter.csv", tmp_path / "shorter")
+    train_prepared(tmp_path / "shorter", arguments(tmp_path / "onward", max_steps=1), tmp_path / "model")
+    assert "another preparation" not in caplog.text
+    evaluate_prepared(tmp_path / "model", tmp_path / "shorter", use_cpu=True)
+    assert "(other histories, by the checksum of preparation.json)" in caplog.text
 
 
 def test_a_model_that_goes_on_is_told_apart_from_where_it_began(chain, tmp_path, caplog):

@@ -387,11 +387,14 @@ def test_metrics_of_ones_own_see_the_rows_in_their_order_and_need_no_others(chai
 def test_data_that_the_model_does_not_fit_is_told(chain, tmp_path, caplog):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "model", max_steps=1), **SMALL)
-    prepare(data.parent / "log.csv", tmp_path / "temporal", split="temporal")
+    prepare(data.parent / "log.csv", tmp_path / "temporal", split="temporal", validation_cut=10, test_cut=12)
     evaluate_prepared(tmp_path / "model", data, use_cpu=True)
     assert "another preparation" not in caplog.text
-    evaluate_prepared(tmp_path / "model", tmp_path / "temporal", use_cpu=True)
-    assert "model was trained on another preparation, of log.csv (split {'name': 'leave-one-out'" in caplog.text
+    with pytest.raises(ValueError, match=r"model was trained on events up to \d+, and the test targets begin at \d+"):
+        evaluate_prepared(tmp_path / "model", tmp_path / "temporal", use_cpu=True)
+    prepare(data.parent / "log.csv", tmp_path / "filtered", min_item_events=2)
+    evaluate_prepared(tmp_path / "model", tmp_path / "filtered", use_cpu=True)
+    assert "model was trained on another preparation, of log.csv (filters {" in caplog.text
     (tmp_path / "log.csv").write_text((data.parent / "log.csv").read_text().replace("item ", ""))
     prepare(tmp_path / "log.csv", tmp_path / "other")
     with pytest.raises(

@@ -1,0 +1,81 @@
+"""Checks whether a model may have trained on the targets that it is evaluated on."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.histories import PREPARATION_FILE
+
+logger = logging.getLogger(__name__)
+
+
+def trained_preparation(model: str | os.PathLike) -> dict[str, Any] | None:
+    """preparation.json of a model folder. None without the file, as for a converted model."""
+    path = Path(model) / PREPARATION_FILE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def check_targets(
+    model: str | os.PathLike, preparation: Mapping[str, Any], part: str, *, is_trained_further: bool = False
+) -> None:
+    """Check that a model has not trained on the targets of a preparation.
+
+    - With a temporal split, the first target must be later than the last event that the model was trained on.
+    - With leave-one-out, the checksums say whether the model was trained on the same preparation. If not, or if the
+      split or the filters differ, there is a warning, since the model may have trained on these targets. File names are
+      not compared: a growing log may keep its name or get a new one.
+
+    Args:
+        model: The model folder.
+        preparation: The content of preparation.json of the data.
+        part: The part whose targets are ranked, "validation" or "test".
+        is_trained_further: Whether the model is trained further on the data. These then are usually a grown log, so
+            another checksum alone is no reason for a warning.
+
+    Raises:
+        ValueError: If the targets lie in the period that the model was trained on.
+    """
+    trained = trained_preparation(model)
+    if trained is None or preparation["split"]["name"] == "none":
+        return
+    cut, last = preparation["split"].get(f"{part}_cut"), (trained.get("trained_period") or [None])[-1]
+    # Times are dates in ISO format or numbers.
+    if cut is not None and last is not None and isinstance(cut, str) == isinstance(last, str):
+        if cut <= last:
+            raise ValueError(
+                f"{model} was trained on events up to {last}, and the {part} targets begin at {cut}: they are no test "
+                f"of this model; prepare with a later --{part}_cut, or evaluate a model that was trained before it"
+            )
+        return
+    source = os.path.basename(preparation["source"])
+    if trained["split"]["name"] == "none":
+        logger.warning(
+            "%s was trained on all events of %s: targets of %s among these events are no test of this model, nor of a "
+            "model that is trained further from it", model, trained["source"], source,
+        )  # fmt: skip
+        return
+    other = [
+        f"{name} {trained[name]}, here {preparation[name]}"
+        for name in ("split", "filters")
+        if trained[name] != preparation[name]
+    ]
+    checksums = trained.get("checksum"), preparation.get("checksum")
+    if not other and not is_trained_further and None not in checksums and checksums[0] != checksums[1]:
+        other = ["other histories, by the checksum of preparation.json"]
+    if other:
+        logger.warning(
+            "%s was trained on another preparation, of %s (%s): if both are of the same or a growing log, the model "
+            "may have trained on targets of this one", model, trained["source"], "; ".join(other),
+        )  # fmt: skip
+
+
+def with_period_of(preparation: Mapping[str, Any], origin: str | os.PathLike) -> dict[str, Any]:
+    """A preparation whose trained period includes that of the model that training continues from."""
+    before = (trained_preparation(origin) or {}).get("trained_period")
+    own = preparation.get("trained_period")
+    if before is None or own is None or isinstance(before[0], str) != isinstance(own[0], str):
+        return dict(preparation)
+    return dict(preparation) | {"trained_period": [min(before[0], own[0]), max(before[1], own[1])]}
