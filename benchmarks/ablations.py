@@ -32,7 +32,7 @@ standard deviation over seeds. A difference is that of the means over seeds. Dif
 users, .0075 NDCG@10 for the 943 users of MovieLens 100K, are unresolved. Minutes are CPU time.
 """
 PAPER = {
-    "normalization": "post", "position_embedding_type": "learned_from_start", "prediction_head": True,
+    "normalization": "post", "position_embedding_type": "learned_from_start", "causal_attention": False, "prediction_head": True,
     "gated_feed_forward": False, "hidden_act": "gelu",
 }  # fmt: skip
 CHANGES: dict[str, dict] = {

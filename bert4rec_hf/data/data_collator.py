@@ -26,13 +26,16 @@ class DataCollatorForMaskedItemPrediction:
 
     Args:
         tokenizer: The catalogue.
-        mask_ratio: Probability that an item is replaced by [MASK] (Sun et al. 2019, section 3.6). Unlike BERT, the
-            collator never inserts a random item. Every row with items gets at least one mask.
+        mask_ratio: Probability that an item is predicted: that it is replaced by [MASK] (Sun et al. 2019, section 3.6),
+            or with `causal`, that it gets a [MASK] of its own. Unlike BERT, the collator never inserts a random item.
+            Every row with items gets at least one mask.
         last_item_ratio: Share of rows in which only the last item is masked, as in serving.
         max_predictions: Maximum number of masks in a row; surplus masks are removed at random. None: no limit.
         max_length: Longest row. None: the tokenizer's `model_max_length`.
         random_windows: Whether a history longer than `max_length` is cut to a random window. False: it is cut to its
             newest items.
+        causal: Whether the rows are for a model with `config.causal_attention`: the items stay, and a [MASK] for each
+            item that is predicted follows them, with the position of that item.
         num_negatives: Number K of negative items drawn for each training batch. All labels of the batch share them.
             The full softmax does not use them. 0: none.
         negative_sampling: "uniform" draws each item at most once, and all items if `num_negatives` is larger than the
@@ -41,11 +44,13 @@ class DataCollatorForMaskedItemPrediction:
     Returns:
         The collator returns a batch when it is called. `input_ids` and `attention_mask` are (batch, length).
         `masked_positions` is (batch, P), padded with -1, where P is the largest number of masks in a row. `labels` is
-        (batch, P), the items at these positions, padded with -100. Evaluation rows keep `history_ids`, `exclude_ids`
-        and `candidate_ids`, each (batch, longest). With `num_negatives`, training batches have `negative_ids` (K,).
-        With "popularity" they also have `negative_log_probabilities` (K,), the log probability that one draw gives the
-        negative, and `positive_log_probabilities` (batch, P), the log probability that a label is among the K draws, or
-        0 without a label. A label whose training count is 0 is treated as if it had been counted once.
+        (batch, P), the items at these positions, padded with -100. With `causal`, training batches have `position_ids`
+        (batch, length), and the labels are the items whose positions the [MASK]s have. Evaluation rows keep
+        `history_ids`, `exclude_ids` and `candidate_ids`, each (batch, longest). With `num_negatives`, training batches
+        have `negative_ids` (K,). With "popularity" they also have `negative_log_probabilities` (K,), the log
+        probability that one draw gives the negative, and `positive_log_probabilities` (batch, P), the log probability
+        that a label is among the K draws, or 0 without a label. A label whose training count is 0 is treated as if it
+        had been counted once.
 
     Raises:
         TypeError: If a row has raw item ids, or numbers that are not integers.
@@ -58,12 +63,14 @@ class DataCollatorForMaskedItemPrediction:
     max_predictions: int | None = None
     max_length: int | None = None
     random_windows: bool = True
+    causal: bool = False
     num_negatives: int = 0
     negative_sampling: str = "uniform"
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie between 0 and 1, both excluded; got {self.mask_ratio}")
+        if not (0 < self.mask_ratio < 1 or (self.causal and self.mask_ratio == 1)):
+            limits = "above 0 and at most 1" if self.causal else "between 0 and 1, both excluded"
+            raise ValueError(f"mask_ratio must lie {limits}; got {self.mask_ratio}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1; got {self.max_length}")
         if self.max_predictions is not None and self.max_predictions < 1:
@@ -108,13 +115,31 @@ class DataCollatorForMaskedItemPrediction:
         masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True
         masked_positions = _pad([row.nonzero()[0] for row in masked], -1)
         labels = _at(input_ids, masked_positions)
-        batch = self._batch(
-            input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
-            attention_mask=input_ids != PAD_TOKEN_ID,
-            labels=labels,
-            masked_positions=masked_positions,
-        )
+        if self.causal:
+            batch = self._causal_batch(input_ids, masked_positions, labels)
+        else:
+            batch = self._batch(
+                input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
+                attention_mask=input_ids != PAD_TOKEN_ID,
+                labels=labels,
+                masked_positions=masked_positions,
+            )
         return batch | self._negatives(labels, random) if self.num_negatives else batch
+
+    def _causal_batch(
+        self, input_ids: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        """Items (batch, length), followed by a [MASK] for each of the positions (batch, P) that are predicted."""
+        is_mask, length = predicted >= 0, input_ids.shape[1]
+        tokens = np.concatenate((input_ids, np.where(is_mask, MASK_TOKEN_ID, PAD_TOKEN_ID)), axis=1)
+        places = np.broadcast_to(np.arange(length), input_ids.shape)
+        return self._batch(
+            input_ids=tokens,
+            attention_mask=tokens != PAD_TOKEN_ID,
+            position_ids=np.concatenate((places, predicted.clip(min=0)), axis=1),
+            labels=labels,
+            masked_positions=np.where(is_mask, length + np.arange(predicted.shape[1]), -1),
+        )
 
     def _negatives(self, labels: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
         """The negatives of a batch, with their log probabilities, for labels (batch, P)."""

@@ -58,6 +58,10 @@ class Bert4RecConfig(PreTrainedConfig):
         normalization (`str`, defaults to `"pre"`):
             Place of the LayerNorms: `"pre"` (before each sublayer, and one after the last layer) or `"post"` (after the
             embeddings and after each residual connection, as in BERT).
+        causal_attention (`bool`, defaults to `False`):
+            Whether an item attends only to the items before it, and a [MASK] only to the items before it. In training,
+            a [MASK] is then added for every item of a history, so that one pass predicts all items, each from those
+            before it. `False` is the bidirectional attention of the paper.
         prediction_head (`bool`, defaults to `False`):
             Whether a dense layer, GELU and LayerNorm follow the encoder, as in the paper (equation 7).
         item_loss (`str`, defaults to `"softmax"`):
@@ -108,6 +112,7 @@ class Bert4RecConfig(PreTrainedConfig):
     position_embedding_type: Literal["rotary", "learned_from_start", "learned_from_end"] = "rotary"
     rope_theta: float | int = 10000.0
     normalization: Literal["pre", "post"] = "pre"
+    causal_attention: bool = False
     prediction_head: bool = False
     item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
     gbce_calibration: float | int = 0.75
@@ -142,6 +147,11 @@ class Bert4RecConfig(PreTrainedConfig):
         if not self.tie_word_embeddings:
             raise ValueError(
                 "tie_word_embeddings must be True, since input and output share the item vectors; got False"
+            )
+        if self.causal_attention and self.position_embedding_type == "learned_from_end":
+            raise ValueError(
+                "causal_attention needs positions that do not depend on later items; got position_embedding_type "
+                "learned_from_end: choose rotary or learned_from_start"
             )
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")

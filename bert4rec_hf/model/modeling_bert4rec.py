@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID, Bert4RecConfig
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
 from .history_scores import HistoryScores
 from .losses import IGNORE_INDEX, item_loss
 from .recommendation import RecommendationMixin
@@ -175,7 +175,7 @@ def eager_attention_forward(
 
 
 class Bert4RecAttention(nn.Module):
-    """Bidirectional multi-head attention (equations 1 and 2)."""
+    """Multi-head attention (equations 1 and 2)."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
@@ -364,10 +364,13 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             raise ValueError(f"expected exactly one of input_ids and inputs_embeds; got {given}")
         inputs = inputs_embeds if input_ids is None else input_ids
         assert inputs is not None  # for the type checker
-        if inputs.shape[1] > self.config.max_position_embeddings:
+        longest = self.config.max_position_embeddings
+        if self.config.causal_attention and position_ids is not None:
+            longest *= 2  # a training row has a [MASK] for each item
+        if inputs.shape[1] > longest:
             raise ValueError(
-                f"the input has length {inputs.shape[1]}, the model takes at most "
-                f"{self.config.max_position_embeddings}: shorten histories with tokenizer.append_mask"
+                f"the input has length {inputs.shape[1]}, the model takes at most {longest}: shorten histories with "
+                "tokenizer.append_mask"
             )
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
@@ -377,7 +380,9 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             position_ids = position_ids.expand(inputs.shape[0], -1)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
-        if attention_mask is not None and attention_mask.dim() == 2 and self._computes_part_of_the_queries:
+        if self.config.causal_attention and (attention_mask is None or attention_mask.dim() == 2):
+            attention_mask = self._causal_mask(input_ids, attention_mask, position_ids)
+        elif attention_mask is not None and attention_mask.dim() == 2 and self._computes_part_of_the_queries:
             # One row of mask serves all queries. Building Transformers' square mask takes longer than attention.
             attention_mask = (attention_mask == 0)[:, None, None] * MASKED_SCORE
         else:
@@ -397,6 +402,24 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         if wanted is not None and not in_last_layer:
             hidden_states = _gather(hidden_states, wanted)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+    def _causal_mask(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, 1, length, length): every token attends to itself and to the items at positions before its own.
+
+        No token attends to the [MASK] of another place, so the tokens of a row may be in any order.
+        """
+        if not self._computes_part_of_the_queries:
+            raise ValueError(
+                f"causal_attention needs attn_implementation sdpa or eager; got {self.config._attn_implementation}"
+            )
+        is_key = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        if input_ids is not None:
+            is_key = is_key & (input_ids != MASK_TOKEN_ID)
+        allowed = (position_ids[:, None, :] < position_ids[:, :, None]) & is_key[:, None, :]
+        itself = torch.eye(position_ids.shape[1], dtype=torch.bool, device=position_ids.device)
+        return torch.where(allowed | itself, 0.0, MASKED_SCORE).unsqueeze(1)
 
     @property
     def _computes_part_of_the_queries(self) -> bool:

@@ -547,7 +547,9 @@ def _is_left_out(args: TrainingArguments, name: str) -> bool:
 
 def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> None:
     """Set the arguments that were left out, from the model and the training rows."""
-    if args.mask_ratio is None:
+    if args.mask_ratio is None and config.causal_attention:
+        args.mask_ratio = 1.0  # the predicted items are visible to those after them
+    elif args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
         args.mask_ratio = default_mask_ratio(
             mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
@@ -601,6 +603,7 @@ def _collator(
         max_predictions=args.max_predictions,
         max_length=config.max_position_embeddings,
         random_windows=args.train_windows != "newest",
+        causal=config.causal_attention,
         num_negatives=0 if config.item_loss == "softmax" else args.num_negatives,
         negative_sampling=args.negative_sampling,
     )
