@@ -35,12 +35,12 @@ def floors() -> list[str]:
 
 
 def constraints(name: str, folder: Path) -> list[str]:
+    """pip's options for a set. The hashes of constraints.txt are left out, since older versions of pip refuse them."""
     if name == "newest":
         return []
-    file = ROOT / "constraints.txt"
-    if name == "oldest":
-        file = folder / "constraints.txt"
-        file.write_text("\n".join(floors()) + "\n", "utf-8")
+    pinned = re.findall(r"^[\w.-]+(?:\[.*])?==\S+", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    file = folder / "constraints.txt"
+    file.write_text("\n".join(floors() if name == "oldest" else pinned) + "\n", "utf-8")
     return ["-c", str(file)]
 
 
