@@ -43,6 +43,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     - Width: 64, and 128 from 500,000 training events on. If items are rare (fewer than 30 events per item) and there
       are at most 100,000 of them, 256. Attention heads have width 32.
     - Dropout: .1, and .5 if items are rare.
+    - Attention: causal, unless the positions are learned from the end.
     - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
     - Transitions: 64 per item for at most 100,000 items, otherwise none.
     - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; see
@@ -65,6 +66,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     chosen: dict[str, Any] = {
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
+        "causal_attention": given.get("position_embedding_type") != "learned_from_end",
         "num_transitions": default_num_transitions(num_items),
         "transition_weight": default_transition_weight(num_events, num_items, filter_seen_items),
         "next_item_weight": 0.0 if filter_seen_items else NEXT_ITEM_WEIGHT,
@@ -116,8 +118,14 @@ def default_batch_size(num_rows: int) -> int:
     return batch_size
 
 
-def default_mask_ratio(mean_length: float) -> float:
-    """.2, or .4 if rows have fewer than 20 items on average, since .2 of these would be too few masks."""
+def default_mask_ratio(mean_length: float, causal_attention: bool) -> float:
+    """Probability that an item is predicted.
+
+    With causal attention, 1, since predicting an item hides it from no other. Otherwise .2, or .4 if rows have fewer
+    than 20 items on average, since .2 of these would be too few masks.
+    """
+    if causal_attention:
+        return 1.0
     return 0.4 if mean_length < 20 else 0.2
 
 

@@ -29,8 +29,8 @@ RECIPE_FILE, TRIALS_FILE, PICTURE_FILE = "recipe.yaml", "trials.json", "tuning.p
 SEARCHED: dict[str, list[Any]] = {
     "hidden_size": [64, 128, 256],
     "hidden_dropout_prob": [0.1, 0.2, 0.3, 0.5],
-    "mask_ratio": [0.1, 0.2, 0.4, 0.6],
-    "num_train_epochs": [5, 10, 20, 40, 80],
+    "mask_ratio": [0.25, 0.5, 1.0],
+    "num_train_epochs": [2, 5, 10, 20, 40],
 }
 # Number of trials that run to their end before others are pruned, and of evaluations before a trial is pruned.
 TRIALS_BEFORE_PRUNING, EVALUATIONS_BEFORE_PRUNING = 3, 2
@@ -175,7 +175,7 @@ def _defaults(data: str | os.PathLike) -> dict[str, Any]:
     return {
         "hidden_size": chosen["hidden_size"],
         "hidden_dropout_prob": chosen["hidden_dropout_prob"],
-        "mask_ratio": default_mask_ratio(length),
+        "mask_ratio": default_mask_ratio(length, chosen["causal_attention"]),
         "num_train_epochs": int(Bert4RecTrainingArguments.num_train_epochs),
     }
 

@@ -547,13 +547,10 @@ def _is_left_out(args: TrainingArguments, name: str) -> bool:
 
 def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> None:
     """Set the arguments that were left out, from the model and the training rows."""
-    if args.mask_ratio is None and config.causal_attention:
-        args.mask_ratio = 1.0  # the predicted items are visible to those after them
-    elif args.mask_ratio is None:
+    if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
-        args.mask_ratio = default_mask_ratio(
-            mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
-        )
+        length = mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
+        args.mask_ratio = default_mask_ratio(length, config.causal_attention)
     if _is_left_out(args, "learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)
     if _is_left_out(args, "per_device_train_batch_size"):

@@ -115,9 +115,9 @@ def test_a_finished_model_is_not_trained_over(model, data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_ratio": 0}, r"mask_ratio must lie between 0 and 1, both excluded; got 0"),
-        ({"mask_ratio": 1}, r"mask_ratio must lie between 0 and 1, both excluded; got 1"),
-        ({"mask_ratio": -1}, r"mask_ratio must lie between 0 and 1, both excluded; got -1"),
+        ({"mask_ratio": 0}, r"mask_ratio must lie above 0 and at most 1; got 0"),
+        ({"mask_ratio": 1, "causal_attention": "false"}, r"mask_ratio must lie between 0 and 1, both excluded; got 1"),
+        ({"mask_ratio": -1}, r"mask_ratio must lie above 0 and at most 1; got -1"),
         ({"mask_ratio": "much"}, r"--mask_ratio.*invalid float value: 'much'"),
         ({"num_attention_heads": 3}, r"hidden_size must be a multiple of num_attention_heads; got 16 and 3"),
         ({"num_attention_heads": 16}, r"rotary positions need heads of an even width"),

@@ -68,7 +68,8 @@ user_inter_num_interval: "[0,inf)"
 """
 RECBOLE_RECIPE = {
     "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
-    "causal_attention": False, "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0, "item_initialization": "random",
+    "causal_attention": False, "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
+    "item_initialization": "random",
     "calibrate": False,
     "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 256,
     "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,

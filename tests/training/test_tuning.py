@@ -83,5 +83,5 @@ def test_what_cannot_be_searched_is_an_error(chain, tmp_path, capsys, monkeypatc
 
 def test_the_defaults_are_those_of_the_log(chain):
     assert tuning._defaults(chain[0]) == {
-        "hidden_size": 64, "hidden_dropout_prob": 0.1, "mask_ratio": 0.4, "num_train_epochs": 20,
+        "hidden_size": 64, "hidden_dropout_prob": 0.1, "mask_ratio": 1.0, "num_train_epochs": 20,
     }  # fmt: skip
