@@ -32,11 +32,12 @@ standard deviation over seeds. A difference is that of the means over seeds. Dif
 users, .0075 NDCG@10 for the 943 users of MovieLens 100K, are unresolved. Minutes are CPU time.
 """
 PAPER = {
-    "normalization": "post", "position_embedding_type": "learned_from_start", "causal_attention": False, "prediction_head": True,
-    "gated_feed_forward": False, "hidden_act": "gelu",
+    "normalization": "post", "position_embedding_type": "learned_from_start", "causal_attention": False,
+    "prediction_head": True,    "gated_feed_forward": False, "hidden_act": "gelu",
 }  # fmt: skip
 CHANGES: dict[str, dict] = {
     "the recipe": {},
+    "bidirectional attention": {"causal_attention": False, "mask_ratio": 0.2},
     "starts at random": {"item_initialization": "random"},
     "plain feed-forward layers, GELU": {"gated_feed_forward": False, "hidden_act": "gelu"},
     "gated by GELU": {"hidden_act": "gelu"},

@@ -129,6 +129,11 @@ def default_mask_ratio(mean_length: float, causal_attention: bool) -> float:
     return 0.4 if mean_length < 20 else 0.2
 
 
+def default_num_train_epochs(num_events: int, num_items: int) -> float:
+    """20, or 10 if items are rare: the network then learns them by heart before it has seen them 20 times."""
+    return 10.0 if _are_rare(num_events, num_items) else 20.0
+
+
 def default_learning_rate(hidden_size: int) -> float:
     """.002, or .001 for models of width 256 or more."""
     return 2e-3 if hidden_size < 256 else 1e-3

@@ -29,7 +29,12 @@ from .data.histories import (
     time_type,
 )
 from .data.rows import StreamedTrainingRows, ranking_rows, sampled_candidates, training_rows, users_with_targets
-from .defaults import default_architecture, default_num_transitions, default_start_with_mean
+from .defaults import (
+    default_architecture,
+    default_num_train_epochs,
+    default_num_transitions,
+    default_start_with_mean,
+)
 from .evaluation.baselines import baseline_ranks
 from .evaluation.calibration import choose_weights, compare_targets, set_weights, weights_of
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
@@ -114,6 +119,9 @@ def train_prepared(
     set_seed(args.seed)
     model, tokenizer, histories, preparation = _model_and_data(data, args, model_name_or_path, architecture)
     config = model.config
+    if args.is_left_out("num_train_epochs"):
+        args = copy(args)  # the caller's arguments stay as they are
+        args.num_train_epochs = default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)
     evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
     validation = ranking_rows(
         evaluated,
@@ -137,7 +145,7 @@ def train_prepared(
         logger.warning(
             "%s has no validation targets: nothing is evaluated, and the model is that of the last step", data
         )
-        args = copy(args)  # the caller's arguments stay as they are
+        args = copy(args)
         if args.early_stopping_patience is not None:  # for example from the recipe of an evaluated run
             args.early_stopping_patience = None
             logger.warning(

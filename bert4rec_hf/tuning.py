@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from .data.histories import check_prepared, read_prepared
 from .data.rows import training_rows
-from .defaults import default_architecture, default_mask_ratio
+from .defaults import default_architecture, default_mask_ratio, default_num_train_epochs
 from .evaluation.plotting import BLUE, GREY, ORANGE, png
 from .files import folder_beside, write_file
 from .runs import train_prepared
@@ -176,7 +176,7 @@ def _defaults(data: str | os.PathLike) -> dict[str, Any]:
         "hidden_size": chosen["hidden_size"],
         "hidden_dropout_prob": chosen["hidden_dropout_prob"],
         "mask_ratio": default_mask_ratio(length, chosen["causal_attention"]),
-        "num_train_epochs": int(Bert4RecTrainingArguments.num_train_epochs),
+        "num_train_epochs": int(default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)),
     }
 
 

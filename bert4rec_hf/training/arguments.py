@@ -13,8 +13,9 @@ from transformers.trainer_utils import IntervalStrategy
 from ..defaults import STREAMED_EVAL_SAMPLES
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, sampled_metrics
 
-# Values of arguments that a plain Trainer uses if they are left out. `Bert4RecTrainer` chooses them from the log.
-FALLBACKS: dict[str, Any] = {"learning_rate": 2e-3, "per_device_train_batch_size": 32}
+# Values of arguments that a plain Trainer uses if they are left out. `Bert4RecTrainer` chooses the first two from the
+# log, and `train_prepared` the last.
+FALLBACKS: dict[str, Any] = {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 20.0}
 
 
 @dataclass
@@ -91,7 +92,9 @@ class Bert4RecTrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=100, metadata={"help": "Number of warm-up steps; a value below 1 is a share of all steps."}
     )
-    num_train_epochs: float = field(default=20.0, metadata={"help": "Number of epochs."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Number of epochs; if left out, 20, or 10 where items are rare."}
+    )
     per_device_train_batch_size: int | None = field(
         default=None,
         metadata={"help": "Number of rows per training step; chosen from the number of rows if left out."},
@@ -157,7 +160,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
             raise ValueError(f"window_step must be above 0, a share of the model's length; got {self.window_step}")
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise ValueError(f"max_eval_samples must be at least 1; got {self.max_eval_samples}")
-        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+        if self.max_steps == 0 or (self.max_steps < 0 and (self.num_train_epochs or 0) <= 0):
             raise ValueError(
                 "there are no steps to train; expected max_steps or num_train_epochs above 0; got "
                 f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}"
@@ -200,6 +203,10 @@ class Bert4RecTrainingArguments(TrainingArguments):
         if is_accelerator_config_left_out:
             # A copy from pinned memory to a GPU can be queued. Otherwise it waits for all earlier steps.
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether one of `FALLBACKS` was left out when the arguments were created, and has not been set since."""
+        return name in self.chosen_from_log and getattr(self, name) == FALLBACKS[name]
 
     def evaluate_nothing(self) -> None:
         """Switch off evaluation, for a run without evaluation rows. The model is then that of the last step."""

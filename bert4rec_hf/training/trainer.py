@@ -52,7 +52,7 @@ from ..hub.push import PushCheckpoints, push_folder
 from ..model.configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
 from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from .arguments import FALLBACKS, Bert4RecTrainingArguments
+from .arguments import Bert4RecTrainingArguments
 from .learning_curve import training_record, write_training
 from .sampler import SimilarLengthSampler, StreamedRowSampler, by_length, has_lengths, mean_length, row_lengths
 
@@ -134,7 +134,7 @@ class Bert4RecTrainer(Trainer):
             )
         # The arguments are copied, since the values chosen from this log may not suit another run.
         args = TrainingArguments() if args is None else copy(args)
-        self.chooses_learning_rate = _is_left_out(args, "learning_rate")
+        self.chooses_learning_rate = isinstance(args, Bert4RecTrainingArguments) and args.is_left_out("learning_rate")
         if isinstance(args, Bert4RecTrainingArguments):
             _choose(args, config, train_dataset)
             if eval_dataset is None and args.eval_strategy != IntervalStrategy.NO:
@@ -540,20 +540,15 @@ class Bert4RecTrainer(Trainer):
         )
 
 
-def _is_left_out(args: TrainingArguments, name: str) -> bool:
-    """Whether an argument was left out when the arguments were created, and has not been set since."""
-    return name in getattr(args, "chosen_from_log", ()) and getattr(args, name) == FALLBACKS[name]
-
-
 def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> None:
     """Set the arguments that were left out, from the model and the training rows."""
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
         length = mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
         args.mask_ratio = default_mask_ratio(length, config.causal_attention)
-    if _is_left_out(args, "learning_rate"):
+    if args.is_left_out("learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)
-    if _is_left_out(args, "per_device_train_batch_size"):
+    if args.is_left_out("per_device_train_batch_size"):
         batch_size = default_batch_size(len(rows) if isinstance(rows, Sized) else 0)
         args.per_device_train_batch_size = max(1, batch_size // args.world_size)
 

@@ -10,10 +10,16 @@ from bert4rec_hf import (
     Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
     Bert4RecTrainer,
+    Bert4RecTrainingArguments,
     read_prepared,
 )
 from bert4rec_hf.data.counting import cooccurrence_vectors
-from bert4rec_hf.defaults import default_architecture, default_batch_size, default_transition_weight
+from bert4rec_hf.defaults import (
+    default_architecture,
+    default_batch_size,
+    default_num_train_epochs,
+    default_transition_weight,
+)
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 from bert4rec_hf.runs import train_prepared
 
@@ -49,6 +55,17 @@ def test_a_new_model_starts_with_the_mean_of_a_history_where_the_log_is_small_an
     trainer = train_prepared(chain[0], arguments(tmp_path / "model", **options), **SMALL)
     attention = trainer.model.model.layers[0].attention
     assert torch.equal(attention.output.weight, attention.value.weight.T) == (rare_below < wide_from == 10**6)
+
+
+def test_rare_items_have_fewer_epochs_unless_it_is_told(chain, tmp_path, monkeypatch):
+    assert [default_num_train_epochs(number, 1000) for number in (29_999, 30_000)] == [10, 20]
+    monkeypatch.setattr("bert4rec_hf.defaults.RARE_BELOW_EVENTS_PER_ITEM", 10**6)
+    given = Bert4RecTrainingArguments(str(tmp_path / "model"), max_steps=1, use_cpu=True)
+    trainer = train_prepared(chain[0], given, **SMALL)
+    assert trainer.args.num_train_epochs == trainer.recipe()["num_train_epochs"] == 10
+    assert given.num_train_epochs == 20
+    given = Bert4RecTrainingArguments(str(tmp_path / "other"), max_steps=1, use_cpu=True, num_train_epochs=30)
+    assert train_prepared(chain[0], given, **SMALL).args.num_train_epochs == 30
 
 
 def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_them():
