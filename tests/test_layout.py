@@ -18,6 +18,7 @@ ORDER = [
     {"training", "serving", "convert"},
     {"runs"},
     {"tuning"},
+    {"command_line"},
     {"cli"},
     {"__init__", "__main__"},
 ]
