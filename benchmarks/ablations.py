@@ -33,7 +33,7 @@ users, .0075 NDCG@10 for the 943 users of MovieLens 100K, are unresolved. Minute
 """
 PAPER = {
     "normalization": "post", "position_embedding_type": "learned_from_start", "causal_attention": False,
-    "prediction_head": True,    "gated_feed_forward": False, "hidden_act": "gelu",
+    "prediction_head": True, "gated_feed_forward": False, "hidden_act": "gelu",
 }  # fmt: skip
 CHANGES: dict[str, dict] = {
     "the recipe": {},

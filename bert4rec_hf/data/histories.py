@@ -269,6 +269,20 @@ def time_type(folder: str | os.PathLike) -> pa.DataType | None:
     return schema.field("timestamp").type.value_type if "timestamp" in schema.names else None
 
 
+def units_per_second(kind: pa.DataType | None, largest: float) -> int:
+    """How many units of the times are a second.
+
+    Args:
+        kind: The type of the times.
+        largest: The largest absolute time. Numbers are taken for seconds since 1970, which have ten digits today, or
+            for milli-, micro- or nanoseconds, which have three, six or nine more.
+    """
+    units = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+    if kind is not None and pa.types.is_timestamp(kind):
+        return units[kind.unit]
+    return next((unit for unit in units.values() if largest < 10**11 * unit), 10**9)
+
+
 def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
     """Convert histories to token ids.
 

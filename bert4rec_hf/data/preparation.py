@@ -27,7 +27,7 @@ import sqlglot
 from ..defaults import default_filter_seen_items, default_max_length
 from ..files import folder_beside
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from .histories import PARTS, PREPARATION_FILE, histories_file, histories_files
+from .histories import PARTS, PREPARATION_FILE, histories_file, histories_files, units_per_second
 from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
@@ -566,14 +566,8 @@ def _longest_histories(table: ir.Table) -> list[dict[str, Any]]:
 
 
 def _most_in_a_minute(times: pa.Array) -> int:
-    if pa.types.is_timestamp(times.type):
-        minute = {"s": 60, "ms": 60_000, "us": 60_000_000, "ns": 60_000_000_000}[times.type.unit]
-        moments = times.cast(pa.int64()).to_numpy()
-    else:
-        moments = times.to_numpy()
-        # Seconds since 1970 have ten digits today, milliseconds thirteen, and so on.
-        unit = next((unit for unit in (1, 10**3, 10**6, 10**9) if np.abs(moments).max() < 10**11 * unit), 10**9)
-        minute = 60 * unit
+    moments = (times.cast(pa.int64()) if pa.types.is_timestamp(times.type) else times).to_numpy()
+    minute = 60 * units_per_second(times.type, np.abs(moments).max())
     moments = np.sort(moments)
     return int((np.searchsorted(moments, moments + minute) - np.arange(len(moments))).max())
 

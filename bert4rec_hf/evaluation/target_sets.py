@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
 
-from ..data.histories import Histories
+from ..data.histories import Histories, units_per_second
 from ..data.rows import list_values, ranking_rows
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.losses import IGNORE_INDEX
@@ -20,8 +20,7 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 SET_CUTOFFS = (5, 10)
 # The prefix of the metrics' names, which tells them from the metrics of one target per user.
 PREFIX = "all_targets_"
-NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
-# Times that are numbers are taken for seconds since 1970 from the year 1973 on, and for finer units accordingly.
+# Times that are numbers below this are no seconds since 1970: it is in the year 1973.
 FIRST_SECONDS = 10**8
 
 
@@ -196,7 +195,7 @@ def _in_unit(cut: Any, horizon: str, times: np.ndarray, time_type: pa.DataType |
         if number is not None:
             raise ValueError(f"the time column is {time_type}: give the horizon a unit, as in 7d; got {horizon!r}")
         start = pa.scalar(datetime.fromisoformat(cut), time_type).cast(pa.int64()).as_py()
-        return start, length / NANOSECONDS[time_type.unit]
+        return start, length / 10**9 * units_per_second(time_type, 0)
     if number is not None:
         return cut, number
     last = times.max()
@@ -205,5 +204,4 @@ def _in_unit(cut: Any, horizon: str, times: np.ndarray, time_type: pa.DataType |
             f"the times of the log are numbers up to {last}, which are no seconds since 1970: give the horizon as a "
             f"number in their unit; got {horizon!r}"
         )
-    unit = next(name for name in reversed(NANOSECONDS) if last >= FIRST_SECONDS * 10**9 // NANOSECONDS[name])
-    return cut, length / NANOSECONDS[unit]
+    return cut, length / 10**9 * units_per_second(time_type, last)

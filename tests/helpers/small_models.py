@@ -13,6 +13,7 @@ NUM_ITEMS = 37
 VOCAB = FIRST + NUM_ITEMS
 ARCHITECTURES = {
     "rotary-pre": {"position_embedding_type": "rotary", "normalization": "pre", "hidden_act": "gelu"},
+    "causal-pre": {"causal_attention": True, "normalization": "pre", "hidden_act": "silu"},
     "from_start-post-head": {
         "position_embedding_type": "learned_from_start",
         "normalization": "post",

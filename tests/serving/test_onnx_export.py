@@ -15,6 +15,7 @@ SWITCHES = [
     {"num_transitions": 5},
     {"repeat_weight": 0.8},
     {"num_transitions": 5, "next_item_weight": 2.0, "repeat_weight": 0.8, "recency_weight": 1.5},
+    {"causal_attention": True},
 ]
 # (batch, length, excluded, candidates)
 SHAPES = [(4, 6, 3, 1), (1, 1, 1, 1), (1, 12, 9, 20), (9, 12, 1, 5)]
@@ -75,7 +76,9 @@ def assert_same(found, wanted) -> None:
     assert shown.any()
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=["default", "paper", "from_end", "transitions", "repeats", "both"])
+@pytest.mark.parametrize(
+    "switches", SWITCHES, ids=["default", "paper", "from_end", "transitions", "repeats", "both", "causal"]
+)
 def test_onnxruntime_answers_like_the_model_at_any_batch_size_and_length(tmp_path, switches):
     model = make_model(switches)
     export_onnx(model, tmp_path / "folder" / "model.onnx")
