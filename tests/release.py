@@ -4,7 +4,8 @@
 
 The script writes both files into DISTRIBUTIONS, and beside them the list of the wheel's dependencies (SBOM, CycloneDX).
 The environments are in FOLDER. The quickstart runs from the installed wheel, outside the checkout and without its
-recipes; its recommendations must be those of the README. Known vulnerabilities are looked up with pip-audit if its
+recipes; its NDCG@10 and recommendations must be close to those of the README. They need not be the same: another
+processor or number of threads adds floats in another order, and the model is another one of the same quality. Known vulnerabilities are looked up with pip-audit if its
 service can be reached.
 """
 
@@ -50,18 +51,25 @@ def recommended(text: str) -> list[str]:
     return [line.strip() for line in re.findall(r"^ +\d+ +\S+ +\d+\.\d{3}  .+$", text, re.MULTILINE)]
 
 
+def ndcg(text: str) -> float:
+    """The model's NDCG@10 in a comparison: HR@1, HR@10 and NDCG@10 are the first three columns."""
+    return float(re.findall(r"^model +\S+ +\S+ +(\S+)", text, re.MULTILINE)[0])
+
+
 def quickstart(bert4rec: Path) -> None:
+    recipe = re.findall(r"^(\w+): (.+)$", (ROOT / "recipes/ml-100k.yaml").read_text("utf-8"), re.MULTILINE)
+    options = [word for name, value in recipe for word in (f"--{name}", value)]
     with tempfile.TemporaryDirectory() as folder:
         here: dict[str, Any] = {"cwd": folder, "stderr": subprocess.DEVNULL}
         run(bert4rec, "prepare", "ml-100k", "--output", "data", **here)
-        quick = ("--max_position_embeddings", "50", "--num_train_epochs", "10")
-        run(bert4rec, "train", "--data", "data", "--output_dir", "model", *quick, **here)
-        print(run(bert4rec, "evaluate", "model", "--data", "data", **here))
-        output = run(bert4rec, "recommend", "model", *HISTORY, **here)
+        run(bert4rec, "train", "--data", "data", "--output_dir", "model", *options, **here)
+        output = run(bert4rec, "evaluate", "model", "--data", "data", **here)
+        output += run(bert4rec, "recommend", "model", *HISTORY, **here)
     print(output)
-    expected = recommended((ROOT / "README.md").read_text("utf-8"))
-    assert expected, "README.md shows no recommendations"
-    assert recommended(output)[: len(expected)] == expected, f"README.md shows other recommendations: {expected}"
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert abs(ndcg(output) - ndcg(readme)) < 0.01, f"README.md shows another NDCG@10: {ndcg(readme)}"
+    expected, found = ({line.split()[1] for line in recommended(text)} for text in (readme, output))
+    assert len(expected & found) >= 2, f"README.md shows other recommendations: {expected}"
 
 
 def audit(tools: Path, installed: Path) -> str:
