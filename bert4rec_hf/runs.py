@@ -28,9 +28,20 @@ from .data.histories import (
     stream_prepared,
     time_type,
 )
-from .data.rows import StreamedTrainingRows, ranking_rows, sampled_candidates, training_rows, users_with_targets
+from .data.rows import (
+    StreamedTrainingRows,
+    ranking_rows,
+    sampled_candidates,
+    training_rows,
+    update_rows,
+    users_with_targets,
+)
 from .defaults import (
+    UPDATE_EPOCHS,
+    UPDATE_LEARNING_RATE,
+    UPDATE_WARMUP,
     default_architecture,
+    default_learning_rate,
     default_num_train_epochs,
     default_num_transitions,
     default_start_with_mean,
@@ -40,7 +51,7 @@ from .evaluation.calibration import choose_weights, compare_targets, set_weights
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from .evaluation.protocol import Protocol
 from .evaluation.report import check_report_folder, evaluation_report, write_report
-from .evaluation.seen_targets import check_targets, with_period_of
+from .evaluation.seen_targets import check_targets, last_trained_time, with_period_of
 from .evaluation.target_sets import set_metrics, target_sets
 from .files import files_beside, write_file
 from .hub.load import load_model
@@ -59,9 +70,9 @@ from .model.history_scores import WEIGHT_FIELDS, HistoryScores
 from .model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from .model.tokenization_bert4rec import Bert4RecTokenizer
 from .training.arguments import Bert4RecTrainingArguments
-from .training.initialization import keep_transitions, start_from_cooccurrence
+from .training.initialization import keep_transitions, start_from_cooccurrence, start_new_items
 from .training.progress import BriefProgress
-from .training.resume import BestCheckpointHere, check_output, check_resumable, last_checkpoint
+from .training.resume import BestCheckpointHere, StartIsCheckpoint, check_output, check_resumable, last_checkpoint
 from .training.trainer import Bert4RecTrainer
 
 logger = logging.getLogger(__name__)
@@ -113,15 +124,25 @@ def train_prepared(
             f"expected fields of Bert4RecConfig; got {', '.join(sorted(unknown))}: training options belong into "
             "Bert4RecTrainingArguments"
         )
+    if model_name_or_path is None and args.max_steps < 0 and not args.num_train_epochs:
+        raise ValueError(
+            "num_train_epochs 0 is for a model that is trained further, with --model_name_or_path; a new model needs "
+            "more: give another number, or leave it out"
+        )
     check_output(args.output_dir, args.resume_from_checkpoint)
     check_prepared(data)
     args.check_metric()
     set_seed(args.seed)
     model, tokenizer, histories, preparation = _model_and_data(data, args, model_name_or_path, architecture)
     config = model.config
-    if args.is_left_out("num_train_epochs"):
-        args = copy(args)  # the caller's arguments stay as they are
+    args = copy(args)  # the caller's arguments stay as they are
+    if model_name_or_path is not None:
+        _choose_for_update(args, config)
+    elif args.is_left_out("num_train_epochs"):
         args.num_train_epochs = default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)
+    seen_until = None
+    if model_name_or_path is not None and args.update_rows == "new":
+        seen_until = last_trained_time(model_name_or_path, data)
     evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
     validation = ranking_rows(
         evaluated,
@@ -145,7 +166,6 @@ def train_prepared(
         logger.warning(
             "%s has no validation targets: nothing is evaluated, and the model is that of the last step", data
         )
-        args = copy(args)
         if args.early_stopping_patience is not None:  # for example from the recipe of an evaluated run
             args.early_stopping_patience = None
             logger.warning(
@@ -155,21 +175,11 @@ def train_prepared(
             )  # fmt: skip
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
     if model_name_or_path is not None and args.eval_strategy != IntervalStrategy.NO and not args.resume_from_checkpoint:
-        args = copy(args)
         args.eval_on_start = True  # the initial weights may be better than all later ones
-    cuts: dict[str, Any] = {
-        "max_length": config.max_position_embeddings,
-        "windows": args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",
-        "window_step": args.window_step,
-    }
     trainer = Bert4RecTrainer(
         model,
         args,
-        train_dataset=(
-            training_rows(histories, **cuts)
-            if isinstance(histories, Histories)
-            else StreamedTrainingRows(histories, **cuts)
-        ),
+        train_dataset=_rows_to_train(histories, args, config.max_position_embeddings, seen_until),
         eval_dataset=validation,
         processing_class=tokenizer,
         protocol=protocol,
@@ -194,6 +204,8 @@ def train_prepared(
             logger.warning("the resumed run goes on with the weights of counted scores of %s", checkpoint)
             set_weights(config, began)
         trainer.add_callback(BestCheckpointHere)
+    if args.eval_on_start:
+        trainer.add_callback(StartIsCheckpoint(trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation):
         trainer.calibrate()
@@ -208,6 +220,36 @@ def train_prepared(
     # With model_init, each later call of `train` starts from the initial model, as a hyperparameter search needs.
     trainer.model_init = lambda: _model_and_data(data, args, model_name_or_path, architecture)[0]
     return trainer
+
+
+def _choose_for_update(args: Bert4RecTrainingArguments, config: Bert4RecConfig) -> None:
+    """Set the arguments that were left out of a run that trains a model further."""
+    chosen = {
+        "num_train_epochs": UPDATE_EPOCHS,
+        "learning_rate": UPDATE_LEARNING_RATE * default_learning_rate(config.hidden_size),
+        "warmup_steps": UPDATE_WARMUP,
+    }
+    for name, value in chosen.items():
+        if args.is_left_out(name):
+            setattr(args, name, value)
+
+
+def _rows_to_train(
+    histories: AnyHistories, args: Bert4RecTrainingArguments, max_length: int, seen_until: float | None
+) -> Dataset | StreamedTrainingRows:
+    """The training rows of a run. `seen_until`: the last time that a model has seen, or None to train on all rows."""
+    if seen_until is not None and isinstance(histories, Histories) and histories.timestamps is not None:
+        rows = update_rows(histories, seen_until, max_length=max_length, seed=args.seed)
+        if len(rows):
+            return rows
+    cuts: dict[str, Any] = {
+        "max_length": max_length,
+        "windows": args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",
+        "window_step": args.window_step,
+    }
+    if isinstance(histories, Histories):
+        return training_rows(histories, **cuts)
+    return StreamedTrainingRows(histories, **cuts)
 
 
 def _model_and_data(
@@ -278,9 +320,11 @@ def _continued_model(
     tokenizer = Bert4RecTokenizer.from_pretrained(folder)
     catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
     titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
-    model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
+    num_new = model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     histories, tokenizer, preparation = _histories(data, args.streaming, tokenizer)
+    if num_new:
+        start_new_items(model, histories, tokenizer.num_items, num_new, seed=args.seed)
     has_validation = preparation["split"].get("validation")
     check_targets(folder, preparation, "validation" if has_validation else "test", is_trained_further=True)
     preparation = with_period_of(preparation, folder)

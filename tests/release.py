@@ -5,8 +5,8 @@
 The script writes both files into DISTRIBUTIONS, and beside them the list of the wheel's dependencies (SBOM, CycloneDX).
 The environments are in FOLDER. The quickstart runs from the installed wheel, outside the checkout and without its
 recipes; its NDCG@10 and recommendations must be close to those of the README. They need not be the same: another
-processor or number of threads adds floats in another order, and the model is another one of the same quality. Known vulnerabilities are looked up with pip-audit if its
-service can be reached.
+processor or number of threads adds floats in another order, and the model is another one of the same quality.
+Known vulnerabilities are looked up with pip-audit if its service can be reached.
 """
 
 import json

@@ -154,6 +154,24 @@ def cooccurrence_vectors(histories: AnyHistories, num_items: int, hidden_size: i
     return vectors.mul_((MAX_NORM_RATIO * VECTOR_RMS * hidden_size**0.5 / lengths).clamp(max=1))
 
 
+def neighbours(
+    histories: AnyHistories, num_items: int, *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pairs of items that are up to `NEIGHBOUR_WINDOW` positions apart in the training part, with a weight.
+
+    Args:
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
+        num_items: Number of items in the catalogue.
+        seed: Seed of the sampled histories.
+
+    Returns:
+        For each pair, in both directions: the two items, int64, numbered from 0; and the weight, the positive pointwise
+        mutual information times ln(1 + count).
+    """
+    first, second, count = _neighbours(histories, num_items, seed)
+    return first, second, _positive_information(first, second, count, num_items) * count.log1p()
+
+
 def transitions(
     histories: AnyHistories, num_items: int, number: int, *, with_self_pairs: bool, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -55,6 +55,44 @@ def training_rows(
     return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], "input_ids": lists}))
 
 
+def update_rows(histories: Histories, after: Any, *, max_length: int, seed: int = 0) -> Dataset:
+    """Rows for training a model further on new events, mixed with as many old rows so that it does not forget.
+
+    - A history with new events is one row: its newest `max_length` items, or its newest 2 n if more than half of these
+      would be its n new items.
+    - For each of these rows, an old row is a part of a history that is drawn at random: a user with a probability that
+      is proportional to the number of windows in the history, and then `max_length` of the items.
+
+    Args:
+        histories: Histories from `read_prepared`, with times.
+        after: Events are new if their time is above this one, a number in the unit of the log.
+        max_length: Longest input of the model.
+        seed: Equal seeds give equal rows.
+
+    Returns:
+        Columns user_id (string) and input_ids (list<int32>). Without new events, there are no rows.
+    """
+    assert histories.timestamps is not None  # for the type checker
+    token_ids, offsets = _training_part(histories)
+    is_new = np.concatenate(([0], np.cumsum(histories.timestamps[histories.is_trained()] > after)))
+    num_new = is_new[offsets[1:]] - is_new[offsets[:-1]]
+    users = np.flatnonzero(num_new)
+    ends = offsets[1:][users]
+    starts = np.maximum(ends - np.maximum(max_length, 2 * num_new[users]), offsets[:-1][users])
+
+    random = np.random.default_rng(seed)
+    num_windows = np.cumsum(-(-np.diff(offsets) // max_length))
+    old_users = np.searchsorted(num_windows, random.integers(max(1, num_windows[-1]), size=len(users)), side="right")
+    spare = np.maximum(np.diff(offsets)[old_users] - max_length, 0)
+    old_starts = offsets[:-1][old_users] + random.integers(spare + 1)
+    old_ends = np.minimum(old_starts + max_length, offsets[1:][old_users])
+
+    users = np.concatenate((users, old_users))
+    bounds = zip(np.concatenate((starts, old_starts)), np.concatenate((ends, old_ends)), strict=True)
+    lists = _lists([token_ids[start:end] for start, end in bounds])
+    return Dataset(pa.table({"user_id": histories.user_id.take(pa.array(users)), "input_ids": lists}))
+
+
 def _training_part(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
     """The known token ids of the training part, and (users + 1,) where each history starts and ends in them."""
     kept = histories.is_trained()

@@ -4,18 +4,41 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..data.histories import PREPARATION_FILE
+import pyarrow as pa
+from transformers.utils import cached_file
+
+from ..data.histories import PREPARATION_FILE, time_type
 
 logger = logging.getLogger(__name__)
 
 
 def trained_preparation(model: str | os.PathLike) -> dict[str, Any] | None:
-    """preparation.json of a model folder. None without the file, as for a converted model."""
-    path = Path(model) / PREPARATION_FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """preparation.json of a model folder or Hub id. None without the file, as for a converted model."""
+    problems = ("gated_repo", "missing_entries", "connection_errors")
+    lenient = {f"_raise_exceptions_for_{name}": False for name in problems}
+    path = cached_file(model, PREPARATION_FILE, **lenient)
+    return json.loads(Path(path).read_text("utf-8")) if path is not None else None
+
+
+def last_trained_time(model: str | os.PathLike, data: str | os.PathLike) -> float | None:
+    """The time of the last event that a model was trained on, as a number in the unit of a prepared folder.
+
+    None if it is not known, or of another kind than the times of the folder.
+
+    Args:
+        model: The model folder or Hub id.
+        data: The prepared folder.
+    """
+    last = ((trained_preparation(model) or {}).get("trained_period") or [None])[-1]
+    kind = time_type(data)
+    is_timestamp = kind is not None and pa.types.is_timestamp(kind)
+    if last is None or kind is None or isinstance(last, str) != is_timestamp:
+        return None
+    return pa.scalar(datetime.fromisoformat(last), kind).value if isinstance(last, str) else last
 
 
 def check_targets(

@@ -14,8 +14,13 @@ from ..defaults import STREAMED_EVAL_SAMPLES
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, sampled_metrics
 
 # Values of arguments that a plain Trainer uses if they are left out. `Bert4RecTrainer` chooses the first two from the
-# log, and `train_prepared` the last.
-FALLBACKS: dict[str, Any] = {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 20.0}
+# log. `train_prepared` chooses the number of epochs, and all but the batch size for a model that is trained further.
+FALLBACKS: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 32,
+    "num_train_epochs": 20.0,
+    "warmup_steps": 100.0,
+}
 
 
 @dataclass
@@ -23,8 +28,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the arguments of masked item prediction, and with defaults that were measured for it.
 
     Some arguments have an effect only in `train_prepared`, which creates the model and the training rows:
-    `item_initialization`, `window_step`, `streaming`, `max_eval_samples`, `calibrate`, and every value of
-    `train_windows` except "newest".
+    `item_initialization`, `window_step`, `update_rows`, `streaming`, `max_eval_samples`, `calibrate`, and every value
+    of `train_windows` except "newest".
     """
 
     mask_ratio: float | None = field(
@@ -55,6 +60,14 @@ class Bert4RecTrainingArguments(TrainingArguments):
     )
     window_step: float = field(
         default=0.5, metadata={"help": "Distance between two sliding windows, as a share of the model's input length."}
+    )
+    update_rows: str = field(
+        default="new",
+        metadata={
+            "choices": ["new", "all"],
+            "help": "Which rows train a model further. new: the histories with events later than those that the model "
+            "has seen, and as many old rows; all: all rows, as for a new model.",
+        },
     )
     streaming: bool = field(
         default=False,
@@ -89,11 +102,19 @@ class Bert4RecTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Peak learning rate; chosen from the model's width if left out."}
     )
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(
-        default=100, metadata={"help": "Number of warm-up steps; a value below 1 is a share of all steps."}
+    warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Number of warm-up steps; a value below 1 is a share of all steps; 100 if left out, or .1 for a "
+            "model that is trained further."
+        },
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Number of epochs; if left out, 20, or 10 where items are rare."}
+        default=None,
+        metadata={
+            "help": "Number of epochs; if left out, 20, or 10 where items are rare. 0, for a model that is trained "
+            "further: its network stays, and only counts, new items and the weights of counted scores are updated."
+        },
     )
     per_device_train_batch_size: int | None = field(
         default=None,
@@ -160,7 +181,7 @@ class Bert4RecTrainingArguments(TrainingArguments):
             raise ValueError(f"window_step must be above 0, a share of the model's length; got {self.window_step}")
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise ValueError(f"max_eval_samples must be at least 1; got {self.max_eval_samples}")
-        if self.max_steps == 0 or (self.max_steps < 0 and (self.num_train_epochs or 0) <= 0):
+        if self.max_steps == 0 or (self.max_steps < 0 and (self.num_train_epochs or 0) < 0):
             raise ValueError(
                 "there are no steps to train; expected max_steps or num_train_epochs above 0; got "
                 f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}"

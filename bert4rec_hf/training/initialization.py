@@ -1,10 +1,11 @@
-"""Initialising a model from counts: item vectors from co-occurrence, and transitions."""
+"""Initialising a model from counts: item vectors from co-occurrence, vectors of new items, and transitions."""
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..data.counting import cooccurrence_vectors, transitions
+from ..data.counting import cooccurrence_vectors, item_counts, neighbours, transitions
 from ..data.histories import AnyHistories
 from ..defaults import default_transition_weight
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
@@ -41,6 +42,41 @@ def start_from_cooccurrence(
         attention: Any = model.model.layers[0].attention
         torch.nn.init.orthogonal_(attention.value.weight)
         attention.output.weight.copy_(attention.value.weight.T)
+
+
+@torch.no_grad()
+def start_new_items(
+    model: Bert4RecForMaskedItemPrediction, histories: AnyHistories, num_items: int, num_new: int, *, seed: int = 0
+) -> None:
+    """Set the vectors and biases of items that a model has not been trained on, from the items that it has been.
+
+    The vector of a new item is the mean of the vectors of its old neighbours, weighted by `neighbours`. Its bias is
+    what a line through the biases of the old items, over ln(1 + number of events), gives for its number of events.
+
+    Args:
+        model: The model, which is changed in place. A new item without old neighbours keeps vector and bias.
+        histories: Histories from `read_prepared`, or `StreamedHistories`.
+        num_items: Number of items in the catalogue.
+        num_new: Number of new items, which have the highest token ids.
+        seed: Seed of `neighbours`.
+    """
+    num_old = num_items - num_new
+    first, second, weight = neighbours(histories, num_items, seed=seed)
+    joins = (first >= num_old) & (second < num_old)
+    first, second, weight = first[joins] - num_old, second[joins], weight[joins]
+    vectors, biases = model.get_input_embeddings().weight, model.item_bias.weight
+    total = torch.zeros(num_new).index_add_(0, first, weight)
+    mean = torch.zeros(num_new, vectors.shape[1])
+    mean.index_add_(0, first, vectors.cpu()[FIRST_ITEM_ID + second] * weight.unsqueeze(1))
+    has_neighbours = total > 0
+    places = FIRST_ITEM_ID + num_old + has_neighbours.nonzero().squeeze(1).to(vectors.device)
+    vectors[places] = (mean / total.unsqueeze(1))[has_neighbours].to(vectors)
+
+    size = np.log1p(item_counts(histories, num_items))
+    old = np.flatnonzero(size[: FIRST_ITEM_ID + num_old])
+    if len(old) > 1:
+        line = np.polynomial.Polynomial.fit(size[old], biases.cpu().numpy()[old], 1)
+        biases[places] = torch.from_numpy(line(size[places.cpu().numpy()])).to(biases)
 
 
 @torch.no_grad()

@@ -153,10 +153,11 @@ def training_warnings(
             )
             warnings.append(f"under-trained: validation {seen} in the last quarter of the steps; {advice}")
     if steps[0] == 0 and len(values) > 1 and values[0] > values[1:].max():
+        is_kept = record["chosen_step"] == 0
+        kept = "the run ends with the model of its start" if is_kept else "keep the model that training continued from"
         warnings.append(
             f"no better than at its start: validation NDCG@10 was {values[0]:.4f} before the first step and "
-            f"{values[1:].max():.4f} at most after it; keep the model that training continued from, or try a smaller "
-            "--learning_rate"
+            f"{values[1:].max():.4f} at most after it; {kept}; try a smaller --learning_rate"
         )
     more = f"give the model more steps ({longer}, a smaller --per_device_train_batch_size) or another --learning_rate"
     more = less if is_overfitted else more

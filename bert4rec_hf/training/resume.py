@@ -1,4 +1,4 @@
-"""Checks whether a run may write into a folder, and whether it can resume from a checkpoint."""
+"""The start of a run: whether it may write into a folder, whether it can resume, and its start as a checkpoint."""
 
 import json
 import os
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.histories import PREPARATION_FILE
 from ..hub.model_card import RECIPE_FILE
@@ -125,3 +126,23 @@ class BestCheckpointHere(TrainerCallback):
             here = Path(args.output_dir) / Path(state.best_model_checkpoint).name
             if here.is_dir():
                 state.best_model_checkpoint = str(here)
+
+
+class StartIsCheckpoint(TrainerCallback):
+    """Makes a checkpoint of the model before the first step. If no later one is better, it is loaded at the end.
+
+    The Trainer itself evaluates this model with `eval_on_start`, but neither saves it nor counts it as the best.
+
+    Args:
+        trainer: The trainer of the run.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 0 and state.best_metric is None and args.load_best_model_at_end:
+            # These private methods are what the Trainer calls after each later evaluation.
+            self.trainer._determine_best_metric(metrics, trial=None)
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            state.best_model_checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-0")

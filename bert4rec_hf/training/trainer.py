@@ -68,7 +68,7 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
 RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids")
 # Arguments that only `train_prepared` reads.
 ARGUMENTS_OF_TRAIN_PREPARED = {
-    "item_initialization", "train_windows", "window_step", "streaming", "max_eval_samples", "calibrate",
+    "item_initialization", "train_windows", "window_step", "update_rows", "streaming", "max_eval_samples", "calibrate",
 }  # fmt: skip
 
 
@@ -428,8 +428,9 @@ class Bert4RecTrainer(Trainer):
         """The record of the run so far; see `learning_curve.training_record`. None without evaluations or protocol."""
         if self.protocol is None:
             return None
-        best = self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step
-        step = best or self.state.global_step
+        step = self.state.global_step
+        if self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step is not None:
+            step = self.state.best_global_step
         protocol = self.protocol
         if self.args.eval_strategy != IntervalStrategy.NO:
             protocol = replace(protocol, calibrated=False)  # the curve was measured before `calibrate`

@@ -9,7 +9,7 @@ import pytest
 import bert4rec_hf.data.rows
 from bert4rec_hf import Bert4RecTokenizer, ranking_rows, read_prepared, training_rows
 from bert4rec_hf.data.histories import Histories, tokenize_histories
-from bert4rec_hf.data.rows import sampled_candidates
+from bert4rec_hf.data.rows import sampled_candidates, update_rows
 
 
 @pytest.fixture
@@ -50,6 +50,38 @@ def test_sliding_windows_are_counted_back_from_the_newest_and_the_oldest_is_as_l
     assert rows["input_ids"] == [[4, 5, 6], [3, 4, 5], [3]]
     rows = training_rows(histories, max_length=2, windows="sliding", window_step=0.5)
     assert rows["input_ids"] == [[5, 6], [4, 5], [3, 4], [3]]
+
+
+def test_an_update_trains_on_the_histories_with_new_events_and_on_as_many_old_rows(tokenizer):
+    items = [list("abcdef"), list("fedcba"), ["c"], ["a", "b"]]
+    histories = tokenize_histories(
+        pa.table(
+            {
+                "user_id": ["some", "most", "old", "held out"],
+                "item_id": items,
+                "timestamp": [[1, 2, 3, 4, 5, 11], [1, 2, 11, 12, 13, 14], [10], [10, 20]],
+                "train_end": pa.array([6, 6, 1, 1], pa.int32()),
+                "validation_position": pa.array([None, None, None, 1], pa.int32()),
+                "test_position": pa.array([None] * 4, pa.int32()),
+            }
+        ),
+        tokenizer,
+    )
+    token_ids = [tokenizer.item_ids_to_token_ids(history) for history in items]
+    rows = update_rows(histories, 10, max_length=4)
+    # The four new events of "most" are half of its row, which is then its whole history.
+    assert rows["user_id"][:2] == ["some", "most"]
+    assert rows["input_ids"][:2] == [token_ids[0][-4:], token_ids[1]]
+    drawn = set()
+    for seed in range(100):
+        rows = update_rows(histories, 10, max_length=4, seed=seed)
+        assert len(rows) == 4
+        drawn |= {(user, tuple(row)) for user, row in zip(rows["user_id"][2:], rows["input_ids"][2:], strict=True)}
+    windows = {("some", tuple(token_ids[0][start : start + 4])) for start in range(3)}
+    windows |= {("most", tuple(token_ids[1][start : start + 4])) for start in range(3)}
+    # The held-out event of the last user is neither new nor old.
+    assert drawn == windows | {("old", (token_ids[2][0],)), ("held out", (token_ids[3][0],))}
+    assert len(update_rows(histories, 14, max_length=4)) == 0
 
 
 def test_ranking_rows_are_what_serving_gets(histories, tokenizer):

@@ -13,12 +13,20 @@ from bert4rec_hf import (
     Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
     Bert4RecTrainer,
+    Bert4RecTrainingArguments,
     prepare,
     read_prepared,
     training_rows,
 )
 from bert4rec_hf.cli import main
-from bert4rec_hf.defaults import default_transition_weight
+from bert4rec_hf.defaults import (
+    UPDATE_EPOCHS,
+    UPDATE_LEARNING_RATE,
+    UPDATE_WARMUP,
+    default_learning_rate,
+    default_transition_weight,
+)
+from bert4rec_hf.evaluation.seen_targets import last_trained_time
 from bert4rec_hf.runs import evaluate_prepared, train_prepared
 from bert4rec_hf.training.initialization import keep_transitions
 
@@ -154,6 +162,11 @@ def test_a_model_that_goes_on_is_told_apart_from_where_it_began(chain, tmp_path,
     assert evaluations[0]["step"] == 0
     assert evaluations[0]["NDCG@10"] > max(found["NDCG@10"] for found in evaluations[1:])
     assert "no better than at its start: validation NDCG@10 was 0." in caplog.text
+    assert "the run ends with the model of its start; try a smaller --learning_rate" in caplog.text
+    before, after = (Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / name) for name in ("model", "on"))
+    for name, weights in before.named_parameters():
+        assert torch.equal(weights, after.get_parameter(name)), name
+    assert "The weights are those of step 0; the run was at step 6 of 6." in (tmp_path / "on" / "README.md").read_text()
     assert "was prepared with filter_seen_items True, but the model keeps its own, False" in caplog.text
     assert "was prepared for length 7, but the model keeps its own, 50" in caplog.text
     assert trainer.model.config.filter_seen_items is False
@@ -196,3 +209,67 @@ def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     old_row = before.get_input_embeddings().weight[old.item_ids_to_token_ids(["item 7"])[0]]
     new_row = model.get_input_embeddings().weight[new.item_ids_to_token_ids(["item 7"])[0]]
     assert torch.nn.functional.cosine_similarity(old_row, new_row, dim=0) > 0.9
+
+
+def weekly(tmp_path, number):
+    """A log in which 40 users have an item a day, and a new item each week, prepared up to the end of a week."""
+    log = tmp_path / "weeks.csv"
+    if not log.exists():
+        days = [
+            (user, f"item {(3 * user + day) % 9}" if day % 7 else f"new {day // 7}", day)
+            for user in range(40)
+            for day in range(28)
+        ]
+        log.write_text(
+            "user_id,item_id,timestamp\n" + "".join(f"{user},{item},2026-03-{day + 1:02}\n" for user, item, day in days)
+        )
+    cut = f"2026-03-{7 * number + 1:02}"
+    prepare(log, tmp_path / f"week {number}", split="temporal", validation=False, test_cut=cut, max_length=10)
+    return tmp_path / f"week {number}"
+
+
+def test_an_update_trains_on_the_new_events_by_defaults_of_its_own(tmp_path):
+    train_prepared(weekly(tmp_path, 2), arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
+    second = weekly(tmp_path, 3)
+    assert last_trained_time(tmp_path / "first", second) == 1773446400_000000  # 14 March 2026 in microseconds
+    given = Bert4RecTrainingArguments(str(tmp_path / "second"), use_cpu=True, disable_tqdm=True)
+    trainer = train_prepared(second, given, tmp_path / "first")
+    assert trainer.args.num_train_epochs == UPDATE_EPOCHS
+    assert trainer.args.learning_rate == UPDATE_LEARNING_RATE * default_learning_rate(SMALL["hidden_size"])
+    assert trainer.args.warmup_steps == UPDATE_WARMUP
+    assert (given.num_train_epochs, given.warmup_steps) == (20, 100)  # the caller's arguments stay
+    rows = trainer.train_dataset
+    assert len(rows) == 80
+    # The newest window has the seven new events and, as half of a row would be less, as many old ones.
+    assert {len(row) for row in rows["input_ids"][:40]} == {14}
+    assert {len(row) for row in rows["input_ids"][40:]} == {10}
+    all_rows = arguments(tmp_path / "third", update_rows="all", max_steps=1)
+    assert len(train_prepared(second, all_rows, tmp_path / "first").train_dataset) == 40 * 3
+    # Without new events, all rows train.
+    assert (
+        len(train_prepared(second, arguments(tmp_path / "fourth", max_steps=1), tmp_path / "second").train_dataset)
+        == 120
+    )
+
+
+def test_without_an_epoch_an_update_keeps_the_network_and_counts_anew(tmp_path):
+    train_prepared(
+        weekly(tmp_path, 2), arguments(tmp_path / "first", num_train_epochs=8), **SMALL | {"num_transitions": 8}
+    )
+    second = weekly(tmp_path, 3)
+    train_prepared(second, arguments(tmp_path / "second", num_train_epochs=0), tmp_path / "first")
+    before, after = (Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    old, new = (Bert4RecTokenizer.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert set(new.items) - set(old.items) == {"new 2"}
+    for name, weights in before.named_parameters():
+        assert torch.equal(weights, after.get_parameter(name)[: len(weights)]), name
+    histories = read_prepared(second, new)[0]
+    keep_transitions(before := Bert4RecForMaskedItemPrediction(after.config), histories, new.num_items)
+    assert torch.equal(before.history_scores.successor_ids, after.history_scores.successor_ids)
+    # The new item comes after item k, then item k + 1 would have come: it lies among its neighbours.
+    vectors = after.get_input_embeddings().weight.detach()
+    (place,) = new.item_ids_to_token_ids(["new 2"])
+    assert vectors[place].norm() > 0
+    assert not torch.equal(vectors[place], vectors[3 : len(old)].mean(dim=0))
+    with pytest.raises(ValueError, match="num_train_epochs 0 is for a model that is trained further"):
+        train_prepared(second, arguments(tmp_path / "none", num_train_epochs=0), **SMALL)
