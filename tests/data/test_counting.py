@@ -20,7 +20,7 @@ from bert4rec_hf.data.counting import (
     cooccurrence_vectors,
 )
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
-from bert4rec_hf.training.initialization import keep_transitions, start_from_cooccurrence
+from bert4rec_hf.training.initialization import keep_transitions, start_from_cooccurrence, start_new_items
 
 
 def histories_of(rows: list[str], held_out: int = 0):
@@ -99,6 +99,40 @@ def test_a_model_in_half_precision_gets_the_vectors_too():
     start_from_cooccurrence(model, histories, num_items, with_mean=False)
     expected = cooccurrence_vectors(histories, num_items, 64).bfloat16()
     assert torch.equal(model.get_input_embeddings().weight[FIRST_ITEM_ID:], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_new_item_starts_among_its_neighbours(kind):
+    # "y" stands beside "a" and "b" in the rows, "z" beside "y" alone, and nothing is known of "x".
+    rows = [*["abcd"] * 4, *["cdab"] * 4, "ayb", "ayb", "ya", "zy"]
+    tokenizer = Bert4RecTokenizer.from_items(list("abcdxyz"), model_max_length=10)
+    histories, _ = histories_of(rows)
+    known = np.array([3, 4, 5, 6, 8, 9], np.int32)  # token ids of a, b, c, d, y, z in the larger catalogue
+    histories = replace(histories, item_ids=known[histories.item_ids - FIRST_ITEM_ID])
+    torch.manual_seed(0)
+    model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer))).to(kind)
+    counts = torch.tensor([11.0, 10, 8, 8])
+    with torch.no_grad():
+        model.item_bias.weight[3:7] = 2 * counts.log1p() - 3
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    start_new_items(model, histories, 7, 3)
+    information = mutual_information(rows)[4]  # of y
+    weights = torch.tensor([information[0] * math.log1p(3), information[1] * math.log1p(2)]).float()
+    vectors = before["model.embeddings.item_embeddings.weight"][3:5].float()
+    expected = (weights / weights.sum()) @ vectors
+    after = model.state_dict()
+    tolerance = {"atol": 1e-5 if kind == torch.float32 else 1e-2, "rtol": 0}
+    torch.testing.assert_close(after["model.embeddings.item_embeddings.weight"][8].float(), expected, **tolerance)
+    # The line through the biases of the old items, at the four events of y.
+    of_old = before["item_bias.weight"][3:7].float().numpy()
+    slope, start = np.polyfit(counts.log1p().numpy(), of_old, 1)
+    assert float(after["item_bias.weight"][8]) == pytest.approx(slope * math.log1p(4) + start, abs=0.02)
+    for name, weights in before.items():
+        changed = [
+            row for row, (old, new) in enumerate(zip(weights, after[name], strict=True)) if not torch.equal(old, new)
+        ]
+        is_of_items = name in ("model.embeddings.item_embeddings.weight", "item_bias.weight")
+        assert changed == ([8] if is_of_items else []), name
 
 
 def test_the_first_layer_hands_on_the_mean_of_a_history():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from chain_runs import free_port
 from log_and_model import HIDDEN_SIZE, answers, trainer_inputs, write_log_and_model
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
+from bert4rec_hf.training.resume import StartIsCheckpoint
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "accelerate" / "fsdp.yaml"
 
@@ -63,6 +65,14 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
     fresh = Bert4RecForMaskedItemPrediction.from_pretrained(start).eval()
     fresh, _ = trainer.accelerator.prepare(fresh, torch.optim.SGD(fresh.parameters()))
     untrained = answers(fresh)
+    # A run that only makes the model worse ends with the model of its start.
+    choice = {"metric_for_best_model": "loss", "greater_is_better": False, "eval_on_start": True}
+    worse = replace(arguments(output / "worse"), learning_rate=5.0, num_train_epochs=1, **choice)
+    spoilt = Bert4RecTrainer(Bert4RecForMaskedItemPrediction.from_pretrained(start), worse, **trainer_inputs(data))
+    spoilt.add_callback(StartIsCheckpoint(spoilt))
+    spoilt.train()
+    losses = [record["eval_loss"] for record in spoilt.state.log_history if "eval_loss" in record]
+    losses.append(spoilt.evaluate()["eval_loss"])
     if trainer.is_world_process_zero():
         torch.save({"trained": trained, "untrained": untrained}, output / "answers.pt")
         report = {
@@ -70,6 +80,7 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
             "losses": [record["loss"] for record in trainer.state.log_history if "loss" in record],
             "metrics": metrics,
             "best": trainer.state.best_metric,
+            "losses_of_worse_run": losses,
         }
         (output / "report.json").write_text(json.dumps(report))
     trainer.accelerator.wait_for_everyone()
@@ -94,6 +105,8 @@ def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp
     assert report["shards"] == [[12, HIDDEN_SIZE], [12]]
     assert report["losses"][-1] < report["losses"][0] - 0.3
     assert report["metrics"]["eval_NDCG@10"] == report["best"]
+    before, after, kept = report["losses_of_worse_run"]
+    assert kept == before < after
     found = torch.load(output / "answers.pt")
     alone = Bert4RecForMaskedItemPrediction.from_pretrained(output)
     assert not torch.equal(alone.get_input_embeddings().weight, model.get_input_embeddings().weight)
