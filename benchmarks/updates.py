@@ -35,8 +35,19 @@ import torch
 import yaml
 from tables import machine, write_section
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecTrainingArguments, prepare
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecTokenizer,
+    Bert4RecTrainer,
+    Bert4RecTrainingArguments,
+    prepare,
+    ranking_rows,
+    read_prepared,
+)
+from bert4rec_hf.data.histories import time_type
+from bert4rec_hf.evaluation.target_sets import set_metrics, target_sets
+from bert4rec_hf.hub.load import load_model
+from bert4rec_hf.runs import train_prepared
 
 TABLE = Path(__file__).parent / "results" / "updates.md"
 NUM_UPDATES, RETRAINED = 10, (5, 10)
@@ -144,12 +155,21 @@ class Weeks:
 
     def gains(self, model: Path, data: Path) -> pd.DataFrame:
         """NDCG@10 of each user's first target, and NDCG@10 of all targets, the mean over users."""
-        report = self.folder / "reports" / f"{model.name}-{data.name}"
-        how = {"targets": "all", "horizon": "7d", "use_cpu": True, "disable_tqdm": True}
-        record = evaluate_prepared(model, data, report=report, **how)
-        ranks = pd.read_parquet(report / "ranks.parquet").set_index("user_id")["rank"]
-        first = (1 / np.log2(ranks + 1)).where((ranks > 0) & (ranks <= 10), 0)
-        return pd.DataFrame({"first": first, "all": record["all_targets"]["metrics"]["all_targets_NDCG@10"]})
+        loaded = load_model(model)
+        config = loaded.config
+        histories, tokenizer, preparation = read_prepared(data, Bert4RecTokenizer.from_pretrained(model))
+        how: dict[str, Any] = {"filter_seen_items": False, "max_length": config.max_position_embeddings}
+        rows = ranking_rows(histories, tokenizer, "test", **how)
+        sets = target_sets(histories, tokenizer, preparation, "test", horizon="7d", time_type=time_type(data), **how)
+        arguments = Bert4RecTrainingArguments(
+            str(self.folder / "ranked"), use_cpu=True, disable_tqdm=True, eval_strategy="no", save_strategy="no"
+        )
+        trainer = Bert4RecTrainer(loaded, arguments, processing_class=tokenizer)
+        ranks = trainer.predict(rows).predictions[0]
+        recommended = trainer.predict(sets.rows).predictions[1]
+        first = np.where((ranks > 0) & (ranks <= 10), 1 / np.log2(np.maximum(ranks, 1) + 1), 0)
+        of_sets = set_metrics(sets.ranks_in(recommended), sets.users)["all_targets_NDCG@10"]
+        return pd.DataFrame({"first": first, "all": of_sets}, index=rows["user_id"][:])
 
 
 def train(

@@ -11,6 +11,8 @@ FILTER_SEEN_BELOW = 0.05
 WIDE_FROM_EVENTS = 500_000
 # Items are rare below this number of training events per item. The model then has width 256 and high dropout.
 RARE_BELOW_EVENTS_PER_ITEM = 30
+# With causal attention, all items are predicted if the training rows have fewer items than this.
+PREDICT_ALL_BELOW_ITEMS = 125_000
 # Above this number of items, a model has no transitions, and its width is not raised to 256.
 LARGE_CATALOGUE = 100_000
 # Width of an attention head.
@@ -121,14 +123,20 @@ def default_batch_size(num_rows: int) -> int:
     return batch_size
 
 
-def default_mask_ratio(mean_length: float, causal_attention: bool) -> float:
+def default_mask_ratio(mean_length: float, num_rows: int, causal_attention: bool) -> float:
     """Probability that an item is predicted.
 
-    With causal attention, 1, since predicting an item hides it from no other. Otherwise .2, or .4 if rows have fewer
-    than 20 items on average, since .2 of these would be too few masks.
+    - Causal attention: 1 if an epoch has fewer than 125,000 items, otherwise .4. Predicting an item hides it from no
+      other, so a small log loses nothing. In a large log, it takes more time than it gains.
+    - Bidirectional attention: .2, or .4 if rows have fewer than 20 items on average, as .2 of these would be too few.
+
+    Args:
+        mean_length: Mean number of items in the training rows, each cut to the length of the model.
+        num_rows: Number of training rows in an epoch.
+        causal_attention: Whether the model has causal attention.
     """
     if causal_attention:
-        return 1.0
+        return 1.0 if mean_length * num_rows < PREDICT_ALL_BELOW_ITEMS else 0.4
     return 0.4 if mean_length < 20 else 0.2
 
 

@@ -171,11 +171,12 @@ def _defaults(data: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{data} has no validation targets to search on; prepare with another --split")
     given = {"filter_seen_items": preparation["filter_seen_items"]}
     chosen = default_architecture(histories.num_training_events(), tokenizer.num_items, given)
-    length = mean_length(training_rows(histories), preparation["max_length"])
+    length = preparation["max_length"]
+    rows = training_rows(histories, max_length=length, windows="proportional")
     return {
         "hidden_size": chosen["hidden_size"],
         "hidden_dropout_prob": chosen["hidden_dropout_prob"],
-        "mask_ratio": default_mask_ratio(length, chosen["causal_attention"]),
+        "mask_ratio": default_mask_ratio(mean_length(rows, length), len(rows), chosen["causal_attention"]),
         "num_train_epochs": int(default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)),
     }
 

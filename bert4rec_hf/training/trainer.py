@@ -546,7 +546,7 @@ def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
         length = mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
-        args.mask_ratio = default_mask_ratio(length, config.causal_attention)
+        args.mask_ratio = default_mask_ratio(length, len(rows) if are_stored else 1, config.causal_attention)
     if args.is_left_out("learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)
     if args.is_left_out("per_device_train_batch_size"):

@@ -1,5 +1,6 @@
 """Defaults that are chosen from the log and the model."""
 
+import numpy as np
 import pytest
 import torch
 from chain_runs import SMALL, arguments
@@ -17,6 +18,7 @@ from bert4rec_hf.data.counting import cooccurrence_vectors
 from bert4rec_hf.defaults import (
     default_architecture,
     default_batch_size,
+    default_mask_ratio,
     default_num_train_epochs,
     default_transition_weight,
 )
@@ -118,6 +120,12 @@ def test_wide_models_learn_more_slowly_unless_it_is_told(tmp_path, hidden_size, 
 def test_large_logs_are_trained_in_larger_batches_shared_by_the_processes():
     sizes = [default_batch_size(rows) for rows in (0, 943, 16_000, 16_001, 40_000, 10**9)]
     assert sizes == [32, 32, 32, 64, 128, 1024]
+
+
+def test_a_causal_model_predicts_all_items_of_a_small_log():
+    assert default_mask_ratio(99.9, 1_250, True) == 1.0
+    assert default_mask_ratio(100, 1_250, True) == 0.4
+    assert default_mask_ratio(np.inf, 1, True) == 0.4  # a stream
 
 
 @pytest.mark.parametrize(
