@@ -29,8 +29,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import quality  # noqa: E402
 import scaling  # noqa: E402
+import shop  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
+import updates  # noqa: E402
 from compare import compare, gains  # noqa: E402
 from peers import judge  # noqa: E402
 from quality import prepared, write_ranks  # noqa: E402
@@ -317,3 +319,32 @@ def test_the_plan_counts_what_an_optimizer_keeps_of_the_item_table(tmp_path, opt
     state = trainer.optimizer.optimizer.state[model.get_input_embeddings().weight]
     kept = sum(value.numel() for value in state.values() if getattr(value, "ndim", 0))
     assert kept == scaling.OPTIMIZER_STATE[optim](len(tokenizer), 8)
+
+
+def test_a_shop_of_weeks_has_times_in_all_of_them_and_items_that_come_later(tmp_path):
+    outputs = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    for output in outputs:
+        subprocess.run([sys.executable, BENCHMARKS / "shop.py", output, "--weeks", "5"], check=True)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    log = pandas.read_csv(outputs[0])
+    week = (log.timestamp - shop.START) // shop.WEEK
+    # A visit that begins in the last second of a week ends in the next one.
+    assert sorted(week.unique())[:5] == [0, 1, 2, 3, 4]
+    late = log.groupby("item_id").timestamp.min() > shop.START + 2 * shop.WEEK
+    assert 100 < late.sum() < 0.3 * shop.NUM_ITEMS
+    assert log.groupby("user_id").timestamp.apply(lambda times: times.is_monotonic_increasing).mean() > 0.9
+
+
+def test_an_update_is_compared_with_a_new_model_target_by_target():
+    gains = {}
+    for way, first in (("counts", [1.0, 0.0]), ("new model", [1.0, 0.5])):
+        for week in updates.RETRAINED:
+            gains[way, week] = pandas.DataFrame({"first": first, "all": [0.2, 0.2]})
+    gains["counts", 1] = pandas.DataFrame({"first": [1.0, 1.0], "all": [0.4, 0.4]})
+    # Differences: 0, -.5, 0, -.5, with a standard deviation of .2887, and half of that as standard error.
+    row = "| counts | 0.6667 ± 0.2108 | 0.2667 | 0.5000 ± 0.2887 (67%) | 0.2000 (100%) | -0.2500 ± 0.1443 | 4.0 |"
+    assert updates.row("counts", gains, [3.0, 5.0]) == row
+    assert (
+        updates.row("new model", gains, [8.0])
+        == "| new model |  |  | 0.7500 ± 0.1443 (100%) | 0.2000 (100%) |  | 8.0 |"
+    )
