@@ -241,6 +241,10 @@ def _rows_to_train(
     if seen_until is not None and isinstance(histories, Histories) and histories.timestamps is not None:
         rows = update_rows(histories, seen_until, max_length=max_length, seed=args.seed)
         if len(rows):
+            logger.warning(
+                "training on %d histories with new events, and on as many old rows (--update_rows all trains on all)",
+                len(rows) // 2,
+            )
             return rows
     cuts: dict[str, Any] = {
         "max_length": max_length,

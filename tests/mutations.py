@@ -213,6 +213,9 @@ MUTATIONS = {
          "evaluation/test_report.py::test_popularity_recommends_the_most_frequent_items_that_are_not_excluded"),
     ],
     "training/initialization": [
+        ("a new item starts at the mean of new items as well", "(first >= num_old) & (second < num_old)",
+         "(first >= num_old) & (second != first)",
+         "data/test_counting.py::test_a_new_item_starts_among_its_neighbours[kind0]"),
         ("the first layer does not pass on the mean of a history",
          "copy_(attention.value.weight.T)", "copy_(attention.value.weight)",
          "data/test_counting.py::test_the_first_layer_hands_on_the_mean_of_a_history"),
@@ -239,7 +242,23 @@ MUTATIONS = {
         ("events after the cut train", "train_end = ends[0] if users is None", "train_end = ends[1] if users is None",
          "data/test_splits.py::test_temporal_cuts_freeze_every_history_at_the_cut"),
     ],
+    "training/resume": [
+        ("an update forgets the model that it started from", "self.trainer._determine_best_metric(metrics, trial=None)",
+         "return",
+         "training/test_continued_models.py::test_a_model_that_goes_on_is_told_apart_from_where_it_began"),
+    ],
+    "runs": [
+        ("an update trains on all rows", "        if len(rows):\n", "        if False:\n",
+         "training/test_continued_models.py::test_an_update_trains_on_the_new_events_by_defaults_of_its_own"),
+        ("an update has the defaults of a new model", "        _choose_for_update(args, config)", "        pass",
+         "training/test_continued_models.py::test_an_update_trains_on_the_new_events_by_defaults_of_its_own"),
+    ],
     "data/rows": [
+        ("an update trains on seen events as new ones", "is_trained()] > after", "is_trained()] >= after",
+         "data/test_rows.py::test_an_update_trains_on_the_histories_with_new_events_and_on_as_many_old_rows"),
+        ("an update trains on new rows only", "users = np.concatenate((users, old_users))",
+         "starts, ends, old_starts, old_ends = starts, ends, starts[:0], ends[:0]",
+         "data/test_rows.py::test_an_update_trains_on_the_histories_with_new_events_and_on_as_many_old_rows"),
         ("validation ranks the test item", "positions = histories.target_positions[part][users]",
          'positions = histories.target_positions["test"][users]',
          "data/test_rows.py::test_a_user_without_a_past_is_ranked_from_a_lone_mask"),

@@ -228,12 +228,13 @@ def weekly(tmp_path, number):
     return tmp_path / f"week {number}"
 
 
-def test_an_update_trains_on_the_new_events_by_defaults_of_its_own(tmp_path):
+def test_an_update_trains_on_the_new_events_by_defaults_of_its_own(tmp_path, caplog):
     train_prepared(weekly(tmp_path, 2), arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
     second = weekly(tmp_path, 3)
     assert last_trained_time(tmp_path / "first", second) == 1773446400_000000  # 14 March 2026 in microseconds
     given = Bert4RecTrainingArguments(str(tmp_path / "second"), use_cpu=True, disable_tqdm=True)
     trainer = train_prepared(second, given, tmp_path / "first")
+    assert "training on 40 histories with new events, and on as many old rows" in caplog.text
     assert trainer.args.num_train_epochs == UPDATE_EPOCHS
     assert trainer.args.learning_rate == UPDATE_LEARNING_RATE * default_learning_rate(SMALL["hidden_size"])
     assert trainer.args.warmup_steps == UPDATE_WARMUP
