@@ -164,9 +164,7 @@ class Weeks:
         arguments = Bert4RecTrainingArguments(
             str(self.folder / "ranked"), use_cpu=True, disable_tqdm=True, eval_strategy="no", save_strategy="no"
         )
-        trainer = Bert4RecTrainer(loaded, arguments, processing_class=tokenizer)
-        ranks = trainer.predict(rows).predictions[0]
-        recommended = trainer.predict(sets.rows).predictions[1]
+        ranks, recommended = Bert4RecTrainer(loaded, arguments, processing_class=tokenizer).predict(rows).predictions
         first = np.where((ranks > 0) & (ranks <= 10), 1 / np.log2(np.maximum(ranks, 1) + 1), 0)
         of_sets = set_metrics(sets.ranks_in(recommended), sets.users)["all_targets_NDCG@10"]
         return pd.DataFrame({"first": first, "all": of_sets}, index=rows["user_id"][:])

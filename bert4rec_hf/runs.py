@@ -447,7 +447,11 @@ def evaluate_prepared(
         prediction = trainer.predict(rows)
         metrics_of_sets = None
         if sets is not None:
-            metrics_of_sets = set_metrics(sets.ranks_in(trainer.predict(sets.rows).predictions[1]), sets.users)
+            if preparation["split"]["name"] == "temporal":  # the same rows, except that of users without a target
+                recommended = prediction.predictions[1][np.isin(rows["user_id"][:], sets.rows["user_id"][:])]
+            else:
+                recommended = trainer.predict(sets.rows).predictions[1]
+            metrics_of_sets = set_metrics(sets.ranks_in(recommended), sets.users)
     described = Protocol.of(evaluated, preparation, part, tokenizer.num_items, policy, histories.num_targets(part))
     if part == "validation" and os.path.isdir(model):
         calibration = read_calibration(model)
