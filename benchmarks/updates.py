@@ -25,6 +25,7 @@ without evaluation on the test targets. The script writes a section of results/u
 import argparse
 import datetime
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from bert4rec_hf.hub.load import load_model
 from bert4rec_hf.runs import train_prepared
 
 TABLE = Path(__file__).parent / "results" / "updates.md"
+SECONDS_FILE = "seconds.txt"
 NUM_UPDATES, RETRAINED = 10, (5, 10)
 HEADER = """# Updates
 
@@ -173,13 +175,18 @@ class Weeks:
 def train(
     data: Path, folder: Path, origin: Path | None, settings: dict[str, Any], architecture: dict[str, Any] | None = None
 ) -> float:
-    """Train a model, and return the CPU seconds."""
+    """Train a model, and return the CPU seconds. A model that an interrupted run has trained stays."""
+    taken = folder / SECONDS_FILE
+    if taken.is_file():
+        return float(taken.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
     started = time.process_time()
     arguments = Bert4RecTrainingArguments(
         str(folder), use_cpu=True, disable_tqdm=True, save_only_model=True, report_to="none", **settings
     )
     train_prepared(data, arguments, origin, with_baselines=False, **(architecture or {}))
-    return time.process_time() - started
+    taken.write_text(str(time.process_time() - started))
+    return float(taken.read_text())
 
 
 def mean_and_error(values: pd.Series, sign: str = "") -> str:

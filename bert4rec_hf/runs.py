@@ -51,7 +51,7 @@ from .evaluation.calibration import choose_weights, compare_targets, set_weights
 from .evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from .evaluation.protocol import Protocol
 from .evaluation.report import check_report_folder, evaluation_report, write_report
-from .evaluation.seen_targets import check_targets, last_trained_time, with_period_of
+from .evaluation.seen_targets import check_targets, json_of_model, last_trained_time, with_period_of
 from .evaluation.target_sets import set_metrics, target_sets
 from .files import files_beside, write_file
 from .hub.load import load_model
@@ -189,6 +189,9 @@ def train_prepared(
     )
     for callback in callbacks:
         trainer.add_callback(callback)
+    if model_name_or_path is not None:
+        calibration = json_of_model(model_name_or_path, CALIBRATION_FILE) or {}
+        trainer.weights_were_chosen = calibration.get("were_chosen", False)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)
     checkpoint = args.resume_from_checkpoint or None
@@ -241,10 +244,11 @@ def _rows_to_train(
     if seen_until is not None and isinstance(histories, Histories) and histories.timestamps is not None:
         rows = update_rows(histories, seen_until, max_length=max_length, seed=args.seed)
         if len(rows):
-            logger.warning(
-                "training on %d histories with new events, and on as many old rows (--update_rows all trains on all)",
-                len(rows) // 2,
-            )
+            if args.max_steps > 0 or args.num_train_epochs:
+                logger.warning(
+                    "training on %d histories with new events, and on as many old rows (--update_rows all trains on "
+                    "all rows)", len(rows) // 2,
+                )  # fmt: skip
             return rows
     cuts: dict[str, Any] = {
         "max_length": max_length,
@@ -570,7 +574,9 @@ def calibrate_prepared(
     if not use_cpu and torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
     comparisons = compare_targets(loaded, rows, tokenizer, batch_size=per_device_eval_batch_size)
-    record = choose_weights(comparisons, weights_of(config)) | {"source": os.path.basename(preparation["source"])}
+    before = (json_of_model(model, CALIBRATION_FILE) or {}).get("were_chosen", False)
+    record = choose_weights(comparisons, weights_of(config), were_chosen=before)
+    record |= {"source": os.path.basename(preparation["source"])}
     if record["adopted"]:
         set_weights(config, record["weights"])
         folder = Path(model)

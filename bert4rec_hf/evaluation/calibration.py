@@ -21,6 +21,9 @@ CUTOFF = 10
 NUM_FOLDS = 5
 # Maximum number of users whose targets are compared. The comparisons of 20,000 users need some hundred MiB.
 MAX_CALIBRATED_USERS = 20_000
+# The number of standard errors by which other weights must be better, and by which they must be if the weights were
+# chosen on earlier targets. Otherwise a model that is updated each week would soon take over what is better by chance.
+CLEARLY_BETTER, CLEARLY_BETTER_AGAIN = 1.0, 2.0
 # A weight is chosen only if its feature affects this number or this share of the users. Otherwise a few users without
 # a past would decide what all future users without a past get.
 ENOUGH_USERS, ENOUGH_SHARE = 100, 0.1
@@ -113,21 +116,26 @@ def compare_targets(
     return Comparisons(rows["user_id"][:], users, num_always_above, np.append(0, sizes.cumsum()), network, features)
 
 
-def choose_weights(comparisons: Comparisons, weights: Mapping[str, float]) -> dict[str, Any]:
+def choose_weights(
+    comparisons: Comparisons, weights: Mapping[str, float], *, were_chosen: bool = False
+) -> dict[str, Any]:
     """Choose the weights of the features for NDCG@10, if this pays.
 
     The weights are cross-fitted: they are chosen on four fifths of the users and measured on the last fifth, five
     times. They are adopted only if the mean of these measurements exceeds that of the given weights by more than the
-    standard error of the difference, user by user. The adopted weights are chosen on all users.
+    standard error of the difference, user by user, or by more than two if the given weights were chosen before. The
+    adopted weights are chosen on all users.
 
     Args:
         comparisons: The comparisons from `compare_targets`.
         weights: The weights to start from, by feature.
+        were_chosen: Whether these weights were chosen on earlier targets.
 
     Returns:
         A record with the keys num_users; start_weights; weights, the chosen ones, or the given ones if they are not
-        adopted; adopted; NDCG@10, a mapping with start, cross_fitted and chosen; and standard_error, that of the
-        difference between cross_fitted and start, or None for a single user.
+        adopted; adopted; were_chosen, whether the weights of the record were chosen, now or before; NDCG@10, a mapping
+        with start, cross_fitted and chosen; and standard_error, that of the difference between cross_fitted and start,
+        or None for a single user.
     """
     start = dict(weights)
     folds = np.array([zlib.crc32(user_id.encode()) % NUM_FOLDS for user_id in comparisons.user_ids])
@@ -139,13 +147,15 @@ def choose_weights(comparisons: Comparisons, weights: Mapping[str, float]) -> di
     before = comparisons.gains(start)
     difference = cross_fitted - before
     error = _standard_error(difference)
-    adopted = error is not None and bool(difference.mean() > error)
+    clearly = CLEARLY_BETTER_AGAIN if were_chosen else CLEARLY_BETTER
+    adopted = error is not None and bool(difference.mean() > clearly * error)
     chosen = search.named(search.best(np.ones(len(folds), bool))) if adopted else start
     return {
         "num_users": len(folds),
         "start_weights": start,
         "weights": chosen,
         "adopted": adopted,
+        "were_chosen": adopted or were_chosen,
         "NDCG@10": {
             "start": float(before.mean()),
             "cross_fitted": float(cross_fitted.mean()),

@@ -16,12 +16,16 @@ from ..data.histories import PREPARATION_FILE, time_type
 logger = logging.getLogger(__name__)
 
 
+def json_of_model(model: str | os.PathLike, name: str) -> dict[str, Any] | None:
+    """A JSON file of a model folder or Hub id. None without the file."""
+    problems = ("gated_repo", "missing_entries", "connection_errors")
+    path = cached_file(model, name, **{f"_raise_exceptions_for_{problem}": False for problem in problems})
+    return json.loads(Path(path).read_text("utf-8")) if path is not None else None
+
+
 def trained_preparation(model: str | os.PathLike) -> dict[str, Any] | None:
     """preparation.json of a model folder or Hub id. None without the file, as for a converted model."""
-    problems = ("gated_repo", "missing_entries", "connection_errors")
-    lenient = {f"_raise_exceptions_for_{name}": False for name in problems}
-    path = cached_file(model, PREPARATION_FILE, **lenient)
-    return json.loads(Path(path).read_text("utf-8")) if path is not None else None
+    return json_of_model(model, PREPARATION_FILE)
 
 
 def last_trained_time(model: str | os.PathLike, data: str | os.PathLike) -> float | None:

@@ -191,6 +191,8 @@ class Bert4RecTrainer(Trainer):
         self.evaluation: dict[str, Any] | None = None
         # The record of `calibrate`.
         self.calibration: dict[str, Any] | None = None
+        # Whether the weights of the counted scores were chosen by the run that this one goes on from.
+        self.weights_were_chosen = False
         # The step of the weights that `evaluation` was computed with. None: the weights have changed since.
         self.evaluated_step: int | None = None
 
@@ -329,7 +331,7 @@ class Bert4RecTrainer(Trainer):
         weights = weights_of(model.config)
         chosen: dict[str, Any] = {"weights": weights, "adopted": False}
         if self.args.calibrate:
-            chosen = choose_weights(comparisons, weights)
+            chosen = choose_weights(comparisons, weights, were_chosen=self.weights_were_chosen)
         compared = compare_with_baselines(comparisons, chosen["weights"], self.baseline_ranks, rows["user_id"][:])
         # The processes must agree, while their devices may round differently.
         source = {"source": os.path.basename(self.preparation["source"])} if self.preparation else {}

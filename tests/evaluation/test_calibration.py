@@ -146,6 +146,18 @@ def test_weights_that_only_fit_the_noise_are_not_adopted():
     assert sum(adopted) <= 3
 
 
+def test_weights_that_were_chosen_before_give_way_only_to_others_that_are_better_by_two_standard_errors():
+    chance = np.random.default_rng(6)
+    comparisons = comparisons_of(chance.normal(size=(300, 30)), chance.normal(-0.1, 1, size=(300, 30)))
+    record, again = (choose_weights(comparisons, START, were_chosen=before) for before in (False, True))
+    gain = record["NDCG@10"]["cross_fitted"] - record["NDCG@10"]["start"]
+    assert 1 < gain / record["standard_error"] < 2
+    assert [record["adopted"], again["adopted"]] == [True, False]
+    assert [record["were_chosen"], again["were_chosen"]] == [True, True]
+    assert again["weights"] == START
+    assert not choose_weights(comparisons_of(np.zeros((0, 5)), np.zeros((0, 5))), START)["were_chosen"]
+
+
 def test_no_user_and_no_feature_choose_nothing():
     nothing = comparisons_of(np.zeros((0, 5)), np.zeros((0, 5)))
     chance = np.random.default_rng(0)

@@ -178,6 +178,18 @@ def test_a_model_that_goes_on_is_told_apart_from_where_it_began(chain, tmp_path,
     assert "filter_seen_items" not in caplog.text
 
 
+def test_an_update_knows_whether_the_weights_of_its_model_were_chosen_even_two_updates_ago(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "model", max_steps=1), **SMALL | {"num_transitions": 8})
+    for name, were_chosen in (("once", False), ("twice", True)):
+        path = tmp_path / "model" / "calibration.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"were_chosen": were_chosen}))
+        trainer = train_prepared(data, arguments(tmp_path / name, num_train_epochs=0), tmp_path / "model")
+        assert trainer.weights_were_chosen == were_chosen
+        record = json.loads((tmp_path / name / "calibration.json").read_text())
+        assert record["were_chosen"] == (were_chosen or record["adopted"])
+
+
 def test_warm_start_keeps_token_ids_and_appends_new_items(chain, tmp_path):
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "old", num_train_epochs=1), **SMALL)
