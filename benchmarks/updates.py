@@ -13,9 +13,9 @@ the validation targets, and the week after that has the test targets: the first 
 one set of targets. TIME is an ISO date, or seconds since 1970. The ways are:
 
 - no update: the first model;
-- counts: `bert4rec train --model_name_or_path LAST_WEEKS_MODEL --num_train_epochs 0`, which keeps the network and
-  updates the catalogue, the counted scores and their weights;
-- trained further: the same with the defaults for a model that is trained further;
+- counts: `bert4rec train --model_name_or_path LAST_WEEKS_MODEL`, which keeps the network and updates the catalogue, the
+  counted scores and their weights;
+- trained further: the same with `--num_train_epochs 1`;
 - new model: trained on all events so far, in the 5th and the 10th week only, since it takes longest.
 
 The options of --set are those of `bert4rec train`, for the first and for new models. All times are those of the process
@@ -83,7 +83,7 @@ def main() -> None:
     for week in range(1, NUM_UPDATES + 1):
         data = weeks.prepared(week)
         gains["no update", week] = weeks.gains(first, data)
-        for way, settings_of_update in (("counts", {"num_train_epochs": 0}), ("trained further", {})):
+        for way, settings_of_update in (("counts", {}), ("trained further", {"num_train_epochs": 1})):
             folder = weeks.folder / f"{way}-{week}".replace(" ", "-")
             seconds[way].append(train(data, folder, latest[way], settings_of_update))
             latest[way] = folder

@@ -19,9 +19,10 @@ LARGE_CATALOGUE = 100_000
 HEAD_WIDTH = 32
 # Weights of next items and of repeats where seen items are kept, and the part of the transition weight that is left.
 NEXT_ITEM_WEIGHT, REPEAT_WEIGHT, TRANSITION_SHARE = 1.0, 1.0, 0.25
-# A model that is trained further: number of epochs over the new events and as many old ones, share of the learning rate
-# of a new model, and share of the steps that warm up.
-UPDATE_EPOCHS, UPDATE_LEARNING_RATE, UPDATE_WARMUP = 1.0, 0.5, 0.1
+# An update of a model with new events: number of epochs over these and as many old ones, share of the learning rate of
+# a new model, and share of the steps that warm up. Training was no better than new counts beside the same network; see
+# benchmarks/results/updates.md.
+UPDATE_EPOCHS, UPDATE_LEARNING_RATE, UPDATE_WARMUP = 0.0, 0.5, 0.1
 # Maximum number of users that are ranked if the histories are streamed. The ranking rows are in memory.
 STREAMED_EVAL_SAMPLES = 50_000
 

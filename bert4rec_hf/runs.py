@@ -23,6 +23,7 @@ from .data.counting import item_counts
 from .data.histories import (
     AnyHistories,
     Histories,
+    StreamedHistories,
     check_prepared,
     read_prepared,
     stream_prepared,
@@ -136,13 +137,22 @@ def train_prepared(
     model, tokenizer, histories, preparation = _model_and_data(data, args, model_name_or_path, architecture)
     config = model.config
     args = copy(args)  # the caller's arguments stay as they are
+    new_rows = None
     if model_name_or_path is not None:
+        new_rows = _new_rows(
+            histories, args, config.max_position_embeddings, last_trained_time(model_name_or_path, data)
+        )
+    if new_rows is not None:
         _choose_for_update(args, config)
+        logger.warning(
+            "an update of %s: %d histories have new events; %s",
+            model_name_or_path, len(new_rows) // 2,
+            "they train, and as many old rows (--update_rows all trains on all rows)"
+            if args.max_steps > 0 or args.num_train_epochs
+            else "catalogue and counts are updated, and the network stays (--num_train_epochs 1 trains it)",
+        )  # fmt: skip
     elif args.is_left_out("num_train_epochs"):
         args.num_train_epochs = default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)
-    seen_until = None
-    if model_name_or_path is not None and args.update_rows == "new":
-        seen_until = last_trained_time(model_name_or_path, data)
     evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
     validation = ranking_rows(
         evaluated,
@@ -179,7 +189,7 @@ def train_prepared(
     trainer = Bert4RecTrainer(
         model,
         args,
-        train_dataset=_rows_to_train(histories, args, config.max_position_embeddings, seen_until),
+        train_dataset=_all_rows(histories, args, config.max_position_embeddings) if new_rows is None else new_rows,
         eval_dataset=validation,
         processing_class=tokenizer,
         protocol=protocol,
@@ -226,7 +236,7 @@ def train_prepared(
 
 
 def _choose_for_update(args: Bert4RecTrainingArguments, config: Bert4RecConfig) -> None:
-    """Set the arguments that were left out of a run that trains a model further."""
+    """Set the arguments that were left out of a run that updates a model."""
     chosen = {
         "num_train_epochs": UPDATE_EPOCHS,
         "learning_rate": UPDATE_LEARNING_RATE * default_learning_rate(config.hidden_size),
@@ -237,19 +247,20 @@ def _choose_for_update(args: Bert4RecTrainingArguments, config: Bert4RecConfig) 
             setattr(args, name, value)
 
 
-def _rows_to_train(
+def _new_rows(
     histories: AnyHistories, args: Bert4RecTrainingArguments, max_length: int, seen_until: float | None
+) -> Dataset | None:
+    """The rows of an update. None: the model has seen all events, the log has no times, or all rows are wanted."""
+    if isinstance(histories, StreamedHistories) or histories.timestamps is None or seen_until is None:
+        return None
+    rows = update_rows(histories, seen_until, max_length=max_length, seed=args.seed)
+    return rows if len(rows) and args.update_rows == "new" else None
+
+
+def _all_rows(
+    histories: AnyHistories, args: Bert4RecTrainingArguments, max_length: int
 ) -> Dataset | StreamedTrainingRows:
-    """The training rows of a run. `seen_until`: the last time that a model has seen, or None to train on all rows."""
-    if seen_until is not None and isinstance(histories, Histories) and histories.timestamps is not None:
-        rows = update_rows(histories, seen_until, max_length=max_length, seed=args.seed)
-        if len(rows):
-            if args.max_steps > 0 or args.num_train_epochs:
-                logger.warning(
-                    "training on %d histories with new events, and on as many old rows (--update_rows all trains on "
-                    "all rows)", len(rows) // 2,
-                )  # fmt: skip
-            return rows
+    """The rows of a run that trains on all of a log."""
     cuts: dict[str, Any] = {
         "max_length": max_length,
         "windows": args.train_windows if args.train_windows in ("proportional", "sliding") else "whole",

@@ -65,8 +65,8 @@ class Bert4RecTrainingArguments(TrainingArguments):
         default="new",
         metadata={
             "choices": ["new", "all"],
-            "help": "Which rows train a model further. new: the histories with events later than those that the model "
-            "has seen, and as many old rows; all: all rows, as for a new model.",
+            "help": "Which rows train in an update. new: the histories with events later than those that the model has "
+            "seen, and as many old rows; all: all rows, with the other defaults of a new model.",
         },
     )
     streaming: bool = field(
@@ -105,15 +105,15 @@ class Bert4RecTrainingArguments(TrainingArguments):
     warmup_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Number of warm-up steps; a value below 1 is a share of all steps; 100 if left out, or .1 for a "
-            "model that is trained further."
+            "help": "Number of warm-up steps; a value below 1 is a share of all steps; 100 if left out, or .1 for an "
+            "update."
         },
     )
     num_train_epochs: float | None = field(
         default=None,
         metadata={
-            "help": "Number of epochs; if left out, 20, or 10 where items are rare. 0, for a model that is trained "
-            "further: its network stays, and only counts, new items and the weights of counted scores are updated."
+            "help": "Number of epochs; if left out, 20, or 10 where items are rare. An update of a model with new "
+            "events has 0: the network stays, and catalogue, counts and their weights are updated."
         },
     )
     per_device_train_batch_size: int | None = field(

@@ -244,10 +244,15 @@ def test_an_update_trains_on_the_new_events_by_defaults_of_its_own(tmp_path, cap
     train_prepared(weekly(tmp_path, 2), arguments(tmp_path / "first", num_train_epochs=1), **SMALL)
     second = weekly(tmp_path, 3)
     assert last_trained_time(tmp_path / "first", second) == 1773446400_000000  # 14 March 2026 in microseconds
-    given = Bert4RecTrainingArguments(str(tmp_path / "second"), use_cpu=True, disable_tqdm=True)
+    quiet = {"use_cpu": True, "disable_tqdm": True}
+    given = Bert4RecTrainingArguments(str(tmp_path / "default"), **quiet)
     trainer = train_prepared(second, given, tmp_path / "first")
-    assert "training on 40 histories with new events, and on as many old rows" in caplog.text
-    assert trainer.args.num_train_epochs == UPDATE_EPOCHS
+    assert "40 histories have new events; catalogue and counts are updated, and the network stays" in caplog.text
+    assert trainer.args.num_train_epochs == UPDATE_EPOCHS == trainer.state.global_step == 0
+    trainer = train_prepared(
+        second, Bert4RecTrainingArguments(str(tmp_path / "second"), num_train_epochs=1, **quiet), tmp_path / "first"
+    )
+    assert "40 histories have new events; they train, and as many old rows" in caplog.text
     assert trainer.args.learning_rate == UPDATE_LEARNING_RATE * default_learning_rate(SMALL["hidden_size"])
     assert trainer.args.warmup_steps == UPDATE_WARMUP
     assert (given.num_train_epochs, given.warmup_steps) == (20, 100)  # the caller's arguments stay
@@ -258,19 +263,22 @@ def test_an_update_trains_on_the_new_events_by_defaults_of_its_own(tmp_path, cap
     assert {len(row) for row in rows["input_ids"][40:]} == {10}
     all_rows = arguments(tmp_path / "third", update_rows="all", max_steps=1)
     assert len(train_prepared(second, all_rows, tmp_path / "first").train_dataset) == 40 * 3
-    # Without new events, all rows train.
+    # Without new events, all rows train, by the defaults of a new model.
+    caplog.clear()
     assert (
         len(train_prepared(second, arguments(tmp_path / "fourth", max_steps=1), tmp_path / "second").train_dataset)
         == 120
     )
 
 
-def test_without_an_epoch_an_update_keeps_the_network_and_counts_anew(tmp_path):
+def test_an_update_keeps_the_network_and_counts_anew(tmp_path):
     train_prepared(
         weekly(tmp_path, 2), arguments(tmp_path / "first", num_train_epochs=8), **SMALL | {"num_transitions": 8}
     )
     second = weekly(tmp_path, 3)
-    train_prepared(second, arguments(tmp_path / "second", num_train_epochs=0), tmp_path / "first")
+    train_prepared(
+        second, Bert4RecTrainingArguments(str(tmp_path / "second"), use_cpu=True, disable_tqdm=True), tmp_path / "first"
+    )
     before, after = (Bert4RecForMaskedItemPrediction.from_pretrained(tmp_path / name) for name in ("first", "second"))
     old, new = (Bert4RecTokenizer.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert set(new.items) - set(old.items) == {"new 2"}
