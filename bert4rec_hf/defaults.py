@@ -11,8 +11,8 @@ FILTER_SEEN_BELOW = 0.05
 WIDE_FROM_EVENTS = 500_000
 # Items are rare below this number of training events per item. The model then has width 256 and high dropout.
 RARE_BELOW_EVENTS_PER_ITEM = 30
-# With causal attention, all items are predicted if the training rows have fewer items than this.
-PREDICT_ALL_BELOW_ITEMS = 125_000
+# With causal attention, an epoch predicts about this number of items, but at least this share of its items.
+PREDICTED_ITEMS, MIN_CAUSAL_MASK_RATIO = 100_000, 0.25
 # Above this number of items, a model has no transitions, and its width is not raised to 256.
 LARGE_CATALOGUE = 100_000
 # Width of an attention head.
@@ -127,8 +127,9 @@ def default_batch_size(num_rows: int) -> int:
 def default_mask_ratio(mean_length: float, num_rows: int, causal_attention: bool) -> float:
     """Probability that an item is predicted.
 
-    - Causal attention: 1 if an epoch has fewer than 125,000 items, otherwise .4. Predicting an item hides it from no
-      other, so a small log loses nothing. In a large log, it takes more time than it gains.
+    - Causal attention: so many that an epoch predicts about 100,000 items, but at least a quarter of its items.
+      Predicting an item hides it from no other, so a small log has all items predicted. In a large log, this would take
+      more time than it gains.
     - Bidirectional attention: .2, or .4 if rows have fewer than 20 items on average, as .2 of these would be too few.
 
     Args:
@@ -137,7 +138,7 @@ def default_mask_ratio(mean_length: float, num_rows: int, causal_attention: bool
         causal_attention: Whether the model has causal attention.
     """
     if causal_attention:
-        return 1.0 if mean_length * num_rows < PREDICT_ALL_BELOW_ITEMS else 0.4
+        return float(min(1.0, max(MIN_CAUSAL_MASK_RATIO, PREDICTED_ITEMS / max(1.0, mean_length * num_rows))))
     return 0.4 if mean_length < 20 else 0.2
 
 
