@@ -10,7 +10,9 @@ LOG has the forms that benchmarks/quality.py accepts. The changes, none of which
 - soft_targets=.1: this share of the label goes to the successors of the item before it, counted on other users;
 - contrast=.1: the states of two passes with other dropout must find each other among the states of the batch;
 - rdrop=1: the symmetric divergence of the predictions of two such passes is added to the loss (Liang et al. 2021);
-- bidirectional=.5: this share of the batches masks items in place, and all positions attend to all others.
+- bidirectional=.5: this share of the batches masks items in place, and all positions attend to all others;
+- peer=FOLDER: the scores of RecTools' SASRec in place of the network. FOLDER is that of a seed of benchmarks/peers.py,
+  with --set vectors=true.
 
 Every run has the checkpoint with the best validation NDCG@10 of the sum, under the weights of the defaults. The script
 writes a section of results/networks.md with the metrics of the network alone and of the sum, with weights that are
@@ -18,6 +20,7 @@ calibrated on the validation targets if that pays. Options of --set are those of
 """
 
 import argparse
+import json
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -83,7 +86,10 @@ def main() -> None:
     first: dict[str, np.ndarray] = {}
     for change in ["none", *options.changes]:
         name, _, value = change.partition("=")
-        found, minutes = run(data, name, float(value or 1), dict(settings), Path(options.output) / change)
+        if name == "peer":
+            found, minutes = of_peer(data, Path(value))
+        else:
+            found, minutes = run(data, name, float(value or 1), dict(settings), Path(options.output) / change)
         first = first or found
         cells = []
         for part in ("validation", "test"):
@@ -147,14 +153,48 @@ def run(
             compared = of_average
         else:
             copy_weights(model, raw)
-    chosen = calibration.choose_weights(compared, calibration.weights_of(config))["weights"]
     of_part = {"validation": compared, "test": calibration.compare_targets(model, rows["test"], tokenizer)}
+    return gains(of_part, config), minutes
+
+
+def gains(of_part: Mapping[str, calibration.Comparisons], config: Bert4RecConfig) -> dict[tuple[str, str], np.ndarray]:
+    """NDCG@10 of each user by part, alone and in the sum with weights that are calibrated on validation."""
+    chosen = calibration.choose_weights(of_part["validation"], calibration.weights_of(config))["weights"]
     found = {}
     for part, comparisons in of_part.items():
         order = np.argsort(comparisons.user_ids)
         found[part, "alone"] = comparisons.gains(dict.fromkeys(WEIGHT_FIELDS, 0.0))[order]
         found[part, "sum"] = comparisons.gains(chosen)[order]
-    return found, minutes
+    return found
+
+
+def of_peer(data: Path, folder: Path) -> tuple[dict[tuple[str, str], np.ndarray], float]:
+    """The same for the vectors of users and items that a peer has kept, and its CPU minutes."""
+    histories, tokenizer, preparation = read_prepared(data)
+    policy, num_items = preparation["filter_seen_items"], tokenizer.num_items
+    of_part = {}
+    for part in ("validation", "test"):
+        kept = np.load(folder / f"vectors-{part}.npz")
+        given = {"filter_seen_items": policy, "hidden_size": kept["item_vectors"].shape[1]}
+        given["max_position_embeddings"] = preparation["max_length"]
+        architecture = default_architecture(histories.num_training_events(), num_items, given)
+        model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=len(tokenizer), **architecture)).eval()
+        keep_transitions(model, histories, num_items)
+        known = tokenizer.item_ids_to_token_ids(kept["items"].tolist())
+        with torch.no_grad():
+            model.item_bias.weight.fill_(-1e4)  # an item without training events has no vector
+            model.item_bias.weight[known] = 0.0
+            model.get_input_embeddings().weight[known] = torch.from_numpy(kept["item_vectors"])
+        rows = ranking_rows(histories, tokenizer, part, filter_seen_items=policy, max_length=preparation["max_length"])
+        # `compare_targets` takes the rows in this order.
+        rows = rows.select(np.argsort(rows["history_length"], kind="stable"))
+        place_of = {user_id: place for place, user_id in enumerate(kept["users"].tolist())}
+        vectors = torch.from_numpy(kept["user_vectors"])[[place_of[user_id] for user_id in rows["user_id"][:]]]
+        batches = iter(vectors.unsqueeze(1).split(64))
+        model.mask_states = lambda *_, batches=batches: next(batches)
+        of_part[part] = calibration.compare_targets(model, rows, tokenizer, batch_size=64)
+    record = json.loads((folder / "peer.json").read_text("utf-8"))
+    return gains(of_part, model.config), record["cpu_seconds"] / 60
 
 
 class ChangedTrainer(Bert4RecTrainer):

@@ -122,6 +122,7 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     settings = RECTOOLS | settings
     epochs, patience = settings.pop("epochs"), settings.pop("patience")
     precision, minutes = settings.pop("precision"), settings.pop("minutes", None)
+    keeps_vectors = settings.pop("vectors", False)
     best = ModelCheckpoint(dirpath=folder / "checkpoint", monitor="recall@10", mode="max")
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs 10 to 20 % of the time
 
@@ -160,6 +161,9 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
     model.lightning_model.load_state_dict(checkpoint["state_dict"])
     users = histories["user_id"][histories["test_position"] >= 0].to_numpy()
     lists = model.recommend(users=users, dataset=past, k=LIST_LENGTH, filter_viewed=True)
+    if keeps_vectors:
+        for part in ("validation", "test"):
+            keep_rectools_vectors(model, histories, part, folder / f"vectors-{part}.npz")
     return lists, {
         "epochs": fitted.current_epoch,
         "best_epoch": checkpoint["epoch"] + 1,
@@ -167,6 +171,31 @@ def rectools(peer: str, histories: pd.DataFrame, folder: Path, seed: int, settin
         "parameters": sum(parameter.numel() for parameter in model.torch_model.parameters()),
         "package": "rectools",
     }
+
+
+def keep_rectools_vectors(model, histories: pd.DataFrame, part: str, path: Path) -> None:
+    """Write the vectors of the users with a target and of the items, whose products are the scores of the model."""
+    network, kept = model.lightning_model, {}
+    of_vectors, of_users = network._get_user_item_embeddings, network._recommend_u2i
+
+    def keep_vectors(*args, **kwargs):
+        kept["user_vectors"], kept["item_vectors"] = found = of_vectors(*args, **kwargs)
+        return found
+
+    def keep_users(user_ids, *args, **kwargs):
+        dataset = kwargs.get("dataset") or next(value for value in args if hasattr(value, "user_id_map"))
+        found = of_users(user_ids, *args, **kwargs)
+        # RecTools reads the vectors by the internal ids of users and items.
+        kept["users"] = dataset.user_id_map.convert_to_external(np.arange(len(kept["user_vectors"])))
+        kept["items"] = dataset.item_id_map.convert_to_external(np.arange(len(kept["item_vectors"])))
+        return found
+
+    network._get_user_item_embeddings, network._recommend_u2i = keep_vectors, keep_users
+    users = histories["user_id"][histories[f"{part}_position"] >= 0].to_numpy()
+    model.recommend(users, rectools_dataset(events(histories, before(histories, part))), k=10, filter_viewed=True)
+    network._get_user_item_embeddings, network._recommend_u2i = of_vectors, of_users
+    vectors = {name: kept.pop(name).float().numpy() for name in ("user_vectors", "item_vectors")}
+    np.savez(path, **{name: np.asarray(values, str) for name, values in kept.items()}, **vectors)
 
 
 def recbole_trainer(library: str, histories: pd.DataFrame, folder: Path, seed: int, settings: dict) -> tuple:
