@@ -16,7 +16,8 @@ LOG has the forms that benchmarks/quality.py accepts. The changes, none of which
 
 Every run has the checkpoint with the best validation NDCG@10 of the sum, under the weights of the defaults. The script
 writes a section of results/networks.md with the metrics of the network alone and of the sum, with weights that are
-calibrated on the validation targets if that pays. Options of --set are those of `bert4rec train`.
+calibrated on the validation targets if that pays. Options of --set are those of `bert4rec train`. Finished
+runs stay in FOLDER.
 """
 
 import argparse
@@ -61,6 +62,7 @@ Each row is a run of `benchmarks/networks.py` with one change, which the script 
 network, "sum" the network and the counted scores. Differences are those from the first row, user by user, ± a standard
 error.
 """
+GAINS_FILE = "gains.npz"
 NUM_FOLDS = 5
 # Temperature of the contrast, and number of places of the residual.
 TEMPERATURE, PLACES = 0.1, 8
@@ -83,13 +85,21 @@ def main() -> None:
         "| change | validation, alone | sum | difference | test, alone | sum | difference | CPU minutes |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    first: dict[str, np.ndarray] = {}
+    first: dict[tuple[str, ...], np.ndarray] = {}
     for change in ["none", *options.changes]:
         name, _, value = change.partition("=")
-        if name == "peer":
-            found, minutes = of_peer(data, Path(value))
-        else:
-            found, minutes = run(data, name, float(value or 1), dict(settings), Path(options.output) / change)
+        folder = Path(options.output) / change.replace("/", "-")
+        if not (folder / GAINS_FILE).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            if name == "peer":
+                found, minutes = of_peer(data, Path(value))
+            else:
+                found, minutes = run(data, name, float(value or 1), dict(settings), folder)
+            arrays = {f"{part} {what}": values for (part, what), values in found.items()}
+            np.savez(folder / GAINS_FILE, minutes=minutes, **arrays)
+        kept = dict(np.load(folder / GAINS_FILE))
+        minutes = float(kept.pop("minutes"))
+        found = {tuple(key.split()): values for key, values in kept.items()}
         first = first or found
         cells = []
         for part in ("validation", "test"):
@@ -98,8 +108,7 @@ def main() -> None:
             error = difference.std(ddof=1) / len(difference) ** 0.5
             cells.append("" if change == "none" else f"{difference.mean():+.4f} ± {error:.4f}")
         lines.append(f"| {change} | {' | '.join(cells)} | {minutes:.1f} |")
-        print(lines[-1], flush=True)
-    write_section(TABLE, HEADER, log_name(options.log), lines)
+        write_section(TABLE, HEADER, log_name(options.log), lines)
 
 
 def run(
