@@ -27,6 +27,7 @@ from bert4rec_hf.data.histories import tokenize_histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import networks  # noqa: E402
 import quality  # noqa: E402
 import scaling  # noqa: E402
 import shop  # noqa: E402
@@ -348,3 +349,26 @@ def test_an_update_is_compared_with_a_new_model_target_by_target():
         updates.row("new model", gains, [8.0])
         == "| new model |  |  | 0.7500 ± 0.1443 (100%) | 0.2000 (100%) |  | 8.0 |"
     )
+
+
+def test_a_residual_adds_the_items_to_the_left_in_training_as_in_serving():
+    torch.manual_seed(0)
+    config = Bert4RecConfig(vocab_size=12, hidden_size=8, num_attention_heads=2, causal_attention=True)
+    model = Bert4RecForMaskedItemPrediction(config).eval()
+    row, mask = [5, 6, 7, 8], 1
+    before = model.mask_states(torch.tensor([[*row[:3], mask]]))
+    networks.add_residual(model)
+    vectors = model.get_input_embeddings().weight
+    added = 0.5 * (0.5 * vectors[7] + 0.25 * vectors[6] + 0.125 * vectors[5])
+    torch.testing.assert_close(model.mask_states(torch.tensor([[*row[:3], mask]])), before + added)
+    # The [MASK] of a training row that predicts the last item comes after all items.
+    inputs = {"input_ids": [[*row, mask]], "position_ids": [[0, 1, 2, 3, 3]], "masked_positions": [[4]]}
+    states = model.model(**{name: torch.tensor(values) for name, values in inputs.items()}).last_hidden_state
+    torch.testing.assert_close(states, before + added)
+
+
+def test_items_are_left_out_only_where_two_stay():
+    random = np.random.default_rng(0)
+    kept = [len(networks.some_of(range(100), 0.3, random)) for _ in range(200)]
+    assert np.mean(kept) == pytest.approx(70, abs=1)
+    assert {len(networks.some_of([3, 4], 0.9, random)) for _ in range(50)} == {2}
