@@ -12,7 +12,7 @@ WIDE_FROM_EVENTS = 500_000
 # Items are rare below this number of training events per item. The model then has width 256 and high dropout.
 RARE_BELOW_EVENTS_PER_ITEM = 30
 # With causal attention, an epoch predicts about this number of items, but at least this share of its items.
-PREDICTED_ITEMS, MIN_CAUSAL_MASK_RATIO = 100_000, 0.25
+PREDICTED_ITEMS, MIN_CAUSAL_MASK_RATIO = 120_000, 0.25
 # Above this number of items, a model has no transitions, and its width is not raised to 256.
 LARGE_CATALOGUE = 100_000
 # Width of an attention head.
@@ -127,7 +127,7 @@ def default_batch_size(num_rows: int) -> int:
 def default_mask_ratio(mean_length: float, num_rows: int, causal_attention: bool) -> float:
     """Probability that an item is predicted.
 
-    - Causal attention: so many that an epoch predicts about 100,000 items, but at least a quarter of its items.
+    - Causal attention: so many that an epoch predicts about 120,000 items, but at least a quarter of its items.
       Predicting an item hides it from no other, so a small log has all items predicted. In a large log, this would take
       more time than it gains.
     - Bidirectional attention: .2, or .4 if rows have fewer than 20 items on average, as .2 of these would be too few.

@@ -186,8 +186,12 @@ MUTATIONS = {
         ("weights are measured on the users that they were chosen on", "search.best(~held_out)",
          "search.best(np.ones(len(folds), bool))",
          "evaluation/test_calibration.py::test_weights_that_only_fit_the_noise_are_not_adopted"),
-        ("weights are adopted without a clear gain", "bool(difference.mean() > error)", "bool(difference.mean() > -1)",
+        ("weights are adopted without a clear gain", "bool(difference.mean() > clearly * error)",
+         "bool(difference.mean() > -1)",
          "evaluation/test_calibration.py::test_weights_that_only_fit_the_noise_are_not_adopted"),
+        ("weights that were chosen before give way to chance", "CLEARLY_BETTER_AGAIN if were_chosen", "1.0 if were_chosen",
+         "evaluation/test_calibration.py::"
+         "test_weights_that_were_chosen_before_give_way_only_to_others_that_are_better_by_two_standard_errors"),
         ("items with equal scores are not counted against the target", "np.cumsum(differences >= 0)",
          "np.cumsum(differences > 0)", "evaluation/test_calibration.py::"
          "test_the_gains_of_any_weights_are_those_of_ranking_with_them[True]"),

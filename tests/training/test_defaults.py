@@ -123,8 +123,8 @@ def test_large_logs_are_trained_in_larger_batches_shared_by_the_processes():
 
 
 def test_a_causal_model_predicts_all_items_of_a_small_log_and_a_quarter_of_a_large_one():
-    assert default_mask_ratio(99.9, 1_000, True) == 1.0
-    assert default_mask_ratio(100, 2_000, True) == 0.5
+    assert default_mask_ratio(100, 1_200, True) == 1.0
+    assert default_mask_ratio(100, 2_400, True) == 0.5
     assert default_mask_ratio(100, 10_000, True) == 0.25
     assert default_mask_ratio(np.inf, 1, True) == 0.25  # a stream
     assert default_mask_ratio(0, 0, True) == 1.0
