@@ -189,7 +189,8 @@ MUTATIONS = {
         ("weights are adopted without a clear gain", "bool(difference.mean() > clearly * error)",
          "bool(difference.mean() > -1)",
          "evaluation/test_calibration.py::test_weights_that_only_fit_the_noise_are_not_adopted"),
-        ("weights that were chosen before give way to chance", "CLEARLY_BETTER_AGAIN if were_chosen", "1.0 if were_chosen",
+        ("weights that were chosen before give way to chance",
+         "CLEARLY_BETTER_AGAIN if were_chosen", "1.0 if were_chosen",
          "evaluation/test_calibration.py::"
          "test_weights_that_were_chosen_before_give_way_only_to_others_that_are_better_by_two_standard_errors"),
         ("items with equal scores are not counted against the target", "np.cumsum(differences >= 0)",
