@@ -251,10 +251,12 @@ def _new_rows(
     histories: AnyHistories, args: Bert4RecTrainingArguments, max_length: int, seen_until: float | None
 ) -> Dataset | None:
     """The rows of an update. None: the model has seen all events, the log has no times, or all rows are wanted."""
-    if isinstance(histories, StreamedHistories) or histories.timestamps is None or seen_until is None:
+    if args.update_rows == "all" or isinstance(histories, StreamedHistories):
+        return None
+    if histories.timestamps is None or seen_until is None:
         return None
     rows = update_rows(histories, seen_until, max_length=max_length, seed=args.seed)
-    return rows if len(rows) and args.update_rows == "new" else None
+    return rows if len(rows) else None
 
 
 def _all_rows(
@@ -462,7 +464,7 @@ def evaluate_prepared(
         prediction = trainer.predict(rows)
         metrics_of_sets = None
         if sets is not None:
-            if preparation["split"]["name"] == "temporal":  # the same rows, except that of users without a target
+            if preparation["split"]["name"] == "temporal":  # the same rows, without users who have no target
                 recommended = prediction.predictions[1][np.isin(rows["user_id"][:], sets.rows["user_id"][:])]
             else:
                 recommended = trainer.predict(sets.rows).predictions[1]

@@ -253,7 +253,7 @@ MUTATIONS = {
          "training/test_continued_models.py::test_a_model_that_goes_on_is_told_apart_from_where_it_began"),
     ],
     "runs": [
-        ("an update trains on all rows", "return rows if len(rows) and", "return rows if False and",
+        ("an update trains on all rows", "return rows if len(rows) else None", "return None",
          "training/test_continued_models.py::test_an_update_trains_on_the_new_events_by_defaults_of_its_own"),
         ("an update has the defaults of a new model", "        _choose_for_update(args, config)", "        pass",
          "training/test_continued_models.py::test_an_update_trains_on_the_new_events_by_defaults_of_its_own"),

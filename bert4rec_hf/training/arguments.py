@@ -14,7 +14,7 @@ from ..defaults import STREAMED_EVAL_SAMPLES
 from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, sampled_metrics
 
 # Values of arguments that a plain Trainer uses if they are left out. `Bert4RecTrainer` chooses the first two from the
-# log. `train_prepared` chooses the number of epochs, and all but the batch size for a model that is trained further.
+# log. `train_prepared` chooses the number of epochs, and all but the batch size for an update.
 FALLBACKS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "per_device_train_batch_size": 32,

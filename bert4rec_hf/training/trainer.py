@@ -329,7 +329,7 @@ class Bert4RecTrainer(Trainer):
         batch_size = self.args.per_device_eval_batch_size
         comparisons = compare_targets(model, rows, self.processing_class, batch_size=batch_size)
         weights = weights_of(model.config)
-        chosen: dict[str, Any] = {"weights": weights, "adopted": False}
+        chosen: dict[str, Any] = {"weights": weights, "adopted": False, "were_chosen": self.weights_were_chosen}
         if self.args.calibrate:
             chosen = choose_weights(comparisons, weights, were_chosen=self.weights_were_chosen)
         compared = compare_with_baselines(comparisons, chosen["weights"], self.baseline_ranks, rows["user_id"][:])
