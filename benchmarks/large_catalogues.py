@@ -31,10 +31,15 @@ from quality import log_name, named_seeds, prepared, spread
 from quality import train as train_model
 from tables import write_section
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainingArguments, prepare
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTrainingArguments,
+    prepare,
+    train_prepared,
+)
 from bert4rec_hf.evaluation.protocol import Protocol
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
-from bert4rec_hf.runs import train_prepared
 
 BATCH, LENGTH, MASK_RATIO, NUM_NEGATIVES, STEPS = 32, 50, 0.2, 1000, 5
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")

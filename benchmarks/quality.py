@@ -29,13 +29,19 @@ import yaml
 from accelerate import PartialState
 from tables import machine
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecTrainer, Bert4RecTrainingArguments, prepare
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecTrainer,
+    Bert4RecTrainingArguments,
+    evaluate_prepared,
+    prepare,
+    train_prepared,
+)
 from bert4rec_hf.data.histories import HISTORIES_FILE, PREPARATION_FILE, read_prepared
 from bert4rec_hf.data.rows import ranking_rows
 from bert4rec_hf.evaluation.baselines import baseline_ranks
 from bert4rec_hf.evaluation.protocol import Protocol
 from bert4rec_hf.hub.model_card import CURVE_FILE
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 HERE = Path(__file__).parent
 TABLE = HERE / "results" / "quality.md"

@@ -79,10 +79,9 @@ def ndcg(scores: torch.Tensor, targets: torch.Tensor) -> float:
 def ours(data: Path, histories: pd.DataFrame, clock: Clock, shape: dict) -> tuple[int, Callable[[], int]]:
     from transformers import pipeline
 
-    from bert4rec_hf import Bert4RecTrainingArguments
+    from bert4rec_hf import Bert4RecTrainingArguments, train_prepared
     from bert4rec_hf.data.histories import read_prepared
     from bert4rec_hf.data.rows import training_rows
-    from bert4rec_hf.runs import train_prepared
 
     windows, rows_of = ("newest", "whole") if shape["newest"] else ("proportional", "proportional")
     rows = len(training_rows(read_prepared(data)[0], max_length=shape["length"], windows=rows_of))

@@ -45,11 +45,11 @@ from bert4rec_hf import (
     prepare,
     ranking_rows,
     read_prepared,
+    train_prepared,
 )
 from bert4rec_hf.data.histories import time_type
 from bert4rec_hf.evaluation.target_sets import set_metrics, target_sets
 from bert4rec_hf.hub.load import load_model
-from bert4rec_hf.runs import train_prepared
 
 TABLE = Path(__file__).parent / "results" / "updates.md"
 SECONDS_FILE = "seconds.txt"

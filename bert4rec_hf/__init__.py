@@ -32,13 +32,13 @@ _LATER = {
     "PrepareOptions": "data.prepare_options",
     "Protocol": "evaluation.protocol",
     "baseline_ranks": "evaluation.baselines",
-    "calibrate_prepared": "runs",
+    "calibrate_prepared": "runs.calibrate",
     "compute_metrics": "evaluation.metrics",
     "convert_config": "convert.recbole_settings",
     "convert_from_recbole": "convert.recbole",
     "convert_to_recbole": "convert.recbole",
     "cooccurrence_vectors": "data.counting",
-    "evaluate_prepared": "runs",
+    "evaluate_prepared": "runs.evaluate",
     "export_onnx": "serving.onnx_export",
     "histories": "data.preparation",
     "keep_transitions": "training.initialization",
@@ -52,8 +52,8 @@ _LATER = {
     "stream_training_rows": "data.rows",
     "target_ranks": "evaluation.metrics",
     "tokenize_histories": "data.histories",
-    "train_prepared": "runs",
-    "tune_prepared": "tuning",
+    "train_prepared": "runs.train",
+    "tune_prepared": "runs.tune",
     "training_rows": "data.rows",
     "floors": "evaluation.baselines",
 }
@@ -111,13 +111,15 @@ if TYPE_CHECKING:
     from .evaluation.metrics import compute_metrics, ranking_metrics, target_ranks
     from .evaluation.protocol import Protocol
     from .hub.publish_code import publish_code
-    from .runs import calibrate_prepared, evaluate_prepared, train_prepared
+    from .runs.calibrate import calibrate_prepared
+    from .runs.evaluate import evaluate_prepared
+    from .runs.train import train_prepared
+    from .runs.tune import tune_prepared
     from .serving.item_index import ItemIndex
     from .serving.onnx_export import export_onnx
     from .training.arguments import Bert4RecTrainingArguments
     from .training.initialization import keep_transitions, start_from_cooccurrence
     from .training.trainer import Bert4RecTrainer
-    from .tuning import tune_prepared
 else:
 
     def __getattr__(name: str) -> Any:

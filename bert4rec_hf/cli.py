@@ -84,7 +84,7 @@ def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions, m
 
 def train(arguments: Sequence[str]) -> None:
     """Train a model on a prepared folder or a log. Every checkpoint is a model folder."""
-    from .runs import train_prepared
+    from .runs.train import train_prepared
     from .training.arguments import Bert4RecTrainingArguments
     from .training.resume import check_output
 
@@ -143,7 +143,7 @@ def tune(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, _ = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .tuning import tune_prepared
+    from .runs.tune import tune_prepared
 
     try:
         found = tune_prepared(**vars(options))
@@ -164,7 +164,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
     from .hub.model_card import read_evaluations
-    from .runs import evaluate_prepared
+    from .runs.evaluate import evaluate_prepared
 
     record = evaluate_prepared(rest.model, **vars(options))
     if PartialState().is_main_process:
@@ -189,7 +189,7 @@ def calibrate(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
-    from .runs import calibrate_prepared
+    from .runs.calibrate import calibrate_prepared
 
     record = calibrate_prepared(rest.model, **vars(options))
     print(format_calibration(record))

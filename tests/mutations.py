@@ -252,7 +252,7 @@ MUTATIONS = {
          "return",
          "training/test_continued_models.py::test_a_model_that_goes_on_is_told_apart_from_where_it_began"),
     ],
-    "runs": [
+    "runs/train": [
         ("an update trains on all rows", "return rows if len(rows) else None", "return None",
          "training/test_continued_models.py::test_an_update_trains_on_the_new_events_by_defaults_of_its_own"),
         ("an update has the defaults of a new model", "        _choose_for_update(args, config)", "        pass",

@@ -17,7 +17,6 @@ ORDER = [
     {"hub"},
     {"training", "serving", "convert"},
     {"runs"},
-    {"tuning"},
     {"command_line"},
     {"cli"},
     {"__init__", "__main__"},

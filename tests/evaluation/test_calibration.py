@@ -15,6 +15,8 @@ from bert4rec_hf import (
     Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
     Bert4RecTrainer,
+    calibrate_prepared,
+    evaluate_prepared,
     prepare,
     train_prepared,
 )
@@ -32,7 +34,6 @@ from bert4rec_hf.evaluation.calibration import (
     weights_of,
 )
 from bert4rec_hf.model.history_scores import WEIGHT_FIELDS
-from bert4rec_hf.runs import calibrate_prepared, evaluate_prepared
 
 
 def write_shop(path, num_users: int = 300) -> None:

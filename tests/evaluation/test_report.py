@@ -11,11 +11,10 @@ import pytest
 from chain_runs import SMALL, arguments
 from datasets import Dataset
 
-from bert4rec_hf import Protocol, prepare, ranking_metrics
+from bert4rec_hf import Protocol, evaluate_prepared, prepare, ranking_metrics, train_prepared
 from bert4rec_hf.cli import main
 from bert4rec_hf.data.histories import Histories
 from bert4rec_hf.evaluation.report import REPORT_FILES, evaluation_report, item_groups, popular_items, write_report
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 PROTOCOL = Protocol("leave-one-out", "test", "all 5 items", True, 4, 1, 0.0, 0.25)
 

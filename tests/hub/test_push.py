@@ -106,7 +106,7 @@ def pushed(hub, folder, data):
     """Train, evaluate and push a model; change and push it again. Returns commit and answers for both pushes."""
     code = f"""
 from bert4rec_hf import Bert4RecTrainingArguments
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf import evaluate_prepared, train_prepared
 options = {TRAIN!r}
 sizes = {{name: options.pop(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")}}
 model, data = sys.argv[1:]

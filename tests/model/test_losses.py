@@ -16,12 +16,13 @@ from bert4rec_hf import (
     Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
     DataCollatorForMaskedItemPrediction,
+    evaluate_prepared,
     prepare,
+    train_prepared,
 )
 from bert4rec_hf.cli import main
 from bert4rec_hf.model import losses
 from bert4rec_hf.model.losses import ITEM_LOSSES, bpr_loss, gbce_loss, sampled_softmax_loss, softmax_loss
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 NUM_ITEMS, IGNORED = 11, -100
 LABELS = torch.tensor([3, 0, IGNORED, 10, 5, 3, IGNORED])

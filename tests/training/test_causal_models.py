@@ -5,8 +5,7 @@ import math
 import pytest
 from chain_runs import SMALL, arguments
 
-from bert4rec_hf import Bert4RecForMaskedItemPrediction
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
+from bert4rec_hf import Bert4RecForMaskedItemPrediction, evaluate_prepared, train_prepared
 
 
 def test_a_causal_model_learns_a_chain_and_is_served_as_it_was_evaluated(chain, tmp_path):

@@ -14,8 +14,10 @@ from bert4rec_hf import (
     Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
+    evaluate_prepared,
     prepare,
     read_prepared,
+    train_prepared,
     training_rows,
 )
 from bert4rec_hf.cli import main
@@ -27,7 +29,6 @@ from bert4rec_hf.defaults import (
     default_transition_weight,
 )
 from bert4rec_hf.evaluation.seen_targets import last_trained_time
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
 from bert4rec_hf.training.initialization import keep_transitions
 
 

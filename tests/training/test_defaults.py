@@ -13,6 +13,7 @@ from bert4rec_hf import (
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     read_prepared,
+    train_prepared,
 )
 from bert4rec_hf.data.counting import cooccurrence_vectors
 from bert4rec_hf.defaults import (
@@ -23,7 +24,6 @@ from bert4rec_hf.defaults import (
     default_transition_weight,
 )
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
-from bert4rec_hf.runs import train_prepared
 
 
 def test_a_new_model_starts_from_co_occurrences_unless_it_is_told(chain, tmp_path):

@@ -13,8 +13,7 @@ import pytest
 from chain_runs import SMALL, arguments, write_chain
 from transformers import TrainerState
 
-from bert4rec_hf import Protocol, prepare, ranking_metrics
-from bert4rec_hf.runs import train_prepared
+from bert4rec_hf import Protocol, prepare, ranking_metrics, train_prepared
 from bert4rec_hf.training.learning_curve import (
     plot_training,
     standard_error_from_metrics,
@@ -280,7 +279,7 @@ def test_a_log_without_any_order_is_reported_at_the_baseline_in_log_and_card(tmp
         train_prepared(tmp_path / "data", arguments(tmp_path / "model"), **SMALL)
     (warning,) = read(tmp_path / "model")["warnings"]
     assert warning.startswith("at the popularity baseline")
-    assert [entry.getMessage() for entry in caplog.records if entry.name == "bert4rec_hf.runs"] == [warning]
+    assert [entry.getMessage() for entry in caplog.records if entry.name == "bert4rec_hf.runs.train"] == [warning]
     assert f"> **Warning**: {warning}." in (tmp_path / "model" / "README.md").read_text("utf-8")
 
 
@@ -297,6 +296,6 @@ def test_a_curve_of_other_weights_does_not_stay_in_the_folder(chain, tmp_path):
 
 
 def test_matplotlib_is_loaded_by_a_picture_only():
-    code = "import sys, bert4rec_hf, bert4rec_hf.runs, bert4rec_hf.cli; print('matplotlib' in sys.modules)"
+    code = "import sys, bert4rec_hf, bert4rec_hf.runs.train, bert4rec_hf.cli; print('matplotlib' in sys.modules)"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert outcome.stdout.split() == ["False"]

@@ -10,8 +10,14 @@ import pytest
 from chain_runs import SMALL, arguments, free_port
 from transformers import pipeline
 
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainer, read_prepared, training_rows
-from bert4rec_hf.runs import evaluate_prepared
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTrainer,
+    evaluate_prepared,
+    read_prepared,
+    training_rows,
+)
 
 
 def test_of_several_gpus_without_a_launcher_one_is_used(chain, tmp_path, caplog):

@@ -15,11 +15,11 @@ from bert4rec_hf import (
     DataCollatorForMaskedItemPrediction,
     prepare,
     read_prepared,
+    train_prepared,
     training_rows,
 )
 from bert4rec_hf.data.histories import stream_prepared
 from bert4rec_hf.data.rows import StreamedTrainingRows
-from bert4rec_hf.runs import train_prepared
 
 
 def test_a_checkpoint_is_a_full_model_folder(chain, tmp_path):

@@ -17,12 +17,18 @@ from chain_runs import SMALL, arguments, free_port, write_chain
 from command_runs import fail, succeed
 
 import bert4rec_hf.data.preparation
-from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTrainer, prepare, training_rows
+from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
+    Bert4RecTrainer,
+    prepare,
+    train_prepared,
+    training_rows,
+)
 from bert4rec_hf.data import counting
 from bert4rec_hf.data import rows as row_module
 from bert4rec_hf.data.histories import read_prepared, stream_prepared
 from bert4rec_hf.data.rows import StreamedTrainingRows
-from bert4rec_hf.runs import train_prepared
 from bert4rec_hf.training.sampler import StreamedRowSampler
 
 NUM_USERS = 240

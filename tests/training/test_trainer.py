@@ -20,11 +20,13 @@ from bert4rec_hf import (
     Bert4RecTrainingArguments,
     DataCollatorForMaskedItemPrediction,
     compute_metrics,
+    evaluate_prepared,
     prepare,
     ranking_metrics,
     ranking_rows,
     read_prepared,
     target_ranks,
+    train_prepared,
     training_rows,
 )
 from bert4rec_hf.cli import main
@@ -33,7 +35,6 @@ from bert4rec_hf.evaluation.baselines import popularity_ranks
 from bert4rec_hf.evaluation.metrics import SAMPLED_METRICS
 from bert4rec_hf.evaluation.protocol import Protocol
 from bert4rec_hf.model.configuration_bert4rec import UNK_TOKEN_ID
-from bert4rec_hf.runs import evaluate_prepared, train_prepared
 
 
 @pytest.fixture(scope="module")

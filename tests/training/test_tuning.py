@@ -7,8 +7,9 @@ import time
 import pytest
 import yaml
 
-from bert4rec_hf import prepare, tuning
+from bert4rec_hf import prepare
 from bert4rec_hf.cli import main
+from bert4rec_hf.runs import tune
 
 PNG = b"\x89PNG\r\n"
 SEARCHED = {
@@ -19,8 +20,8 @@ SEARCHED = {
 @pytest.fixture
 def quick(monkeypatch):
     """Let a trial take seconds."""
-    monkeypatch.setattr(tuning, "SEARCHED", SEARCHED)
-    monkeypatch.setattr(tuning, "_defaults", lambda data: {name: values[0] for name, values in SEARCHED.items()})
+    monkeypatch.setattr(tune, "SEARCHED", SEARCHED)
+    monkeypatch.setattr(tune, "_defaults", lambda data: {name: values[0] for name, values in SEARCHED.items()})
 
 
 def test_the_search_starts_from_the_defaults_and_ends_in_a_recipe_that_trains(chain, tmp_path, capsys, quick):
@@ -52,10 +53,10 @@ def test_the_search_starts_from_the_defaults_and_ends_in_a_recipe_that_trains(ch
 
 
 def test_a_bad_trial_is_pruned(chain, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(tuning, "TRIALS_BEFORE_PRUNING", 1)
-    monkeypatch.setattr(tuning, "EVALUATIONS_BEFORE_PRUNING", 1)
-    monkeypatch.setattr(tuning, "SEARCHED", SEARCHED | {"hidden_size": [32], "num_train_epochs": [2]})
-    found = tuning.tune_prepared(chain[0], tmp_path / "search", minutes=0.6, use_cpu=True)
+    monkeypatch.setattr(tune, "TRIALS_BEFORE_PRUNING", 1)
+    monkeypatch.setattr(tune, "EVALUATIONS_BEFORE_PRUNING", 1)
+    monkeypatch.setattr(tune, "SEARCHED", SEARCHED | {"hidden_size": [32], "num_train_epochs": [2]})
+    found = tune.tune_prepared(chain[0], tmp_path / "search", minutes=0.6, use_cpu=True)
     pruned = [trial for trial in found["trials"] if trial["state"] == "pruned"]
     assert pruned
     assert all(len(trial["evaluations"]) < 10 for trial in pruned)
@@ -82,6 +83,6 @@ def test_what_cannot_be_searched_is_an_error(chain, tmp_path, capsys, monkeypatc
 
 
 def test_the_defaults_are_those_of_the_log(chain):
-    assert tuning._defaults(chain[0]) == {
+    assert tune._defaults(chain[0]) == {
         "hidden_size": 64, "hidden_dropout_prob": 0.1, "mask_ratio": 1.0, "num_train_epochs": 20,
     }  # fmt: skip

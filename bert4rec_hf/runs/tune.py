@@ -12,15 +12,15 @@ import numpy as np
 import yaml
 from transformers import TrainerCallback
 
-from .data.histories import check_prepared, read_prepared
-from .data.rows import training_rows
-from .defaults import default_architecture, default_mask_ratio, default_num_train_epochs
-from .evaluation.plotting import BLUE, GREY, ORANGE, png
-from .files import folder_beside, write_file
-from .runs import train_prepared
-from .training.arguments import Bert4RecTrainingArguments
-from .training.resume import check_output
-from .training.sampler import mean_length
+from ..data.histories import check_prepared, read_prepared
+from ..data.rows import training_rows
+from ..defaults import default_architecture, default_mask_ratio, default_num_train_epochs
+from ..evaluation.plotting import BLUE, GREY, ORANGE, png
+from ..files import folder_beside, write_file
+from ..training.arguments import Bert4RecTrainingArguments
+from ..training.resume import check_output
+from ..training.sampler import mean_length
+from .train import train_prepared
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,200 @@
+"""`bert4rec evaluate` as a function."""
+
+import logging
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+
+from ..data.counting import item_counts
+from ..data.histories import check_prepared, time_type
+from ..data.rows import ranking_rows, sampled_candidates, users_with_targets
+from ..evaluation.baselines import baseline_ranks
+from ..evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
+from ..evaluation.protocol import Protocol
+from ..evaluation.report import check_report_folder, evaluation_report, write_report
+from ..evaluation.seen_targets import check_targets
+from ..evaluation.target_sets import set_metrics, target_sets
+from ..hub.load import load_model
+from ..hub.model_card import add_evaluation, read_calibration, read_evaluations, write_model_card
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..training.arguments import Bert4RecTrainingArguments
+from ..training.trainer import Bert4RecTrainer
+from .model_and_data import check_catalogue, read_histories
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_prepared(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    part: str = "test",
+    *,
+    protocol: str = "full",
+    targets: str = "next",
+    horizon: str | None = None,
+    streaming: bool = False,
+    max_eval_samples: int | None = None,
+    per_device_eval_batch_size: int = 64,
+    use_cpu: bool = False,
+    disable_tqdm: bool = False,
+    report: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Rank the targets of a prepared folder with a model and with the baselines.
+
+    If the model is a local folder, the metrics are also written into its evaluation.json and its card.
+
+    Args:
+        model: A model folder or Hub id.
+        data: The prepared folder.
+        part: "validation" or "test".
+        protocol: "full" ranks each target among the whole catalogue. "paper" ranks it among 100 items drawn by
+            popularity (see `rows.sampled_candidates`); the names of the metrics start with "sampled_", and there are no
+            baselines.
+        targets: "next" ranks the next event of each user. "all" also computes metrics with several targets per user;
+            see `target_sets`. They are stored as a record of their own.
+        horizon: With "all" and a temporal split, how long after the cut an event is a target, for example "7d". None:
+            no limit.
+        streaming: Whether the histories stay on disk, for a log larger than memory. Only the users who are ranked are
+            read into memory.
+        max_eval_samples: Maximum number of users to rank, drawn at random. None: all; with `streaming`, 50,000.
+        per_device_eval_batch_size: Number of histories ranked at once.
+        use_cpu: Whether to leave an accelerator unused.
+        disable_tqdm: Whether to show no progress bar.
+        report: A folder for report.json, report.md, report.png and ranks.parquet; see `report.write_report`. Only for
+            the full protocol. None: no report.
+
+    Returns:
+        The record of evaluation.json: source, protocol, metrics and baselines. If some users have an empty history, it
+        also has groups: the metrics of the users with and without a past. With all targets, it also has all_targets,
+        the other record.
+
+    Raises:
+        ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
+            the data, if no user has a target, if the model has trained on the targets, if a report or all targets are
+            asked for with the protocol "paper", or if the targets do not fit the data; see `target_sets`.
+    """
+    check_prepared(data)
+    if targets not in ("next", "all"):
+        raise ValueError(f"targets must be next or all; got {targets!r}")
+    if horizon is not None and targets != "all":
+        raise ValueError(f"--horizon is for --targets all; got {horizon}: leave it out, or add --targets all")
+    if targets == "all" and protocol == "paper":
+        raise ValueError("--targets all needs the full ranking; got --protocol paper: leave out one of the two")
+    if max_eval_samples is not None and max_eval_samples < 1:
+        raise ValueError(f"max_eval_samples must be at least 1; got {max_eval_samples}")
+    if report is not None:
+        if protocol == "paper":
+            raise ValueError("a report needs the full ranking; got --protocol paper: leave out one of the two")
+        check_report_folder(report)
+    loaded = load_model(model)
+    tokenizer = Bert4RecTokenizer.from_pretrained(model)
+    histories, tokenizer, preparation = read_histories(data, streaming, tokenizer)
+    check_catalogue(model, tokenizer, data, histories)
+    check_targets(model, preparation, part)
+    if os.path.isdir(model):
+        read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
+    policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
+    evaluated = users_with_targets(histories, part, max_eval_samples, timestamps=targets == "all")
+    how: dict[str, Any] = {"filter_seen_items": policy, "max_length": length}
+    rows = ranking_rows(evaluated, tokenizer, part, **how)
+    if not len(rows):
+        raise ValueError(
+            f"no user of {data} has a {part} target; choose another --part, or prepare with another --split"
+        )
+    sets = None
+    if targets == "all":
+        sets = target_sets(evaluated, tokenizer, preparation, part, horizon=horizon, time_type=time_type(data), **how)
+    if protocol == "paper":
+        rows = sampled_candidates(rows, evaluated, counts=item_counts(histories, tokenizer.num_items))
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = Bert4RecTrainer(
+            loaded,
+            Bert4RecTrainingArguments(
+                nowhere,
+                per_device_eval_batch_size=per_device_eval_batch_size,
+                use_cpu=use_cpu,
+                disable_tqdm=disable_tqdm or not sys.stderr.isatty(),
+                eval_strategy="no",
+                save_strategy="no",
+            ),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)  # the record has all metrics
+        prediction = trainer.predict(rows)
+        metrics_of_sets = None
+        if sets is not None:
+            if preparation["split"]["name"] == "temporal":  # the same rows, without users who have no target
+                recommended = prediction.predictions[1][np.isin(rows["user_id"][:], sets.rows["user_id"][:])]
+            else:
+                recommended = trainer.predict(sets.rows).predictions[1]
+            metrics_of_sets = set_metrics(sets.ranks_in(recommended), sets.users)
+    described = Protocol.of(evaluated, preparation, part, tokenizer.num_items, policy, histories.num_targets(part))
+    if part == "validation" and os.path.isdir(model):
+        calibration = read_calibration(model)
+        was_here = calibration is not None and calibration.get("source") == os.path.basename(preparation["source"])
+        described = replace(described, calibrated=was_here)
+    rankings, measure = {"model": prediction.predictions[0]}, ranking_metrics
+    if protocol == "paper":
+        described, measure = (
+            replace(described, candidates=f"the target and {_numbers_of(rows)} items drawn by popularity"),
+            sampled_metrics,
+        )
+        metrics = measure(rankings["model"])
+    else:
+        rankings |= baseline_ranks(rows, histories, tokenizer.num_items)
+        metrics = result_metrics(prediction.metrics, "test")
+    record: dict[str, Any] = {
+        "source": os.path.basename(preparation["source"]),
+        "protocol": described.as_dict(),
+        "metrics": metrics,
+        "baselines": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
+    }
+    has_past = np.asarray(rows["history_length"]) > 0
+    if not has_past.all():
+        record["groups"] = {
+            f"{int(users.sum())} users {title} a past": {
+                name: measure(ranks[users]) for name, ranks in rankings.items()
+            }
+            for title, users in (("with", has_past), ("without", ~has_past))
+        }
+    of_sets = None
+    if sets is not None:
+        of_all = replace(
+            described,
+            targets=sets.description,
+            num_users=len(sets.rows),
+            num_users_without_past=sum(length == 0 for length in sets.rows["history_length"]),
+            share_seen_targets=sets.share_seen(),
+            share_unknown_targets=float((sets.token_ids < 0).mean()),
+        )
+        ranked = baseline_ranks(sets.expanded_rows(), histories, tokenizer.num_items)
+        of_sets = {
+            "source": record["source"],
+            "protocol": of_all.as_dict(),
+            "metrics": metrics_of_sets,
+            "baselines": {name: set_metrics(ranks, sets.users) for name, ranks in ranked.items()},
+        }
+    if trainer.is_world_process_zero() and report is not None:
+        recommended = prediction.predictions[1]
+        found = evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items)
+        write_report(report, found, rows, rankings["model"])
+    if trainer.is_world_process_zero() and os.path.isdir(model):
+        try:
+            add_evaluation(model, record)
+            if of_sets is not None:
+                add_evaluation(model, of_sets)
+            write_model_card(model)
+        except OSError as error:
+            logger.warning("the metrics could not be written into %s: %s", model, error)
+    return record if of_sets is None else record | {"all_targets": of_sets}
+
+
+def _numbers_of(rows: Dataset) -> str:
+    numbers = [len(items) for items in rows["candidate_ids"]]
+    return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
