@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from bert4rec_hf.evaluation.compare import METRICS, NUM_RESAMPLES, paired_bootstrap
+from bert4rec_hf.evaluation.metrics import user_metrics
+
 RANKS_FILE = "ranks.parquet"
-METRICS = ("NDCG@10", "HR@10")
-CHUNK_SIZE = 100  # resamples
 
 
 def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
@@ -40,36 +41,16 @@ def gains(pattern: str) -> tuple[list[str], np.ndarray, int]:
             raise ValueError(f"{folders[0]} and {folder} do not have the same test users")
         users = table["user_id"].to_pylist()
         ranks = table["rank"].to_numpy()
-        hits = (ranks > 0) & (ranks <= 10)
-        values.append([np.where(hits, 1 / np.log2(np.maximum(ranks, 1) + 1), 0), hits])
+        found = user_metrics(ranks)
+        values.append([found[metric] for metric in METRICS])
     return users, np.mean(values, axis=0), len(folders)
-
-
-def compare(of_a: np.ndarray, of_b: np.ndarray, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-    """For each metric: the mean of A minus B, its 95 % interval, and the share of resamples with a mean of 0 or less.
-
-    Args:
-        of_a: (metrics, users) values of A.
-        of_b: (metrics, users) values of B for the same users.
-        resamples: Number of resamples of the users, drawn with replacement.
-        seed: Equal seeds give equal resamples.
-    """
-    differences = of_a - of_b
-    random = np.random.default_rng(seed)
-    num_users = differences.shape[1]
-    means = np.concatenate([
-        differences[:, random.integers(num_users, size=(min(CHUNK_SIZE, resamples - start), num_users))].mean(axis=2).T
-        for start in range(0, resamples, CHUNK_SIZE)
-    ])  # fmt: skip
-    low, high = np.quantile(means, (0.025, 0.975), axis=0)
-    return np.stack([differences.mean(axis=1), low, high, (means <= 0).mean(axis=0)], axis=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("a")
     parser.add_argument("b")
-    parser.add_argument("--resamples", type=int, default=10_000)
+    parser.add_argument("--resamples", type=int, default=NUM_RESAMPLES)
     options = parser.parse_args()
     try:
         (users, of_a, folders_a), (others, of_b, folders_b) = gains(options.a), gains(options.b)
@@ -83,8 +64,8 @@ def main() -> None:
     print(f"A: {options.a}\nB: {options.b}")
     print(f"{len(users):,} users; A: {folders_a} seed(s), B: {folders_b} seed(s); {options.resamples:,} resamples\n")
     print("| | A | B | A - B | 95 % interval | share of resamples ≤ 0 |\n|---|---|---|---|---|---|")
-    for metric, a, b, row in zip(METRICS, of_a, of_b, compare(of_a, of_b, options.resamples), strict=True):
-        mean, low, high, share = row
+    for metric, a, b in zip(METRICS, of_a, of_b, strict=True):
+        mean, low, high, share = paired_bootstrap(a - b, num_resamples=options.resamples)
         print(f"| {metric} | {a.mean():.4f} | {b.mean():.4f} | {mean:+.4f} | {low:+.4f} to {high:+.4f} | {share:.4f} |")
 
 

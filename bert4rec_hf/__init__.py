@@ -33,6 +33,7 @@ _LATER = {
     "Protocol": "evaluation.protocol",
     "baseline_ranks": "evaluation.baselines",
     "calibrate_prepared": "runs.calibrate",
+    "compare_prepared": "runs.compare",
     "compute_metrics": "evaluation.metrics",
     "convert_config": "convert.recbole_settings",
     "convert_from_recbole": "convert.recbole",
@@ -73,6 +74,7 @@ __all__ = [
     "__version__",
     "baseline_ranks",
     "calibrate_prepared",
+    "compare_prepared",
     "compute_metrics",
     "convert_config",
     "convert_from_recbole",
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from .evaluation.protocol import Protocol
     from .hub.publish_code import publish_code
     from .runs.calibrate import calibrate_prepared
+    from .runs.compare import compare_prepared
     from .runs.evaluate import evaluate_prepared
     from .runs.train import train_prepared
     from .runs.tune import tune_prepared

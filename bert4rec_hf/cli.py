@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import io
+import json
 import logging
 import shlex
 import signal
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 
 from .command_line.options import (
     CalibrateArguments,
+    CompareArguments,
     ConvertArguments,
     ConvertConfigArguments,
     EvaluateArguments,
@@ -30,7 +32,7 @@ from .command_line.options import (
     TuneArguments,
     architecture_arguments,
 )
-from .command_line.output import format_calibration, format_evaluation, print_preparation
+from .command_line.output import format_calibration, format_differences, format_evaluation, print_preparation
 from .command_line.parser import Parser, one_line
 from .data.prepare_options import PrepareOptions
 from .model.configuration_bert4rec import UNK_TOKEN_ID
@@ -159,27 +161,61 @@ def tune(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """Rank held-out targets with a model and with baselines, and write the metrics into the model folder."""
     parser = Parser(EvaluateArguments, prog="bert4rec evaluate", description=evaluate.__doc__)
-    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("models", nargs="+", metavar="model", help="A model folder or Hub id, or several.")
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    if options.report is not None and len(rest.models) > 1:
+        parser.error(f"--report is for one model; got {len(rest.models)}: bert4rec compare reports on two")
 
     from .hub.model_card import read_evaluations
     from .runs.evaluate import evaluate_prepared
 
-    record = evaluate_prepared(rest.model, **vars(options))
+    records = {model: evaluate_prepared(model, **vars(options)) for model in rest.models}
+    if not PartialState().is_main_process:
+        return
+    of_sets = {model: record.pop("all_targets") for model, record in records.items() if "all_targets" in record}
+    for found in filter(None, (records, of_sets)):
+        if len({json.dumps(record["protocol"]) for record in found.values()}) == 1 < len(found):
+            print(format_evaluation(next(iter(found.values())), found))
+            continue
+        for model, record in found.items():
+            print(format_evaluation(record) if len(found) == 1 else f"{model}\n{format_evaluation(record)}")
+    stored = [model for model in records if Path(model).is_dir()]
+    stored = [model for model in stored if records[model] in read_evaluations(model)]
+    if options.report is not None:
+        print(f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json, report.png and ranks.parquet")
+    if len(records) > 1:
+        if stored:
+            print(f"wrote evaluation.json and the model card of {', '.join(stored)}")
+        old, new = (shlex.quote(model) for model in rest.models[:2])
+        print(f"next: bert4rec compare {old} {new} --data {shlex.quote(options.data)}")
+        return
+    place = f"wrote {Path(stored[0]) / 'evaluation.json'} and the model card; " if stored else ""
+    print(f"{place}next: bert4rec recommend {shlex.quote(rest.models[0])} ITEM_ID ITEM_ID …")
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Compare two models user by user, and tell whether the new one may replace the old one."""
+    parser = Parser(CompareArguments, prog="bert4rec compare", description=compare.__doc__)
+    parser.add_argument("old", help="A model folder or Hub id.")
+    parser.add_argument("new", help="The model that may replace it.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .evaluation.compare import meets
+    from .runs.compare import compare_prepared
+
+    given = vars(options)
+    requirement = given.pop("require")
+    record = compare_prepared(rest.old, rest.new, **given)
+    is_met = requirement is None or meets(record, requirement)
     if PartialState().is_main_process:
-        of_sets = record.pop("all_targets", None)
-        print(format_evaluation(record))
-        if of_sets is not None:
-            print(format_evaluation(of_sets))
-        folder = Path(rest.model)
-        is_stored = folder.is_dir() and record in read_evaluations(folder)
-        stored = f"wrote {folder / 'evaluation.json'} and the model card; " if is_stored else ""
+        print(format_differences(record))
         if options.report is not None:
-            print(
-                f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json, report.png and ranks.parquet"
-            )
-        print(f"{stored}next: bert4rec recommend {shlex.quote(rest.model)} ITEM_ID ITEM_ID …")
+            print(f"wrote {Path(options.report) / 'comparison.md'} and, beside it, comparison.json and comparison.png")
+        if requirement is not None:
+            print(f"required: {requirement.replace('-', ' ')}; {'met' if is_met else 'not met, exit status 1'}")
+    return 0 if is_met else 1
 
 
 def calibrate(arguments: Sequence[str]) -> None:
@@ -344,6 +380,7 @@ COMMANDS = {
     "train": train,
     "tune": tune,
     "evaluate": evaluate,
+    "compare": compare,
     "calibrate": calibrate,
     "recommend": recommend,
     "export": export,
@@ -386,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
     try:
-        COMMANDS[arguments[0]](arguments[1:])
+        status = COMMANDS[arguments[0]](arguments[1:])
     except (ValueError, TypeError, OverflowError, OSError, ImportError, SafetensorError, yaml.YAMLError) as error:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {one_line(error)}", file=sys.stderr)
@@ -394,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _overview() -> str:

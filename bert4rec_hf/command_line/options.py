@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..defaults import STREAMED_EVAL_SAMPLES, default_architecture
+from ..evaluation.compare import REQUIREMENTS
 from ..model.configuration_bert4rec import DERIVED_FIELDS, Bert4RecConfig
 
 
@@ -118,6 +119,64 @@ class EvaluateArguments:
             "by popularity of the target, and the popularity of the recommendations; ranks.parquet has each user's "
             "rank."
         },
+    )
+
+
+@dataclass
+class CompareArguments:
+    """The options of `compare`."""
+
+    data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
+    part: str = field(default="test", metadata={"choices": ["validation", "test"], "help": "Which targets to rank."})
+    margin: float = field(
+        default=0.01,
+        metadata={"help": "The loss of NDCG@10 that still counts as not worse, for example 0.01 from 0.13 to 0.12."},
+    )
+    require: str | None = field(
+        default=None,
+        metadata={
+            "choices": [*REQUIREMENTS],
+            "help": "End with exit status 1 unless the new model is better (the 95 %% interval of the difference lies "
+            "above 0), or not worse (it lies above minus the margin), than the old model and the anchor.",
+        },
+    )
+    anchor: str | None = field(
+        default=None,
+        metadata={
+            "help": "A further model (a folder or Hub id) to compare the new one with, which stays the same from day "
+            "to day, so that small losses do not add up unseen."
+        },
+    )
+    slice_by: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Columns to divide the users by: event columns of the prepared folder, or columns of --items, with "
+            "the values of the target. Groups by history length and popularity are there in any case.",
+        },
+    )
+    items: str | None = field(
+        default=None, metadata={"help": "Table with the column item_id and one row per item, for --slice_by."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
+            f"{STREAMED_EVAL_SAMPLES}."
+        },
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Show no progress bar. Without a terminal, there is never one."}
+    )
+    report: str | None = field(
+        default=None,
+        metadata={"help": "A folder for the comparison: comparison.json, comparison.md and comparison.png."},
     )
 
 

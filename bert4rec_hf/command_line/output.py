@@ -7,6 +7,13 @@ from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import shown_metrics
 from ..evaluation.protocol import Protocol
 
+# The verdicts of `compare_ranks` in a sentence.
+VERDICTS = {
+    "better": "better than",
+    "not worse": "not worse than",
+    "worse": "worse than",
+    "unclear": "neither shown to be worse nor shown to be not worse than",
+}
 # A user with more events in one minute looks like a bot, or like an id that many people share.
 EVENTS_A_MINUTE_OF_A_PERSON = 60
 
@@ -73,15 +80,20 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
     print(f"seen items {policy} ({reason})" + ("; events rated lower do not count as seen" if filtered else ""))
 
 
-def format_evaluation(record: Mapping[str, Any]) -> str:
+def format_evaluation(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """Format an evaluation as text: its protocol, and a table of the metrics of the model and the baselines.
 
     Args:
         record: A record of evaluation.json.
+        others: The records of all models by name, if there are several. They have the same protocol.
     """
     widths = {name: max(13, len(name) + 2) for name in shown_metrics(record["metrics"])}
     protocol = Protocol(**record["protocol"])
-    tables = {"": {"model": record["metrics"]} | record["baselines"]} | record.get("groups", {})
+    models = others or {"model": record}
+    tables = {"": {name: model["metrics"] for name, model in models.items()} | record["baselines"]}
+    for heading, group in record.get("groups", {}).items():
+        tables[heading] = {name: model["groups"][heading]["model"] for name, model in models.items()}
+        tables[heading] |= {name: metrics for name, metrics in group.items() if name != "model"}
     width = max(len(title) for table in tables.values() for title in table)
     lines = [str(protocol), " " * width + "".join(f"{name:>{wide}}" for name, wide in widths.items())]
     for heading, table in tables.items():
@@ -90,6 +102,29 @@ def format_evaluation(record: Mapping[str, Any]) -> str:
             cells = [f"{metrics[name]:{wide}.4f}" if name in metrics else " " * wide for name, wide in widths.items()]
             lines.append(f"{title:<{width}}" + "".join(cells).rstrip())
     return "\n".join([*lines, protocol.describe_misses()])
+
+
+def format_differences(record: Mapping[str, Any]) -> str:
+    """Format a comparison as text: for each other model, whether the new one is better, and for all groups.
+
+    Args:
+        record: The record of `compare_prepared`.
+    """
+    lines = [record["protocol"], *(f"{name:<6} {model}" for name, model in record["models"].items())]
+    for other, comparison in record["comparisons"].items():
+        everyone = comparison["all users"]
+        slices = [("", everyone), *((title, part) for title, parts in comparison["groups"].items() for part in parts)]
+        labels = [f"{title}: {part['name']}" if title else part["name"] for title, part in slices]
+        width = max(map(len, labels)) + 2
+        lines += ["", f"{'NDCG@10':<{width}}{'users':>8}{'new':>9}{other:>9}{'difference':>12}  95 % interval"]
+        for label, (_, part) in zip(labels, slices, strict=True):
+            found = part["metrics"]["NDCG@10"]
+            lines.append(
+                f"{label:<{width}}{part['num_users']:>8,}{found['new']:9.4f}{found['other']:9.4f}"
+                f"{found['difference']:+12.4f}  {found['low']:+.4f} to {found['high']:+.4f}"
+            )
+        lines.append(f"new is {VERDICTS[comparison['verdict']]} {other} (margin {record['margin']:g})")
+    return "\n".join(lines)
 
 
 def format_calibration(record: Mapping[str, Any]) -> str:

@@ -38,6 +38,12 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
     return metrics
 
 
+def user_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """NDCG@10 and HR@10 of each user, (users,) float64, from ranks (users,); see `ranking_metrics`."""
+    is_hit = (ranks > 0) & (ranks <= 10)
+    return {"NDCG@10": np.where(is_hit, 1 / np.log2(np.maximum(ranks, 1) + 1), 0.0), "HR@10": is_hit.astype(float)}
+
+
 def result_metrics(logged: Mapping[str, float], prefix: str) -> dict[str, float]:
     """The metrics and the loss among the values that the Trainer logs, without their prefix."""
     names = {name.removeprefix(f"{prefix}_"): value for name, value in logged.items()}

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from ..data.rows import list_values, target_ids_of
 from ..files import write_file
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.losses import IGNORE_INDEX
-from .metrics import COVERAGE_CUTOFF, ranking_metrics
+from .metrics import COVERAGE_CUTOFF, ranking_metrics, user_metrics
 from .plotting import BLUE, GREEN, ORANGE, VERMILION, png
 from .protocol import Protocol
 
 REPORT_FILES = ("report.json", "report.md", "report.png", "ranks.parquet")
+REPORT_KEYS = ("protocol", "slices", "recommendations")
 # Smallest history length, in events before the target, of each group of users.
 LENGTH_EDGES = (0, 1, 5, 10, 20, 50, 100, 200)
 # Shares of the training events that separate head, torso and tail; see `item_groups`.
@@ -36,8 +37,16 @@ SYSTEM_COLOURS = (BLUE, GREEN, ORANGE, VERMILION)
 GROUP_COLOURS = ("#08306B", "#4292C6", "#C6DBEF", "#D0D0D0")
 
 
-def check_report_folder(folder: str | os.PathLike) -> None:
-    """Raise ValueError unless a folder is missing, empty, or holds nothing but an earlier report."""
+def check_report_folder(
+    folder: str | os.PathLike, files: Sequence[str] = REPORT_FILES, keys: Collection[str] = REPORT_KEYS
+) -> None:
+    """Raise ValueError unless a folder is missing, empty, or holds nothing but an earlier report.
+
+    Args:
+        folder: The folder.
+        files: The files of a report. The first one is JSON.
+        keys: Keys of this JSON, which show that the folder is a report.
+    """
     folder = Path(folder)
     if not folder.exists():
         return
@@ -45,11 +54,11 @@ def check_report_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"{folder} is a file; choose a folder for --report")
     names = sorted(path.name for path in folder.iterdir())
     # Temporary files of `write_file` may remain from a run that was killed.
-    half_written = {name for name in names if name.startswith((".report.", ".ranks.")) and name.endswith(".new")}
-    others = [name for name in names if name not in REPORT_FILES and name not in half_written]
-    if others or (names and not _is_report(folder / "report.json")):
+    starts = tuple(f".{Path(name).stem}." for name in files)
+    others = [name for name in names if name not in files and not (name.startswith(starts) and name.endswith(".new"))]
+    if others or (names and not _has_keys(folder / files[0], keys)):
         raise ValueError(
-            f"{folder} holds something else than a report ({(others or ['no report.json of bert4rec'])[0]}); choose "
+            f"{folder} holds something else than a report ({(others or [f'no {files[0]} of bert4rec'])[0]}); choose "
             "another folder for --report"
         )
 
@@ -73,6 +82,29 @@ def item_groups(counts: np.ndarray) -> np.ndarray:
     groups = (above > HEAD_SHARE - 1e-9).astype(int) + (above > TORSO_SHARE - 1e-9)
     groups[values == 0] = 3
     return groups[places]
+
+
+def user_groups(rows: Dataset, counts: np.ndarray) -> dict[str, tuple[list[str], np.ndarray]]:
+    """The groups of users by "history length" (events before the target) and by "popularity of the target".
+
+    Args:
+        rows: Rows from `ranking_rows`.
+        counts: (items,) number of training events of each item.
+
+    Returns:
+        For each title, the names of the groups and the group (users,) of each user.
+    """
+    groups, targets = item_groups(counts), target_ids_of(rows)
+    known = targets != IGNORE_INDEX
+    target_groups = np.where(known, groups[np.where(known, targets - FIRST_ITEM_ID, 0)], len(ITEM_GROUPS))
+    length_groups = np.searchsorted(LENGTH_EDGES, np.asarray(rows["history_length"]), side="right") - 1
+    length_names = [
+        str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(LENGTH_EDGES)
+    ]
+    return {
+        "history length": ([*length_names, f"{LENGTH_EDGES[-1]}+"], length_groups),
+        "popularity of the target": ([*ITEM_GROUPS, UNKNOWN_GROUP], target_groups),
+    }
 
 
 def evaluation_report(
@@ -108,14 +140,7 @@ def evaluation_report(
           near 1 if a single item is shown.
     """
     counts = item_counts(histories, num_items)[FIRST_ITEM_ID:]
-    groups = item_groups(counts)
-    targets = target_ids_of(rows)
-    known = targets != IGNORE_INDEX
-    target_groups = np.where(known, groups[np.where(known, targets - FIRST_ITEM_ID, 0)], len(ITEM_GROUPS))
-    length_groups = np.searchsorted(LENGTH_EDGES, np.asarray(rows["history_length"]), side="right") - 1
-    length_names = [
-        str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in itertools.pairwise(LENGTH_EDGES)
-    ]
+    groups, targets = item_groups(counts), target_ids_of(rows)
     sizes = np.bincount(groups, minlength=len(ITEM_GROUPS))
     events = np.bincount(groups, weights=counts, minlength=len(ITEM_GROUPS)) / max(counts.sum(), 1)
     shown = {"model": recommended, "popularity": popular_items(rows, counts), "targets": targets[:, None]}
@@ -123,8 +148,7 @@ def evaluation_report(
         "protocol": protocol.as_dict(),
         "overall": _slice("all users", rankings, np.ones(len(rows), bool)),
         "slices": {
-            "history length": _slices(rankings, length_groups, [*length_names, f"{LENGTH_EDGES[-1]}+"]),
-            "popularity of the target": _slices(rankings, target_groups, [*ITEM_GROUPS, UNKNOWN_GROUP]),
+            title: _slices(rankings, of_user, names) for title, (names, of_user) in user_groups(rows, counts).items()
         },
         "items": {
             name: {"num_items": int(size), "share_of_training_events": float(share)}
@@ -293,7 +317,7 @@ def _slice(title: str, rankings: Mapping[str, np.ndarray], users: np.ndarray) ->
     for system, ranks in rankings.items():
         ranks = ranks[users]
         metrics = ranking_metrics(ranks)
-        gains = np.where((ranks > 0) & (ranks <= 10), 1 / np.log2(np.maximum(ranks, 1) + 1), 0.0)
+        gains = user_metrics(ranks)["NDCG@10"]
         error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
         systems[system] = {name: metrics[name] for name in ("HR@10", "NDCG@10", "MRR")}
         systems[system]["NDCG@10_standard_error"] = error
@@ -327,10 +351,10 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _is_report(path: Path) -> bool:
-    """Whether a file is a report.json that `write_report` wrote."""
+def _has_keys(path: Path, keys: Collection[str]) -> bool:
+    """Whether a file is a JSON object with some keys."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and {"protocol", "slices", "recommendations"} <= content.keys()
+    return isinstance(content, dict) and set(keys) <= content.keys()

@@ -84,11 +84,10 @@ def check_targets(
             "model that is trained further from it", model, trained["source"], source,
         )  # fmt: skip
         return
-    other = [
-        f"{name} {trained[name]}, here {preparation[name]}"
-        for name in ("split", "filters")
-        if trained[name] != preparation[name]
-    ]
+    # An older version of this package stored fewer options. Those that it lacks had no effect, as None has.
+    used = [{name: {key: value for key, value in record[name].items() if value is not None}
+             for name in ("split", "filters")} for record in (trained, preparation)]  # fmt: skip
+    other = [f"{name} {used[0][name]}, here {used[1][name]}" for name in used[0] if used[0][name] != used[1][name]]
     checksums = trained.get("checksum"), preparation.get("checksum")
     if not other and not is_trained_further and None not in checksums and checksums[0] != checksums[1]:
         other = ["other histories, by the checksum of preparation.json"]

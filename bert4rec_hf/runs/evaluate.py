@@ -2,30 +2,22 @@
 
 import logging
 import os
-import sys
-import tempfile
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from datasets import Dataset
-from transformers.trainer_callback import PrinterCallback
 
 from ..data.counting import item_counts
-from ..data.histories import check_prepared, time_type
-from ..data.rows import ranking_rows, sampled_candidates, users_with_targets
+from ..data.histories import time_type
+from ..data.rows import sampled_candidates
 from ..evaluation.baselines import baseline_ranks
 from ..evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
-from ..evaluation.protocol import Protocol
 from ..evaluation.report import check_report_folder, evaluation_report, write_report
-from ..evaluation.seen_targets import check_targets
 from ..evaluation.target_sets import set_metrics, target_sets
-from ..hub.load import load_model
 from ..hub.model_card import add_evaluation, read_calibration, read_evaluations, write_model_card
-from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from ..training.arguments import Bert4RecTrainingArguments
-from ..training.trainer import Bert4RecTrainer
-from .model_and_data import check_catalogue, read_histories
+from .ranking import predict, ranking_task
 
 logger = logging.getLogger(__name__)
 
@@ -79,62 +71,46 @@ def evaluate_prepared(
             the data, if no user has a target, if the model has trained on the targets, if a report or all targets are
             asked for with the protocol "paper", or if the targets do not fit the data; see `target_sets`.
     """
-    check_prepared(data)
     if targets not in ("next", "all"):
         raise ValueError(f"targets must be next or all; got {targets!r}")
     if horizon is not None and targets != "all":
         raise ValueError(f"--horizon is for --targets all; got {horizon}: leave it out, or add --targets all")
     if targets == "all" and protocol == "paper":
         raise ValueError("--targets all needs the full ranking; got --protocol paper: leave out one of the two")
-    if max_eval_samples is not None and max_eval_samples < 1:
-        raise ValueError(f"max_eval_samples must be at least 1; got {max_eval_samples}")
     if report is not None:
         if protocol == "paper":
             raise ValueError("a report needs the full ranking; got --protocol paper: leave out one of the two")
         check_report_folder(report)
-    loaded = load_model(model)
-    tokenizer = Bert4RecTokenizer.from_pretrained(model)
-    histories, tokenizer, preparation = read_histories(data, streaming, tokenizer)
-    check_catalogue(model, tokenizer, data, histories)
-    check_targets(model, preparation, part)
+    task = ranking_task(
+        model, data, part, streaming=streaming, max_eval_samples=max_eval_samples, timestamps=targets == "all"
+    )
     if os.path.isdir(model):
         read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
-    policy, length = loaded.config.filter_seen_items, loaded.config.max_position_embeddings
-    evaluated = users_with_targets(histories, part, max_eval_samples, timestamps=targets == "all")
-    how: dict[str, Any] = {"filter_seen_items": policy, "max_length": length}
-    rows = ranking_rows(evaluated, tokenizer, part, **how)
-    if not len(rows):
-        raise ValueError(
-            f"no user of {data} has a {part} target; choose another --part, or prepare with another --split"
-        )
+    rows, histories, preparation, num_items = task.rows, task.histories, task.preparation, task.tokenizer.num_items
     sets = None
     if targets == "all":
-        sets = target_sets(evaluated, tokenizer, preparation, part, horizon=horizon, time_type=time_type(data), **how)
-    if protocol == "paper":
-        rows = sampled_candidates(rows, evaluated, counts=item_counts(histories, tokenizer.num_items))
-    with tempfile.TemporaryDirectory() as nowhere:
-        trainer = Bert4RecTrainer(
-            loaded,
-            Bert4RecTrainingArguments(
-                nowhere,
-                per_device_eval_batch_size=per_device_eval_batch_size,
-                use_cpu=use_cpu,
-                disable_tqdm=disable_tqdm or not sys.stderr.isatty(),
-                eval_strategy="no",
-                save_strategy="no",
-            ),
-            processing_class=tokenizer,
+        sets = target_sets(
+            task.evaluated,
+            task.tokenizer,
+            preparation,
+            part,
+            horizon=horizon,
+            time_type=time_type(data),
+            **task.row_options,
         )
-        trainer.remove_callback(PrinterCallback)  # the record has all metrics
-        prediction = trainer.predict(rows)
-        metrics_of_sets = None
-        if sets is not None:
-            if preparation["split"]["name"] == "temporal":  # the same rows, without users who have no target
-                recommended = prediction.predictions[1][np.isin(rows["user_id"][:], sets.rows["user_id"][:])]
-            else:
-                recommended = trainer.predict(sets.rows).predictions[1]
-            metrics_of_sets = set_metrics(sets.ranks_in(recommended), sets.users)
-    described = Protocol.of(evaluated, preparation, part, tokenizer.num_items, policy, histories.num_targets(part))
+    if protocol == "paper":
+        rows = sampled_candidates(rows, task.evaluated, counts=item_counts(histories, num_items))
+    # With a temporal split, the sets have the same rows, without users who have no target.
+    of_same_rows = sets is not None and preparation["split"]["name"] == "temporal"
+    prediction, *others = predict(
+        task,
+        rows,
+        *([] if sets is None or of_same_rows else [sets.rows]),
+        batch_size=per_device_eval_batch_size,
+        use_cpu=use_cpu,
+        disable_tqdm=disable_tqdm,
+    )
+    described = task.protocol()
     if part == "validation" and os.path.isdir(model):
         calibration = read_calibration(model)
         was_here = calibration is not None and calibration.get("source") == os.path.basename(preparation["source"])
@@ -147,7 +123,7 @@ def evaluate_prepared(
         )
         metrics = measure(rankings["model"])
     else:
-        rankings |= baseline_ranks(rows, histories, tokenizer.num_items)
+        rankings |= baseline_ranks(rows, histories, num_items)
         metrics = result_metrics(prediction.metrics, "test")
     record: dict[str, Any] = {
         "source": os.path.basename(preparation["source"]),
@@ -165,6 +141,9 @@ def evaluate_prepared(
         }
     of_sets = None
     if sets is not None:
+        recommended = others[0].predictions[1] if others else prediction.predictions[1]
+        if of_same_rows:
+            recommended = recommended[np.isin(rows["user_id"][:], sets.rows["user_id"][:])]
         of_all = replace(
             described,
             targets=sets.description,
@@ -173,18 +152,17 @@ def evaluate_prepared(
             share_seen_targets=sets.share_seen(),
             share_unknown_targets=float((sets.token_ids < 0).mean()),
         )
-        ranked = baseline_ranks(sets.expanded_rows(), histories, tokenizer.num_items)
+        ranked = baseline_ranks(sets.expanded_rows(), histories, num_items)
         of_sets = {
             "source": record["source"],
             "protocol": of_all.as_dict(),
-            "metrics": metrics_of_sets,
+            "metrics": set_metrics(sets.ranks_in(recommended), sets.users),
             "baselines": {name: set_metrics(ranks, sets.users) for name, ranks in ranked.items()},
         }
-    if trainer.is_world_process_zero() and report is not None:
-        recommended = prediction.predictions[1]
-        found = evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items)
+    if PartialState().is_main_process and report is not None:
+        found = evaluation_report(rows, histories, rankings, prediction.predictions[1], described, num_items)
         write_report(report, found, rows, rankings["model"])
-    if trainer.is_world_process_zero() and os.path.isdir(model):
+    if PartialState().is_main_process and os.path.isdir(model):
         try:
             add_evaluation(model, record)
             if of_sets is not None:

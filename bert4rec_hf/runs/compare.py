@@ -1,0 +1,167 @@
+"""`bert4rec compare` as a function."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from accelerate import PartialState
+
+from ..data.counting import item_counts
+from ..data.histories import PREPARATION_FILE, check_prepared, histories_files
+from ..data.logs import open_log
+from ..data.rows import target_ids_of
+from ..evaluation.compare import (
+    COMPARISON_FILES,
+    COMPARISON_KEYS,
+    compare_ranks,
+    format_comparison,
+    plot_comparison,
+    value_groups,
+)
+from ..evaluation.report import check_report_folder, user_groups
+from ..files import write_file
+from ..model.configuration_bert4rec import FIRST_ITEM_ID
+from ..model.losses import IGNORE_INDEX
+from .ranking import RankingTask, predict, ranking_task
+
+logger = logging.getLogger(__name__)
+
+
+def compare_prepared(
+    old: str | os.PathLike,
+    new: str | os.PathLike,
+    data: str | os.PathLike,
+    *,
+    part: str = "test",
+    anchor: str | os.PathLike | None = None,
+    margin: float = 0.01,
+    slice_by: Sequence[str] = (),
+    items: str | os.PathLike | None = None,
+    streaming: bool = False,
+    max_eval_samples: int | None = None,
+    per_device_eval_batch_size: int = 64,
+    use_cpu: bool = False,
+    disable_tqdm: bool = False,
+    report: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Compare two models on the same targets, user by user. No model folder is changed.
+
+    Args:
+        old: A model folder or Hub id.
+        new: The model that may replace it.
+        data: The prepared folder.
+        part: "validation" or "test".
+        anchor: A further model that "new" is compared with, which stays the same from day to day. It shows a decline
+            in small steps, each of which is within the margin.
+        margin: The loss of NDCG@10 that still counts as not worse, for example 0.01.
+        slice_by: Columns whose values divide the users into groups: event columns of the prepared folder
+            (`--event_columns` of prepare), with the value of the target's event, and columns of `items`, with the value
+            of the target's item.
+        items: A table with the column item_id and one row per item, in any format of a log.
+        streaming: Whether the histories stay on disk, for a log larger than memory.
+        max_eval_samples: Maximum number of users to rank, drawn at random. None: all; with `streaming`, 50,000.
+        per_device_eval_batch_size: Number of histories ranked at once.
+        use_cpu: Whether to leave an accelerator unused.
+        disable_tqdm: Whether to show no progress bar.
+        report: A folder for comparison.json, comparison.md and comparison.png. None: no report.
+
+    Returns:
+        The record of `compare_ranks`, with source, protocol and the names of the models. Beside `slice_by`, the groups
+        are by history length and by popularity of the target.
+
+    Raises:
+        ValueError: If a folder is not a model folder or a prepared folder, if a model has trained on the targets, if no
+            user has a target, if the margin is negative, or if a column is missing.
+    """
+    if not margin >= 0:
+        raise ValueError(f"margin must be 0 or more, the loss of NDCG@10 that you accept; got {margin}")
+    check_prepared(data)
+    columns = _columns(data, slice_by, items)
+    if report is not None:
+        check_report_folder(report, COMPARISON_FILES, COMPARISON_KEYS)
+    models = {"new": new, "old": old} | ({} if anchor is None else {"anchor": anchor})
+    ranks, tasks = {}, {}
+    for name, model in models.items():
+        task = tasks[name] = ranking_task(model, data, part, streaming=streaming, max_eval_samples=max_eval_samples)
+        (prediction,) = predict(
+            task, task.rows, batch_size=per_device_eval_batch_size, use_cpu=use_cpu, disable_tqdm=disable_tqdm
+        )
+        ranks[name] = prediction.predictions[0]
+    policies = {name: task.model.config.filter_seen_items for name, task in tasks.items()}
+    if len(set(policies.values())) > 1:
+        logger.warning(
+            "the models do not rank the same items: filter_seen_items is %s; each is judged by what it serves",
+            ", ".join(f"{policy} in {name}" for name, policy in policies.items()),
+        )
+    task = tasks["new"]
+    groups = user_groups(task.rows, item_counts(task.histories, task.tokenizer.num_items)[FIRST_ITEM_ID:])
+    for column, table in columns.items():
+        groups[column] = value_groups(_values(task, data, column, table))
+    record = {
+        "source": os.path.basename(task.preparation["source"]),
+        "protocol": str(task.protocol()),
+        "models": {name: os.fspath(model) for name, model in models.items()},
+        **compare_ranks(ranks, groups, margin),
+    }
+    if report is not None and PartialState().is_main_process:
+        folder = Path(report)
+        folder.mkdir(parents=True, exist_ok=True)
+        # comparison.json is written first, because it identifies the folder as a report.
+        write_file(folder / "comparison.json", json.dumps(record, indent=2) + "\n")
+        write_file(folder / "comparison.md", format_comparison(record) + "\n![Differences](comparison.png)\n")
+        write_file(folder / "comparison.png", plot_comparison(record))
+    return record
+
+
+def _columns(
+    data: str | os.PathLike, slice_by: Sequence[str], items: str | os.PathLike | None
+) -> dict[str, Mapping[str, Any] | None]:
+    """For each column, its values by item id, or None for an event column of the prepared folder."""
+    event_columns = json.loads((Path(data) / PREPARATION_FILE).read_text("utf-8"))["columns"].get("event_columns", [])
+    log = None if items is None else open_log(os.fspath(items))
+    if log is not None and "item_id" not in log.columns:
+        raise ValueError(f"{items} has the columns {', '.join(log.columns)}; expected item_id and one row per item")
+    others = [] if log is None else [column for column in log.columns if column != "item_id"]
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for column in slice_by:
+        if column in event_columns:
+            found[column] = None
+        elif log is not None and column in others:
+            table = log.table(["item_id", column]).to_pyarrow()
+            item_ids = pc.cast(table["item_id"], "string").to_pylist()
+            if len(set(item_ids)) < len(item_ids):
+                raise ValueError(f"{items} has an item_id more than once; expected one row per item")
+            found[column] = dict(zip(item_ids, table[column].to_pylist(), strict=True))
+        else:
+            raise ValueError(
+                f"there is no column {column} to slice by: the event columns of {data} are "
+                f"{', '.join(event_columns) or '(none)'} (--event_columns of bert4rec prepare adds them)"
+                + (f", those of {items} are {', '.join(others)}" if items is not None else "; --items names a table")
+            )
+    return found
+
+
+def _values(task: RankingTask, data: str | os.PathLike, column: str, of_items: Mapping[str, Any] | None) -> list[Any]:
+    """(users,) the value of a column for each target. None: the target has none."""
+    if of_items is not None:
+        targets = target_ids_of(task.rows)
+        known = np.where(targets == IGNORE_INDEX, FIRST_ITEM_ID, targets).tolist()
+        names = task.tokenizer.token_ids_to_item_ids(known)
+        return [
+            None if target == IGNORE_INDEX else of_items.get(name)
+            for target, name in zip(targets.tolist(), names, strict=True)
+        ]
+    value_of: dict[str, Any] = {}
+    for path in histories_files(Path(data)):
+        table = pq.read_table(path, columns=["user_id", f"{task.part}_position", column])
+        table = table.filter(pc.greater_equal(table[f"{task.part}_position"], 0))
+        lists, positions = table[column].combine_chunks(), table[f"{task.part}_position"].to_numpy()
+        values = lists.values.take(lists.offsets.to_numpy()[:-1] + positions)
+        value_of.update(zip(pc.cast(table["user_id"], "string").to_pylist(), values.to_pylist(), strict=True))
+    return [value_of.get(user) for user in task.rows["user_id"][:]]
