@@ -1,6 +1,7 @@
 """The command `bert4rec`. It parses arguments and calls the functions of the package."""
 
 import argparse
+import contextlib
 import difflib
 import io
 import json
@@ -28,6 +29,7 @@ from .command_line.options import (
     ExportArguments,
     PrepareArguments,
     RecommendArguments,
+    ServeArguments,
     TrainArguments,
     TuneArguments,
     architecture_arguments,
@@ -310,6 +312,28 @@ def recommend(arguments: Sequence[str]) -> None:
         print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {one_line(entry.get('title') or '')}".rstrip())
 
 
+def serve(arguments: Sequence[str]) -> None:
+    """Serve recommendations over HTTP, by history or by user id."""
+    parser = Parser(ServeArguments, prog="bert4rec serve", description=serve.__doc__)
+    parser.add_argument("model", help="A model folder, a symbolic link to one, or a Hub id.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    try:
+        from .serving.server import Server, ServerSettings
+        from .serving.server import serve as serve_until_stopped
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'bert4rec_hf[server]'")
+
+    def show(url: str, server: Server) -> None:
+        versions = ", ".join(served.version for served in server.models.values())
+        print(f"serving {versions} at {url}; events in {server.store.name}; API at {url}/docs", flush=True)
+
+    # The server stops by itself on SIGTERM and Ctrl-C when all answers are sent, and then raises the signal again.
+    with contextlib.suppress(KeyboardInterrupt):
+        serve_until_stopped(ServerSettings(rest.model, **vars(options)), show)
+
+
 def export(arguments: Sequence[str]) -> None:
     """Export a model as an ONNX file for other runtimes."""
     parser = Parser(ExportArguments, prog="bert4rec export", description=export.__doc__)
@@ -383,6 +407,7 @@ COMMANDS = {
     "compare": compare,
     "calibrate": calibrate,
     "recommend": recommend,
+    "serve": serve,
     "export": export,
     "convert": convert,
     "convert-config": convert_config,

@@ -242,6 +242,49 @@ class RecommendArguments:
 
 
 @dataclass
+class ServeArguments:
+    """The options of `serve`."""
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all of the machine."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 for any free one."})
+    store: str = field(
+        default="sqlite:///bert4rec-events.db",
+        metadata={
+            "help": "Database of the users' events, as a URL of SQLAlchemy: sqlite:///events.db or "
+            "postgresql+psycopg://user:password@host/name."
+        },
+    )
+    histories: str | None = field(
+        default=None, metadata={"help": "A folder that bert4rec prepare has written, to fill an empty database from."}
+    )
+    challenger: str | None = field(
+        default=None, metadata={"help": "A further model (a folder or Hub id), for a share of the users."}
+    )
+    share: float = field(
+        default=0.1, metadata={"help": "With --challenger: share of the users, by a hash of their ids."}
+    )
+    served_log: str | None = field(
+        default=None,
+        metadata={"help": "A folder for Parquet files of what was recommended: request id, model, items and ranks."},
+    )
+    admin_port: int | None = field(
+        default=None,
+        metadata={
+            "help": "Port of this machine alone for POST /reload. A model folder that is replaced is taken over in any "
+            "case."
+        },
+    )
+    max_waiting: int = field(
+        default=256, metadata={"help": "Number of requests that may wait for the model; further ones get status 503."}
+    )
+    timeout: float = field(default=10.0, metadata={"help": "Seconds after which a request is given up."})
+    max_batch_size: int = field(
+        default=32, metadata={"help": "Number of requests that the model reads at once, if so many wait."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Device to run on, for example cpu or cuda:0."})
+
+
+@dataclass
 class ExportArguments:
     """The options of `export`."""
 

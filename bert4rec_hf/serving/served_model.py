@@ -1,0 +1,82 @@
+"""A model folder that is served: its pipeline, and the version by which answers name it."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import pipeline
+
+from ..hub.load import load_model
+from ..model.pipeline import SequentialRecommendationPipeline
+
+# A folder takes the place of another only if its catalogue has at least this share of the other's items.
+MIN_SHARED_ITEMS = 0.5
+READ_SIZE = 2**20
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model.
+
+    Attributes:
+        source: The folder or Hub id as it was given, such as a symbolic link.
+        place: What the source stood for when it was loaded; see `place_of`.
+        version: The name of the folder and a checksum of its weights, which answers and logs name.
+        pipe: The pipeline.
+    """
+
+    source: str
+    place: tuple[Any, ...]
+    version: str
+    pipe: SequentialRecommendationPipeline
+
+    @classmethod
+    def load(cls, source: str, device: str | None = None) -> "ServedModel":
+        """Load a model folder or Hub id, and answer a request with it.
+
+        Args:
+            source: The folder or Hub id.
+            device: The device, such as "cuda:0". None: the one that Transformers chooses.
+
+        Raises:
+            OSError, ValueError: If this is no model folder, or a damaged one.
+        """
+        place = place_of(source)
+        folder = os.path.realpath(source) if os.path.isdir(source) else source
+        model = load_model(folder)
+        pipe: Any = pipeline("sequential-recommendation", model=model, tokenizer=folder, device=device)
+        pipe([])  # The first answer is slow, and a damaged model fails here and not at a user's request.
+        name = Path(folder).name
+        weights = Path(folder) / "model.safetensors"
+        if weights.is_file():
+            name += f"-{_checksum(weights)}"
+        return cls(source, place, name, pipe)
+
+    def check_successor(self, other: "ServedModel") -> None:
+        """Raise ValueError if another model's catalogue is not one that can take this one's place."""
+        items = set(self.pipe.tokenizer.items)
+        shared = len(items.intersection(other.pipe.tokenizer.items))
+        if shared < MIN_SHARED_ITEMS * len(items):
+            raise ValueError(
+                f"{other.source} has {shared:,} of the {len(items):,} items that are served, which is another "
+                f"catalogue (expected at least {MIN_SHARED_ITEMS:.0%}): start another server for it"
+            )
+
+
+def place_of(source: str) -> tuple[Any, ...]:
+    """What a model folder stands for at present: it differs after another folder has taken its place."""
+    if not os.path.isdir(source):
+        return (source,)
+    config = Path(source) / "config.json"
+    found = config.stat() if config.is_file() else None
+    return (os.path.realpath(source), found and (found.st_ino, found.st_mtime_ns))
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(READ_SIZE):
+            digest.update(content)
+    return digest.hexdigest()[:8]
