@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Number of requests that are computed at once. benchmarks/results/server.md has the measurements.
 MAX_BATCH_SIZE = 32
+# After a batch of several requests, the next one waits for further requests for this share of the time that it took.
+WAITED_SHARE = 0.1
 
 
 @dataclass
@@ -53,8 +56,9 @@ class _Call:
 class ModelThread:
     """Answers requests one batch after another. A batch has the requests that wait when the one before is done.
 
-    No request waits for others to join it, so a single request is as fast as without batches. The answers are those of
-    the pipeline.
+    If several clients ask, the thread waits for a tenth of the last batch's time for further requests, since the
+    clients whose answers are on the way may ask again. A single client never waits. The answers are those of the
+    pipeline.
 
     Args:
         max_waiting: Largest number of requests that wait. Further ones are refused.
@@ -113,14 +117,16 @@ class ModelThread:
         self.thread.join()
 
     def _run(self) -> None:
-        is_running = True
+        is_running, longest_wait = True, 0.0
         while is_running:
             batch = [self.waiting.get()]
+            started = time.perf_counter()
             while len(batch) < self.max_batch_size:
                 try:
-                    batch.append(self.waiting.get_nowait())
+                    batch.append(self.waiting.get(timeout=max(started + longest_wait - time.perf_counter(), 0)))
                 except queue.Empty:
                     break
+            started = time.perf_counter()
             is_running = None not in batch
             # A request whose client has given up is not computed.
             asked = [one for one in batch if one is not None and one.future.set_running_or_notify_cancel()]
@@ -130,6 +136,8 @@ class ModelThread:
             for one in asked:
                 if isinstance(one, _Call):
                     _settle(one.future, one.function)
+            # The clients of this batch may ask again at once. A single client does not wait for itself.
+            longest_wait = WAITED_SHARE * (time.perf_counter() - started) if len(batch) > 1 else 0.0
 
     def _answer(self, group: Sequence[_Waiting]) -> None:
         """Compute a batch. If this fails, each request is computed alone, so that none spoils the others' answers."""

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Limits of a request. A body has room for a history and a list of candidates of the largest size.
 MAX_BODY_BYTES, MAX_ITEMS, MAX_TOP_K, MAX_ID_LENGTH = 2**20, 10_000, 1_000, 1_000
+# Number of connections that may wait to be accepted.
+BACKLOG = 2048
 # Seconds between two looks at the model folder, and seconds that a stopping server waits for its requests.
 WATCH_SECONDS, STOP_SECONDS = 2.0, 30
 
@@ -393,6 +395,7 @@ def serve(settings: ServerSettings, on_start: Callable[[str, Server], None] = la
     if admin is not None:
         administration = uvicorn.Server(uvicorn.Config(create_admin_app(server), **options))
         threading.Thread(target=administration.run, args=([admin],), name="administration", daemon=True).start()
+    listening.listen(BACKLOG)  # From here on, a client is not refused; it waits for uvicorn.
     host, port = listening.getsockname()[:2]
     on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}", server)
     uvicorn.Server(uvicorn.Config(create_app(server), **options)).run([listening])
