@@ -7,14 +7,11 @@ from typing import Any
 
 from ..files import write_file
 from ..model.configuration_bert4rec import Bert4RecConfig
+from ..model.handler import PUBLISHED_TASK
 
 MODEL_CODE = Path(__file__).parent.parent / "model"
 # All files of the folder are copied. They import only one another and libraries.
 CODE_FILES = tuple(sorted(path.name for path in MODEL_CODE.glob("*.py") if path.name != "__init__.py"))
-# The task has another name than the registered one, for which Transformers would ask users of this package to trust the
-# folder's code.
-PUBLISHED_TASK = "bert4rec-recommendation"
-
 CONFIG_ENTRIES: dict[str, Any] = {
     "auto_map": {
         "AutoConfig": "configuration_bert4rec.Bert4RecConfig",
@@ -35,6 +32,8 @@ TOKENIZER_ENTRIES = {"auto_map": {"AutoTokenizer": [None, "tokenization_bert4rec
 
 def publish_code(folder: str | os.PathLike) -> None:
     """Copy the code of model, tokenizer and pipeline into a model folder, for `trust_remote_code=True`.
+
+    The folder also gets handler.py, with which a Hugging Face Inference Endpoint serves it.
 
     Without this package installed, `AutoConfig`, `AutoModel`, `AutoModelForMaskedLM`, `AutoTokenizer` and
     `pipeline("bert4rec-recommendation", model=folder, trust_remote_code=True)` then load the folder. With this package

@@ -270,3 +270,50 @@ def test_train_publishes_on_demand_and_goes_on_from_a_published_folder(tmp_path,
     capfd.readouterr()
     assert main(["recommend", second, "a"]) == 0
     assert len(capfd.readouterr().out.splitlines()) > 0
+
+
+ENDPOINT = """
+import importlib.util, json, sys
+sys.modules["bert4rec_hf"] = None
+folder, requests = sys.argv[1], json.loads(sys.argv[2])
+# As huggingface_inference_toolkit.handler_utils loads a custom handler.
+spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder + "/handler.py")
+sys.path.insert(0, folder)
+module = importlib.util.module_from_spec(spec)
+sys.modules["handler.EndpointHandler"] = module
+spec.loader.exec_module(module)
+handler = module.EndpointHandler(folder)
+found = []
+for request in requests:
+    try:
+        found.append(handler(request))
+    except ValueError as error:
+        found.append(str(error))
+print("ANSWERS" + json.dumps(found))
+"""
+
+
+def test_an_inference_endpoint_serves_a_published_folder_without_our_package(published):
+    history = {"history": ["007", " a b "], "exclude": ["100"]}
+    requests = [
+        {"inputs": history, "parameters": {"top_k": 3}},
+        {"inputs": [["007"], []]},
+        {"inputs": ["007"], "parameters": {"topk": 3}},
+        {"inputs": 7},
+        {"history": ["007"]},
+        {},
+    ]
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", ENDPOINT, published[0], json.dumps(requests)],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.split("ANSWERS")[1])
+    recommend = pipeline("sequential-recommendation", model=str(published[0]))
+    assert found[:2] == [recommend(history, top_k=3), recommend([["007"], []])]
+    assert found[2:] == [
+        "unknown argument 'topk': did you mean top_k?",
+        "expected a history, a list of item ids, oldest first, or many histories; got 7 of type int",
+        "expected a body with inputs and, optionally, parameters; got history",
+        "expected a body with inputs and, optionally, parameters; got none",
+    ]
