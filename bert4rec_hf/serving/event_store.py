@@ -130,18 +130,24 @@ class EventStore:
             The number of events that were added; 0 if the store has events already.
 
         Raises:
+            OSError: If the database does not take them.
             ValueError: If this is no prepared folder.
         """
         check_prepared(data)
         number = 0
-        with self.engine.begin() as connection:
-            if connection.execute(select(_EVENTS.c.id).limit(1)).first() is not None:
-                return 0
-            # Of two servers that start at the same time, the second one fails here, and not with every event twice.
-            connection.execute(insert(_FILLED), [{"source": "histories"}])
-            for rows in _batches(histories_files(Path(data))):
-                _insert(connection, rows)
-                number += len(rows)
+        try:
+            with self.engine.begin() as connection:
+                if connection.execute(select(_EVENTS.c.id).limit(1)).first() is not None:
+                    return 0
+                # Of two servers that start at the same time, the second one waits here for the first, and then fails.
+                connection.execute(insert(_FILLED), [{"source": "histories"}])
+                for rows in _batches(histories_files(Path(data))):
+                    _insert(connection, rows)
+                    number += len(rows)
+        except exc.IntegrityError:
+            return 0
+        except exc.SQLAlchemyError as error:
+            raise OSError(f"cannot fill the database {self.name}: {_reason(error)}") from error
         return number
 
     def close(self) -> None:
