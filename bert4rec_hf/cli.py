@@ -27,6 +27,7 @@ from .command_line.options import (
     ConvertConfigArguments,
     EvaluateArguments,
     ExportArguments,
+    ExportVectorsArguments,
     PrepareArguments,
     RecommendArguments,
     ServeArguments,
@@ -351,6 +352,21 @@ def export(arguments: Sequence[str]) -> None:
     print(f"wrote {options.output}; its token ids are those of tokenizer.json in {rest.model}")
 
 
+def export_vectors(arguments: Sequence[str]) -> None:
+    """Write item and user vectors and the successors of items as Parquet, for a vector database."""
+    parser = Parser(ExportVectorsArguments, prog="bert4rec export-vectors", description=export_vectors.__doc__)
+    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    if options.batch_size < 1:
+        parser.error(f"--batch_size must be at least 1; got {options.batch_size}")
+
+    from .serving.vectors import export_vectors as write_vectors
+
+    numbers = write_vectors(rest.model, **vars(options))
+    print(f"wrote {options.output}: {', '.join(f'{name} ({number:,} rows)' for name, number in numbers.items())}")
+
+
 def convert(arguments: Sequence[str]) -> None:
     """Convert a checkpoint of RecBole or hopwise to a model folder, or back with --to recbole."""
     parser = Parser(ConvertArguments, prog="bert4rec convert", description=convert.__doc__)
@@ -409,6 +425,7 @@ COMMANDS = {
     "recommend": recommend,
     "serve": serve,
     "export": export,
+    "export-vectors": export_vectors,
     "convert": convert,
     "convert-config": convert_config,
 }

@@ -293,6 +293,19 @@ class ExportArguments:
 
 
 @dataclass
+class ExportVectorsArguments:
+    """The options of `export-vectors`."""
+
+    output: str = field(
+        metadata={"help": "The folder to write: items.parquet, successors.parquet; with --histories, users.parquet."}
+    )
+    histories: str | None = field(
+        default=None, metadata={"help": "Histories whose vectors are written too, as for bert4rec recommend."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Number of histories that the model reads at once."})
+
+
+@dataclass
 class ConvertArguments:
     """The options of `convert`."""
 
