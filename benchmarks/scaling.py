@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,7 +86,7 @@ def rank_users(
         start = time.perf_counter()
         index = ItemIndex.build(model)
         found["build"] = time.perf_counter() - start
-        found["bytes"] = len(index.index.save())  # `serialized_length` of usearch 2.21 raises an error
+        found["bytes"] = faiss.serialize_index(index.index).nbytes
         found["index"] = seconds(lambda: index.search(model.user_vectors(histories["input_ids"]), TOP_K + length))
     return found
 

@@ -4,7 +4,7 @@
     python benchmarks/serving.py --model FOLDER --data FOLDER [--batches 1 64] [--repeats 200]
 
 A request starts from token ids and filters seen items. The distribution of item and user vectors decides how much of
-the exact answer an index finds, and how long it searches; `expansion_search` trades recall for time. Without --model,
+the exact answer an index finds, and how long it searches; `num_probes` trades recall for time. Without --model,
 the vectors are generated: the items form clusters, a history has 50 items from three clusters, and the encoder averages
 the history. With --model, the vectors are those of a trained model, and the histories are the uncut histories of test
 users. The script writes its section of benchmarks/results/serving.md.
@@ -41,7 +41,7 @@ TABLE = Path(__file__).resolve().parent / "results" / "serving.md"
 HEADER = "# Serving\n\nWritten by `benchmarks/serving.py`, which says what is measured.\n"
 LENGTH, TOP_K = 50, 10
 CLUSTER_SIZE, CLUSTERS_OF_A_USER = 100, 3
-EXPANSIONS = (256, 1024)  # the first is ItemIndex's default
+NUM_PROBES = (32, 128)  # the first is ItemIndex's default
 WARM, FEWEST, MOST_SECONDS = 3, 20, 40
 Batch = dict[str, torch.Tensor]
 
@@ -116,8 +116,8 @@ def measure(
     def encoded(request: Batch) -> torch.Tensor:
         return model.user_vectors(request["input_ids"], request["attention_mask"])
 
-    def by_index(expansion: int, request: Batch) -> torch.Tensor:
-        index.index.expansion_search = expansion
+    def by_index(num_probes: int, request: Batch) -> torch.Tensor:
+        index.num_probes = num_probes
         return model.recommend(**request, top_k=TOP_K, index=index)[1]
 
     def exactly(request: Batch) -> torch.Tensor:
@@ -127,7 +127,7 @@ def measure(
         "encoder": encoded,
         "exact": exactly,
         **others,
-        **{f"index {expansion}": functools.partial(by_index, expansion) for expansion in EXPANSIONS},
+        **{f"index {num_probes}": functools.partial(by_index, num_probes) for num_probes in NUM_PROBES},
     }
     cells = {}
     for name, answer in ways.items():
@@ -137,13 +137,13 @@ def measure(
             answer(request)
             seconds.append(time.perf_counter() - start)
         cells[name] = percentiles(seconds[WARM:])
-    for expansion in EXPANSIONS:
+    for num_probes in NUM_PROBES:
         found = total = 0
         for request in itertools.islice(requests(), FEWEST):
             exact = exactly(request)
-            found += int((by_index(expansion, request).unsqueeze(2) == exact.unsqueeze(1)).sum())
+            found += int((by_index(num_probes, request).unsqueeze(2) == exact.unsqueeze(1)).sum())
             total += exact.numel()
-        cells[f"index {expansion}"] += f", {found / total:.3f}"
+        cells[f"index {num_probes}"] += f", {found / total:.3f}"
     return cells
 
 
@@ -165,9 +165,9 @@ def main() -> None:
     )
     lines = [
         "| items | batch | encoder | exact | by ONNX | by ONNX, int8 | "
-        + " | ".join(f"by an index, {expansion}" for expansion in EXPANSIONS)
+        + " | ".join(f"by an index, {num_probes}" for num_probes in NUM_PROBES)
         + " | building it |",
-        "|---" * (7 + len(EXPANSIONS)) + "|",
+        "|---" * (7 + len(NUM_PROBES)) + "|",
     ]
     for model in models:
         model.eval()
@@ -200,7 +200,7 @@ def main() -> None:
     intro = (
         f"Milliseconds a request, p50 / p99 of {options.repeats}, or of as many as {MOST_SECONDS} seconds allow, of "
         "which p99 is about the slowest. By an index also recall@10, the share of the exact answer that it finds, by "
-        f"`expansion_search`. {machine(torch.get_num_threads())}. {command}"
+        f"`num_probes`. {machine(torch.get_num_threads())}. {command}"
     )
     write_section(TABLE, HEADER, title, [intro, "", *lines])
 

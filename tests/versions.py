@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "reference" / "compatibility.md"
 SETS = ("oldest", "pinned", "newest")
 SHOWN = (
     "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "huggingface_hub", "ibis-framework",
-    "duckdb", "pyarrow", "numpy", "pandas", "matplotlib", "onnx", "onnxscript", "usearch", "peft", "optuna",
+    "duckdb", "pyarrow", "numpy", "pandas", "matplotlib", "onnx", "onnxscript", "faiss-cpu", "peft", "optuna",
 )  # fmt: skip
 ASK = (
     "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"

@@ -1,95 +1,106 @@
 """Approximate search over the item vectors, for catalogues that are too large for exact ranking in one request."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..files import file_beside
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 
+# Number of lists that a search reads. benchmarks/results/serving.md has its recall.
+NUM_PROBES = 32
+# A list has a centre that is the mean of some of its items, at most this number. All items would take longer, and the
+# centres would hardly differ.
+ITEMS_PER_CENTRE = 64
+# Number of steps of k-means.
+CLUSTERING_STEPS = 10
+
 
 class ItemIndex:
-    """An approximate nearest-neighbour index of `model.item_vectors()`: HNSW (Malkov & Yashunin 2016), by usearch.
+    """An approximate nearest-neighbour index of `model.item_vectors()`: an inverted file, by faiss.
 
         index = ItemIndex.build(model)
         recommend = pipeline("sequential-recommendation", model=folder, index=index)
 
-    The index is a copy of the weights: build it again after training and after `add_items`.
+    The items are divided into lists by k-means (Sivic & Zisserman 2003), and a search reads the lists whose centres are
+    nearest to the user's vector. The index is a copy of the weights: build it again after training and after
+    `add_items`.
     """
 
-    def __init__(self, index: Any):
-        self.index = index  # a usearch.index.Index, whose keys are token ids
+    def __init__(self, index: Any, num_probes: int = NUM_PROBES):
+        self.index = index  # a faiss.IndexIVFFlat, whose ids are token ids
+        self.num_probes = num_probes
 
     @classmethod
     def build(
-        cls,
-        model: Bert4RecForMaskedItemPrediction,
-        *,
-        connectivity: int = 32,
-        expansion_add: int = 128,
-        expansion_search: int = 256,
+        cls, model: Bert4RecForMaskedItemPrediction, *, num_lists: int | None = None, num_probes: int = NUM_PROBES
     ) -> "ItemIndex":
         """Build an index of all items of a model.
 
         Args:
             model: The model, whose item vectors are copied.
-            connectivity: Number of neighbours of an item in the graph.
-            expansion_add: Number of items that are examined when an item is added. A larger number makes searches more
-                accurate and building slower.
-            expansion_search: Number of items that are examined in a search. A larger number makes searches more
-                accurate and slower.
+            num_lists: Number of lists. None: twice the square root of the number of items.
+            num_probes: Number of lists that a search reads. A larger number makes searches more accurate and slower.
 
         Raises:
-            ImportError: If usearch is not installed: `pip install 'bert4rec_hf[search]'`.
-            ValueError: If an item vector is NaN.
+            ImportError: If faiss is not installed: `pip install 'bert4rec_hf[search]'`.
+            ValueError: If an item vector is NaN, or a number is below 1.
         """
-        from usearch.index import Index
+        import faiss
 
         vectors = model.item_vectors().cpu().numpy()
         if np.isnan(vectors).any():
             raise ValueError("an item vector is NaN: the weights are not finite, training has diverged")
-        index = Index(
-            ndim=vectors.shape[1],
-            metric="ip",
-            dtype="f32",
-            connectivity=connectivity,
-            expansion_add=expansion_add,
-            expansion_search=expansion_search,
+        num_lists = round(2 * len(vectors) ** 0.5) if num_lists is None else num_lists
+        _check_probes(num_probes)
+        if not 1 <= num_lists <= len(vectors):
+            raise ValueError(f"num_lists must lie between 1 and the number of items, {len(vectors)}; got {num_lists}")
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], num_lists, faiss.METRIC_INNER_PRODUCT
         )
-        index.add(np.arange(len(vectors)) + FIRST_ITEM_ID, vectors)
-        return cls(index)
+        index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = ITEMS_PER_CENTRE, 1
+        index.cp.niter = CLUSTERING_STEPS
+        index.train(vectors)
+        index.add_with_ids(vectors, np.arange(len(vectors)) + FIRST_ITEM_ID)
+        return cls(index, num_probes)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the index to one file."""
-        self.index.save(os.fspath(path))
+        import faiss
+
+        with file_beside(Path(path)) as beside:
+            faiss.write_index(self.index, os.fspath(beside))
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, expansion_search: int = 256) -> "ItemIndex":
+    def load(cls, path: str | os.PathLike, *, num_probes: int = NUM_PROBES) -> "ItemIndex":
         """Read an index that `save` wrote.
 
         Args:
             path: The file.
-            expansion_search: Number of items that are examined in a search; the file does not store it.
+            num_probes: Number of lists that a search reads; the file does not store it.
 
         Raises:
-            ImportError: If usearch is not installed: `pip install 'bert4rec_hf[search]'`.
-            ValueError: If the file does not exist, is damaged, or is not an index.
+            ImportError: If faiss is not installed: `pip install 'bert4rec_hf[search]'`.
+            ValueError: If the file does not exist, is damaged, or is not an index, or the number is below 1.
         """
-        from usearch.index import Index
+        import faiss
 
+        _check_probes(num_probes)
         try:
-            index = Index.restore(os.fspath(path))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no index, or a damaged one ({error}): build and save it again") from error
-        if index is None:
-            raise ValueError(f"{path} is no index: expected a file from ItemIndex.save")
-        index.expansion_search = expansion_search  # type: ignore[misc]  # its setter has no type
-        return cls(index)
+            index = faiss.read_index(os.fspath(path))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} is no index, or a damaged one ({reason}): build and save it again") from error
+        if not isinstance(index, faiss.IndexIVFFlat):
+            raise ValueError(f"{path} is no index of this kind: expected a file from ItemIndex.save")
+        return cls(index, num_probes)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.index.ntotal
 
     def search(self, vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find approximately the items with the highest scores.
@@ -99,23 +110,39 @@ class ItemIndex:
             count: Number of items to find.
 
         Returns:
-            scores: (batch, at most `count`) float32 logits in descending order, padded with -inf.
-            item_ids: (batch, at most `count`) int64 token ids, padded with 0.
+            scores: (batch, `count`) float32 logits in descending order, padded with -inf.
+            item_ids: (batch, `count`) int64 token ids, padded with 0.
 
         Raises:
             ValueError: If the vectors have another width than the index, or are NaN.
         """
+        import faiss
+
         if vectors.isnan().any():
             raise ValueError("a user vector is NaN: the weights are not finite, training has diverged")
-        if vectors.shape[1] != self.index.ndim:
+        if vectors.shape[1] != self.index.d:
             raise ValueError(
-                f"the index has vectors of width {self.index.ndim}, the model of width {vectors.shape[1]}: build it "
-                "from this model"
+                f"the index has vectors of width {self.index.d}, the model of width {vectors.shape[1]}: build it from "
+                "this model"
             )
-        found = self.index.search(vectors.cpu().numpy(), count)
-        # For a single vector, usearch returns arrays without the batch dimension.
-        keys, distances = np.atleast_2d(found.keys).astype(np.int64), np.atleast_2d(found.distances)
-        counts: Any = getattr(found, "counts", [keys.shape[1]])
-        is_found = np.arange(keys.shape[1]) < np.asarray(counts)[:, None]
-        scores = np.where(is_found, 1 - distances, -np.inf).astype(np.float32)
-        return torch.from_numpy(scores), torch.from_numpy(np.where(is_found, keys, 0))
+        queries = vectors.cpu().float().numpy()
+        parameters: Any = faiss.SearchParametersIVF  # its annotations lack the arguments
+        scores, item_ids = self.index.search(
+            queries, count, params=parameters(nprobe=min(self.num_probes, self.index.nlist))
+        )
+        # The lists that are read may have fewer items than are asked for. All lists are read then.
+        is_short = item_ids[:, min(count, len(self)) - 1] < 0
+        if is_short.any():
+            scores[is_short], item_ids[is_short] = self.index.search(
+                queries[is_short], count, params=parameters(nprobe=self.index.nlist)
+            )
+        is_found = item_ids >= 0
+        return (
+            torch.from_numpy(np.where(is_found, scores, -np.inf).astype(np.float32)),
+            torch.from_numpy(np.where(is_found, item_ids, 0)),
+        )
+
+
+def _check_probes(num_probes: int) -> None:
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be at least 1; got {num_probes}")

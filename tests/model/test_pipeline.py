@@ -440,8 +440,8 @@ def test_the_jth_recommendation_has_rank_j_for_each_of_50_users(pipe):
 
 
 def test_an_index_that_looks_at_everything_answers_as_the_exact_search(pipe, histories, tmp_path):
-    ItemIndex.build(pipe.model).save(tmp_path / "items.usearch")
-    index = ItemIndex.load(tmp_path / "items.usearch")
+    ItemIndex.build(pipe.model).save(tmp_path / "items.faiss")
+    index = ItemIndex.load(tmp_path / "items.faiss")
     rows = [*histories, {"history": ["007"], "exclude": ["100", "101"]}, {"history": ["100"], "candidates": ["007"]}]
     exact, near = pipe(rows, top_k=5), pipe(rows, top_k=5, index=index)
     assert [ids(answer) for answer in near] == [ids(answer) for answer in exact]
@@ -522,7 +522,7 @@ def test_a_model_that_has_just_been_trained_answers_without_dropout(folder, pipe
 
 
 def test_an_index_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="missing is no index"):
+    with pytest.raises(ValueError, match="missing is no index, or a damaged one"):
         ItemIndex.load(tmp_path / "missing")
 
 
@@ -536,16 +536,28 @@ def test_a_model_that_is_larger_than_its_catalogue_is_an_error(folder, pipe):
 def test_a_loaded_index_looks_as_far_as_the_one_that_was_saved(tmp_path):
     torch.manual_seed(0)
     model = Bert4RecForMaskedItemPrediction(Bert4RecConfig(vocab_size=4003, hidden_size=64, initializer_range=1.0))
-    built = ItemIndex.build(model, connectivity=8, expansion_add=32)
-    built.save(tmp_path / "items.usearch")
-    loaded = ItemIndex.load(tmp_path / "items.usearch")
+    built = ItemIndex.build(model)
+    built.save(tmp_path / "items.faiss")
+    loaded = ItemIndex.load(tmp_path / "items.faiss")
     vectors = torch.randn(20, 65)
     assert torch.equal(loaded.search(vectors, 10)[1], built.search(vectors, 10)[1])
-    narrow = ItemIndex.load(tmp_path / "items.usearch", expansion_search=10)
+    narrow = ItemIndex.load(tmp_path / "items.faiss", num_probes=1)
     assert not torch.equal(narrow.search(vectors, 10)[1], built.search(vectors, 10)[1])
-    (tmp_path / "items.usearch").write_bytes((tmp_path / "items.usearch").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="is no index, or a damaged one"):
-        ItemIndex.load(tmp_path / "items.usearch")
+    exact = model.item_vectors().matmul(vectors.T).topk(10, dim=0).indices.T + 3
+    all_lists = ItemIndex.load(tmp_path / "items.faiss", num_probes=10**6)
+    assert torch.equal(all_lists.search(vectors, 10)[1], exact)
+    # One list has too few items, so all are read.
+    scores, token_ids = narrow.search(vectors, 4005)
+    assert torch.equal(token_ids[:, :10], exact)
+    assert torch.equal(token_ids.sort(dim=1).values, torch.tensor([0, 0, 0, 0, 0, *range(3, 4003)]).expand(20, -1))
+    assert scores[:, 4000:].isneginf().all()
+    for content in ((tmp_path / "items.faiss").read_bytes()[:5000], b"", b"no index"):
+        (tmp_path / "items.faiss").write_bytes(content)
+        with pytest.raises(ValueError, match="is no index, or a damaged one"):
+            ItemIndex.load(tmp_path / "items.faiss")
+    for build in (lambda: ItemIndex.build(model, num_lists=5000), lambda: ItemIndex.build(model, num_probes=0)):
+        with pytest.raises(ValueError, match=r"num_(lists|probes) must"):
+            build()
 
 
 def test_weights_that_are_not_finite_are_an_error_for_an_index_too(folder, pipe):
@@ -634,7 +646,7 @@ def test_a_history_with_another_inside_is_an_error_that_names_the_item(pipe, his
         ({"candidates": 5}, f"candidates {LIST}5"), ({"candidates": [["100"]]}, "item 0 of candidates"),
         ({"filter_seen_items": "no"}, "filter_seen_items must be True, False or None; got 'no'"),
         ({"filter_seen_items": 2}, "filter_seen_items must be True, False or None; got 2"),
-        ({"index": "items.usearch"}, r"index must be an ItemIndex, for example ItemIndex.load\(path\); got 'items.use"),
+        ({"index": "items.faiss"}, r"index must be an ItemIndex, for example ItemIndex.load\(path\); got 'items"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
         ({"batch_size": "8"}, "batch_size must be a whole number of at least 1; got '8'"),
     ],
