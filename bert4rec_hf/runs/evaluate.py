@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..data.counting import item_counts
 from ..data.histories import check_prepared, time_type
-from ..data.rows import ranking_rows, sampled_candidates, users_with_targets
+from ..data.rows import ranking_rows, sampled_candidates, target_ids_of, users_with_targets
 from ..evaluation.baselines import baseline_ranks
 from ..evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.protocol import Protocol
@@ -22,9 +22,11 @@ from ..evaluation.seen_targets import check_targets
 from ..evaluation.target_sets import set_metrics, target_sets
 from ..hub.load import load_model
 from ..hub.model_card import add_evaluation, read_calibration, read_evaluations, write_model_card
+from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..serving.rules import Rules
 from ..training.arguments import Bert4RecTrainingArguments
-from ..training.trainer import Bert4RecTrainer
+from ..training.trainer import SERVED_LIST_LENGTH, Bert4RecTrainer
 from .model_and_data import check_catalogue, read_histories
 
 logger = logging.getLogger(__name__)
@@ -44,10 +46,12 @@ def evaluate_prepared(
     use_cpu: bool = False,
     disable_tqdm: bool = False,
     report: str | os.PathLike | None = None,
+    rules: Rules | None = None,
 ) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the baselines.
 
-    If the model is a local folder, the metrics are also written into its evaluation.json and its card.
+    If the model is a local folder, the metrics are also written into its evaluation.json and its card. Metrics under
+    rules are not: the rules belong to a business, and the card may be published.
 
     Args:
         model: A model folder or Hub id.
@@ -67,7 +71,9 @@ def evaluate_prepared(
         use_cpu: Whether to leave an accelerator unused.
         disable_tqdm: Whether to show no progress bar.
         report: A folder for report.json, report.md, report.png and ranks.parquet; see `report.write_report`. Only for
-            the full protocol. None: no report.
+            the full protocol and without rules. None: no report.
+        rules: Rules that the targets are ranked under; see `Bert4RecTrainer`. The protocol names them, and there are no
+            baselines and no loss, since neither knows them. None: no rules.
 
     Returns:
         The record of evaluation.json: source, protocol, metrics and baselines. If some users have an empty history, it
@@ -76,8 +82,9 @@ def evaluate_prepared(
 
     Raises:
         ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
-            the data, if no user has a target, if the model has trained on the targets, if a report or all targets are
-            asked for with the protocol "paper", or if the targets do not fit the data; see `target_sets`.
+            the data, if no user has a target, if the model has trained on the targets, if a report, all targets or
+            rules are asked for with the protocol "paper", or a report with rules; or if the targets do not fit the
+            data; see `target_sets`.
     """
     check_prepared(data)
     if targets not in ("next", "all"):
@@ -86,6 +93,9 @@ def evaluate_prepared(
         raise ValueError(f"--horizon is for --targets all; got {horizon}: leave it out, or add --targets all")
     if targets == "all" and protocol == "paper":
         raise ValueError("--targets all needs the full ranking; got --protocol paper: leave out one of the two")
+    if rules is not None and (protocol == "paper" or report is not None):
+        other = "--report" if report is not None else "--protocol paper"
+        raise ValueError(f"{other} knows no rules; got {rules}: leave out one of the two")
     if max_eval_samples is not None and max_eval_samples < 1:
         raise ValueError(f"max_eval_samples must be at least 1; got {max_eval_samples}")
     if report is not None:
@@ -124,6 +134,7 @@ def evaluate_prepared(
                 save_strategy="no",
             ),
             processing_class=tokenizer,
+            rules=rules,
         )
         trainer.remove_callback(PrinterCallback)  # the record has all metrics
         prediction = trainer.predict(rows)
@@ -146,6 +157,10 @@ def evaluate_prepared(
             sampled_metrics,
         )
         metrics = measure(rankings["model"])
+    elif rules is not None:
+        described = replace(described, candidates=_candidates(rules, rows, tokenizer.num_items))
+        metrics = result_metrics(prediction.metrics, "test")
+        del metrics["loss"]
     else:
         rankings |= baseline_ranks(rows, histories, tokenizer.num_items)
         metrics = result_metrics(prediction.metrics, "test")
@@ -173,7 +188,7 @@ def evaluate_prepared(
             share_seen_targets=sets.share_seen(),
             share_unknown_targets=float((sets.token_ids < 0).mean()),
         )
-        ranked = baseline_ranks(sets.expanded_rows(), histories, tokenizer.num_items)
+        ranked = {} if rules else baseline_ranks(sets.expanded_rows(), histories, tokenizer.num_items)
         of_sets = {
             "source": record["source"],
             "protocol": of_all.as_dict(),
@@ -184,7 +199,7 @@ def evaluate_prepared(
         recommended = prediction.predictions[1]
         found = evaluation_report(rows, histories, rankings, recommended, described, tokenizer.num_items)
         write_report(report, found, rows, rankings["model"])
-    if trainer.is_world_process_zero() and os.path.isdir(model):
+    if trainer.is_world_process_zero() and os.path.isdir(model) and rules is None:
         try:
             add_evaluation(model, record)
             if of_sets is not None:
@@ -198,3 +213,20 @@ def evaluate_prepared(
 def _numbers_of(rows: Dataset) -> str:
     numbers = [len(items) for items in rows["candidate_ids"]]
     return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+
+
+def _candidates(rules: Rules, rows: Dataset, num_items: int) -> str:
+    """What the targets are ranked among under rules, in words."""
+    text = f"all {num_items} items"
+    if rules.allowed is not None:
+        targets = target_ids_of(rows)
+        known = targets[targets != IGNORE_INDEX]
+        share = float((~rules.allowed.numpy()[known]).sum() / len(targets))
+        text = (
+            f"{rules.num_allowed} of {num_items} items, where {rules.where} ({share:.1%} of the targets do not meet "
+            "this: misses)"
+        )
+    if rules.reorders:
+        others = str(rules).removeprefix(f"where {rules.where}, ")
+        text += f", by their place in served lists of {SERVED_LIST_LENGTH} items, {others} (targets beyond: misses)"
+    return text
