@@ -256,7 +256,7 @@ class RecommendationMixin:
             pool = self._pool(states, pairs, size, candidate_ids, exclude_ids, allowed, boosts)
         keys, scores, item_ids = pool
         num_eligible = (~keys.isneginf()).sum(dim=1)
-        if not rules.chooses or not len(keys):
+        if not rules.chooses or not keys.numel():
             return scores, item_ids, num_eligible
         width = self.config.hidden_size if rules.diversity else 1
         values_per_row = max(rules.values_per_row(keys.shape[1]), keys.shape[1] * width)

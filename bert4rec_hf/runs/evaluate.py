@@ -223,10 +223,10 @@ def _candidates(rules: Rules, rows: Dataset, num_items: int) -> str:
         known = targets[targets != IGNORE_INDEX]
         share = float((~rules.allowed.numpy()[known]).sum() / len(targets))
         text = (
-            f"{rules.num_allowed} of {num_items} items, where {rules.where} ({share:.1%} of the targets do not meet "
-            "this: misses)"
+            f"{rules.num_allowed} of {num_items} items (where {rules.where}; {share:.1%} of the targets do not meet "
+            "this and are misses)"
         )
     if rules.reorders:
         others = str(rules).removeprefix(f"where {rules.where}, ")
-        text += f", by their place in served lists of {SERVED_LIST_LENGTH} items, {others} (targets beyond: misses)"
+        text += f" in served lists of {SERVED_LIST_LENGTH} ({others}; targets beyond the list are misses)"
     return text

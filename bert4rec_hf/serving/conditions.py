@@ -61,7 +61,7 @@ def condition_sql(condition: str, columns: Sequence[str]) -> str:
     """
     import sqlglot
     from sqlglot import exp
-    from sqlglot.errors import ParseError, SqlglotError
+    from sqlglot.errors import ParseError
 
     if not isinstance(condition, str) or not condition.strip():
         raise ValueError(f"a condition must be a text such as \"category = 'shoes' AND price < 50\"; got {condition!r}")
@@ -76,14 +76,16 @@ def condition_sql(condition: str, columns: Sequence[str]) -> str:
     try:
         _check_tokens(condition, sqlglot.tokenize(condition, read="duckdb"))
         tree = sqlglot.parse_one(condition, read="duckdb", into=exp.Condition)
+        _check_tree(condition, tree, columns)
+        return tree.sql(dialect="duckdb", identify=True, comments=False)
+    except ValueError:
+        raise
     except ParseError as error:
         raise _parse_error(condition, error) from error
-    except SqlglotError as error:
-        raise _error(condition, f"{EXPECTED}; {error}") from error
     except RecursionError as error:
         raise _error(condition, "it is nested too deeply; write it with fewer levels") from error
-    _check_tree(condition, tree, columns)
-    return tree.sql(dialect="duckdb", identify=True, comments=False)
+    except Exception as error:  # the parser has errors of many types for text that is no SQL
+        raise _error(condition, f"{EXPECTED}; it cannot be read") from error
 
 
 def _error(condition: str, problem: str, place: int | None = None) -> ValueError:
@@ -127,7 +129,7 @@ def _check_tokens(condition: str, tokens: Sequence[Any]) -> None:
 
 def _check_tree(condition: str, tree: Any, columns: Sequence[str]) -> None:
     """Raise ValueError for a node that no example has, an unknown column, and a tree that is too deep."""
-    from sqlglot import exp
+    from sqlglot import ErrorLevel, exp
 
     allowed = _allowed()
     nodes = [(tree, 1)]
@@ -145,7 +147,8 @@ def _check_tree(condition: str, tree: Any, columns: Sequence[str]) -> None:
             or (isinstance(node, exp.DataType) and node.sql("duckdb") not in TYPES)
             or (isinstance(node, exp.Literal) and not (node.is_string or NUMBER.fullmatch(node.this)))
         ):
-            raise _error(condition, f"{EXPECTED}; got {node.sql()!r:.60}", place)
+            shown = node.sql(unsupported_level=ErrorLevel.IGNORE)
+            raise _error(condition, f"{EXPECTED}; got {shown!r:.60}", place)
         is_chain = isinstance(node, exp.And | exp.Or)
         children = [
             (child, depth + (not (is_chain and type(child) is type(node)))) for child in node.iter_expressions()

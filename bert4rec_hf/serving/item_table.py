@@ -124,7 +124,8 @@ class ItemTable:
             ValueError: If the condition has anything else, does not fit the types of the columns, is not true or false,
                 or takes longer than `TIME_LIMIT_SECONDS`.
         """
-        return self._kept_masks(condition)
+        # What is no text, and may not be hashable, is refused in `condition_sql`.
+        return self._kept_masks(condition) if isinstance(condition, str) else self._evaluate(condition)
 
     def _evaluate(self, condition: str) -> np.ndarray:
         sql = condition_sql(condition, self.table.column_names)

@@ -211,15 +211,17 @@ class Rules:
         """
         parts = []
         if counts["filtered"] and self.where is not None:
+            left = counts["left by filters"] / counts["filtered"]
             parts.append(
                 f"where {self.where!r}, which {self.num_allowed:,} of {self.num_items:,} items meet, and the other "
-                f"filters leave {counts['left by filters'] / counts['filtered']:.3g} for {counts['filtered']:,}"
+                f"filters leave {left:.3g} on average for {counts['filtered']:,}"
             )
         if counts["limited"]:
             quotas = ", ".join(f"{quota.column}:{quota.limit}" for quota in self.quotas)
+            left = counts["left by quotas"] / counts["limited"]
             parts.append(
-                f"max_per {quotas} leaves {counts['left by quotas'] / counts['limited']:.3g} of the best "
-                f"{self.pool_size(top_k):,} for {counts['limited']:,}"
+                f"max_per {quotas} leaves {left:.3g} of the best {self.pool_size(top_k):,} on average for "
+                f"{counts['limited']:,}"
             )
         if parts:
             logger.warning("%d of %d histories get fewer than %d items: %s",
