@@ -213,11 +213,12 @@ def test_quotas_count_each_value_of_a_list_and_no_null():
     model = known_model([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     items = table_of(
         brand=["x", "x", None, "x", None, "y"],
-        genres=[["a", "b"], ["a"], ["b", "b"], [], None, ["b"]],
+        genres=[["a", "b"], ["b"], ["b", "a", "b"], [], None, ["a"]],
     )
     assert answer_of(model, 6, Rules(items, max_per="brand:1")) == [0, 2, 4, 5]
     assert answer_of(model, 3, Rules(items, max_per="brand:2")) == [0, 1, 2]
     assert answer_of(model, 6, Rules(items, max_per="genres:1")) == [0, 3, 4]
+    assert answer_of(model, 6, Rules(items, max_per="genres:2")) == [0, 1, 3, 4, 5]
     assert answer_of(model, 6, Rules(items, max_per=["genres:2", "brand:1"])) == [0, 2, 4]
 
 
@@ -428,6 +429,15 @@ def test_exclusions_and_candidates_of_call_and_row_hold_under_rules_too(pipe, it
     answers = pipe(rows, rules=rules, batch_size=3, top_k=1)
     assert [_ids(answer) for answer in answers] == [best[1:2], best[2:3], best[:1]]
     assert _ids(pipe(["1"], rules=rules, candidates=best[2:], top_k=1)) == best[2:3]
+    few = Rules(items, where="price < 30")
+    for row in ({"history": ["1"], "candidates": RAW}, {"history": ["1"], "candidates": RAW, "exclude": []}):
+        assert pipe(row, rules=few) == pipe(["1"], rules=few)
+    # In one batch, two rows have lists of their own.
+    rows = [{"history": ["1"], "candidates": RAW}, {"history": ["2"], "candidates": RAW[::-1][1:]}]
+    answers = pipe(rows, rules=few, batch_size=2)
+    assert [_ids(answer) for answer in answers] == [_ids(pipe(["1"], rules=few)), _ids(pipe(rows[1], rules=few))]
+    prices = dict(zip(RAW, ITEMS.table["price"].to_pylist(), strict=True))
+    assert all(prices[item] < 30 for answer in answers for item in _ids(answer))
 
 
 def test_one_warning_says_which_rule_leaves_how_many(folder, pipe, items, tmp_path, caplog, monkeypatch):
