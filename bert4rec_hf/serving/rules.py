@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
+from ..hub.load import check_model
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .item_table import ItemTable
@@ -251,8 +252,8 @@ def read_rules(
         The rules. None if all of them are left out.
 
     Raises:
-        ValueError: If a text has another form, there is no item table, or there is one and nothing reads it; or as
-            `Rules` and `ItemTable.read`.
+        ValueError: If a text has another form, there is no such model or no item table, or there is one and nothing
+            reads it; or as `Rules` and `ItemTable.read`.
     """
     reads_table = where is not None or boost or max_per
     if not reads_table:
@@ -262,13 +263,15 @@ def read_rules(
     boosts: dict[str, float] = {}
     for text in boost or ():
         weight, _, condition = text.partition(":")
+        condition = condition.strip()
         try:
-            number = float(weight)
+            number = float(weight if condition else "")
         except ValueError:
             raise ValueError(f'a boost must be "WEIGHT: CONDITION", such as "0.5: on_sale"; got {text!r}') from None
-        if condition.strip() in boosts:
-            raise ValueError(f"the boost of {condition.strip()!r} is there twice; leave one of them out")
-        boosts[condition.strip()] = number
+        if condition in boosts:
+            raise ValueError(f"the boost of {condition!r} is there twice; leave one of them out")
+        boosts[condition] = number
+    check_model(model)
     if items is None:
         items = cached_file(model, ITEMS_FILE, _raise_exceptions_for_missing_entries=False)
     if items is None:

@@ -503,6 +503,7 @@ def test_a_wrong_option_of_the_command_line_is_one_line(folder, tmp_path):
         (["--where", "prise < 3"], "unknown column 'prise'; did you mean price?"),
         (["--where", "read_csv('x') = 1"], "unknown function 'read_csv'"),
         (["--boost", "on_sale"], 'a boost must be "WEIGHT: CONDITION", such as "0.5: on_sale"; got \'on_sale\''),
+        (["--boost", "1: on_sale", "172"], 'a boost must be "WEIGHT: CONDITION", such as "0.5: on_sale"; got \'172\''),
         (["--boost", "1: on_sale", "2: on_sale"], "the boost of 'on_sale' is there twice; leave one of them out"),
         (["--max_per", "category"], 'max_per must be "COLUMN:N"'),
         (["--diversity", "2"], "diversity must be a number from 0 to 1; got 2.0"),
@@ -510,6 +511,8 @@ def test_a_wrong_option_of_the_command_line_is_one_line(folder, tmp_path):
         (["--where", "TRUE", "--items", "nothing.csv"], "there is no file nothing.csv; expected an item table"),
     ):
         assert message in fail(*command, *words)
+    for words in (["recommend", tmp_path], ["evaluate", tmp_path, "--data", tmp_path]):
+        assert "is not a BERT4Rec model folder" in fail(*words, "--where", "TRUE")
     (folder / "items.parquet").rename(folder / "moved.parquet")
     try:
         message = fail(*command, "--where", "TRUE")
