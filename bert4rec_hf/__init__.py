@@ -29,8 +29,10 @@ _LATER = {
     "Bert4RecTrainer": "training.trainer",
     "Bert4RecTrainingArguments": "training.arguments",
     "ItemIndex": "serving.item_index",
+    "ItemTable": "serving.item_table",
     "PrepareOptions": "data.prepare_options",
     "Protocol": "evaluation.protocol",
+    "Rules": "serving.rules",
     "baseline_ranks": "evaluation.baselines",
     "calibrate_prepared": "runs.calibrate",
     "compare_prepared": "runs.compare",
@@ -68,8 +70,10 @@ __all__ = [
     "Bert4RecTrainingArguments",
     "DataCollatorForMaskedItemPrediction",
     "ItemIndex",
+    "ItemTable",
     "PrepareOptions",
     "Protocol",
+    "Rules",
     "SequentialRecommendationPipeline",
     "__version__",
     "baseline_ranks",
@@ -119,7 +123,9 @@ if TYPE_CHECKING:
     from .runs.train import train_prepared
     from .runs.tune import tune_prepared
     from .serving.item_index import ItemIndex
+    from .serving.item_table import ItemTable
     from .serving.onnx_export import export_onnx
+    from .serving.rules import Rules
     from .training.arguments import Bert4RecTrainingArguments
     from .training.initialization import keep_transitions, start_from_cooccurrence
     from .training.trainer import Bert4RecTrainer

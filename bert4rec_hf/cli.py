@@ -30,6 +30,7 @@ from .command_line.options import (
     ExportVectorsArguments,
     PrepareArguments,
     RecommendArguments,
+    RuleArguments,
     ServeArguments,
     TrainArguments,
     TuneArguments,
@@ -163,17 +164,21 @@ def tune(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Rank held-out targets with a model and with baselines, and write the metrics into the model folder."""
-    parser = Parser(EvaluateArguments, prog="bert4rec evaluate", description=evaluate.__doc__)
+    parser = Parser((EvaluateArguments, RuleArguments), prog="bert4rec evaluate", description=evaluate.__doc__)
     parser.add_argument("models", nargs="+", metavar="model", help="A model folder or Hub id, or several.")
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
-    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    options, of_rules, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     if options.report is not None and len(rest.models) > 1:
         parser.error(f"--report is for one model; got {len(rest.models)}: bert4rec compare reports on two")
 
     from .hub.model_card import read_evaluations
     from .runs.evaluate import evaluate_prepared
+    from .serving.rules import read_rules
 
-    records = {model: evaluate_prepared(model, **vars(options)) for model in rest.models}
+    records = {
+        model: evaluate_prepared(model, **vars(options), rules=read_rules(model, **vars(of_rules)))
+        for model in rest.models
+    }
     if not PartialState().is_main_process:
         return
     of_sets = {model: record.pop("all_targets") for model, record in records.items() if "all_targets" in record}
@@ -238,14 +243,14 @@ def calibrate(arguments: Sequence[str]) -> None:
 
 def recommend(arguments: Sequence[str]) -> None:
     """Recommend the next items for one history of item ids, or for files of histories."""
-    parser = Parser(RecommendArguments, prog="bert4rec recommend", description=recommend.__doc__)
+    parser = Parser((RecommendArguments, RuleArguments), prog="bert4rec recommend", description=recommend.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
-    parser.add_argument("items", nargs="*", help="Item ids of one history, oldest first.")
+    parser.add_argument("item_ids", nargs="*", help="Item ids of one history, oldest first.")
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
-    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    options, of_rules, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     if (options.histories is None) != (options.output is None):
         parser.error("--histories and --output belong together")
-    if options.histories is not None and rest.items:
+    if options.histories is not None and rest.item_ids:
         parser.error("give item ids or --histories, not both")
     if options.batch_size < 1:
         parser.error(f"--batch_size must be at least 1; got {options.batch_size}")
@@ -256,6 +261,7 @@ def recommend(arguments: Sequence[str]) -> None:
     from .hub.load import load_model
     from .serving.bulk import launched_process, recommend_file
     from .serving.history_files import read_item_ids
+    from .serving.rules import read_rules
 
     number, num_processes, local_number = launched_process()
     if num_processes > 1 and options.histories is None:
@@ -277,6 +283,7 @@ def recommend(arguments: Sequence[str]) -> None:
             parser.error(f"cannot use the device {device!r}: {one_line(error)}")
     elif num_processes > 1:
         device = local_number % max(torch.accelerator.device_count(), 1)  # the processes share the devices
+    rules = read_rules(rest.model, **vars(of_rules))
     pipe = transformers.pipeline(
         "sequential-recommendation",
         model=model,
@@ -284,6 +291,7 @@ def recommend(arguments: Sequence[str]) -> None:
         device=device,
         top_k=options.top_k,
         filter_seen_items=options.filter_seen_items,
+        rules=rules,
         **lists,
     )
     excluded = lists["exclude"] or []
@@ -298,17 +306,21 @@ def recommend(arguments: Sequence[str]) -> None:
         if number == 0:
             print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
-    if rest.items and set(pipe.tokenizer.item_ids_to_token_ids(rest.items)) == {UNK_TOKEN_ID}:
+    if rest.item_ids and set(pipe.tokenizer.item_ids_to_token_ids(rest.item_ids)) == {UNK_TOKEN_ID}:
         raise ValueError(
-            f"the catalogue of {rest.model} has none of the items of the history ({_first(rest.items)}); expected ids "
-            f"such as {_first(pipe.tokenizer.items)}, or no items for an empty history"
+            f"the catalogue of {rest.model} has none of the items of the history ({_first(rest.item_ids)}); expected "
+            f"ids such as {_first(pipe.tokenizer.items)}, or no items for an empty history"
         )
-    answer = pipe(rest.items)
+    answer = pipe(rest.item_ids)
     if pipe.tokenizer.titles is not None:
-        for item in rest.items:
+        for item in rest.item_ids:
             print(f"{'had':>5}  {item:>8}  {'':8}  {one_line(pipe.tokenizer.title(item) or '')}".rstrip())
     if not answer:
-        print("no item is left to recommend: every item is excluded, seen or not a candidate")
+        print(
+            "no item is left to recommend: every item is excluded, seen, not a candidate or does not meet --where"
+            if rules is not None and rules.where is not None
+            else "no item is left to recommend: every item is excluded, seen or not a candidate"
+        )
     for rank, entry in enumerate(answer, start=1):
         print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {one_line(entry.get('title') or '')}".rstrip())
 

@@ -92,7 +92,7 @@ def test_every_folder_is_in_the_order_and_its_init_is_empty():
 
 
 def test_importing_the_package_loads_neither_data_frames_nor_databases_nor_plots():
-    heavy = ["datasets", "ibis", "duckdb", "pyarrow", "pandas", "matplotlib", "onnx", "faiss"]
+    heavy = ["datasets", "ibis", "duckdb", "pyarrow", "pandas", "matplotlib", "onnx", "faiss", "sqlglot"]
     code = (
         "import sys, torch, transformers\n"
         "before = set(sys.modules)\n"

@@ -282,6 +282,55 @@ class ServeArguments:
         default=32, metadata={"help": "Number of requests that the model reads at once, if so many wait."}
     )
     device: str | None = field(default=None, metadata={"help": "Device to run on, for example cpu or cuda:0."})
+    items: str | None = field(
+        default=None,
+        metadata={"help": "Item table: Parquet or CSV with item_id; default: items.parquet of the model folder."},
+    )
+    rules: str | None = field(
+        default=None,
+        metadata={"help": "YAML file of rules by name, with where, boost, max_per and diversity; requests name them."},
+    )
+    allow_where: bool = field(
+        default=False, metadata={"help": "Allow requests to have conditions on the item table of their own."}
+    )
+
+
+@dataclass
+class RuleArguments:
+    """The rules of a business, for `recommend` and `evaluate`."""
+
+    where: str | None = field(
+        default=None,
+        metadata={
+            "help": "Condition that every recommended item meets, such as \"category = 'shoes' AND price < 50\"."
+        },
+    )
+    boost: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": 'Boosts "WEIGHT: CONDITION", such as "0.5: on_sale": number of standard deviations that are added '
+            "to the scores of the items that meet the condition.",
+        },
+    )
+    max_per: list[str] | None = field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "help": "Quotas COLUMN:N, such as category:2: at most N items of an answer have the same value.",
+        },
+    )
+    diversity: float = field(
+        default=0.0,
+        metadata={"help": "How varied an answer is, from 0 (the order of the scores) to 1; for example 0.3."},
+    )
+    items: str | None = field(
+        default=None,
+        metadata={
+            "help": "Item table of these rules: Parquet or CSV with item_id and any columns; default: items.parquet of "
+            "the model folder."
+        },
+    )
 
 
 @dataclass

@@ -44,9 +44,9 @@ class Parser(HfArgumentParser):
         for argument in options:
             if argument.startswith("-") and not self._negative_number_matcher.match(argument):
                 self.error(f"unknown option {argument.split('=')[0]}{self._nearest(argument, '--')}")
-        if isinstance(getattr(parsed, "items", None), list):
+        if isinstance(getattr(parsed, "item_ids", None), list):
             # In Python 3.11, argparse does not assign item ids that follow an option.
-            parsed.items += unknown[: len(options)] + unknown[len(options) + 1 :]
+            parsed.item_ids += unknown[: len(options)] + unknown[len(options) + 1 :]
             unknown = []
         surplus = [argument for argument in unknown if argument != "--"]
         if surplus and hasattr(parsed, "log"):

@@ -24,6 +24,15 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
     Raises:
         ValueError: If the folder is not a BERT4Rec model folder, or the Hub has no such model.
     """
+    check_model(model)
+    try:
+        return Bert4RecForMaskedItemPrediction.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"{model} is neither a model folder nor a model on the Hub: {error}") from error
+
+
+def check_model(model: str | os.PathLike) -> None:
+    """Raise ValueError if a name is neither a BERT4Rec model folder nor a model on the Hub."""
     if os.path.isdir(model):
         config = Path(model) / "config.json"
         kind = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
@@ -32,10 +41,6 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
             raise ValueError(f"{model} is not a BERT4Rec model folder ({found}): make one with bert4rec train")
     else:
         _check_on_hub(str(model))
-    try:
-        return Bert4RecForMaskedItemPrediction.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"{model} is neither a model folder nor a model on the Hub: {error}") from error
 
 
 def _check_on_hub(name: str) -> None:

@@ -3,6 +3,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from difflib import get_close_matches
@@ -27,7 +28,9 @@ UNKNOWN_SHOWN = 3
 REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
 IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
 # Arguments of a call.
-CALL_OPTIONS = ("top_k", "filter_seen_items", "exclude", "candidates", "index", "batch_size", "num_workers")
+CALL_OPTIONS = ("top_k", "filter_seen_items", "exclude", "candidates", "index", "rules", "batch_size", "num_workers")
+# Number of items to recommend unless told otherwise.
+TOP_K = 10
 # Types whose elements are no item ids, although they can be iterated over.
 NO_LISTS = (bytes, bytearray, memoryview)
 
@@ -51,17 +54,22 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude: Item ids never to recommend.
         candidates: Item ids to choose from. Unknown ids are left out, with a warning. None: the catalogue.
         index: An `ItemIndex` of the model, for approximate search. Histories with candidates do not use it.
+        rules: `Rules` of the catalogue: a condition on items, boosts, quotas and diversity. One warning for each call
+            counts the histories for which they leave fewer than `top_k` items.
         batch_size: Number of histories that the model reads at once.
+        shortages: A counter that the call adds to, in place of the warning of `rules`; see `count_short`. Only for the
+            call.
 
     Returns:
         For each history, a list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)}, best item
-        first. The list is shorter than `top_k` if fewer items are left.
+        first. The list is shorter than `top_k` if fewer items are left. With `rules`, the order is theirs, and the
+        score is still the model's, without boosts.
 
     Raises:
         TypeError: If an argument is unknown.
         ValueError: If `top_k` or `batch_size` is below 1; if a history, `exclude` or `candidates` is not a list of item
-            ids; if the catalogue has none of the candidates; or if a mapping has an unknown key. The message names the
-            element of the input.
+            ids; if the catalogue has none of the candidates; if `index` or `rules` belong to another catalogue; or if a
+            mapping has an unknown key. The message names the element of the input.
     """
 
     _load_processor = False
@@ -80,19 +88,19 @@ class SequentialRecommendationPipeline(Pipeline):
                 "the tokenizer of the model's folder; model.add_items(tokenizer, items) adds new items to both"
             )
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *, shortages: Counter[str] | None = None, **kwargs: Any) -> Any:
         check_count("batch_size", kwargs.get("batch_size"))
         unknown: list[str] = []  # the first unknown items, which `preprocess` collects
         if isinstance(inputs, Mapping) or _is_one_history(inputs):
-            answer, num_unknown = super().__call__(_AsOne(inputs, unknown), **kwargs)
-            warn_unknown(num_unknown, unknown)
+            outputs = iter([super().__call__(_AsOne(inputs, unknown), **kwargs)])
+            (answer,) = self._answers(outputs, unknown, shortages, kwargs)
             return answer
         if not isinstance(inputs, list | tuple):
-            return self._answers(super().__call__(_Stream(inputs, unknown), **kwargs), unknown)
+            return self._answers(super().__call__(_Stream(inputs, unknown), **kwargs), unknown, shortages, kwargs)
         # Sorting by length puts histories of similar length into a batch, which needs little padding.
         order = sorted(range(len(inputs)), key=lambda place: _length(inputs[place]))
         rows = [_AsOne(inputs[place], unknown, place) for place in order]
-        answers = self._answers(super().__call__(rows, **kwargs), unknown)
+        answers = self._answers(super().__call__(rows, **kwargs), unknown, shortages, kwargs)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def get_iterator(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,15 +116,35 @@ class SequentialRecommendationPipeline(Pipeline):
                 loader.collate_fn = _PadBatch(self.tokenizer)
         return answers
 
-    @staticmethod
     def _answers(
-        outputs: Iterable[tuple[list[dict[str, Any]], int]], unknown: Sequence[str]
+        self,
+        outputs: Iterable[tuple[list[dict[str, Any]], int, int | None]],
+        unknown: Sequence[str],
+        shortages: Counter[str] | None,
+        options: Mapping[str, Any],
     ) -> Iterator[list[dict[str, Any]]]:
-        total = 0
-        for answer, num_unknown in outputs:
+        """Yield the answers, and warn at their end of what was left out and of short answers."""
+        total, counts = 0, Counter() if shortages is None else shortages
+        top_k = options.get("top_k") or self._forward_params.get("top_k", TOP_K)
+        for answer, num_unknown, num_eligible in outputs:
             total += num_unknown
+            if num_eligible is not None:
+                count_short(counts, len(answer), num_eligible, min(top_k, self.tokenizer.num_items))
             yield answer
         warn_unknown(total, unknown)
+        if shortages is None:
+            self.warn_short(counts, **options)
+
+    def warn_short(self, counts: Mapping[str, int], **options: Any) -> None:
+        """Warn of answers that the rules of a call made shorter than was asked for.
+
+        Args:
+            counts: What `count_short` counted.
+            options: The arguments of the call.
+        """
+        if counts["short"]:
+            given = self._forward_params | {name: value for name, value in options.items() if value is not None}
+            given["rules"].warn(counts, given.get("top_k", TOP_K))
 
     def _sanitize_parameters(
         self,
@@ -125,6 +153,7 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude: Iterable[str | int] | None = None,
         candidates: Iterable[str | int] | None = None,
         index: Any = None,
+        rules: Any = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
@@ -136,9 +165,12 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError(f"filter_seen_items must be True, False or None; got {filter_seen_items!r}")
         if index is not None and not hasattr(index, "search"):
             raise ValueError(f"index must be an ItemIndex, for example ItemIndex.load(path); got {index!r:.80}")
+        if rules is not None and not hasattr(rules, "choose"):
+            raise ValueError(f"rules must be Rules, for example Rules(items, where=…); got {rules!r:.80}")
         forward = {
             "top_k": None if top_k is None else int(top_k),
             "index": index,
+            "rules": rules,
             "exclude_ids": None if exclude is None else torch.tensor([self._exclude_ids(exclude)], dtype=torch.long),
         }
         if candidates is not None:
@@ -237,8 +269,9 @@ class SequentialRecommendationPipeline(Pipeline):
     def _forward(
         self,
         model_inputs: dict[str, torch.Tensor],
-        top_k: int = 10,
+        top_k: int = TOP_K,
         index: Any = None,
+        rules: Any = None,
         exclude_ids: torch.Tensor | None = None,
         candidate_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -254,6 +287,7 @@ class SequentialRecommendationPipeline(Pipeline):
         chooses = (inputs["candidate_ids"] > 0).any(dim=1)
         scores = torch.full((len(chooses), top_k), -torch.inf, device=device)
         item_ids = torch.zeros_like(scores, dtype=torch.long)
+        num_eligible = torch.zeros_like(num_unknown)
         for rows in (chooses, ~chooses):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
@@ -262,13 +296,20 @@ class SequentialRecommendationPipeline(Pipeline):
                     part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
                 elif candidate_ids is not None:
                     part["candidate_ids"] = candidate_ids.to(device)
-                found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
+                if rules is None:
+                    found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
+                else:
+                    states = self.model.mask_states(part.pop("input_ids"), part.pop("attention_mask"))
+                    found_scores, found_ids, num_eligible[rows] = self.model.search_by_rules(
+                        states, **part, rules=rules, top_k=top_k, index=index
+                    )
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
-        return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+        outputs = {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+        return outputs if rules is None else outputs | {"num_eligible": num_eligible}
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
-        """The recommendations for one history, and the number of its unknown items."""
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int, int | None]:
+        """The recommendations for one history, the number of its unknown items, and of eligible items under rules."""
         shown = model_outputs["item_ids"][0] > 0
         scores = model_outputs["scores"][0][shown].tolist()
         items = self.tokenizer.token_ids_to_item_ids(model_outputs["item_ids"][0][shown].tolist())
@@ -280,7 +321,8 @@ class SequentialRecommendationPipeline(Pipeline):
                 {"item_id": entry["item_id"], "title": self.tokenizer.title(entry["item_id"])} | entry
                 for entry in answer
             ]
-        return answer, int(model_outputs["num_unknown"])
+        num_eligible = model_outputs.get("num_eligible")
+        return answer, int(model_outputs["num_unknown"]), None if num_eligible is None else int(num_eligible)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the model and the tokenizer into a folder.
@@ -394,6 +436,27 @@ def item_list(name: str, items: Any) -> list[str | int]:
 def described(value: Any) -> str:
     """A value and its type in an error message."""
     return "None" if value is None else f"{' '.join(repr(value).split()):.80} of type {type(value).__name__}"
+
+
+def count_short(counts: Counter[str], num_shown: int, num_eligible: int, top_k: int) -> None:
+    """Count an answer that was made under rules.
+
+    Args:
+        counts: The number of "answers"; of "short" ones, with fewer than `top_k` items; of "filtered" ones, for which
+            the filters leave fewer, with the items "left by filters"; and of "limited" ones, for which the quotas leave
+            fewer of the eligible items, with the items "left by quotas".
+        num_shown: Number of items in the answer.
+        num_eligible: Number of items that the filters leave.
+        top_k: Number of items that were asked for.
+    """
+    counts["answers"] += 1
+    counts["short"] += num_shown < top_k
+    if num_eligible < top_k:
+        counts["filtered"] += 1
+        counts["left by filters"] += num_eligible
+    if num_shown < min(top_k, num_eligible):
+        counts["limited"] += 1
+        counts["left by quotas"] += num_shown
 
 
 def warn_unknown(num_unknown: int, unknown: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
 """`RecommendationMixin`: top-k recommendations and ranks over the catalogue."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,9 @@ CATALOGUE_CHUNK_SIZE = 2**16
 POSITIONS_ENCODED_AT_ONCE = 2**13
 # Candidates given per row are chunked to this number of gathered values, a quarter of a GiB.
 MAX_GATHERED_VALUES = 2**26
+# A list of allowed items for all histories is long if it has this share of the catalogue. The vectors of a shorter list
+# are gathered, and an index is not used with one. A longer list is a mask over the scores of the catalogue.
+LEAST_SHARE_OF_A_LONG_LIST = 1 / 8
 
 
 class RecommendationMixin:
@@ -44,6 +48,7 @@ class RecommendationMixin:
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
         index: Any = None,
+        rules: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the items with the highest scores at the [MASK] of each history.
 
@@ -57,21 +62,27 @@ class RecommendationMixin:
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
             index: An `ItemIndex` of the model, for approximate search. It is not used with candidates. The items that
                 it finds, and the items that the history adds scores to, are scored exactly.
+            rules: `Rules` of the catalogue; see `search_by_rules`. None: the items with the highest scores.
 
         Returns:
-            scores: (batch, k) float32 logits in descending order, -inf where no item is left.
+            scores: (batch, k) float32 logits, -inf where no item is left. They are in descending order, unless the
+                rules have another order.
             item_ids: (batch, k) int64 token ids, 0 where no item is left.
 
         Raises:
             ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
-                is NaN; if the index has another number of items.
+                is NaN; if the index or the rules have another number of items.
         """
         states = self.mask_states(input_ids, attention_mask)
         history_ids = _uncut(input_ids, attention_mask, history_ids)
+        if rules is not None:
+            limits = {"candidate_ids": candidate_ids, "exclude_ids": exclude_ids}
+            return self.search_by_rules(states, history_ids, rules=rules, top_k=top_k, index=index, **limits)[:2]
         if index is not None and candidate_ids is None and len(states):
             candidate_ids = self._nearest(index, states, history_ids, top_k, exclude_ids)
+        candidate_ids, allowed = self._limits(candidate_ids, None)
         _, scores, item_ids = self.search(
-            states, history_ids, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids
+            states, history_ids, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids, allowed=allowed
         )
         return scores, item_ids
 
@@ -124,6 +135,7 @@ class RecommendationMixin:
         top_k: int | None = None,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        allowed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`rank` and `recommend` from encoded histories, in one pass over the catalogue.
 
@@ -135,6 +147,7 @@ class RecommendationMixin:
             top_k: Number of items. None: no items.
             candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            allowed: (vocab size,) bool, the token ids that may be recommended. None: all.
 
         Returns:
             ranks: (batch,) int64, all 0 without targets.
@@ -145,17 +158,8 @@ class RecommendationMixin:
             ValueError: If `top_k` is below 1, an id is beyond the vocabulary, `target_ids` has another shape, a score
                 is NaN, or `history_ids` is missing.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {top_k}")
-        for ids in (exclude_ids, candidate_ids, history_ids):
-            self._check_ids(ids)
-        if history_ids is None and not self.history_scores.is_empty:
-            raise ValueError("the model has transitions or repeats: give history_ids, whose items add to the scores")
-        _gather_weights(self)
         device, batch_size = prediction_states.device, len(prediction_states)
-        if exclude_ids is not None:
-            exclude_ids = exclude_ids.expand(batch_size, -1)
-        pairs = None if history_ids is None else self.history_scores(history_ids)
+        pairs, exclude_ids = self._checked(batch_size, history_ids, top_k, candidate_ids, exclude_ids)
         ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
         scores = torch.empty(batch_size, 0, device=device)
@@ -175,9 +179,9 @@ class RecommendationMixin:
             elif self.config.vocab_size > CATALOGUE_CHUNK_SIZE:
                 # The target's score comes from the same product as the scores it is compared with, so that ties are
                 # exact.
-                for chunk_scores, chunk_ids in self._chunks(prediction_states, pairs, None, exclude_ids):
+                for chunk_scores, chunk_ids in self._chunks(prediction_states, pairs, None, exclude_ids, allowed):
                     target_scores = _target_scores(target_scores, target_ids, chunk_scores, chunk_ids)
-        chunks = self._chunks(prediction_states, pairs, candidate_ids, exclude_ids)
+        chunks = self._chunks(prediction_states, pairs, candidate_ids, exclude_ids, allowed)
         for number, (chunk_scores, chunk_ids) in enumerate(chunks):
             if target_ids is not None:
                 if candidate_ids is None or number == 0:
@@ -193,6 +197,77 @@ class RecommendationMixin:
                 item_ids = item_ids.gather(1, columns)
         ranks = ranks.masked_fill(target_scores.isneginf(), 0).squeeze(1)
         return ranks, scores, item_ids.masked_fill(scores.isneginf(), 0)
+
+    @torch.no_grad()
+    def search_by_rules(
+        self,
+        prediction_states: torch.Tensor,
+        history_ids: torch.Tensor,
+        *,
+        rules: Any,
+        top_k: int = 10,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+        index: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The answers of `recommend` under the rules of a business, from encoded histories.
+
+        An index is used if there are neither boosts, which may raise any item, nor candidates, and if at least
+        `LEAST_SHARE_OF_A_LONG_LIST` of the items meet `where`. It is then asked for as many more items as `where`
+        leaves out. If it finds too few of them for a history, the batch is searched exactly.
+
+        Args:
+            prediction_states: (batch, 1, hidden size) states from `mask_states` or `forward`.
+            history_ids: (batch, H) token ids of the uncut histories, padded with 0.
+            rules: `Rules` of the catalogue, which say in which order the rules apply.
+            top_k: Number of items.
+            candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            index: An `ItemIndex` of the model.
+
+        Returns:
+            scores: (batch, k) float32 logits without boosts, in the order of the rules; -inf where no item is left.
+            item_ids: (batch, k) int64 token ids, 0 where no item is left.
+            num_eligible: (batch,) int64 number of items that the filters leave, at most `rules.pool_size(top_k)`.
+
+        Raises:
+            ValueError: As `search`, or if the rules or the index have another number of items.
+        """
+        num_items = self.config.vocab_size - FIRST_ITEM_ID
+        if rules.num_items not in (None, num_items):
+            raise ValueError(
+                f"the rules are for {rules.num_items} items, the catalogue has {num_items}: read the item table with "
+                "the tokenizer of this model"
+            )
+        states, size = prediction_states, rules.pool_size(top_k)
+        pairs, exclude_ids = self._checked(len(states), history_ids, top_k, candidate_ids, exclude_ids)
+        allowed, boosts = (
+            None if values is None else values.to(states.device) for values in (rules.allowed, rules.boost_values)
+        )
+        share = 1.0 if allowed is None else rules.num_allowed / num_items
+        pool = None
+        if index is not None and candidate_ids is None and boosts is None and share >= LEAST_SHARE_OF_A_LONG_LIST:
+            nearest = self._nearest(index, states, history_ids, math.ceil(size / share), exclude_ids)
+            pool = self._pool(states, pairs, size, nearest, exclude_ids, allowed)
+            if pool[0].shape[1] < size or pool[0].isneginf().any():
+                pool = None
+        if pool is None:
+            candidate_ids, allowed = self._limits(candidate_ids, allowed)
+            pool = self._pool(states, pairs, size, candidate_ids, exclude_ids, allowed, boosts)
+        keys, scores, item_ids = pool
+        num_eligible = (~keys.isneginf()).sum(dim=1)
+        if not rules.chooses or not keys.numel():
+            return scores, item_ids, num_eligible
+        width = self.config.hidden_size if rules.diversity else 1
+        values_per_row = max(rules.values_per_row(keys.shape[1]), keys.shape[1] * width)
+        columns = []
+        for rows in torch.arange(len(keys)).split(max(1, MAX_GATHERED_VALUES // values_per_row)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            vectors = self._item_rows(item_ids[part])[0].float() if rules.diversity else None
+            columns.append(rules.choose(keys[part], item_ids[part], vectors, top_k))
+        chosen = torch.cat(columns)
+        scores = scores.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, -torch.inf)
+        return scores, item_ids.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0), num_eligible
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -267,6 +342,77 @@ class RecommendationMixin:
         is_first = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) > 0
         return candidates * is_first
 
+    def _pool(
+        self,
+        states: torch.Tensor,
+        pairs: Pairs | None,
+        size: int,
+        candidate_ids: torch.Tensor | None,
+        exclude_ids: torch.Tensor | None,
+        allowed: torch.Tensor | None,
+        boosts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The best items of each history: scores with boosts, in descending order; scores without; and token ids."""
+        limits = (candidate_ids, exclude_ids, allowed)
+        deviation = torch.zeros(())
+        if boosts is not None:
+            deviation = _deviation(scores for scores, _ in self._chunks(states, pairs, *limits))
+        best = [torch.empty(len(states), 0, device=states.device) for _ in range(2)]
+        best.append(torch.empty(len(states), 0, dtype=torch.long, device=states.device))
+        for scores, item_ids in self._chunks(states, pairs, *limits):
+            keys = scores if boosts is None else scores + deviation * boosts[item_ids]
+            keys, columns = keys.topk(min(size, scores.shape[1]))
+            found = (keys, scores.gather(1, columns), item_ids.expand_as(scores).gather(1, columns))
+            best = [torch.cat(parts, dim=1) for parts in zip(best, found, strict=True)]
+            columns = best[0].topk(min(size, best[0].shape[1])).indices
+            best = [values.gather(1, columns) for values in best]
+        keys, scores, item_ids = best
+        return keys, scores, item_ids.masked_fill(keys.isneginf(), 0)
+
+    def _limits(
+        self, candidate_ids: torch.Tensor | None, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Write what all rows may choose from in the faster way: short lists as candidates, long ones as a mask.
+
+        Args:
+            candidate_ids: (C,) or (batch, C) token ids, padded with 0, or None. Lists of the rows stay as they are.
+            allowed: (vocab size,) bool, or None.
+
+        Returns:
+            `candidate_ids` and `allowed`, of which at least one is None if all rows have the same.
+        """
+        if (candidate_ids is None and allowed is None) or (candidate_ids is not None and candidate_ids.dim() == 2):
+            return candidate_ids, allowed
+        if candidate_ids is None:
+            candidate_ids = allowed.nonzero().squeeze(1)  # type: ignore[union-attr]
+        self._check_ids(candidate_ids)
+        if allowed is not None:
+            candidate_ids = candidate_ids[allowed[candidate_ids]]
+        if len(candidate_ids) < LEAST_SHARE_OF_A_LONG_LIST * self.config.vocab_size:
+            return candidate_ids, None
+        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=candidate_ids.device)
+        mask[candidate_ids] = True
+        return None, mask
+
+    def _checked(
+        self,
+        batch_size: int,
+        history_ids: torch.Tensor | None,
+        top_k: int | None,
+        candidate_ids: torch.Tensor | None,
+        exclude_ids: torch.Tensor | None,
+    ) -> tuple[Pairs | None, torch.Tensor | None]:
+        """Check the arguments of a search. Returns the pairs of the histories, and `exclude_ids` for each row."""
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        for ids in (exclude_ids, candidate_ids, history_ids):
+            self._check_ids(ids)
+        if history_ids is None and not self.history_scores.is_empty:
+            raise ValueError("the model has transitions or repeats: give history_ids, whose items add to the scores")
+        _gather_weights(self)
+        pairs = None if history_ids is None else self.history_scores(history_ids)
+        return pairs, None if exclude_ids is None else exclude_ids.expand(batch_size, -1)
+
     def _check_ids(self, ids: torch.Tensor | None) -> None:
         if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ValueError(
@@ -280,8 +426,9 @@ class RecommendationMixin:
         pairs: Pairs | None,
         candidate_ids: torch.Tensor | None,
         exclude_ids: torch.Tensor | None,
+        allowed: torch.Tensor | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of an excluded item is -inf."""
+        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of a forbidden item is -inf."""
         if candidate_ids is not None:
             if exclude_ids is not None:
                 exclude_ids = exclude_ids.sort(dim=1).values
@@ -298,6 +445,8 @@ class RecommendationMixin:
                 if exclude_ids is not None and exclude_ids.shape[1]:
                     nearest = torch.searchsorted(exclude_ids, item_ids.contiguous()).clamp(max=exclude_ids.shape[1] - 1)
                     forbidden = forbidden | (exclude_ids.gather(1, nearest) == item_ids)
+                if allowed is not None:
+                    forbidden = forbidden | ~allowed[item_ids]
                 _check_finite(scores)
                 yield scores.masked_fill(forbidden, -torch.inf), item_ids
             return
@@ -315,6 +464,8 @@ class RecommendationMixin:
                 inside = (columns >= 0) & (columns < end - start)
                 ceiling = scores.new_full((), torch.inf).where(~inside, -torch.inf)
                 scores.scatter_reduce_(1, columns.where(inside, 0), ceiling, "amin")
+            if allowed is not None:
+                scores.masked_fill_(~allowed[start:end], -torch.inf)
             yield scores, chunk_ids.unsqueeze(0)
 
 
@@ -326,6 +477,22 @@ def _target_scores(
     inside = (columns >= 0) & (columns < scores.shape[1])
     found = scores.gather(1, columns.where(inside, 0)).masked_fill(~inside, -torch.inf)
     return torch.maximum(target_scores, found)
+
+
+def _deviation(chunks: Iterator[torch.Tensor]) -> torch.Tensor:
+    """(batch, 1) the standard deviation of scores (batch, C) in chunks, without those that are -inf."""
+    number = mean = squares = torch.zeros(())  # the squares are those of the distances from the mean, summed
+    for scores in chunks:
+        is_eligible = ~scores.isneginf()
+        number_here = is_eligible.sum(dim=1, keepdim=True)
+        mean_here = scores.masked_fill(~is_eligible, 0).sum(dim=1, keepdim=True) / number_here.clamp(min=1)
+        distances = (scores - mean_here).masked_fill(~is_eligible, 0)
+        # The chunks are combined without a loss of digits (Chan, Golub & LeVeque 1979).
+        share = number_here / (number + number_here).clamp(min=1)
+        squares = squares + distances.square().sum(dim=1, keepdim=True) + (mean_here - mean).square() * number * share
+        mean = mean + (mean_here - mean) * share
+        number = number + number_here
+    return (squares / number.clamp(min=1)).sqrt()
 
 
 def _check_finite(scores: torch.Tensor) -> None:

@@ -11,12 +11,15 @@ from datasets import Dataset
 
 from ..data.counting import item_counts
 from ..data.histories import time_type
-from ..data.rows import sampled_candidates
+from ..data.rows import sampled_candidates, target_ids_of
 from ..evaluation.baselines import baseline_ranks
 from ..evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.report import check_report_folder, evaluation_report, write_report
 from ..evaluation.target_sets import set_metrics, target_sets
 from ..hub.model_card import add_evaluation, read_calibration, read_evaluations, write_model_card
+from ..model.losses import IGNORE_INDEX
+from ..serving.rules import Rules
+from ..training.trainer import SERVED_LIST_LENGTH
 from .ranking import predict, ranking_task
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,12 @@ def evaluate_prepared(
     use_cpu: bool = False,
     disable_tqdm: bool = False,
     report: str | os.PathLike | None = None,
+    rules: Rules | None = None,
 ) -> dict[str, Any]:
     """Rank the targets of a prepared folder with a model and with the baselines.
 
-    If the model is a local folder, the metrics are also written into its evaluation.json and its card.
+    If the model is a local folder, the metrics are also written into its evaluation.json and its card. Metrics under
+    rules are not: the rules belong to a business, and the card may be published.
 
     Args:
         model: A model folder or Hub id.
@@ -59,7 +64,9 @@ def evaluate_prepared(
         use_cpu: Whether to leave an accelerator unused.
         disable_tqdm: Whether to show no progress bar.
         report: A folder for report.json, report.md, report.png and ranks.parquet; see `report.write_report`. Only for
-            the full protocol. None: no report.
+            the full protocol and without rules. None: no report.
+        rules: Rules that the targets are ranked under; see `Bert4RecTrainer`. The protocol names them, and there are no
+            baselines and no loss, since neither knows them. None: no rules.
 
     Returns:
         The record of evaluation.json: source, protocol, metrics and baselines. If some users have an empty history, it
@@ -68,8 +75,9 @@ def evaluate_prepared(
 
     Raises:
         ValueError: If a folder is not a model folder or a prepared folder, if the catalogue has none of the items of
-            the data, if no user has a target, if the model has trained on the targets, if a report or all targets are
-            asked for with the protocol "paper", or if the targets do not fit the data; see `target_sets`.
+            the data, if no user has a target, if the model has trained on the targets, if a report, all targets or
+            rules are asked for with the protocol "paper", or a report with rules; or if the targets do not fit the
+            data; see `target_sets`.
     """
     if targets not in ("next", "all"):
         raise ValueError(f"targets must be next or all; got {targets!r}")
@@ -77,6 +85,9 @@ def evaluate_prepared(
         raise ValueError(f"--horizon is for --targets all; got {horizon}: leave it out, or add --targets all")
     if targets == "all" and protocol == "paper":
         raise ValueError("--targets all needs the full ranking; got --protocol paper: leave out one of the two")
+    if rules is not None and (protocol == "paper" or report is not None):
+        other = "--report" if report is not None else "--protocol paper"
+        raise ValueError(f"{other} knows no rules; got {rules}: leave out one of the two")
     if report is not None:
         if protocol == "paper":
             raise ValueError("a report needs the full ranking; got --protocol paper: leave out one of the two")
@@ -109,6 +120,7 @@ def evaluate_prepared(
         batch_size=per_device_eval_batch_size,
         use_cpu=use_cpu,
         disable_tqdm=disable_tqdm,
+        rules=rules,
     )
     described = task.protocol()
     if part == "validation" and os.path.isdir(model):
@@ -122,6 +134,10 @@ def evaluate_prepared(
             sampled_metrics,
         )
         metrics = measure(rankings["model"])
+    elif rules is not None:
+        described = replace(described, candidates=_candidates(rules, rows, num_items))
+        metrics = result_metrics(prediction.metrics, "test")
+        del metrics["loss"]
     else:
         rankings |= baseline_ranks(rows, histories, num_items)
         metrics = result_metrics(prediction.metrics, "test")
@@ -152,7 +168,7 @@ def evaluate_prepared(
             share_seen_targets=sets.share_seen(),
             share_unknown_targets=float((sets.token_ids < 0).mean()),
         )
-        ranked = baseline_ranks(sets.expanded_rows(), histories, num_items)
+        ranked = {} if rules else baseline_ranks(sets.expanded_rows(), histories, num_items)
         of_sets = {
             "source": record["source"],
             "protocol": of_all.as_dict(),
@@ -162,7 +178,7 @@ def evaluate_prepared(
     if PartialState().is_main_process and report is not None:
         found = evaluation_report(rows, histories, rankings, prediction.predictions[1], described, num_items)
         write_report(report, found, rows, rankings["model"])
-    if PartialState().is_main_process and os.path.isdir(model):
+    if PartialState().is_main_process and rules is None and os.path.isdir(model):
         try:
             add_evaluation(model, record)
             if of_sets is not None:
@@ -176,3 +192,20 @@ def evaluate_prepared(
 def _numbers_of(rows: Dataset) -> str:
     numbers = [len(items) for items in rows["candidate_ids"]]
     return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+
+
+def _candidates(rules: Rules, rows: Dataset, num_items: int) -> str:
+    """What the targets are ranked among under rules, in words."""
+    text = f"all {num_items} items"
+    if rules.allowed is not None:
+        targets = target_ids_of(rows)
+        known = targets[targets != IGNORE_INDEX]
+        share = float((~rules.allowed.numpy()[known]).sum() / len(targets))
+        text = (
+            f"{rules.num_allowed} of {num_items} items (where {rules.where}; {share:.1%} of the targets do not meet "
+            "this and are misses)"
+        )
+    if rules.reorders:
+        others = str(rules).removeprefix(f"where {rules.where}, ")
+        text += f" in served lists of {SERVED_LIST_LENGTH} ({others}; targets beyond the list are misses)"
+    return text

@@ -18,6 +18,7 @@ from ..evaluation.seen_targets import check_targets
 from ..hub.load import load_model
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..serving.rules import Rules
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import check_catalogue, read_histories
@@ -114,7 +115,12 @@ def ranking_task(
 
 
 def predict(
-    task: RankingTask, *datasets: Dataset, batch_size: int = 64, use_cpu: bool = False, disable_tqdm: bool = False
+    task: RankingTask,
+    *datasets: Dataset,
+    batch_size: int = 64,
+    use_cpu: bool = False,
+    disable_tqdm: bool = False,
+    rules: Rules | None = None,
 ) -> list[PredictionOutput]:
     """What `Bert4RecTrainer.predict` returns for each dataset of rows: ranks, recommended items and metrics.
 
@@ -124,6 +130,7 @@ def predict(
         batch_size: Number of histories ranked at once.
         use_cpu: Whether to leave an accelerator unused.
         disable_tqdm: Whether to show no progress bar. Without a terminal, there is never one.
+        rules: Rules that the targets are ranked under; see `Bert4RecTrainer`. None: no rules.
     """
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = Bert4RecTrainer(
@@ -137,6 +144,7 @@ def predict(
                 save_strategy="no",
             ),
             processing_class=task.tokenizer,
+            rules=rules,
         )
         trainer.remove_callback(PrinterCallback)  # the caller has all metrics
         return [trainer.predict(rows) for rows in datasets]

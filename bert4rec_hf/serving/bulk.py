@@ -24,6 +24,7 @@ from ..hub.load import load_model
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..model.pipeline import UNKNOWN_SHOWN, SequentialRecommendationPipeline, check_count, item_list, warn_unknown
 from .history_files import ROWS_PER_BATCH, Batch, Part, divide, history_files, read_frame, read_part
+from .rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def recommend_file(
     parts of the histories. The output is then a folder, and equals that of one process.
 
     Args:
-        pipe: The pipeline, with `top_k` and other options set.
+        pipe: The pipeline, with `top_k`, `rules` and other options set.
         histories: A Parquet file, a file of JSON lines, a folder or a pattern of such files, or a prepared folder. Each
             row has user_id, and item_id or history, a list of item ids, oldest first. A row may also have lists of item
             ids in exclude (never to recommend to this user) and candidates (to choose from for this user). They are
@@ -141,6 +142,7 @@ def recommend_batches(
     filter_seen_items: bool | None = None,
     exclude: Iterable[str | int] | None = None,
     candidates: Iterable[str | int] | None = None,
+    rules: Rules | None = None,
     batch_size: int = 64,
     device: str = "cpu",
 ) -> Callable[[Iterator[Any]], Iterator[Any]]:
@@ -158,6 +160,7 @@ def recommend_batches(
         filter_seen_items: Whether the items of the history are left out. None: the policy of the model folder.
         exclude: Item ids never to recommend.
         candidates: Item ids to choose from. None: the catalogue.
+        rules: Rules of the catalogue, which go to the workers with their item table.
         batch_size: Number of histories that the model reads at once.
         device: The device of the workers.
 
@@ -176,7 +179,7 @@ def recommend_batches(
         "exclude": None if exclude is None else tuple(item_list("exclude", exclude)),
         "candidates": None if candidates is None else tuple(item_list("candidates", candidates)),
     }
-    return partial(_recommend_frames, options, batch_size)
+    return partial(_recommend_frames, options, batch_size, rules)
 
 
 def launched_process() -> tuple[int, int, int]:
@@ -189,8 +192,15 @@ def launched_process() -> tuple[int, int, int]:
 class _Run:
     """The answers for the batches of one call, and what is counted in it for checks and warnings."""
 
-    def __init__(self, pipe: SequentialRecommendationPipeline, batch_size: int, histories: str | os.PathLike):
+    def __init__(
+        self,
+        pipe: SequentialRecommendationPipeline,
+        batch_size: int,
+        histories: str | os.PathLike,
+        rules: Rules | None = None,
+    ):
         self.pipe, self.batch_size, self.histories = pipe, batch_size, histories
+        self.rules = rules  # None: those of the pipeline
         self.counts: Counter[str] = Counter()
         self.unknown: dict[str, list[str]] = {"history": [], "candidates": []}  # the first unknown items
 
@@ -203,7 +213,8 @@ class _Run:
         has_choice = [request.get("candidates") != [] for request in requests]
         asked = [request for request, chooses in zip(requests, has_choice, strict=True) if chooses]
         # Given a list, the pipeline forms batches of histories of similar length.
-        found = iter(self.pipe(asked, batch_size=self.batch_size) if asked else ())
+        options: dict[str, Any] = {"batch_size": self.batch_size, "shortages": self.counts, "rules": self.rules}
+        found = iter(self.pipe(asked, **options) if asked else ())
         answers = [next(found) if chooses else [] for chooses in has_choice]
         self.counts["histories"] += len(requests)
         self.counts["without candidates"] += len(requests) - len(asked)
@@ -247,6 +258,7 @@ class _Run:
                 "%d histories get no recommendations, since the catalogue has none of their candidates",
                 self.counts["without candidates"],
             )
+        self.pipe.warn_short(self.counts, rules=self.rules)
 
 
 def _check_output(output: Path, histories: str | os.PathLike, files: Sequence[str]) -> None:
@@ -327,13 +339,15 @@ def _load(model: str, device: str, **options: Any) -> SequentialRecommendationPi
     return pipeline("sequential-recommendation", model=load_model(model), tokenizer=model, device=device, **options)
 
 
-def _recommend_frames(options: dict[str, Any], batch_size: int, frames: Iterator[Any]) -> Iterator[Any]:
+def _recommend_frames(
+    options: dict[str, Any], batch_size: int, rules: Rules | None, frames: Iterator[Any]
+) -> Iterator[Any]:
     run = None
     for frame in frames:
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            run = run or _Run(_load(**options), batch_size, "the data frames")
+            run = run or _Run(_load(**options), batch_size, "the data frames", rules)
             answer = run.answer(read_frame(frame)).to_pandas()
         finally:
             torch.set_num_threads(num_threads)

@@ -30,7 +30,8 @@ class _Waiting:
     Attributes:
         pipe: The pipeline that answers.
         inputs: The tensors of `SequentialRecommendationPipeline.preprocess`.
-        options: Arguments of the pipeline's forward, beside `top_k`. Requests with the same options share a batch.
+        options: Arguments of the pipeline's forward, beside `top_k`. Requests with the same options share a batch. With
+            rules, requests share a batch only if `top_k` is the same too, since it decides the pool.
         top_k: Number of items.
         future: Gets the answer.
     """
@@ -42,7 +43,8 @@ class _Waiting:
     future: Future = field(default_factory=Future)
 
     def key(self) -> list[int]:
-        return [id(self.pipe), *(id(self.options[name]) for name in sorted(self.options))]
+        of_rules = [self.top_k] if "rules" in self.options else []
+        return [id(self.pipe), *of_rules, *(id(self.options[name]) for name in sorted(self.options))]
 
 
 @dataclass
@@ -163,7 +165,7 @@ def _compute(group: Sequence[_Waiting]) -> list[tuple[list[dict[str, Any]], int]
     answers = []
     for place, one in enumerate(group):
         row = {name: values[place : place + 1] for name, values in outputs.items()}
-        answer, num_unknown = pipe.postprocess(row)
+        answer, num_unknown, _ = pipe.postprocess(row)
         answers.append((answer[: one.top_k], num_unknown))
     return answers
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
+import yaml
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -30,6 +31,7 @@ from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..version import __version__
 from .event_store import EventStore
 from .model_thread import MAX_BATCH_SIZE, ModelThread
+from .rules import Rules
 from .served_log import ServedLog
 from .served_model import ServedModel, place_of
 
@@ -65,6 +67,9 @@ class ServerSettings:
         timeout: Seconds after which a request is given up.
         max_batch_size: Largest number of requests that are computed at once.
         device: The device of the model. None: the one that Transformers chooses.
+        items: The item table of the rules. None: items.parquet of the model folder, if it has one.
+        rules: A YAML file of rules by name, which requests may name; see `named_rules`. None: no rules.
+        allow_where: Whether requests may have a condition of their own.
     """
 
     model: str
@@ -80,6 +85,9 @@ class ServerSettings:
     timeout: float = 10.0
     max_batch_size: int = MAX_BATCH_SIZE
     device: str | None = None
+    items: str | None = None
+    rules: str | None = None
+    allow_where: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -103,6 +111,10 @@ class RecommendRequest(BaseModel):
     exclude: Items | None = Field(None, description="Item ids never to recommend.")
     filter_seen_items: StrictBool | None = Field(
         None, description="Whether items of the history are left out. Left out: as the model folder says."
+    )
+    rules: StrictStr | None = Field(None, description="The name of rules of this server.")
+    where: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = Field(
+        None, description="A condition on columns of the item table, if this server allows it."
     )
 
 
@@ -154,9 +166,10 @@ class Server:
 
     def __init__(self, settings: ServerSettings):
         self.settings = settings
-        self.models = {"model": ServedModel.load(settings.model, settings.device)}
+        self.rules = {} if settings.rules is None else _read_rules_file(settings.rules)
+        self.models = {"model": self.load(settings.model)}
         if settings.challenger is not None:
-            self.models["challenger"] = ServedModel.load(settings.challenger, settings.device)
+            self.models["challenger"] = self.load(settings.challenger)
             self.models["model"].check_successor(self.models["challenger"])
         self.refused: dict[str, tuple[Any, ...]] = {}  # what a model's source stood for when it was refused
         self.reload_errors: dict[str, str] = {}
@@ -185,6 +198,33 @@ class Server:
         )
         self.info = Gauge("bert4rec_model", "1 for each served model.", ["role", "version"], registry=self.registry)
         self._show_versions()
+
+    def load(self, source: str) -> ServedModel:
+        """Load a model with the rules of this server."""
+        return ServedModel.load(source, self.settings.device, items=self.settings.items, rules=self.rules)
+
+    def rules_of(self, served: ServedModel, name: str | None, where: str | None) -> Rules | None:
+        """The rules that a request asks for.
+
+        Args:
+            served: The model that answers.
+            name: The name of rules, or None.
+            where: A condition, or None.
+
+        Raises:
+            ValueError: If there are no such rules, both are given, or conditions are not allowed or wrong.
+        """
+        if name is not None and where is not None:
+            raise ValueError("expected rules or where, one of them; got both")
+        if name is not None:
+            if name not in served.rules:
+                raise ValueError(f"there are no rules {name!r:.80}; there are {', '.join(served.rules) or 'none'}")
+            return served.rules[name]
+        if where is None:
+            return None
+        if not self.settings.allow_where:
+            raise ValueError("this server allows no where; name rules of its configuration instead")
+        return Rules(served.items, where=where)
 
     def model_of(self, user_id: str | None) -> ServedModel:
         """The model for a user. The share of users that get the challenger is always the same users."""
@@ -215,7 +255,7 @@ class Server:
                 if only_changed and place in (served.place, self.refused.get(role)):
                     continue
                 try:
-                    other = ServedModel.load(served.source, self.settings.device)
+                    other = self.load(served.source)
                     served.check_successor(other)
                 except Exception as error:  # a damaged file may raise anything, and the served model has to stay
                     self.refused[role], self.reload_errors[role] = place, f"{type(error).__name__}: {error}"
@@ -302,14 +342,17 @@ def create_app(server: Server) -> FastAPI:
         served = server.model_of(body.user_id)
         request = {"history": history, "candidates": body.candidates, "exclude": body.exclude}
         with _bad_request():
+            rules = None
+            if body.rules is not None or body.where is not None:  # a new condition is computed in another thread
+                rules = await run_in_threadpool(server.rules_of, served, body.rules, body.where)
             answer, num_unknown = await server.answer(
                 lambda: server.thread.recommend(
-                    served.pipe, request, body.top_k, filter_seen_items=body.filter_seen_items
+                    served.pipe, request, body.top_k, filter_seen_items=body.filter_seen_items, rules=rules
                 )
             )
         request_id = uuid.uuid4().hex
         if server.log is not None:
-            server.log.add(request_id, served.version, None, answer)
+            server.log.add(request_id, served.version, body.rules, answer)
         # FastAPI would check the answer again, which takes longer than computing it.
         return JSONResponse(
             {
@@ -340,6 +383,9 @@ def create_app(server: Server) -> FastAPI:
         found: dict[str, Any] = {"item_id": item_id}
         if tokenizer.titles is not None:
             found["title"] = tokenizer.title(item_id)
+        table = server.models["model"].items
+        if table is not None:
+            found["columns"] = table.row(token_id)
         return found
 
     @app.get("/healthz")
@@ -473,6 +519,16 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
         got = "" if first["type"] == "missing" else f"; got {first['input']!r:.80}"
         text = f"{'.'.join(names) or 'the body'}: {first['msg'][0].lower()}{first['msg'][1:]}{got}"
     return JSONResponse({"detail": text}, 422)
+
+
+def _read_rules_file(path: str) -> dict[str, Any]:
+    try:
+        rules = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(rules, dict) or not all(isinstance(name, str) for name in rules):
+        raise ValueError(f"{path} must be a mapping of names to rules; got {rules!r:.100}")
+    return rules
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -34,7 +34,7 @@ from ..data.histories import PREPARATION_FILE
 from ..data.rows import StreamedTrainingRows
 from ..defaults import default_batch_size, default_learning_rate, default_mask_ratio
 from ..evaluation.calibration import choose_weights, compare_targets, compare_with_baselines, set_weights, weights_of
-from ..evaluation.metrics import COVERAGE_CUTOFF, ranking_metrics, result_metrics, sampled_metrics
+from ..evaluation.metrics import COVERAGE_CUTOFF, CUTOFFS, ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.protocol import Protocol
 from ..files import write_file
 from ..hub.model_card import (
@@ -66,6 +66,8 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
 }  # fmt: skip
 # Columns of evaluation rows that `search` takes, not `forward`.
 RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids")
+# Under rules that change the order, a target is looked for in lists of this length, that of the longest metrics.
+SERVED_LIST_LENGTH = CUTOFFS[-1]
 # Arguments that only `train_prepared` reads.
 ARGUMENTS_OF_TRAIN_PREPARED = {
     "item_initialization", "train_windows", "window_step", "update_rows", "streaming", "max_eval_samples", "calibrate",
@@ -100,6 +102,9 @@ class Bert4RecTrainer(Trainer):
         baselines: Metrics or ranks of the baselines on the evaluation rows, by name. The learning curve shows them.
         preparation: The content of preparation.json, which is copied into the model folder.
         publish_code: Whether the model's code is copied into every saved folder; see `publish_code`.
+        rules: `Rules` that the targets are ranked under. With `where` alone, these are the ranks among the items that
+            meet it. With boosts, quotas or diversity, they are the places in the lists of `SERVED_LIST_LENGTH` items
+            that `recommend` returns. A target that does not meet `where`, or is not in the list, has rank 0.
         kwargs: Further arguments of `Trainer`.
 
     Raises:
@@ -121,6 +126,7 @@ class Bert4RecTrainer(Trainer):
         baselines: Mapping[str, Mapping[str, float] | np.ndarray] | None = None,
         preparation: Mapping[str, Any] | None = None,
         publish_code: bool = False,
+        rules: Any = None,
         **kwargs: Any,
     ):
         if model is None and model_init is None:
@@ -188,6 +194,7 @@ class Bert4RecTrainer(Trainer):
         }
         self.preparation = preparation
         self.publish_code = publish_code
+        self.rules = rules
         self.evaluation: dict[str, Any] | None = None
         # The record of `calibrate`.
         self.calibration: dict[str, Any] | None = None
@@ -254,9 +261,16 @@ class Bert4RecTrainer(Trainer):
             # The logits are skipped, since `search` computes scores for one chunk of the catalogue at a time.
             outputs = model(**inputs, skip_logits=True)
             ranking = {"history_ids": inputs["input_ids"]} | ranking
-            ranks, _, recommended = self.accelerator.unwrap_model(model).search(
-                outputs.prediction_states, target_ids=targets, top_k=COVERAGE_CUTOFF, **ranking
-            )
+            ranker, states = self.accelerator.unwrap_model(model), outputs.prediction_states
+            if self.rules is not None and self.rules.reorders:
+                _, served, _ = ranker.search_by_rules(states, rules=self.rules, top_k=SERVED_LIST_LENGTH, **ranking)
+                is_target = served == targets.unsqueeze(1)
+                ranks = (is_target.int().argmax(dim=1) + 1).where(is_target.any(dim=1), 0)
+                recommended = served[:, :COVERAGE_CUTOFF]
+            else:
+                if self.rules is not None and self.rules.allowed is not None:
+                    ranking["allowed"] = self.rules.allowed.to(states.device)
+                ranks, _, recommended = ranker.search(states, target_ids=targets, top_k=COVERAGE_CUTOFF, **ranking)
         # The Trainer averages over rows. Rows with a target outside the catalogue have no loss, so they count as 0
         # here, and `evaluation_loop` divides by the number of the other rows.
         is_known = targets != IGNORE_INDEX

@@ -114,6 +114,21 @@ def test_two_processes_write_the_files_of_one(model, histories, tmp_path, launch
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
+def test_two_processes_keep_the_rules_of_one(model, histories, tmp_path):
+    columns = {"item_id": ITEMS, "category": [number % 3 for number in range(50)], "price": list(range(50))}
+    pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+    arguments = ["recommend", model, "--top_k", 5, "--device", "cpu", "--histories", histories]
+    arguments += ["--items", tmp_path / "items.parquet", "--where", "price < 30", "--boost", "1: price < 9"]
+    arguments += ["--max_per", "category:1"]
+    done = launch("torchrun", ["-m", "bert4rec_hf"], [*arguments, "--output", tmp_path / "two"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One process warns for all.
+    (warning,) = re.findall("40 of 40 histories get fewer than 5 items: .*", done.stderr)
+    assert re.search(r"max_per category:1 leaves [\d.]+ of the best 100 on average for \d+$", warning)
+    assert main([*map(str, arguments), "--output", str(tmp_path / "one")]) == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_two_processes_divide_the_rows_of_one_file(model, histories, tmp_path, monkeypatch):
     table = pa.concat_tables(map(pq.read_table, sorted(histories.iterdir())))
     pq.write_table(table, tmp_path / "in.parquet")  # with one row group

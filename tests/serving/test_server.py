@@ -28,7 +28,9 @@ from transformers import pipeline
 
 from bert4rec_hf.model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from bert4rec_hf.serving.event_store import EventStore
+from bert4rec_hf.serving.item_table import ItemTable
 from bert4rec_hf.serving.model_thread import ModelThread
+from bert4rec_hf.serving.rules import Rules
 from bert4rec_hf.serving.served_log import SCHEMA
 from bert4rec_hf.serving.served_model import ServedModel
 from bert4rec_hf.serving.server import MAX_BODY_BYTES, MAX_ITEMS, Server, ServerSettings, create_app
@@ -337,6 +339,88 @@ def test_the_challenger_gets_its_share_of_the_users_and_always_the_same(folders,
         answer = client.post("/recommend", json={"user_id": user}).json()
         assert answer["model_version"].startswith("challenger-")
         assert set(client.get("/readyz").json()["models"]) == {"model", "challenger"}
+
+
+@pytest.fixture
+def with_rules(folders, tmp_path):
+    """Words of the command line for a server with rules, and the path of their file."""
+    items = Bert4RecTokenizer.from_pretrained(folders[1]).items
+    lines = [
+        "item_id,category,price,added",
+        *(f"{item},{'ab'[n % 2]},{n},2026-01-{n + 1:02}" for n, item in enumerate(items)),
+    ]
+    (tmp_path / "items.csv").write_text("\n".join(lines) + "\n")
+    path = tmp_path / "rules.yaml"
+    path.write_text(
+        "cheap: {where: price < 5}\nvaried: {max_per: 'category:2', boost: '9: price = 7', diversity: 0.2}\n"
+    )
+    return ["--items", tmp_path / "items.csv", "--rules", path], path
+
+
+def test_requests_name_rules_or_have_conditions_if_allowed(folders, tmp_path, pipe, with_rules):
+    words, _ = with_rules
+    table = ItemTable.read(tmp_path / "items.csv", pipe.tokenizer)
+    rules = {
+        "cheap": Rules(table, where="price < 5"),
+        "varied": Rules(table, boosts={"price = 7": 9}, max_per="category:2", diversity=0.2),
+    }
+    model = copy_of(folders[1], tmp_path / "served")
+    with serving(
+        model, tmp_path, *words, "--allow_where", "true", "--served_log", tmp_path / "log", admin_port=free_port()
+    ) as running:
+        requests = [
+            {"history": pipe.tokenizer.items[:number], "rules": name, "top_k": 3 + number % 4}
+            for number in range(12) for name in rules
+        ]  # fmt: skip
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda request: running.ask("/recommend", request), requests))
+        for request, (status, answer) in zip(requests, answers, strict=True):
+            assert status == 200, answer
+            expected = pipe(request["history"], rules=rules[request["rules"]], top_k=request["top_k"])
+            assert [entry["item_id"] for entry in answer["items"]] == [entry["item_id"] for entry in expected]
+        answer = running.ask("/recommend", {"history": [], "where": "category = 'b' AND price > 10"})[1]
+        expected = pipe([], rules=Rules(table, where="category = 'b' AND price > 10"))
+        assert [entry["item_id"] for entry in answer["items"]] == [entry["item_id"] for entry in expected]
+        for body, message in (
+            ({"rules": "none"}, "there are no rules 'none'; there are cheap, varied"),
+            ({"rules": "cheap", "where": "price < 1"}, "expected rules or where, one of them; got both"),
+            ({"where": "read_csv('/etc/passwd')"}, "condition"),
+            ({"where": "color = 'red'"}, "color"),
+        ):
+            status, answer = running.ask("/recommend", {"history": [], **body})
+            assert (status, message in answer["detail"]) == (400, True), answer
+        found = running.ask(f"/items/{pipe.tokenizer.items[3].replace(' ', '%20')}")[1]
+        assert found["columns"] == {"category": "b", "price": 3, "added": "2026-01-04 00:00:00"}
+        # A model whose catalogue the rules do not fit is refused.
+        tokenizer = Bert4RecTokenizer.from_pretrained(model)
+        names = [*tokenizer.items[:12], *(f"new {number}" for number in range(9))]
+        (tmp_path / "items.csv").write_text("item_id,price\n" + "".join(f"{item},1\n" for item in names))
+        status, answer = running.ask("/reload", b"", url=running.admin_url)
+        assert (status, "rules 'varied'" in answer["detail"]) == (409, True), answer
+        assert running.ask("/recommend", {"history": [], "rules": "varied"})[0] == 200
+    logged = pq.read_table(tmp_path / "log").to_pydict()
+    assert set(logged["rules"]) == {"cheap", "varied", None}
+
+
+def test_conditions_of_requests_are_refused_unless_allowed(local):
+    answer = local.post("/recommend", json={"history": [], "where": "price < 5"})
+    message = "this server allows no where; name rules of its configuration instead"
+    assert (answer.status_code, answer.json()["detail"]) == (400, message)
+
+
+def test_wrong_rules_are_told_when_the_server_starts(folders, tmp_path, with_rules):
+    words, path = with_rules
+    start = ["serve", folders[1], "--port", "0", "--store", f"sqlite:///{tmp_path / 'events.db'}", *words]
+    for text, message in (
+        ("cheap: {wher: price < 5}", "rules 'cheap': expected a mapping with some of where, boost, max_per, diversity"),
+        ("cheap: {where: prize < 5}", "rules 'cheap':"),
+        ("cheap: 5", "rules 'cheap': expected a mapping"),
+        ("[1]", "must be a mapping of names to rules; got [1]"),
+        ("a: {b: [", "cannot read"),
+    ):
+        path.write_text(text)
+        assert message in fail(*start)
+    assert "rules.yaml" in fail(*start[:-1], tmp_path / "missing" / "rules.yaml")
 
 
 def test_a_full_queue_is_503_and_a_slow_answer_504(local):
