@@ -149,6 +149,10 @@ class RecommendArguments:
         default=None,
         metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
     )
+    explain: bool = field(
+        default=False,
+        metadata={"help": "Print, for each recommendation, the items of the history that carry it. Not for files."},
+    )
     exclude_file: str | None = field(
         default=None,
         metadata={
@@ -180,6 +184,13 @@ class RecommendArguments:
         default=64, metadata={"help": "With --histories: number of histories that the model reads at once."}
     )
     device: str | None = field(default=None, metadata={"help": "Device to run on, for example cpu or cuda:0."})
+
+
+@dataclass
+class SimilarArguments:
+    """The options of `similar`."""
+
+    top_k: int = field(default=10, metadata={"help": "Number of similar items for each item."})
 
 
 @dataclass

@@ -27,7 +27,15 @@ UNKNOWN_SHOWN = 3
 REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
 IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
 # Arguments of a call.
-CALL_OPTIONS = ("top_k", "filter_seen_items", "exclude", "candidates", "index", "batch_size", "num_workers")
+CALL_OPTIONS = ("top_k", "filter_seen_items", "exclude", "candidates", "index", "explain", "batch_size", "num_workers")
+# Number of items of the history that an explanation names.
+SOURCES_SHOWN = 3
+# Number of items whose similar items are searched at once.
+SIMILAR_BATCH_SIZE = 256
+# Number of ids that an error about an unknown id names.
+NEAREST_SHOWN = 3
+# Largest catalogue that is searched for the ids nearest to an unknown one, which takes about 30 microseconds an id.
+MAX_COMPARED_IDS = 10_000
 # Types whose elements are no item ids, although they can be iterated over.
 NO_LISTS = (bytes, bytearray, memoryview)
 
@@ -51,11 +59,15 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude: Item ids never to recommend.
         candidates: Item ids to choose from. Unknown ids are left out, with a warning. None: the catalogue.
         index: An `ItemIndex` of the model, for approximate search. Histories with candidates do not use it.
+        explain: Whether to name the items of the history that carry each recommendation. The recommendations are the
+            same, but the model also reads each history without each of its newest 50 items.
         batch_size: Number of histories that the model reads at once.
 
     Returns:
         For each history, a list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)}, best item
-        first. The list is shorter than `top_k` if fewer items are left.
+        first. The list is shorter than `top_k` if fewer items are left. With `explain`, each entry also has "because",
+        a list of at most three {"item_id", "title", "contribution"}, strongest first. They are items of the history
+        with a positive contribution to the score, as `explain` of the model computes it.
 
     Raises:
         TypeError: If an argument is unknown.
@@ -125,6 +137,7 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude: Iterable[str | int] | None = None,
         candidates: Iterable[str | int] | None = None,
         index: Any = None,
+        explain: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
@@ -132,13 +145,15 @@ class SequentialRecommendationPipeline(Pipeline):
             hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(CALL_OPTIONS)}"
             raise TypeError(f"unknown argument {name!r}: {hint}")
         check_count("top_k", top_k)
-        if filter_seen_items not in (None, True, False):
-            raise ValueError(f"filter_seen_items must be True, False or None; got {filter_seen_items!r}")
+        for name, value in (("filter_seen_items", filter_seen_items), ("explain", explain)):
+            if value not in (None, True, False):
+                raise ValueError(f"{name} must be True, False or None; got {value!r}")
         if index is not None and not hasattr(index, "search"):
             raise ValueError(f"index must be an ItemIndex, for example ItemIndex.load(path); got {index!r:.80}")
         forward = {
             "top_k": None if top_k is None else int(top_k),
             "index": index,
+            "explain": explain,
             "exclude_ids": None if exclude is None else torch.tensor([self._exclude_ids(exclude)], dtype=torch.long),
         }
         if candidates is not None:
@@ -239,6 +254,7 @@ class SequentialRecommendationPipeline(Pipeline):
         model_inputs: dict[str, torch.Tensor],
         top_k: int = 10,
         index: Any = None,
+        explain: bool = False,
         exclude_ids: torch.Tensor | None = None,
         candidate_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -254,6 +270,8 @@ class SequentialRecommendationPipeline(Pipeline):
         chooses = (inputs["candidate_ids"] > 0).any(dim=1)
         scores = torch.full((len(chooses), top_k), -torch.inf, device=device)
         item_ids = torch.zeros_like(scores, dtype=torch.long)
+        source_ids = item_ids.new_zeros(*item_ids.shape, SOURCES_SHOWN)
+        contributions = scores.new_zeros(source_ids.shape)
         for rows in (chooses, ~chooses):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
@@ -265,22 +283,105 @@ class SequentialRecommendationPipeline(Pipeline):
                 found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
-        return {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+                if explain:
+                    found_sources, found_contributions = self._strongest_sources(found_ids, part)
+                    shape = (rows, slice(found_ids.shape[1]), slice(found_sources.shape[2]))
+                    source_ids[shape], contributions[shape] = found_sources, found_contributions
+        outputs = {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
+        return outputs | ({"source_ids": source_ids, "contributions": contributions} if explain else {})
+
+    def _strongest_sources(self, item_ids: torch.Tensor, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The strongest items of the histories behind recommended items (batch, k), and their contributions.
+
+        Both are (batch, k, at most `SOURCES_SHOWN`), strongest first, with 0 in place of contributions that are not
+        positive.
+        """
+        source_ids, contributions = self.model.explain(
+            self.tokenizer,
+            part["history_ids"],
+            item_ids,
+            candidate_ids=part.get("candidate_ids"),
+            exclude_ids=part["exclude_ids"],
+        )
+        # Of equal contributions, that of the newest item comes first.
+        contributions, places = contributions.sort(dim=2, descending=True, stable=True)
+        contributions, places = contributions[..., :SOURCES_SHOWN].clamp(min=0), places[..., :SOURCES_SHOWN]
+        source_ids = source_ids.unsqueeze(1).expand(-1, item_ids.shape[1], -1).gather(2, places)
+        return source_ids * (contributions > 0), contributions
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int]:
         """The recommendations for one history, and the number of its unknown items."""
         shown = model_outputs["item_ids"][0] > 0
-        scores = model_outputs["scores"][0][shown].tolist()
-        items = self.tokenizer.token_ids_to_item_ids(model_outputs["item_ids"][0][shown].tolist())
-        answer: list[dict[str, Any]] = [
-            {"item_id": item, "score": score} for item, score in zip(items, scores, strict=True)
-        ]
-        if self.tokenizer.titles is not None:
-            answer = [
-                {"item_id": entry["item_id"], "title": self.tokenizer.title(entry["item_id"])} | entry
-                for entry in answer
-            ]
+        answer = self._entries(model_outputs["item_ids"][0][shown], model_outputs["scores"][0][shown])
+        if "source_ids" in model_outputs:
+            found = (model_outputs[name][0][shown] for name in ("source_ids", "contributions"))
+            for entry, source_ids, contributions in zip(answer, *found, strict=True):
+                is_source = source_ids > 0
+                entry["because"] = self._entries(source_ids[is_source], contributions[is_source], "contribution")
         return answer, int(model_outputs["num_unknown"])
+
+    def _entries(self, token_ids: torch.Tensor, values: torch.Tensor, name: str = "score") -> list[dict[str, Any]]:
+        """Items as dictionaries with item_id, title if the catalogue has titles, and a value of that name."""
+        items = self.tokenizer.token_ids_to_item_ids(token_ids.tolist())
+        titles = [{} if self.tokenizer.titles is None else {"title": self.tokenizer.title(item)} for item in items]
+        return [
+            {"item_id": item, **title, name: value}
+            for item, title, value in zip(items, titles, values.tolist(), strict=True)
+        ]
+
+    def similar(
+        self,
+        items: Any,
+        top_k: int | None = None,
+        exclude: Iterable[str | int] | None = None,
+        candidates: Iterable[str | int] | None = None,
+    ) -> list[Any]:
+        """Find the items that are most similar to an item, or to each of a list of items.
+
+            recommend.similar("50", top_k=5)
+
+        `similar_items` of the model says what a similarity is.
+
+        Args:
+            items: An item id, or a list of item ids.
+            top_k: Number of similar items. None: that of `pipeline(...)`, or 10.
+            exclude: Item ids to leave out. None: those of `pipeline(...)`.
+            candidates: Item ids to choose from. Unknown ids are left out, with a warning. None: those of
+                `pipeline(...)`, or the catalogue.
+
+        Returns:
+            For an item id, a list of {"item_id", "title" (if the catalogue has titles), "score" (the similarity)}, most
+            similar item first. It never has the item itself, and is shorter than `top_k` if fewer items are left. For a
+            list of item ids, a list of such lists in its order.
+
+        Raises:
+            ValueError: If the catalogue lacks an item, or an argument is not of the kind above.
+        """
+        is_one = isinstance(items, str) or not is_history(items)
+        if isinstance(items, set | frozenset):
+            raise ValueError(f"items must be an item id or a list of item ids; got {described(items)}, without order")
+        item_ids, token_ids = self._token_ids("items", [items] if is_one else items)
+        if UNK_TOKEN_ID in token_ids:
+            raise ValueError(self._lacks(str(item_ids[token_ids.index(UNK_TOKEN_ID)])))
+        _, given, _ = self._sanitize_parameters(top_k=top_k, exclude=exclude, candidates=candidates)
+        options = self._forward_params | given
+        limits = {name: options[name].to(self.device) for name in ("exclude_ids", "candidate_ids") if name in options}
+        top_k = min(options.get("top_k", 10), self.model.config.vocab_size)
+        answers = []
+        for batch in torch.tensor(token_ids, dtype=torch.long).split(SIMILAR_BATCH_SIZE):
+            found = self.model.similar_items(batch.to(self.device), top_k=top_k, **limits)
+            for scores, similar_ids in zip(*found, strict=True):
+                answers.append(self._entries(similar_ids[similar_ids > 0], scores[similar_ids > 0]))
+        return answers[0] if is_one else answers
+
+    def _lacks(self, item: str) -> str:
+        """The message of an error about an item that the catalogue lacks."""
+        known = self.tokenizer.items
+        nearest = get_close_matches(item, known, n=NEAREST_SHOWN) if len(known) <= MAX_COMPARED_IDS else []
+        return (
+            f"the catalogue lacks the item {item!r}; expected one of its {len(known)} ids, such as "
+            f"{', '.join(map(repr, nearest or known[:NEAREST_SHOWN]))}"
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the model and the tokenizer into a folder.

@@ -1,10 +1,11 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
-"""`RecommendationMixin`: top-k recommendations and ranks over the catalogue."""
+"""`RecommendationMixin`: top-k recommendations and ranks over the catalogue, similar items, and explanations."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
 from .history_scores import HistoryScores, Pairs, add_to_scores, values_of
@@ -16,10 +17,15 @@ CATALOGUE_CHUNK_SIZE = 2**16
 POSITIONS_ENCODED_AT_ONCE = 2**13
 # Candidates given per row are chunked to this number of gathered values, a quarter of a GiB.
 MAX_GATHERED_VALUES = 2**26
+# Number of newest items of a history that an explanation leaves out one by one.
+NUM_EXPLAINED_ITEMS = 50
+# An item vector that is nearer to the mean vector than this share of its length has no direction. The vectors of items
+# that `add_items` has added are the mean, and differ from it by rounding errors only.
+SHORTEST_DIRECTION = 0.02
 
 
 class RecommendationMixin:
-    """Methods that use a trained model: `recommend`, `rank`, `search`, and vectors of users and items.
+    """Methods that use a trained model: `recommend`, `rank`, `search`, `explain`, `similar_items`, and vectors.
 
     The score of an item is the network's score, h · w(item) + b(item), plus the scores that the history adds to it
     (`HistoryScores`). The mixin is for a `PreTrainedModel` with `history_scores`, `_item_rows` and `_scores`, as
@@ -186,13 +192,141 @@ class RecommendationMixin:
                 reached = torch.ge(chunk_scores, target_scores, out=torch.empty_like(chunk_scores))
                 ranks += reached.sum(dim=1, keepdim=True).long()
             if top_k is not None:
-                best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
-                best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
-                scores, item_ids = torch.cat((scores, best), dim=1), torch.cat((item_ids, best_ids), dim=1)
-                scores, columns = scores.topk(min(top_k, scores.shape[1]))
-                item_ids = item_ids.gather(1, columns)
+                scores, item_ids = _best(top_k, scores, item_ids, chunk_scores, chunk_ids)
         ranks = ranks.masked_fill(target_scores.isneginf(), 0).squeeze(1)
         return ranks, scores, item_ids.masked_fill(scores.isneginf(), 0)
+
+    @torch.no_grad()
+    def similar_items(
+        self,
+        item_ids: torch.Tensor,
+        *,
+        top_k: int = 10,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the items that are most similar to each of some items.
+
+        The similarity of item b to item a is cos(w(a) - m, w(b) - m) + s(a, b) / S. Here, m is the mean of all item
+        vectors w, s(a, b) is the successor score of b after a, and S is the highest successor score of the catalogue.
+        So each part is at most 1. A model without transitions has the first part only.
+
+        Args:
+            item_ids: (batch,) token ids of items.
+            top_k: Number of similar items, at most the number of token ids or candidates.
+            candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids to leave out, padded with 0, or (1, E) for all rows. An item is never
+                similar to itself.
+
+        Returns:
+            scores: (batch, k) float32 similarities in descending order, -inf where no item is left.
+            item_ids: (batch, k) int64 token ids, 0 where no item is left.
+
+        Raises:
+            ValueError: If `top_k` is below 1, `item_ids` has another shape or a special token, an id is beyond the
+                vocabulary, or a weight is NaN.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}")
+        if item_ids.dim() != 1:
+            raise ValueError(f"item_ids must have shape (batch,), one item a row; got {tuple(item_ids.shape)}")
+        for ids in (item_ids, candidate_ids, exclude_ids):
+            self._check_ids(ids)
+        if (item_ids < FIRST_ITEM_ID).any():
+            raise ValueError(
+                f"item_ids must be items, whose token ids start at {FIRST_ITEM_ID}; got {int(item_ids.min())}, a "
+                "special token"
+            )
+        _gather_weights(self)
+        itself = item_ids.unsqueeze(1)
+        excluded = itself if exclude_ids is None else torch.cat((itself, exclude_ids.expand(len(itself), -1)), dim=1)
+        pairs = self.history_scores.successors(item_ids)
+        scores = torch.empty(len(item_ids), 0, device=item_ids.device)
+        found = torch.empty(len(item_ids), 0, dtype=torch.long, device=item_ids.device)
+        with torch.autocast(item_ids.device.type, enabled=False):
+            mean = self._sum_of_vectors(range(FIRST_ITEM_ID, self.config.vocab_size))
+            mean = mean / (self.config.vocab_size - FIRST_ITEM_ID)
+            directions = self._directions(item_ids, mean).unsqueeze(1)
+            chunks = self._chunks(
+                directions, pairs, candidate_ids, excluded, lambda rows, ids: rows @ self._directions(ids, mean).mT
+            )
+            for chunk_scores, chunk_ids in chunks:
+                scores, found = _best(top_k, scores, found, chunk_scores, chunk_ids)
+        return scores, found.masked_fill(scores.isneginf(), 0)
+
+    @torch.no_grad()
+    def explain(
+        self,
+        tokenizer: Any,
+        history_ids: torch.Tensor,
+        item_ids: torch.Tensor,
+        *,
+        candidate_ids: torch.Tensor | None = None,
+        exclude_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much each item of a history carries the scores of some items.
+
+        The contribution of an item has two parts, both in the unit of the scores.
+
+        - The network's part comes from leaving the item out, as occlusion does for a region of an image (Zeiler &
+          Fergus, ECCV 2014): the centred score for the history minus the centred score for the history without all
+          occurrences of the item. The newest items of what is left are the input, as in serving. A centred score is the
+          network's score minus the mean of the network's scores of all candidates, because a change of all scores alike
+          changes no recommendation. The candidates are those of `recommend`; leaving an item out does not make it a
+          candidate. The part is 0 for items that are older than the newest `NUM_EXPLAINED_ITEMS` of the history, and
+          for items that the model does not read.
+        - The part of the counted scores is exact, since they are sums over the items of the history: see
+          `HistoryScores.contributions`.
+
+        The network's parts do not sum to the score, because the network is no sum over items: of two items that say
+        the same, each may contribute little.
+
+        Args:
+            tokenizer: The model's `Bert4RecTokenizer`, which appends the [MASK].
+            history_ids: (batch, H) token ids of the uncut histories, oldest first, padded with 0 on either side.
+                Special tokens are left out.
+            item_ids: (batch, k) token ids of the items to explain, for example from `recommend`, padded with 0.
+            candidate_ids: (C,) or (batch, C) token ids that were chosen from, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids that are never recommended, padded with 0, or (1, E) for all rows.
+
+        Returns:
+            source_ids: (batch, M) int64 token ids of the distinct items of each history, newest first, padded with 0.
+            contributions: (batch, k, M) float32, 0 for padding. The contributions of a candidate that is the only one
+                have no part of the network.
+
+        Raises:
+            ValueError: If the model is in training mode, the shapes do not match, or an id is beyond the vocabulary.
+        """
+        if history_ids.dim() != 2 or item_ids.dim() != 2 or len(history_ids) != len(item_ids):
+            raise ValueError(
+                "history_ids and item_ids must have shapes (batch, H) and (batch, k); got "
+                f"{tuple(history_ids.shape)} and {tuple(item_ids.shape)}"
+            )
+        for ids in (history_ids, item_ids, candidate_ids, exclude_ids):
+            self._check_ids(ids)
+        _gather_weights(self)
+        histories = [[token_id for token_id in row if token_id >= FIRST_ITEM_ID] for row in history_ids.tolist()]
+        sources = [torch.tensor(list(dict.fromkeys(reversed(history))), dtype=torch.long) for history in histories]
+        source_ids = nn.utils.rnn.pad_sequence(sources, batch_first=True) if sources else torch.zeros(0, 0).long()
+        source_ids = source_ids.to(history_ids.device)
+        contributions = self.history_scores.contributions(history_ids, item_ids, source_ids)
+        catalogue = range(FIRST_ITEM_ID, self.config.vocab_size)
+        total = self._sum_of_vectors(catalogue if candidate_ids is None else range(0))
+        for row, history in enumerate(histories):
+            excluded = item_ids[row, :0] if exclude_ids is None else exclude_ids.expand(len(histories), -1)[row]
+            excluded = excluded[excluded >= FIRST_ITEM_ID].unique()
+            if candidate_ids is None:
+                mean = (total - self._sum_of_vectors(excluded)) / max(1, len(catalogue) - len(excluded))
+            else:
+                candidates = candidate_ids.expand(len(histories), -1)[row]
+                candidates = candidates[(candidates >= FIRST_ITEM_ID) & ~torch.isin(candidates, excluded)]
+                mean = self._sum_of_vectors(candidates) / max(1, len(candidates))
+            changes = self._changes_without_items(tokenizer, history, history_ids.device)
+            with torch.autocast(history_ids.device.type, enabled=False):
+                vectors = self._item_rows(item_ids[row])[0].float() - mean
+                # The biases are the same with and without an item, so they cancel.
+                contributions[row, :, : len(changes)] += vectors @ changes.mT
+        return source_ids, contributions * (item_ids > 0).unsqueeze(2)
 
     @torch.no_grad()
     def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -247,6 +381,39 @@ class RecommendationMixin:
         ]
         return torch.cat(states) if len(states) > 1 else states[0]
 
+    def _changes_without_items(self, tokenizer: Any, history: list[int], device: torch.device) -> torch.Tensor:
+        """(m, hidden size) float32: the state of a history minus its states without each of its newest distinct items.
+
+        Args:
+            tokenizer: The model's `Bert4RecTokenizer`.
+            history: Token ids of items, oldest first.
+            device: The device of the result.
+        """
+        left_out = dict.fromkeys(reversed(history[-NUM_EXPLAINED_ITEMS:]))
+        if not left_out:
+            return torch.zeros(0, self.config.hidden_size, device=device)
+        shortened = [[token_id for token_id in history if token_id != item] for item in left_out]
+        length = self.config.max_position_embeddings
+        inputs = [tuple(tokenizer.append_mask(items, length)) for items in (history, *shortened)]
+        # An item that the model does not read changes no input. Equal inputs get one state, so that its change is 0.
+        places = {row: place for place, row in enumerate(dict.fromkeys(inputs))}
+        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in places], batch_first=True)
+        states = self.mask_states(rows.to(device)).squeeze(1).float()
+        states = states[[places[row] for row in inputs]]
+        return states[:1] - states[1:]
+
+    def _sum_of_vectors(self, item_ids: torch.Tensor | range) -> torch.Tensor:
+        """(hidden size,) float32 the sum of the item vectors of a range or of (C,) token ids."""
+        starts = range(0, max(1, len(item_ids)), CATALOGUE_CHUNK_SIZE)
+        chunks = (item_ids[start : start + CATALOGUE_CHUNK_SIZE] for start in starts)
+        return torch.stack([self._item_rows(chunk)[0].float().sum(dim=0) for chunk in chunks]).sum(dim=0)
+
+    def _directions(self, item_ids: torch.Tensor | range, mean: torch.Tensor) -> torch.Tensor:
+        """(..., hidden size) the item vectors minus their mean, scaled to length 1."""
+        vectors = self._item_rows(item_ids)[0].float() - mean
+        shortest = (SHORTEST_DIRECTION * mean.norm()).clamp(min=1e-12)
+        return vectors / vectors.norm(dim=-1, keepdim=True).maximum(shortest)
+
     def _nearest(
         self,
         index: Any,
@@ -280,8 +447,18 @@ class RecommendationMixin:
         pairs: Pairs | None,
         candidate_ids: torch.Tensor | None,
         exclude_ids: torch.Tensor | None,
+        scores_of: Callable[..., torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of an excluded item is -inf."""
+        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of an excluded item is -inf.
+
+        Args:
+            states: (batch, 1, hidden size).
+            pairs: The values that are added to the scores of some items. None: nothing is added.
+            candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids to leave out, padded with 0.
+            scores_of: The scores of states and token ids, with the shapes of `_scores`. None: `_scores`.
+        """
+        scores_of = scores_of or self._scores
         if candidate_ids is not None:
             if exclude_ids is not None:
                 exclude_ids = exclude_ids.sort(dim=1).values
@@ -290,7 +467,7 @@ class RecommendationMixin:
             if candidate_ids.dim() == 2:
                 at_once = max(1, MAX_GATHERED_VALUES // (len(states) * states.shape[-1]))
             for item_ids in candidate_ids.split(at_once, dim=-1):
-                scores = self._scores(states, item_ids).squeeze(1)
+                scores = scores_of(states, item_ids).squeeze(1)
                 item_ids = item_ids.expand(len(states), -1)
                 if pairs is not None:
                     scores = scores + values_of(pairs, item_ids)
@@ -304,7 +481,7 @@ class RecommendationMixin:
         for start in range(0, self.config.vocab_size, CATALOGUE_CHUNK_SIZE):
             end = min(start + CATALOGUE_CHUNK_SIZE, self.config.vocab_size)
             chunk_ids = torch.arange(start, end, device=states.device)
-            scores = self._scores(states, range(start, end)).squeeze(1)
+            scores = scores_of(states, range(start, end)).squeeze(1)
             if pairs is not None:
                 add_to_scores(scores, pairs, start)
             _check_finite(scores)
@@ -316,6 +493,17 @@ class RecommendationMixin:
                 ceiling = scores.new_full((), torch.inf).where(~inside, -torch.inf)
                 scores.scatter_reduce_(1, columns.where(inside, 0), ceiling, "amin")
             yield scores, chunk_ids.unsqueeze(0)
+
+
+def _best(
+    top_k: int, scores: torch.Tensor, item_ids: torch.Tensor, chunk_scores: torch.Tensor, chunk_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scores (batch, k) and token ids (batch, k) of those before and of a chunk from `_chunks`."""
+    best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
+    best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
+    scores, item_ids = torch.cat((scores, best), dim=1), torch.cat((item_ids, best_ids), dim=1)
+    scores, columns = scores.topk(min(top_k, scores.shape[1]))
+    return scores, item_ids.gather(1, columns)
 
 
 def _target_scores(
