@@ -358,8 +358,6 @@ class SequentialRecommendationPipeline(Pipeline):
             ValueError: If the catalogue lacks an item, or an argument is not of the kind above.
         """
         is_one = isinstance(items, str) or not is_history(items)
-        if isinstance(items, set | frozenset):
-            raise ValueError(f"items must be an item id or a list of item ids; got {described(items)}, without order")
         item_ids, token_ids = self._token_ids("items", [items] if is_one else items)
         if UNK_TOKEN_ID in token_ids:
             raise ValueError(self._lacks(str(item_ids[token_ids.index(UNK_TOKEN_ID)])))
@@ -487,8 +485,9 @@ def item_list(name: str, items: Any) -> list[str | int]:
         raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
     if isinstance(items, (*NO_LISTS, Mapping)) or hasattr(items, "columns") or not is_history(items):
         raise ValueError(f"{name} must be a list of item ids; got {described(items)}")
-    if name == "the history" and isinstance(items, set | frozenset):
-        raise ValueError(f"the history must be a list, oldest item first; got {described(items)}, which has no order")
+    if name in ("the history", "items") and isinstance(items, set | frozenset):
+        order = ", oldest item first" if name == "the history" else ""
+        raise ValueError(f"{name} must be a list{order}; got {described(items)}, which has no order")
     return list(items)
 
 
