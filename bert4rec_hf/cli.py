@@ -32,7 +32,7 @@ from .command_line.options import (
     architecture_arguments,
 )
 from .command_line.output import format_calibration, format_evaluation, print_entries, print_item, print_preparation
-from .command_line.parser import Parser, one_line
+from .command_line.parser import Parser, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
 from .model.configuration_bert4rec import UNK_TOKEN_ID
 from .version import __version__
@@ -203,6 +203,8 @@ def recommend(arguments: Sequence[str]) -> None:
     parser = Parser(RecommendArguments, prog="bert4rec recommend", description=recommend.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
     parser.add_argument("items", nargs="*", help="Item ids of one history, oldest first.")
+    for flag in ("--explain", "--filter_seen_items"):
+        parser._option_string_actions[flag].type = true_or_false
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     if (options.histories is None) != (options.output is None):

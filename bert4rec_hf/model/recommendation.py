@@ -412,7 +412,7 @@ class RecommendationMixin:
         """(..., hidden size) the item vectors minus their mean, scaled to length 1."""
         vectors = self._item_rows(item_ids)[0].float() - mean
         shortest = (SHORTEST_DIRECTION * mean.norm()).clamp(min=1e-12)
-        return vectors / vectors.norm(dim=-1, keepdim=True).maximum(shortest)
+        return vectors.div_(vectors.norm(dim=-1, keepdim=True).maximum(shortest))
 
     def _nearest(
         self,

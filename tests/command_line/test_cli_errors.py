@@ -340,6 +340,13 @@ def test_similar_items_need_items_of_the_catalogue(model):
     assert "did you mean --top_k?" in fail("similar", model, 101, "--topk", 3)
 
 
+@pytest.mark.parametrize("flag", ["--explain", "--filter_seen_items"])
+def test_an_item_after_a_flag_is_not_its_value(flag):
+    line = fail("recommend", "model", flag, 1, 50)
+    assert f"argument {flag}" in line
+    assert line.endswith("expected true, false or nothing; got '1': write item ids before this option")
+
+
 def test_files_of_histories_have_no_explanations(model, data, tmp_path):
     line = fail("recommend", model, "--histories", data, "--output", tmp_path / "out", "--explain")
     assert line == "bert4rec recommend: --explain is for one history; leave it out with --histories"
