@@ -35,7 +35,9 @@ HEADER = """# Similar items
 Written by `benchmarks/similar_items.py`, which says what is measured. Each row is a way of scoring the similarity of an
 item to the last item of a user; `similar_items` of the model is the row in bold. Differences are those of NDCG@10 from
 that row, user by user, ± a standard error. "of the item" divides successor scores by the highest of the item,
-"of all" by the highest of the catalogue; "both ways" adds the scores of the two directions.
+"of all" by the highest of the catalogue; "both ways" adds the scores of the two directions. "next" is no similarity: it
+has the recommendations for a history of the last item alone. "coverage" is the share of the catalogue among the ten
+most similar items of all items, and "popularity" the mean share of items that are less popular than these.
 """
 OURS = "cosine of centred vectors + successors, of all"
 BATCH_SIZE, TOP_K = 256, 10
