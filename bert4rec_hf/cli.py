@@ -32,12 +32,20 @@ from .command_line.options import (
     RecommendArguments,
     RuleArguments,
     ServeArguments,
+    SimilarArguments,
     TrainArguments,
     TuneArguments,
     architecture_arguments,
 )
-from .command_line.output import format_calibration, format_differences, format_evaluation, print_preparation
-from .command_line.parser import Parser, one_line
+from .command_line.output import (
+    format_calibration,
+    format_differences,
+    format_evaluation,
+    print_entries,
+    print_item,
+    print_preparation,
+)
+from .command_line.parser import Parser, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
 from .model.configuration_bert4rec import UNK_TOKEN_ID
 from .version import __version__
@@ -246,6 +254,8 @@ def recommend(arguments: Sequence[str]) -> None:
     parser = Parser((RecommendArguments, RuleArguments), prog="bert4rec recommend", description=recommend.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
     parser.add_argument("item_ids", nargs="*", help="Item ids of one history, oldest first.")
+    for flag in ("--explain", "--filter_seen_items"):
+        parser._option_string_actions[flag].type = true_or_false
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
     options, of_rules, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
     if (options.histories is None) != (options.output is None):
@@ -257,6 +267,8 @@ def recommend(arguments: Sequence[str]) -> None:
     words = [word.split("=")[0].replace("-", "_") for word in arguments[: [*arguments, "--"].index("--")]]
     if options.histories is None and "__batch_size" in words:
         parser.error("--batch_size is for --histories; leave it out for one history")
+    if options.explain and options.histories is not None:
+        parser.error("--explain is for one history; leave it out with --histories")
 
     from .hub.load import load_model
     from .serving.bulk import launched_process, recommend_file
@@ -311,18 +323,35 @@ def recommend(arguments: Sequence[str]) -> None:
             f"the catalogue of {rest.model} has none of the items of the history ({_first(rest.item_ids)}); expected "
             f"ids such as {_first(pipe.tokenizer.items)}, or no items for an empty history"
         )
-    answer = pipe(rest.item_ids)
+    answer = pipe(rest.item_ids, explain=options.explain)
     if pipe.tokenizer.titles is not None:
         for item in rest.item_ids:
-            print(f"{'had':>5}  {item:>8}  {'':8}  {one_line(pipe.tokenizer.title(item) or '')}".rstrip())
+            print_item("had", item, pipe.tokenizer.title(item))
     if not answer:
         print(
             "no item is left to recommend: every item is excluded, seen, not a candidate or does not meet --where"
             if rules is not None and rules.where is not None
             else "no item is left to recommend: every item is excluded, seen or not a candidate"
         )
-    for rank, entry in enumerate(answer, start=1):
-        print(f"{rank:>5}  {entry['item_id']:>8}  {entry['score']:8.3f}  {one_line(entry.get('title') or '')}".rstrip())
+    print_entries(answer)
+
+
+def similar(arguments: Sequence[str]) -> None:
+    """Find the items that are most similar to some items."""
+    parser = Parser(SimilarArguments, prog="bert4rec similar", description=similar.__doc__)
+    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("item_ids", nargs="*", help="Item ids. Each gets a list of its own.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+    if not rest.item_ids:
+        parser.error("expected at least one item id; got none")
+
+    from .hub.load import load_model
+
+    pipe = transformers.pipeline("sequential-recommendation", model=load_model(rest.model), tokenizer=rest.model)
+    for item, answer in zip(rest.item_ids, pipe.similar(rest.item_ids, top_k=options.top_k), strict=True):
+        print_item("like", item, pipe.tokenizer.title(item))
+        print_entries(answer)
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -435,6 +464,7 @@ COMMANDS = {
     "compare": compare,
     "calibrate": calibrate,
     "recommend": recommend,
+    "similar": similar,
     "serve": serve,
     "export": export,
     "export-vectors": export_vectors,

@@ -27,16 +27,19 @@ from bert4rec_hf.data.histories import tokenize_histories
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import explanations  # noqa: E402
 import networks  # noqa: E402
 import quality  # noqa: E402
 import scaling  # noqa: E402
 import shop  # noqa: E402
+import similar_items  # noqa: E402
 import speed  # noqa: E402
 import step  # noqa: E402
 import updates  # noqa: E402
 from compare import gains  # noqa: E402
 from peers import judge  # noqa: E402
 from quality import prepared, write_ranks  # noqa: E402
+from small_models import VOCAB, make_model, mask_scores  # noqa: E402
 from speed_worker import ndcg  # noqa: E402
 
 USERS = [f"u{number}" for number in range(50)]
@@ -358,3 +361,71 @@ def test_items_are_left_out_only_where_two_stay():
     kept = [len(networks.some_of(range(100), 0.3, random)) for _ in range(200)]
     assert np.mean(kept) == pytest.approx(70, abs=1)
     assert {len(networks.some_of([3, 4], 0.9, random)) for _ in range(50)} == {2}
+
+
+def test_similar_items_are_ranked_after_the_last_item_and_seen_ones_are_left_out():
+    tokenizer = Bert4RecTokenizer.from_items([*"abcd"])
+    table = pa.table(
+        {
+            "user_id": ["first", "third", "absent"],
+            "item_id": [list("abc"), list("ad"), ["a", "b", "new"]],
+            "timestamp": [[1, 2, 3], [1, 2], [1, 2, 3]],
+            "train_end": [2, 1, 2],
+            "validation_position": pa.array([2, 1, 2], pa.int32()),
+            "test_position": pa.array([None] * 3, pa.int32()),
+        }
+    )
+    histories = tokenize_histories(table, tokenizer)
+    # After b, c comes after a, which is seen; after a, d comes third, since it ties with c.
+    scores = torch.tensor([[0.0] * 7] * 3 + [[9, 9, 9, 9, 3, 2, 2], [9, 9, 9, 5, 9, 4, 1], [0] * 7, [0] * 7]).float()
+    hits, gains_of = similar_items.gains(lambda items: scores[items].clone(), histories, "validation", True)
+    assert hits.tolist() == [1, 1, 0]
+    np.testing.assert_allclose(gains_of, [1, 1 / 2, 0])
+    hits, gains_of = similar_items.gains(lambda items: scores[items].clone(), histories, "validation", False)
+    np.testing.assert_allclose(gains_of, [1 / np.log2(3), 1 / 2, 0])
+
+
+def test_the_way_in_bold_is_that_of_the_model(monkeypatch):
+    model, items = make_model(num_transitions=5), torch.arange(3, VOCAB)
+    expected = model.similar_items(items, top_k=similar_items.TOP_K)
+    for batch in (similar_items.BATCH_SIZE, 7):
+        monkeypatch.setattr(similar_items, "BATCH_SIZE", batch)
+        found = similar_items.lists(similar_items.ways(model)[similar_items.OURS], VOCAB)
+        torch.testing.assert_close(found, expected)
+    counted, both = model.history_scores, similar_items.ways(model)["successors both ways"](items)
+    for first, second in ((5, 9), (9, 5), (20, 31)):
+        expected = sum(
+            float(counted.successor_scores[one][counted.successor_ids[one] == other].sum())
+            for one, other in ((first, second), (second, first))
+        )
+        assert both[first - 3, second].item() == pytest.approx(expected)
+
+
+def test_a_recommendation_loses_what_its_score_loses_without_the_named_items():
+    model = make_model(num_transitions=5)
+    tokenizer = Bert4RecTokenizer.from_items(map(str, range(VOCAB - 3)))
+    history = [5, 9, 17, 5, 30, 4, 22, 8]
+    row = {"history_ids": history, "input_ids": [*history, 1], "exclude_ids": [5, 9]}
+    found = explanations.deletions(model, tokenizer, row, [1, 2])
+    assert list(found) == ["named", "random, seed 1", "random, seed 2", "newest", "most similar"]
+    allowed = [item for item in range(3, VOCAB) if item not in (5, 9)]
+
+    def centred(items: list[int]) -> torch.Tensor:
+        scores = mask_scores(model, torch.tensor([[*items, 1]]))[0][allowed]
+        return scores - scores.mean()
+
+    best = int(centred(history).argmax())
+    sources, contributions = model.explain(
+        tokenizer, torch.tensor([history]), torch.tensor([[allowed[best]]]), exclude_ids=torch.tensor([[5, 9]])
+    )
+    strongest = sorted(zip(contributions[0, 0].tolist(), sources[0].tolist(), strict=True), reverse=True)[:3]
+    named = [item for contribution, item in strongest if contribution > 0]
+    for name, deleted in (("named", named), ("newest", [8, 22, 4][: len(named)])):
+        without = centred([item for item in history if item not in deleted])
+        drop, is_another_first = found[name]
+        assert drop == pytest.approx(float(centred(history)[best] - without[best]), abs=1e-5)
+        assert is_another_first == (int(without.argmax()) != best)
+    assert found["named"][0] > 0.1
+    # An only item has no others to compare it with.
+    row |= {"history_ids": [5], "input_ids": [5, 1]}
+    assert explanations.deletions(model, tokenizer, row, [1, 2]) is None

@@ -208,6 +208,10 @@ class RecommendArguments:
         default=None,
         metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
     )
+    explain: bool = field(
+        default=False,
+        metadata={"help": "Print, for each recommendation, the items of the history that carry it. Not for files."},
+    )
     exclude_file: str | None = field(
         default=None,
         metadata={
@@ -331,6 +335,13 @@ class RuleArguments:
             "the model folder."
         },
     )
+
+
+@dataclass
+class SimilarArguments:
+    """The options of `similar`."""
+
+    top_k: int = field(default=10, metadata={"help": "Number of similar items for each item."})
 
 
 @dataclass

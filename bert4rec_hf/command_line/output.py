@@ -1,11 +1,12 @@
-"""What the commands print about a prepared log, an evaluation and a calibration."""
+"""What the commands print about a prepared log, an evaluation, a calibration and recommendations."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import shown_metrics
 from ..evaluation.protocol import Protocol
+from .parser import one_line
 
 # The verdicts of `compare_ranks` in a sentence.
 VERDICTS = {
@@ -148,3 +149,21 @@ def format_calibration(record: Mapping[str, Any]) -> str:
     if record["adopted"]:
         return f"weights of counted scores chosen on validation: {listed(record['weights'])}; {found}"
     return f"weights of counted scores kept, since others are not clearly better: {listed(record['weights'])}; {found}"
+
+
+def print_item(heading: str, item_id: str, title: str | None, value: str = "") -> None:
+    """Print a line with a rank or word, an item id, a value and a title."""
+    print(f"{heading:>5}  {item_id:>8}  {value:>8}  {one_line(title or '')}".rstrip())
+
+
+def print_entries(entries: Iterable[Mapping[str, Any]]) -> None:
+    """Print recommendations or similar items, with the items of the history that carry them if they are explained.
+
+    Args:
+        entries: Answers of the pipeline.
+    """
+    for rank, entry in enumerate(entries, start=1):
+        print_item(str(rank), entry["item_id"], entry.get("title"), f"{entry['score']:.3f}")
+        if entry.get("because"):
+            names = [one_line(source.get("title") or source["item_id"]) for source in entry["because"]]
+            print(f"{'':5}  because you had {', '.join(names)}")

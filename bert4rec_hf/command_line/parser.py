@@ -97,6 +97,15 @@ class Parser(HfArgumentParser):
         return f"; did you mean {prefix}{nearest[0]}?" if nearest else f"; see {self.prog} --help"
 
 
+def true_or_false(value: str) -> bool:
+    """The value of a flag beside item ids. HfArgumentParser would take an item 1 after a flag for its value."""
+    if value.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(
+            f"expected true, false or nothing; got {value!r}: write item ids before this option"
+        )
+    return value.lower() == "true"
+
+
 def one_line(text: BaseException | str) -> str:
     """A text without line breaks."""
     return " ".join(str(text).split())

@@ -124,6 +124,48 @@ class HistoryScores(nn.Module):
             features["popularity"] = _sum_pairs(ids[:, 0], scores[:, 0] * is_start[:, :1], 1)
         return features
 
+    def contributions(
+        self, history_ids: torch.Tensor, item_ids: torch.Tensor, source_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The part of each item of a history in the values that `forward` has for some items.
+
+        A transition belongs to the item that it starts from, and next items belong to the newest item. Repeats and
+        recency belong to the item itself. The parts are those of the whole history: places and shares do not move up,
+        as they would without an item. Popularity is for histories without items, so no item has a part in it.
+
+        Args:
+            history_ids: (batch, length) token ids, oldest first. Special tokens are left out.
+            item_ids: (batch, k) token ids whose values are divided.
+            source_ids: (batch, M) distinct token ids of each history, padded with 0.
+
+        Returns:
+            (batch, k, M) float32. If `source_ids` has all items of a history, the parts of an item sum to its value.
+        """
+        history_ids, config = _items(history_ids, None), self.config
+        repeated_ids, counts, ages = item_occurrences(history_ids)
+        values = counts.log1p() * config.repeat_weight + _recency(counts, ages) * config.recency_weight
+        values = values_of(_sum_pairs(repeated_ids, values, 1), item_ids)
+        is_itself = (source_ids.unsqueeze(1) == item_ids.unsqueeze(2)) & (source_ids > 0).unsqueeze(1)
+        parts = values.unsqueeze(2) * is_itself
+        if self.successor_ids is not None:
+            newest_ids, shares, _ = newest_items(history_ids)
+            for place, newest in enumerate(newest_ids.unbind(dim=1)):
+                values = self.successor_scores[newest].float() * shares[:, place, None] * config.transition_weight
+                if place == 0:
+                    values = values + self.next_item_scores[newest].float() * config.next_item_weight
+                values = values_of(_sum_pairs(self.successor_ids[newest].long(), values, 1), item_ids)
+                is_source = (source_ids == newest.unsqueeze(1)) & (source_ids > 0)
+                parts = parts + values.unsqueeze(2) * is_source.unsqueeze(1)
+        return parts
+
+    def successors(self, item_ids: torch.Tensor) -> Pairs:
+        """The successors of items (batch,), with their successor scores as shares of the highest of the catalogue."""
+        if self.successor_ids is None:
+            return item_ids.new_zeros(len(item_ids), 0), torch.zeros(len(item_ids), 0, device=item_ids.device)
+        highest = self.successor_scores[FIRST_ITEM_ID:].amax().float().clamp(min=1e-12)
+        values = self.successor_scores[item_ids].float() / highest
+        return _sum_pairs(self.successor_ids[item_ids].long(), values, 1)
+
 
 def newest_items(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The newest items of each history, whose successors are scored.

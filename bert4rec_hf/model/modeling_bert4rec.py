@@ -19,9 +19,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
+from .explanation import ExplanationMixin
 from .history_scores import HistoryScores
 from .losses import IGNORE_INDEX, item_loss
-from .recommendation import RecommendationMixin
 
 # Logit of special tokens. It removes them from the softmax, and is finite in half precision.
 SPECIAL_TOKEN_LOGIT = -1e4
@@ -449,7 +449,7 @@ class Bert4RecPredictionHead(nn.Module):
         return self.norm(self.activation(self.dense(hidden_states)))
 
 
-class Bert4RecForMaskedItemPrediction(RecommendationMixin, Bert4RecPreTrainedModel):
+class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel):
     """The encoder with scores of all items at any position: h · w(item) + b(item).
 
     `HistoryScores` are counted, not learnt. Only the ranking functions of `RecommendationMixin` add them; `forward`

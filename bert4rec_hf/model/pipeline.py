@@ -28,9 +28,19 @@ UNKNOWN_SHOWN = 3
 REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
 IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
 # Arguments of a call.
-CALL_OPTIONS = ("top_k", "filter_seen_items", "exclude", "candidates", "index", "rules", "batch_size", "num_workers")
+CALL_OPTIONS = (
+    "top_k", "filter_seen_items", "exclude", "candidates", "index", "rules", "explain", "batch_size", "num_workers",
+)  # fmt: skip
 # Number of items to recommend unless told otherwise.
 TOP_K = 10
+# Number of items of the history that an explanation names.
+SOURCES_SHOWN = 3
+# Number of items whose similar items are searched at once.
+SIMILAR_BATCH_SIZE = 256
+# Number of ids that an error about an unknown id names.
+NEAREST_SHOWN = 3
+# Largest catalogue that is searched for the ids nearest to an unknown one, which takes about 30 microseconds an id.
+MAX_COMPARED_IDS = 10_000
 # Types whose elements are no item ids, although they can be iterated over.
 NO_LISTS = (bytes, bytearray, memoryview)
 
@@ -56,6 +66,8 @@ class SequentialRecommendationPipeline(Pipeline):
         index: An `ItemIndex` of the model, for approximate search. Histories with candidates do not use it.
         rules: `Rules` of the catalogue: a condition on items, boosts, quotas and diversity. One warning for each call
             counts the histories for which they leave fewer than `top_k` items.
+        explain: Whether to name the items of the history that carry each recommendation. The recommendations are the
+            same, but the model also reads each history without each of its newest 50 items.
         batch_size: Number of histories that the model reads at once.
         shortages: A counter that the call adds to, in place of the warning of `rules`; see `count_short`. Only for the
             call.
@@ -64,6 +76,9 @@ class SequentialRecommendationPipeline(Pipeline):
         For each history, a list of {"item_id", "title" (if the catalogue has titles), "score" (a logit)}, best item
         first. The list is shorter than `top_k` if fewer items are left. With `rules`, the order is theirs, and the
         score is still the model's, without boosts.
+        With `explain`, each entry also has "because",
+        a list of at most three {"item_id", "title", "contribution"}, strongest first. They are items of the history
+        with a positive contribution to the score, as `explain` of the model computes it.
 
     Raises:
         TypeError: If an argument is unknown.
@@ -154,6 +169,7 @@ class SequentialRecommendationPipeline(Pipeline):
         candidates: Iterable[str | int] | None = None,
         index: Any = None,
         rules: Any = None,
+        explain: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
@@ -161,8 +177,9 @@ class SequentialRecommendationPipeline(Pipeline):
             hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(CALL_OPTIONS)}"
             raise TypeError(f"unknown argument {name!r}: {hint}")
         check_count("top_k", top_k)
-        if filter_seen_items not in (None, True, False):
-            raise ValueError(f"filter_seen_items must be True, False or None; got {filter_seen_items!r}")
+        for name, value in (("filter_seen_items", filter_seen_items), ("explain", explain)):
+            if value not in (None, True, False):
+                raise ValueError(f"{name} must be True, False or None; got {value!r}")
         if index is not None and not hasattr(index, "search"):
             raise ValueError(f"index must be an ItemIndex, for example ItemIndex.load(path); got {index!r:.80}")
         if rules is not None and not hasattr(rules, "choose"):
@@ -171,6 +188,7 @@ class SequentialRecommendationPipeline(Pipeline):
             "top_k": None if top_k is None else int(top_k),
             "index": index,
             "rules": rules,
+            "explain": explain,
             "exclude_ids": None if exclude is None else torch.tensor([self._exclude_ids(exclude)], dtype=torch.long),
         }
         if candidates is not None:
@@ -272,6 +290,7 @@ class SequentialRecommendationPipeline(Pipeline):
         top_k: int = TOP_K,
         index: Any = None,
         rules: Any = None,
+        explain: bool = False,
         exclude_ids: torch.Tensor | None = None,
         candidate_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -288,6 +307,8 @@ class SequentialRecommendationPipeline(Pipeline):
         scores = torch.full((len(chooses), top_k), -torch.inf, device=device)
         item_ids = torch.zeros_like(scores, dtype=torch.long)
         num_eligible = torch.zeros_like(num_unknown)
+        source_ids = item_ids.new_zeros(*item_ids.shape, SOURCES_SHOWN)
+        contributions = scores.new_zeros(source_ids.shape)
         for rows in (chooses, ~chooses):
             if rows.any():
                 part: dict[str, Any] = {name: values[rows] for name, values in inputs.items()}
@@ -305,24 +326,113 @@ class SequentialRecommendationPipeline(Pipeline):
                     )
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
+                if explain:
+                    found_sources, found_contributions = self._strongest_sources(found_ids, part, rules)
+                    shape = (rows, slice(found_ids.shape[1]), slice(found_sources.shape[2]))
+                    source_ids[shape], contributions[shape] = found_sources, found_contributions
         outputs = {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
-        return outputs if rules is None else outputs | {"num_eligible": num_eligible}
+        outputs |= {} if rules is None else {"num_eligible": num_eligible}
+        return outputs | ({"source_ids": source_ids, "contributions": contributions} if explain else {})
+
+    def _strongest_sources(
+        self, item_ids: torch.Tensor, part: dict[str, Any], rules: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The strongest items of the histories behind recommended items (batch, k), and their contributions.
+
+        Both are (batch, k, at most `SOURCES_SHOWN`), strongest first, with 0 in place of contributions that are not
+        positive.
+        """
+        candidate_ids = part.get("candidate_ids")
+        if rules is not None and rules.allowed is not None:
+            allowed = rules.allowed.to(item_ids.device)
+            if candidate_ids is None:
+                candidate_ids = allowed.nonzero().squeeze(1)
+            candidate_ids = candidate_ids.where(allowed[candidate_ids], 0)
+        source_ids, contributions = self.model.explain(
+            self.tokenizer,
+            part["history_ids"],
+            item_ids,
+            candidate_ids=candidate_ids,
+            exclude_ids=part["exclude_ids"],
+        )
+        # Of equal contributions, that of the newest item comes first.
+        contributions, places = contributions.sort(dim=2, descending=True, stable=True)
+        contributions, places = contributions[..., :SOURCES_SHOWN].clamp(min=0), places[..., :SOURCES_SHOWN]
+        source_ids = source_ids.unsqueeze(1).expand(-1, item_ids.shape[1], -1).gather(2, places)
+        return source_ids * (contributions > 0), contributions
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> tuple[list[dict[str, Any]], int, int | None]:
         """The recommendations for one history, the number of its unknown items, and of eligible items under rules."""
         shown = model_outputs["item_ids"][0] > 0
-        scores = model_outputs["scores"][0][shown].tolist()
-        items = self.tokenizer.token_ids_to_item_ids(model_outputs["item_ids"][0][shown].tolist())
-        answer: list[dict[str, Any]] = [
-            {"item_id": item, "score": score} for item, score in zip(items, scores, strict=True)
-        ]
-        if self.tokenizer.titles is not None:
-            answer = [
-                {"item_id": entry["item_id"], "title": self.tokenizer.title(entry["item_id"])} | entry
-                for entry in answer
-            ]
+        answer = self._entries(model_outputs["item_ids"][0][shown], model_outputs["scores"][0][shown])
+        if "source_ids" in model_outputs:
+            found = (model_outputs[name][0][shown] for name in ("source_ids", "contributions"))
+            for entry, source_ids, contributions in zip(answer, *found, strict=True):
+                is_source = source_ids > 0
+                entry["because"] = self._entries(source_ids[is_source], contributions[is_source], "contribution")
         num_eligible = model_outputs.get("num_eligible")
         return answer, int(model_outputs["num_unknown"]), None if num_eligible is None else int(num_eligible)
+
+    def _entries(self, token_ids: torch.Tensor, values: torch.Tensor, name: str = "score") -> list[dict[str, Any]]:
+        """Items as dictionaries with item_id, title if the catalogue has titles, and a value of that name."""
+        items = self.tokenizer.token_ids_to_item_ids(token_ids.tolist())
+        titles = [{} if self.tokenizer.titles is None else {"title": self.tokenizer.title(item)} for item in items]
+        return [
+            {"item_id": item, **title, name: value}
+            for item, title, value in zip(items, titles, values.tolist(), strict=True)
+        ]
+
+    def similar(
+        self,
+        items: Any,
+        top_k: int | None = None,
+        exclude: Iterable[str | int] | None = None,
+        candidates: Iterable[str | int] | None = None,
+    ) -> list[Any]:
+        """Find the items that are most similar to an item, or to each of a list of items.
+
+            recommend.similar("50", top_k=5)
+
+        `similar_items` of the model says what a similarity is.
+
+        Args:
+            items: An item id, or a list of item ids.
+            top_k: Number of similar items. None: that of `pipeline(...)`, or 10.
+            exclude: Item ids to leave out. None: those of `pipeline(...)`.
+            candidates: Item ids to choose from. Unknown ids are left out, with a warning. None: those of
+                `pipeline(...)`, or the catalogue.
+
+        Returns:
+            For an item id, a list of {"item_id", "title" (if the catalogue has titles), "score" (the similarity)}, most
+            similar item first. It never has the item itself, and is shorter than `top_k` if fewer items are left. For a
+            list of item ids, a list of such lists in its order.
+
+        Raises:
+            ValueError: If the catalogue lacks an item, or an argument is not of the kind above.
+        """
+        is_one = isinstance(items, str) or not is_history(items)
+        item_ids, token_ids = self._token_ids("items", [items] if is_one else items)
+        if UNK_TOKEN_ID in token_ids:
+            raise ValueError(self._lacks(str(item_ids[token_ids.index(UNK_TOKEN_ID)])))
+        _, given, _ = self._sanitize_parameters(top_k=top_k, exclude=exclude, candidates=candidates)
+        options = self._forward_params | given
+        limits = {name: options[name].to(self.device) for name in ("exclude_ids", "candidate_ids") if name in options}
+        top_k = min(options.get("top_k", 10), self.model.config.vocab_size)
+        answers = []
+        for batch in torch.tensor(token_ids, dtype=torch.long).split(SIMILAR_BATCH_SIZE):
+            found = self.model.similar_items(batch.to(self.device), top_k=top_k, **limits)
+            for scores, similar_ids in zip(*found, strict=True):
+                answers.append(self._entries(similar_ids[similar_ids > 0], scores[similar_ids > 0]))
+        return answers[0] if is_one else answers
+
+    def _lacks(self, item: str) -> str:
+        """The message of an error about an item that the catalogue lacks."""
+        known = self.tokenizer.items
+        nearest = get_close_matches(item, known, n=NEAREST_SHOWN) if len(known) <= MAX_COMPARED_IDS else []
+        return (
+            f"the catalogue lacks the item {item!r}; expected one of its {len(known)} ids, such as "
+            f"{', '.join(map(repr, nearest or known[:NEAREST_SHOWN]))}"
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the model and the tokenizer into a folder.
@@ -428,8 +538,9 @@ def item_list(name: str, items: Any) -> list[str | int]:
         raise ValueError(f"{name} must be a list of item ids; got the string {items!r}: did you mean [{items!r}]?")
     if isinstance(items, (*NO_LISTS, Mapping)) or hasattr(items, "columns") or not is_history(items):
         raise ValueError(f"{name} must be a list of item ids; got {described(items)}")
-    if name == "the history" and isinstance(items, set | frozenset):
-        raise ValueError(f"the history must be a list, oldest item first; got {described(items)}, which has no order")
+    if name in ("the history", "items") and isinstance(items, set | frozenset):
+        order = ", oldest item first" if name == "the history" else ""
+        raise ValueError(f"{name} must be a list{order}; got {described(items)}, which has no order")
     return list(items)
 
 

@@ -190,11 +190,7 @@ class RecommendationMixin:
                 reached = torch.ge(chunk_scores, target_scores, out=torch.empty_like(chunk_scores))
                 ranks += reached.sum(dim=1, keepdim=True).long()
             if top_k is not None:
-                best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
-                best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
-                scores, item_ids = torch.cat((scores, best), dim=1), torch.cat((item_ids, best_ids), dim=1)
-                scores, columns = scores.topk(min(top_k, scores.shape[1]))
-                item_ids = item_ids.gather(1, columns)
+                scores, item_ids = best_of(top_k, scores, item_ids, chunk_scores, chunk_ids)
         ranks = ranks.masked_fill(target_scores.isneginf(), 0).squeeze(1)
         return ranks, scores, item_ids.masked_fill(scores.isneginf(), 0)
 
@@ -282,7 +278,7 @@ class RecommendationMixin:
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
         """(number of items, hidden size + 1) float32. Row i belongs to token id i + 3; its last value is the bias."""
-        _gather_weights(self)
+        gather_weights(self)
         vectors, biases = self._item_rows(range(FIRST_ITEM_ID, self.config.vocab_size))
         return torch.cat((vectors, biases.unsqueeze(1)), dim=1).float()
 
@@ -409,7 +405,7 @@ class RecommendationMixin:
             self._check_ids(ids)
         if history_ids is None and not self.history_scores.is_empty:
             raise ValueError("the model has transitions or repeats: give history_ids, whose items add to the scores")
-        _gather_weights(self)
+        gather_weights(self)
         pairs = None if history_ids is None else self.history_scores(history_ids)
         return pairs, None if exclude_ids is None else exclude_ids.expand(batch_size, -1)
 
@@ -426,9 +422,20 @@ class RecommendationMixin:
         pairs: Pairs | None,
         candidate_ids: torch.Tensor | None,
         exclude_ids: torch.Tensor | None,
-        allowed: torch.Tensor | None,
+        allowed: torch.Tensor | None = None,
+        scores_of: Callable[..., torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of a forbidden item is -inf."""
+        """Yield scores (batch, C) and their token ids (1 or batch, C). The score of a forbidden item is -inf.
+
+        Args:
+            states: (batch, 1, hidden size).
+            pairs: The values that are added to the scores of some items. None: nothing is added.
+            candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
+            exclude_ids: (batch, E) token ids to leave out, padded with 0.
+            allowed: (vocab size,) bool, the token ids to choose from. None: all.
+            scores_of: The scores of states and token ids, with the shapes of `_scores`. None: `_scores`.
+        """
+        scores_of = scores_of or self._scores
         if candidate_ids is not None:
             if exclude_ids is not None:
                 exclude_ids = exclude_ids.sort(dim=1).values
@@ -437,7 +444,7 @@ class RecommendationMixin:
             if candidate_ids.dim() == 2:
                 at_once = max(1, MAX_GATHERED_VALUES // (len(states) * states.shape[-1]))
             for item_ids in candidate_ids.split(at_once, dim=-1):
-                scores = self._scores(states, item_ids).squeeze(1)
+                scores = scores_of(states, item_ids).squeeze(1)
                 item_ids = item_ids.expand(len(states), -1)
                 if pairs is not None:
                     scores = scores + values_of(pairs, item_ids)
@@ -453,7 +460,7 @@ class RecommendationMixin:
         for start in range(0, self.config.vocab_size, CATALOGUE_CHUNK_SIZE):
             end = min(start + CATALOGUE_CHUNK_SIZE, self.config.vocab_size)
             chunk_ids = torch.arange(start, end, device=states.device)
-            scores = self._scores(states, range(start, end)).squeeze(1)
+            scores = scores_of(states, range(start, end)).squeeze(1)
             if pairs is not None:
                 add_to_scores(scores, pairs, start)
             _check_finite(scores)
@@ -467,6 +474,17 @@ class RecommendationMixin:
             if allowed is not None:
                 scores.masked_fill_(~allowed[start:end], -torch.inf)
             yield scores, chunk_ids.unsqueeze(0)
+
+
+def best_of(
+    top_k: int, scores: torch.Tensor, item_ids: torch.Tensor, chunk_scores: torch.Tensor, chunk_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scores (batch, k) and token ids (batch, k) of those before and of a chunk from `_chunks`."""
+    best, columns = chunk_scores.topk(min(top_k, chunk_scores.shape[1]))
+    best_ids = chunk_ids.expand_as(chunk_scores).gather(1, columns)
+    scores, item_ids = torch.cat((scores, best), dim=1), torch.cat((item_ids, best_ids), dim=1)
+    scores, columns = scores.topk(min(top_k, scores.shape[1]))
+    return scores, item_ids.gather(1, columns)
 
 
 def _target_scores(
@@ -524,7 +542,7 @@ def _with_one(states: torch.Tensor) -> torch.Tensor:
     return torch.cat((states, states.new_ones(len(states), 1)), dim=1)
 
 
-def _gather_weights(model: Any) -> None:
+def gather_weights(model: Any) -> None:
     """Gather the weights of a model that FSDP2 has sharded. FSDP2 itself does so only for `forward`."""
     if hasattr(model, "unshard"):
         # `forward` initialises lazily too. Without it, a separately sharded item table would take itself for the root.

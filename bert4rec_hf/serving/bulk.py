@@ -64,12 +64,14 @@ def recommend_file(
 
     Raises:
         FileNotFoundError: If there are no histories.
-        ValueError: If `batch_size` is below 1; if `histories` have another format, a missing or unknown column, or a
-            value that is no list of item ids; if `output` holds the histories or files of others, or is a file and
-            there are several processes; or if the catalogue has none of the items, or none of the candidates, of the
-            first histories.
+        ValueError: If `batch_size` is below 1, or `pipe` has `explain=True`; if `histories` have another format, a
+            missing or unknown column, or a value that is no list of item ids; if `output` holds the histories or files
+            of others, or is a file and there are several processes; or if the catalogue has none of the items, or none
+            of the candidates, of the first histories.
     """
     check_count("batch_size", batch_size)
+    if pipe._forward_params.get("explain"):
+        raise ValueError(f"the output has only {', '.join(COLUMNS)}: leave explain=True out of the pipeline")
     number, num_processes, _ = launched_process()
     files = history_files(histories)
     output = Path(output).resolve()  # follows links

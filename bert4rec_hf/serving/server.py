@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import uvicorn
 import yaml
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -113,18 +113,34 @@ class RecommendRequest(BaseModel):
         None, description="Whether items of the history are left out. Left out: as the model folder says."
     )
     rules: StrictStr | None = Field(None, description="The name of rules of this server.")
+    explain: StrictBool = Field(False, description="Whether each item names the items of the history that carry it.")
     where: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = Field(
         None, description="A condition on columns of the item table, if this server allows it."
     )
 
 
-class Recommendation(BaseModel):
-    """A recommended item."""
+class Source(BaseModel):
+    """An item of the history that carries a recommendation."""
 
-    model_config = ConfigDict(extra="allow")
+    item_id: str
+    title: str | None = None
+    contribution: float
+
+
+class Recommendation(BaseModel):
+    """A recommended or similar item."""
+
     item_id: str
     title: str | None = None
     score: float
+    because: list[Source] | None = None
+
+
+class SimilarAnswer(BaseModel):
+    """The items that are most similar to an item."""
+
+    model_version: str
+    items: list[Recommendation]
 
 
 class RecommendAnswer(BaseModel):
@@ -330,6 +346,12 @@ def create_app(server: Server) -> FastAPI:
         504: {"description": "The answer took too long."},
     }
 
+    def known(served: ServedModel, item_id: str) -> int:
+        (token_id,) = served.pipe.tokenizer.item_ids_to_token_ids([item_id])
+        if token_id == UNK_TOKEN_ID:
+            raise HTTPException(404, f"the catalogue lacks the item {item_id!r:.80}")
+        return token_id
+
     @app.post("/recommend", responses=errors, response_model=RecommendAnswer)
     async def recommend(body: RecommendRequest) -> JSONResponse:
         """Recommend items to a user or for a history."""
@@ -347,7 +369,12 @@ def create_app(server: Server) -> FastAPI:
                 rules = await run_in_threadpool(server.rules_of, served, body.rules, body.where)
             answer, num_unknown = await server.answer(
                 lambda: server.thread.recommend(
-                    served.pipe, request, body.top_k, filter_seen_items=body.filter_seen_items, rules=rules
+                    served.pipe,
+                    request,
+                    body.top_k,
+                    filter_seen_items=body.filter_seen_items,
+                    rules=rules,
+                    explain=body.explain or None,
                 )
             )
         request_id = uuid.uuid4().hex
@@ -373,19 +400,26 @@ def create_app(server: Server) -> FastAPI:
         token_ids = server.models["model"].pipe.tokenizer.item_ids_to_token_ids(item_ids)
         return EventsAnswer(num_events=len(item_ids), num_unknown_items=token_ids.count(UNK_TOKEN_ID))
 
+    @app.get("/similar", responses={404: {"description": "The catalogue lacks the item."}, **errors})
+    async def similar(
+        item_id: Annotated[str, Query(max_length=MAX_ID_LENGTH)], top_k: Annotated[int, Query(ge=1, le=MAX_TOP_K)] = 10
+    ) -> SimilarAnswer:
+        """Find the items that are most similar to an item."""
+        served = server.models["model"]
+        known(served, item_id)
+        answer = await server.answer(lambda: server.thread.call(lambda: served.pipe.similar(item_id, top_k=top_k)))
+        return SimilarAnswer(model_version=served.version, items=answer)
+
     @app.get("/items/{item_id:path}", responses={404: {"description": "The catalogue lacks the item."}})
     async def item(item_id: str) -> dict[str, Any]:
         """What is known of an item."""
-        tokenizer = server.models["model"].pipe.tokenizer
-        (token_id,) = tokenizer.item_ids_to_token_ids([item_id])
-        if token_id == UNK_TOKEN_ID:
-            raise HTTPException(404, f"the catalogue lacks the item {item_id!r:.80}")
+        served = server.models["model"]
+        tokenizer, token_id = served.pipe.tokenizer, known(served, item_id)
         found: dict[str, Any] = {"item_id": item_id}
         if tokenizer.titles is not None:
             found["title"] = tokenizer.title(item_id)
-        table = server.models["model"].items
-        if table is not None:
-            found["columns"] = table.row(token_id)
+        if served.items is not None:
+            found["columns"] = served.items.row(token_id)
         return found
 
     @app.get("/healthz")

@@ -159,6 +159,30 @@ def test_recommend_prints_what_the_pipeline_answers(model):
     ]
 
 
+def test_recommend_prints_below_each_item_what_carries_it(model):
+    pipe = pipeline("sequential-recommendation", model=model, device="cpu")
+    expected = []
+    for rank, entry in enumerate(pipe(["101", "102", "103"], top_k=4, explain=True), start=1):
+        expected.append([str(rank), entry["item_id"], f"{entry['score']:.3f}"])
+        if entry["because"]:
+            expected.append(f"because you had {', '.join(item['item_id'] for item in entry['because'])}".split())
+    assert len(expected) > 4
+    for explain in (["--explain"], ["--explain", "true"]):
+        lines = succeed("recommend", model, 101, 102, 103, "--top_k", 4, *explain, "--device", "cpu")
+        assert [line.split() for line in lines] == expected
+
+
+def test_similar_prints_what_the_pipeline_finds_for_each_item(model):
+    pipe = pipeline("sequential-recommendation", model=model, device="cpu")
+    expected = []
+    for item in ("102", "101"):
+        expected.append(["like", item])
+        for rank, entry in enumerate(pipe.similar(item, top_k=3), start=1):
+            expected.append([str(rank), entry["item_id"], f"{entry['score']:.3f}"])
+    for arguments in ([model, 102, 101, "--top_k", 3], ["--top_k", 3, model, 102, 101], [model, "--top_k=3", 102, 101]):
+        assert [line.split() for line in succeed("similar", *arguments)] == expected
+
+
 def test_recommend_takes_candidates_and_a_policy(model):
     lines = succeed("recommend", model, 101, "--candidates", 101, 105, "--filter_seen_items", "true")
     assert [line.split()[1] for line in lines] == ["105"]
@@ -242,6 +266,13 @@ def test_titles_go_from_prepare_to_recommend(log, tmp_path):
     succeed("train", "--data", tmp_path / "data", "--output_dir", tmp_path / "model", *train_flags())
     had, first = succeed("recommend", tmp_path / "model", 101, "--top_k", 1)
     assert had.split(maxsplit=2) == ["had", "101", "Title of 101"]
+    assert first.endswith(f"Title of {first.split()[1]}")
+    lines = succeed("recommend", tmp_path / "model", 101, 102, "--top_k", 3, "--explain")[2:]
+    explained = [line for line in lines if line.strip().startswith("because")]
+    assert explained
+    assert all(re.fullmatch(r" +because you had Title of 10[12](, Title of 10[12])?", line) for line in explained)
+    like, first = succeed("similar", tmp_path / "model", 101, "--top_k", 1)
+    assert like.split(maxsplit=2) == ["like", "101", "Title of 101"]
     assert first.endswith(f"Title of {first.split()[1]}")
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
 from command_runs import fail, flags, run, succeed, train_flags
 
 from bert4rec_hf.cli import COMMANDS
+from bert4rec_hf.serving.bulk import recommend_file
 
 
 def contents(folder):
@@ -331,12 +333,36 @@ def test_unknown_options_name_the_nearest_known_one_and_missing_ones_are_named(c
     assert "are required" in fail(command)
 
 
+def test_similar_items_need_items_of_the_catalogue(model):
+    assert fail("similar", model) == "bert4rec similar: expected at least one item id; got none"
+    assert re.search(r"lacks the item '1011'; expected one of its \d+ ids, such as '101'", fail("similar", model, 1011))
+    assert "top_k must be a whole number of at least 1; got 0" in fail("similar", model, 101, "--top_k", 0)
+    assert "did you mean --top_k?" in fail("similar", model, 101, "--topk", 3)
+
+
+@pytest.mark.parametrize("flag", ["--explain", "--filter_seen_items"])
+def test_an_item_after_a_flag_is_not_its_value(flag):
+    line = fail("recommend", "model", flag, 1, 50)
+    assert f"argument {flag}" in line
+    assert line.endswith("expected true, false or nothing; got '1': write item ids before this option")
+
+
+def test_files_of_histories_have_no_explanations(model, data, tmp_path):
+    line = fail("recommend", model, "--histories", data, "--output", tmp_path / "out", "--explain")
+    assert line == "bert4rec recommend: --explain is for one history; leave it out with --histories"
+    pipe = transformers.pipeline("sequential-recommendation", model=str(model), device="cpu", explain=True)
+    with pytest.raises(ValueError, match="the output has only user_id, item_id, rank, score: leave explain=True out"):
+        recommend_file(pipe, data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_command_names_the_nearest_and_all_known_ones():
     status, out, err = run("recomend", "model")
     assert (status, out) == (2, "")
     assert err == (
         "bert4rec: unknown command 'recomend'; did you mean recommend? "
-        "Expected one of prepare, train, tune, evaluate, calibrate, recommend, export, convert, convert-config\n"
+        "Expected one of prepare, train, tune, evaluate, calibrate, recommend, similar, export, convert, "
+        "convert-config\n"
     )
     assert run("xyz")[2] == f"bert4rec: unknown command 'xyz'. Expected one of {', '.join(COMMANDS)}\n"
 

@@ -51,6 +51,8 @@ def answers(folder, task, **trust):
         "batched": recommend(HISTORIES, batch_size=2),
         "one": recommend(HISTORIES[-1]),
         "chosen": recommend(CHOICE),
+        "explained": recommend(HISTORIES, explain=True, batch_size=2),
+        "similar": recommend.similar(["007", "[MASK]"]),
         "classes": [type(part).__name__ for part in parts],
         "modules": [type(part).__module__ for part in parts],
     }

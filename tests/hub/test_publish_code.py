@@ -107,6 +107,8 @@ def test_without_our_package_every_answer_is_the_same_to_the_bit(plain, stranger
     expected = own_answers(plain[number])
     assert len(expected["recommended"]) == 3
     assert len({entry["score"] for entry in expected["one"]}) == 7
+    assert any(entry["because"] for answer in expected["explained"] for entry in answer)
+    assert [len(answer) for answer in expected["similar"]] == [7, 7]
     assert_equal(stranger["answers"][number], expected)
     assert stranger["ours"] == []
 

@@ -683,3 +683,162 @@ def test_exclusions_and_candidates_of_call_and_row_meet_in_one_batch(pipe):
     for batch_size in (1, 4):
         answers = pipe(rows, exclude=best[:1], candidates=best[:5], batch_size=batch_size)
         assert [ids(answer) for answer in answers] == expected
+
+
+def without_because(answers):
+    return [[{key: entry[key] for key in entry if key != "because"} for entry in answer] for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """A pipeline whose model has counted scores of every kind, and recommends seen items again."""
+    folder = save_model(
+        tmp_path_factory.mktemp("counting"), filter_seen_items=False, num_transitions=3, next_item_weight=1.0,
+        repeat_weight=1.0, recency_weight=0.5,
+    )  # fmt: skip
+    model = Bert4RecForMaskedItemPrediction.from_pretrained(folder)
+    scores = model.history_scores
+    scores.successor_ids[3:] = torch.stack([torch.randperm(len(ITEMS))[:3] + 3 for _ in ITEMS])
+    scores.successor_scores[3:] = torch.rand(len(ITEMS), 3)
+    scores.next_item_scores[3:] = torch.rand(len(ITEMS), 3)
+    model.save_pretrained(folder)
+    return load(folder)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_explaining_changes_no_recommendation(pipe, counting, histories, batch_size):
+    rows = [
+        *histories,
+        {"history": ["007", "a b", "007"], "candidates": ["100", "101", "102", "103"]},
+        {"history": ITEMS[:20], "exclude": ["120"]},
+    ]
+    for each in (pipe, counting):
+        for options in ({"top_k": 4}, {"exclude": ["104"]}, {"candidates": ["105", "106", "107"]}):
+            plain = each(rows, batch_size=batch_size, **options)
+            explained = each(rows, batch_size=batch_size, explain=True, **options)
+            assert without_because(explained) == plain
+            assert all("because" in entry for answer in explained for entry in answer)
+            assert any(len(entry["because"]) == 3 for answer in explained for entry in answer)
+
+
+def test_an_explanation_names_the_strongest_items_of_the_history_with_titles(counting):
+    history = ["007", "100", "110", "007", "111", "112"]
+    tokenizer = counting.tokenizer
+    answer = counting(history, top_k=5, explain=True)
+    token_ids = torch.tensor([tokenizer.item_ids_to_token_ids(ids(answer))])
+    history_ids = torch.tensor([tokenizer.item_ids_to_token_ids(history)])
+    sources, contributions = counting.model.explain(tokenizer, history_ids, token_ids)
+    names = tokenizer.token_ids_to_item_ids(sources[0].tolist())
+    for entry, values in zip(answer, contributions[0].tolist(), strict=True):
+        strongest = sorted(zip(values, names, strict=True), reverse=True)[:3]
+        expected = [(item, value) for value, item in strongest if value > 0]
+        assert [source["item_id"] for source in entry["because"]] == [item for item, _ in expected]
+        found = [source["contribution"] for source in entry["because"]]
+        assert found == pytest.approx([value for _, value in expected], abs=1e-5)
+        for source in entry["because"]:
+            assert set(source) == {"item_id", "title", "contribution"}
+            assert source["title"] == TITLES.get(source["item_id"])
+    assert {len(entry["because"]) for entry in answer} <= {1, 2, 3}
+
+
+def test_explanations_have_no_title_where_there_are_none(tmp_path):
+    answer = load(save_model(tmp_path, titles=None))(["100", "101"], explain=True)
+    assert {key for entry in answer for source in entry["because"] for key in source} == {"item_id", "contribution"}
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_explanations_of_a_batch_are_those_of_single_histories(counting, histories, padding_side, monkeypatch):
+    monkeypatch.setattr(counting.tokenizer, "padding_side", padding_side)
+    alone = [counting(history, explain=True) for history in histories]
+    together = counting(histories, explain=True, batch_size=4)
+    assert_equal_answers(without_because(together), without_because(alone))
+    for one, other in zip(alone, together, strict=True):
+        for entry, same in zip(one, other, strict=True):
+            assert ids(entry["because"]) == ids(same["because"])
+            values = [source["contribution"] for source in entry["because"]]
+            assert [source["contribution"] for source in same["because"]] == pytest.approx(values, abs=1e-5)
+
+
+def test_an_index_can_be_explained_and_an_empty_history_has_no_cause(pipe):
+    exact = pipe(["100", "007"], explain=True)
+    near = pipe(["100", "007"], explain=True, index=ItemIndex.build(pipe.model))
+    assert [ids(entry["because"]) for entry in near] == [ids(entry["because"]) for entry in exact]
+    assert [entry["because"] for entry in pipe([], top_k=2, explain=True)] == [[], []]
+    assert pipe(ITEMS, explain=True) == []
+
+
+def test_explain_is_an_option_of_the_pipeline_that_a_call_can_turn_off(folder):
+    explaining = load(folder, explain=True)
+    assert "because" in explaining(["100"])[0]
+    assert "because" not in explaining(["100"], explain=False)[0]
+    with pytest.raises(ValueError, match="explain must be True, False or None; got 'yes'"):
+        explaining(["100"], explain="yes")
+    with pytest.raises(ValueError, match="explain is for all histories of a call"):
+        explaining({"history": ["100"], "explain": True})
+
+
+def test_similar_items_of_one_item_and_of_a_list(counting):
+    one = counting.similar("007", top_k=4)
+    assert [set(entry) for entry in one] == [{"item_id", "title", "score"}] * 4
+    scores, token_ids = counting.model.similar_items(
+        torch.tensor(counting.tokenizer.item_ids_to_token_ids(["007"])), top_k=4
+    )
+    assert ids(one) == counting.tokenizer.token_ids_to_item_ids(token_ids[0].tolist())
+    assert [entry["score"] for entry in one] == pytest.approx(scores[0].tolist())
+    assert "007" not in ids(counting.similar("007", top_k=100))
+    assert len(counting.similar("007", top_k=100)) == len(ITEMS) - 1
+    assert len(counting.similar("007")) == 10
+    assert_equal_answers(counting.similar(["100", "007", "100"], top_k=4)[1:2], [one])
+    assert counting.similar(np.array([100, 101]), top_k=1) == counting.similar(("100", "101"), top_k=1)
+    assert counting.similar(100) == counting.similar(np.int64(100)) == counting.similar("100")
+    assert counting.similar([]) == []
+
+
+def test_similar_items_of_more_items_than_are_searched_at_once(counting, monkeypatch):
+    expected = counting.similar(ITEMS, top_k=3)
+    monkeypatch.setattr("bert4rec_hf.model.pipeline.SIMILAR_BATCH_SIZE", 4)
+    assert_equal_answers(counting.similar(ITEMS, top_k=3), expected)
+
+
+def test_similar_items_have_limits_and_those_of_the_pipeline_hold_until_the_call_says_otherwise(pipe, folder, caplog):
+    best = ids(pipe.similar("100", top_k=5))
+    assert ids(pipe.similar("100", top_k=3, exclude=best[:2])) == best[2:]
+    assert ids(pipe.similar("100", candidates=[*best[3:], "x", "100"])) == best[3:]
+    assert "left out 1 items that the catalogue lacks, such as 'x'" in caplog.text
+    limited = load(folder, top_k=2, exclude=best[:1], explain=True)
+    assert ids(limited.similar("100")) == best[1:3]
+    assert ids(limited.similar("100", top_k=3, exclude=[])) == best[:3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["1000"], r"the catalogue lacks the item '1000'; expected one of its 30 ids, such as '100'"),
+        (["no such item at all"], r"lacks the item 'no such item at all'; expected one of its 30 ids, such as '007', "),
+        ([["100", "x"]], "the catalogue lacks the item 'x'"), ([None], "item 0 of items .*got None"),
+        ([1.5], "item 0 of items .*got 1.5"), ([[["100"]]], "item 0 of items"), ([{"100": 1}], "items must be a list"),
+        ([{"100"}], "items must be a list; got .* of type set, which has no order"),
+        (["100", 0], "top_k must be a whole number of at least 1; got 0"), (["100", 3, "1"], "exclude must be a list"),
+        (["100", 3, None, ["x"]], "the catalogue has none of the 1 candidates"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_for_similar_items_is_an_error(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.similar(*arguments)
+
+
+def test_a_large_catalogue_is_not_searched_for_the_nearest_id(pipe, monkeypatch):
+    monkeypatch.setattr("bert4rec_hf.model.pipeline.MAX_COMPARED_IDS", 29)
+    with pytest.raises(
+        ValueError, match=r"lacks the item '1000'; expected one of its 30 ids, such as '007', '100', '1"
+    ):
+        pipe.similar("1000")
+
+
+def test_half_precision_models_explain_and_find_similar_items(counting, tmp_path):
+    counting.save_pretrained(tmp_path)
+    half = load(tmp_path, dtype=torch.bfloat16)
+    answer = half(["100", "007", "110"], explain=True)
+    assert any(entry["because"] for entry in answer)
+    assert np.isfinite([source["contribution"] for entry in answer for source in entry["because"]]).all()
+    assert ids(half.similar("100", top_k=3)) == ids(counting.similar("100", top_k=3))

@@ -126,6 +126,31 @@ def test_a_user_has_the_history_of_the_log_and_the_events_that_were_added(server
     assert [entry["item_id"] for entry in unknown["items"]] == [entry["item_id"] for entry in pipe([])]
 
 
+def test_similar_items_and_explanations_are_those_of_the_pipeline(server, pipe):
+    history = pipe.tokenizer.items[:5]
+    requests = [{"history": history, "explain": number % 2 == 0, "top_k": 3} for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda request: server.ask("/recommend", request)[1]["items"], requests))
+    for request, items in zip(requests, answers, strict=True):
+        expected = pipe(history, top_k=3, explain=request["explain"])
+        for found, entry in zip(items, expected, strict=True):
+            assert found.keys() == entry.keys()
+            assert found["item_id"] == entry["item_id"]
+            because, expected_because = found.get("because", []), entry.get("because", [])
+            assert [source["item_id"] for source in because] == [source["item_id"] for source in expected_because]
+            assert [source["contribution"] for source in because] == pytest.approx(
+                [source["contribution"] for source in expected_because], rel=1e-3, abs=1e-4
+            )
+    item = history[2]
+    status, answer = server.ask(f"/similar?item_id={item.replace(' ', '%20')}&top_k=4")
+    expected = pipe.similar(item, top_k=4)
+    assert (status, [entry["item_id"] for entry in answer["items"]]) == (200, [entry["item_id"] for entry in expected])
+    assert server.ask("/similar?item_id=nothing")[0] == 404
+    assert server.ask("/similar")[0] == 422
+    status, answer = server.ask("/similar?item_id=a&top_k=0")
+    assert (status, answer["detail"]) == (422, "top_k: input should be greater than or equal to 1; got '0'")
+
+
 def test_items_health_and_openapi(server, pipe):
     item = pipe.tokenizer.items[0]
     assert server.ask(f"/items/{item.replace(' ', '%20')}")[1]["item_id"] == item
