@@ -70,7 +70,7 @@ def recommend_file(
             of the candidates, of the first histories.
     """
     check_count("batch_size", batch_size)
-    if pipe._forward_params.get("explain"):
+    if getattr(pipe, "_forward_params", {}).get("explain"):
         raise ValueError(f"the output has only {', '.join(COLUMNS)}: leave explain=True out of the pipeline")
     number, num_processes, _ = launched_process()
     files = history_files(histories)
