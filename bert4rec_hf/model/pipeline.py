@@ -147,7 +147,7 @@ class SequentialRecommendationPipeline(Pipeline):
                 count_short(counts, len(answer), num_eligible, min(top_k, self.tokenizer.num_items))
             yield answer
         warn_unknown(total, unknown)
-        if shortages is None:
+        if shortages is None and counts["short"]:
             self.warn_short(counts, **options)
 
     def warn_short(self, counts: Mapping[str, int], **options: Any) -> None:
@@ -157,9 +157,8 @@ class SequentialRecommendationPipeline(Pipeline):
             counts: What `count_short` counted.
             options: The arguments of the call.
         """
-        if counts["short"]:
-            given = self._forward_params | {name: value for name, value in options.items() if value is not None}
-            given["rules"].warn(counts, given.get("top_k", TOP_K))
+        given = self._forward_params | {name: value for name, value in options.items() if value is not None}
+        given["rules"].warn(counts, given.get("top_k", TOP_K))
 
     def _sanitize_parameters(
         self,

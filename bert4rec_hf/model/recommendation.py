@@ -256,9 +256,10 @@ class RecommendationMixin:
             return scores, item_ids, num_eligible
         width = self.config.hidden_size if rules.diversity else 1
         values_per_row = max(rules.values_per_row(keys.shape[1]), keys.shape[1] * width)
+        at_once = max(1, MAX_GATHERED_VALUES // values_per_row)
         columns = []
-        for rows in torch.arange(len(keys)).split(max(1, MAX_GATHERED_VALUES // values_per_row)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(keys), at_once):
+            part = slice(start, start + at_once)
             vectors = self._item_rows(item_ids[part])[0].float() if rules.diversity else None
             columns.append(rules.choose(keys[part], item_ids[part], vectors, top_k))
         chosen = torch.cat(columns)

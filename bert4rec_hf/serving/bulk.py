@@ -260,7 +260,8 @@ class _Run:
                 "%d histories get no recommendations, since the catalogue has none of their candidates",
                 self.counts["without candidates"],
             )
-        self.pipe.warn_short(self.counts, rules=self.rules)
+        if self.counts["short"]:
+            self.pipe.warn_short(self.counts, rules=self.rules)
 
 
 def _check_output(output: Path, histories: str | os.PathLike, files: Sequence[str]) -> None:

@@ -144,9 +144,9 @@ def test_the_reader_runs_a_bounded_number_of_histories_ahead_of_the_answers(pipe
                 read += len(batch)
                 yield batch
 
-    def watched(rows, batch_size):
+    def watched(rows, **options):
         nonlocal answered, most_ahead
-        for answer in pipe(rows, batch_size=batch_size):
+        for answer in pipe(rows, **options):
             most_ahead = max(most_ahead, read - answered)
             answered += 1
             yield answer
@@ -251,9 +251,9 @@ def test_histories_of_another_catalogue_are_an_error_and_two_runs_do_not_meet(pi
 
         tokenizer = pipe.tokenizer
 
-        def __call__(self, rows, batch_size):
+        def __call__(self, rows, **options):
             recommend_file(pipe, source, tmp_path / "out.parquet")
-            return pipe(rows, batch_size=batch_size)
+            return pipe(rows, **options)
 
     recommend_file(Meeting(), source, link)
     assert link.is_symlink()
