@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-require-hashe
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres lint notebooks docs release clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo lint notebooks docs release clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -61,6 +61,11 @@ test-spark: $(VENV)/databases/installed
 test-postgres: $(VENV)/databases/installed
 	ls /usr/lib/postgresql/*/bin/initdb || (apt-get update -q && apt-get install -q -y postgresql)
 	$(VENV)/databases/bin/python -m pytest tests/postgres
+
+# The page of `bert4rec demo` in headless Chromium, which Debian has; pictures go to docs/assets with UPDATE=1.
+test-demo: $(VENV)/demo/installed
+	command -v chromium || (apt-get update -q && apt-get install -q -y chromium)
+	$(if $(UPDATE),UPDATE_PICTURES=1) $(VENV)/demo/bin/python -m pytest tests/demo
 
 # Mistakes, made one after another in a copy of the package: a test must notice each.
 test-mutations: $(VENV)/installed-dev
@@ -108,6 +113,11 @@ $(VENV)/adapters/installed: pyproject.toml constraints.txt
 $(VENV)/databases/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV)/databases)
 	PYTHONWARNINGS=ignore $(VENV)/databases/bin/python $(INSTALL) -e ".[dev]" pyspark "ibis-framework[postgres]" "psycopg[binary]"
+	touch $@
+
+$(VENV)/demo/installed: pyproject.toml constraints.txt
+	$(call environment,$(VENV)/demo)
+	PYTHONWARNINGS=ignore $(VENV)/demo/bin/python $(INSTALL) -e ".[demo]" pytest playwright
 	touch $@
 
 $(VENV)/docs/installed: pyproject.toml constraints.txt

@@ -31,9 +31,9 @@ from transformers import pipeline
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, ranking_rows, read_prepared
 from bert4rec_hf.hub.load import load_model
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.model.explanation import NUM_EXPLAINED_ITEMS
 from bert4rec_hf.model.history_scores import add_to_scores
 from bert4rec_hf.model.pipeline import SOURCES_SHOWN
-from bert4rec_hf.model.recommendation import NUM_EXPLAINED_ITEMS
 
 TABLE = Path(__file__).resolve().parent / "results" / "explanations.md"
 HEADER = """# Explanations

@@ -25,6 +25,7 @@ from .command_line.options import (
     CompareArguments,
     ConvertArguments,
     ConvertConfigArguments,
+    DemoArguments,
     EvaluateArguments,
     ExportArguments,
     ExportVectorsArguments,
@@ -367,6 +368,12 @@ def serve(arguments: Sequence[str]) -> None:
     except ImportError as error:
         parser.error(f"{error}: pip install 'bert4rec_hf[server]'")
 
+    if options.device is not None:
+        try:
+            torch.empty(0, device=options.device)
+        except (AssertionError, RuntimeError) as error:
+            parser.error(f"cannot use the device {options.device!r}: {one_line(error)}")
+
     def show(url: str, server: Server) -> None:
         versions = ", ".join(served.version for served in server.models.values())
         print(f"serving {versions} at {url}; events in {server.store.name}; API at {url}/docs", flush=True)
@@ -374,6 +381,26 @@ def serve(arguments: Sequence[str]) -> None:
     # The server stops by itself on SIGTERM and Ctrl-C when all answers are sent, and then raises the signal again.
     with contextlib.suppress(KeyboardInterrupt):
         serve_until_stopped(ServerSettings(rest.model, **vars(options)), show)
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Show a page to try a model: search titles, put a history together, see recommendations with reasons."""
+    parser = Parser(DemoArguments, prog="bert4rec demo", description=demo.__doc__)
+    parser.add_argument("model", help="A model folder or Hub id.")
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
+
+    from .serving.demo import build, write_space
+
+    try:
+        if options.space is not None:
+            write_space(rest.model, options.space, options.items)
+            print(f"wrote {options.space}; next: hf upload YOU/NAME {shlex.quote(options.space)} --repo-type space")
+            return
+        page = build(rest.model, options.items)
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'bert4rec_hf[demo]'")
+    page.launch(server_name=options.host, server_port=options.port)
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -466,6 +493,7 @@ COMMANDS = {
     "recommend": recommend,
     "similar": similar,
     "serve": serve,
+    "demo": demo,
     "export": export,
     "export-vectors": export_vectors,
     "convert": convert,

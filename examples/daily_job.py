@@ -15,7 +15,8 @@ the day. The folder of models then has
 
 On the first day, both models are trained. On the others they are updated: catalogue and counted scores, and with
 --train_options --num_train_epochs 1 the network too. If the checked model is worse than the one of the day before or
-than the anchor, the link stays where it is: this is the way back. A job that was interrupted may be repeated.
+than the anchor, the link stays where it is: this is the way back. A job that was interrupted may be repeated. On a day
+without events, nothing changes. The exit status is 1 if the new model is not served.
 
 With --train_options --report_to mlflow, the Trainer's own callback logs each run to MLflow (MLFLOW_TRACKING_URI).
 """
@@ -25,13 +26,16 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from pathlib import Path
 
-import pyarrow as pa
-
 from bert4rec_hf import read_log
+
+SECONDS_PER_DAY = 24 * 60 * 60
+# Later days, in days since 1970, come of milliseconds: this one is in the year 2243.
+LATEST_DAY = 100_000
 
 
 def bert4rec(*words: object) -> int:
@@ -51,6 +55,38 @@ def point(link: Path, target: Path) -> None:
     os.replace(new, link)
 
 
+def days_of(log: str) -> tuple[list[date], bool]:
+    """The days with events in ascending order, and whether the times are seconds since 1970."""
+    times = read_log(log).timestamp
+    numbers = times if times.type().is_numeric() else None
+    if times.type().is_string():  # CSV
+        casted = times.try_cast("float64")
+        numbers = casted if casted.notnull().all().to_pyarrow().as_py() else None
+    found = times.try_cast("timestamp").date() if numbers is None else (numbers // SECONDS_PER_DAY).cast("int64")
+    days = found.name("day").as_table().distinct().to_pyarrow()["day"].to_pylist()
+    if None in days:
+        raise SystemExit(f"{log}: expected dates and times, or seconds since 1970, in timestamp; some are neither")
+    if numbers is None:
+        return sorted(days), False
+    if max(days) > LATEST_DAY:
+        raise SystemExit(f"{log}: expected seconds since 1970 in timestamp; got numbers that look like milliseconds")
+    return sorted(date(1970, 1, 1) + timedelta(days=int(day)) for day in days), True
+
+
+def tell(url: str | None, models: Path, old: Path | None) -> None:
+    """Tell the server that there is a new folder. If it refuses the folder, the link points back."""
+    if url is None:
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/reload", b"")).read()
+    except urllib.error.HTTPError as error:
+        if old is not None:
+            point(models / "current", old / "served")
+        raise SystemExit(f"the server refuses the folder, and {old} stays: {error.read().decode()}") from error
+    except OSError as error:
+        raise SystemExit(f"current points to the new folder, but {url} does not answer: {error}; repeat") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("log")
@@ -62,28 +98,33 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     models, today = options.models, options.models / options.day.isoformat()
-    midnight = datetime(options.day.year, options.day.month, options.day.day, tzinfo=UTC)
-    cuts = {"validation_cut": midnight - timedelta(days=1), "test_cut": midnight}
-    is_number = not pa.types.is_timestamp(read_log(options.log).schema().to_pyarrow().field("timestamp").type)
-    where = f"timestamp < {int((midnight + timedelta(days=1)).timestamp())}" if is_number else (
-        f"timestamp < TIMESTAMP '{(midnight + timedelta(days=1)).replace(tzinfo=None)}'"
-    )  # fmt: skip
-    if (models / "current").resolve().parent == today.resolve():
-        raise SystemExit(f"{today.name} serves already; name a later day")
+    days, is_number = days_of(options.log)
+    days = [day for day in days if day <= options.day]
+    # On the first day there is no link, also if the job of that day was interrupted.
+    old = (models / "current").resolve().parent if (models / "current").exists() else None
+    if old == today.resolve():
+        tell(options.reload, models, None)
+        print(f"{today.name} is served already", flush=True)
+        return 0
+    if options.day not in days or len(days) < 3:
+        print(f"no events on {today.name}, or on fewer than two days before: nothing changes", flush=True)
+        return 0
+
+    def moment(day: date) -> str:
+        return str(int((day - date(1970, 1, 1)).total_seconds())) if is_number else f"{day.isoformat()}T00:00:00"
+
     # What an interrupted job has left is made again.
     shutil.rmtree(today, ignore_errors=True)
-    before = sorted(path.parent for path in models.glob("*/served") if path.parent.name < today.name)
-    words = ["--where", where, "--split", "temporal"]
-    for name, cut in cuts.items():
-        words += [f"--{name}", int(cut.timestamp()) if is_number else cut.replace(tzinfo=None).isoformat()]
-    bert4rec("prepare", options.log, "--output", today / "data", *words)
+    end = moment(options.day + timedelta(days=1))
+    where = f"timestamp < {end}" if is_number else f"CAST(timestamp AS TIMESTAMP) < TIMESTAMP '{end}'"
+    cuts = ["--validation_cut", moment(days[-2]), "--test_cut", moment(days[-1])]
+    bert4rec("prepare", options.log, "--output", today / "data", "--where", where, "--split", "temporal", *cuts)
     bert4rec("prepare", options.log, "--output", today / "all", "--where", where, "--split", "none")
 
     def train(data: Path, output: Path, start: Path | None) -> None:
         update = [] if start is None else ["--model_name_or_path", start]
         bert4rec("train", "--data", data, "--output_dir", output, *update, *options.train_options)
 
-    old = (models / "current").resolve().parent if before else None
     train(today / "data", today / "checked", None if old is None else old / "checked")
     if old is None:
         point(models / "anchor", today / "checked")
@@ -95,8 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     train(today / "all", today / "served", None if old is None else old / "served")
     point(models / "current", today / "served")
-    if options.reload is not None:
-        urllib.request.urlopen(urllib.request.Request(f"{options.reload}/reload", b"")).read()
+    tell(options.reload, models, old)
     print(f"{today.name} is served", flush=True)
     return 0
 

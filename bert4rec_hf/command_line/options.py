@@ -264,8 +264,8 @@ class ServeArguments:
     challenger: str | None = field(
         default=None, metadata={"help": "A further model (a folder or Hub id), for a share of the users."}
     )
-    share: float = field(
-        default=0.1, metadata={"help": "With --challenger: share of the users, by a hash of their ids."}
+    share: float | None = field(
+        default=None, metadata={"help": "With --challenger: share of the users, by a hash of their ids; default: 0.1."}
     )
     served_log: str | None = field(
         default=None,
@@ -342,6 +342,21 @@ class SimilarArguments:
     """The options of `similar`."""
 
     top_k: int = field(default=10, metadata={"help": "Number of similar items for each item."})
+
+
+@dataclass
+class DemoArguments:
+    """The options of `demo`."""
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 for all of the machine."})
+    port: int = field(default=7860, metadata={"help": "Port to listen on."})
+    items: str | None = field(
+        default=None,
+        metadata={"help": "Item table: Parquet or CSV with item_id; default: items.parquet of the model folder."},
+    )
+    space: str | None = field(
+        default=None, metadata={"help": "Show no page; write a folder that a Hugging Face Space runs as it is."}
+    )
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Comparison of models user by user: differences with intervals, for all users and for groups of users."""
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,14 @@ def value_groups(values: Sequence[Any]) -> tuple[list[str], np.ndarray]:
         The names of the groups, and the group (users,) of each user. More than ten different numbers are divided at
         their quartiles. Of more than ten other values, the most frequent have groups of their own.
     """
+    # NaN, which is not equal to itself, is missing too.
+    values = [None if value is None or value != value else value for value in values]
+    values = [float(value) if isinstance(value, Decimal) else value for value in values]
     known = [value for value in values if value is not None]
     different = set(known)
     if len(different) > MAX_VALUES and all(isinstance(value, int | float) for value in different):
         edges = np.unique(np.quantile(np.array(known, float), (0.25, 0.5, 0.75)))
-        bounds = [f"up to {edges[0]:g}", *(f"up to {edge:g}" for edge in edges[1:]), f"above {edges[-1]:g}"]
+        bounds = [f"up to {edges[0]:.12g}", *(f"up to {edge:.12g}" for edge in edges[1:]), f"above {edges[-1]:.12g}"]
         names = [*bounds, "missing"]
         places = [len(bounds) if value is None else int(np.searchsorted(edges, value, side="left")) for value in values]
         return names, np.array(places, int)
@@ -191,7 +195,7 @@ def _slice(
 def _verdict(found: Mapping[str, float], margin: float) -> str:
     if found["low"] > 0:
         return "better"
-    if found["low"] > -margin:
+    if found["low"] >= -margin:
         return "not worse"
     return "worse" if found["high"] < 0 else "unclear"
 

@@ -19,7 +19,11 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         # An endpoint runs the repository's handler.py, so its owner trusts the code beside it already.
-        self.recommend: Any = pipeline(PUBLISHED_TASK, model=path, trust_remote_code=True)
+        try:
+            self.recommend: Any = pipeline(PUBLISHED_TASK, model=path, trust_remote_code=True)
+        except KeyError:
+            # Where bert4rec_hf is imported, its own code is used, and the task has its other name.
+            self.recommend = pipeline("sequential-recommendation", model=path)
 
     def __call__(self, data: dict[str, Any]) -> list[Any]:
         """Recommend items.
@@ -34,6 +38,8 @@ class EndpointHandler:
         Raises:
             ValueError: If the body lacks `inputs` or has other keys, or the pipeline refuses a request.
         """
+        if not isinstance(data, dict) or not isinstance(data.get("parameters") or {}, dict):
+            raise ValueError(f"expected a mapping with inputs and, optionally, parameters, a mapping; got {data!r:.80}")
         others = sorted(map(str, data.keys() - {"inputs", "parameters"}))
         if others or "inputs" not in data:
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
@@ -123,6 +124,8 @@ def _columns(
     data: str | os.PathLike, slice_by: Sequence[str], items: str | os.PathLike | None
 ) -> dict[str, Mapping[str, Any] | None]:
     """For each column, its values by item id, or None for an event column of the prepared folder."""
+    if items is not None and not slice_by:
+        raise ValueError(f"--items is for --slice_by; got {items} alone: leave it out, or name columns")
     event_columns = json.loads((Path(data) / PREPARATION_FILE).read_text("utf-8"))["columns"].get("event_columns", [])
     log = None if items is None else open_log(os.fspath(items))
     if log is not None and "item_id" not in log.columns:
@@ -131,12 +134,15 @@ def _columns(
     found: dict[str, Mapping[str, Any] | None] = {}
     for column in slice_by:
         if column in event_columns:
+            schema = pq.read_schema(histories_files(Path(data))[0])
+            _check_type(column, schema.field(column).type.value_type)
             found[column] = None
         elif log is not None and column in others:
             table = log.table(["item_id", column]).to_pyarrow()
             item_ids = pc.cast(table["item_id"], "string").to_pylist()
             if len(set(item_ids)) < len(item_ids):
                 raise ValueError(f"{items} has an item_id more than once; expected one row per item")
+            _check_type(column, table.schema.field(column).type)
             found[column] = dict(zip(item_ids, table[column].to_pylist(), strict=True))
         else:
             raise ValueError(
@@ -145,6 +151,11 @@ def _columns(
                 + (f", those of {items} are {', '.join(others)}" if items is not None else "; --items names a table")
             )
     return found
+
+
+def _check_type(column: str, kind: pa.DataType) -> None:
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise ValueError(f"cannot slice by {column}, whose values are {kind}; expected single values")
 
 
 def _values(task: RankingTask, data: str | os.PathLike, column: str, of_items: Mapping[str, Any] | None) -> list[Any]:

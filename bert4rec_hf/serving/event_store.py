@@ -16,6 +16,7 @@ from sqlalchemy import (
     String,
     Table,
     create_engine,
+    delete,
     event,
     exc,
     insert,
@@ -69,17 +70,22 @@ class EventStore:
             ) from error
         self.name = parsed.render_as_string(hide_password=True)
         is_sqlite = parsed.get_backend_name() == "sqlite"
+        if is_sqlite and parsed.database in (None, "", ":memory:"):
+            raise ValueError(f"events in memory would be lost; got {url}: name a file, as in sqlite:///events.db")
         options: dict[str, Any] = {"connect_args": {"timeout": LONGEST_WAIT}} if is_sqlite else {"pool_pre_ping": True}
         try:
             self.engine = create_engine(parsed, **options)
         except (exc.NoSuchModuleError, exc.ArgumentError) as error:
             raise ValueError(f"cannot use the database {self.name}: {error}") from error
+        except ImportError as error:
+            raise ImportError(f"{error}: install the driver of {self.name}") from error
         if is_sqlite:
             event.listen(self.engine, "connect", _durable_sqlite)
         try:
             _METADATA.create_all(self.engine)
-            with self.engine.connect() as connection:
+            with self.engine.begin() as connection:  # this fails if the database cannot be read or written
                 connection.execute(select(_EVENTS).limit(1)).all()
+                connection.execute(delete(_FILLED).where(_FILLED.c.source == ""))
         except exc.SQLAlchemyError as error:
             raise ValueError(f"cannot use the database {self.name}: {_reason(error)}") from error
 

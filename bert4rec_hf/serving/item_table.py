@@ -111,6 +111,9 @@ class ItemTable:
                            path, int((~is_known).sum()), lacking)  # fmt: skip
         places = np.full(tokenizer.num_items, -1)
         places[token_ids[is_known] - FIRST_ITEM_ID] = np.flatnonzero(is_known)
+        for number, column in enumerate(table.columns):
+            if pa.types.is_floating(column.type):  # DuckDB takes NaN for the largest number
+                table = table.set_column(number, table.column_names[number], _without_nan(column))
         # The ids come from the catalogue, so that items without a row have one too.
         table = table.take(pa.array(places, mask=places < 0)).drop_columns(["item_id"])
         return cls(table.add_column(0, "item_id", pa.array(tokenizer.items, pa.string())), path)
@@ -201,6 +204,10 @@ class ItemTable:
         found = np.zeros((len(self), max(int(counts.max()), 1)), np.int64)
         found[owners, np.arange(len(owners)) - (counts.cumsum() - counts)[owners]] = numbers + 1
         return found
+
+
+def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
 
 
 def _typed(rows: ir.Table, names: list[str]) -> ir.Table:

@@ -1,7 +1,6 @@
 """`Rules` of a business: which items may be recommended, which are preferred, and how varied an answer is."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ logger = logging.getLogger(__name__)
 ITEMS_FILE = "items.parquet"
 # The keys of rules in a configuration.
 RULE_KEYS = ("where", "boost", "max_per", "diversity")
+# Largest number of standard deviations of a boost, which is above any difference of scores.
+LARGEST_BOOST = 1e6
 # Quotas and diversity choose from this number of best items for each item of the answer.
 POOL_FACTOR = 20
 
@@ -110,9 +111,10 @@ class Rules:
         if self.boosts:
             total = np.zeros(len(self.items), np.float32)
             for condition, weight in self.boosts.items():
-                if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+                if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(weight) <= LARGEST_BOOST:
                     raise ValueError(
-                        f"a boost must be a number of standard deviations; got {weight!r} for {condition!r}"
+                        f"a boost must be a number of standard deviations, at most {LARGEST_BOOST:g}; got "
+                        f"{weight!r} for {condition!r}"
                     )
                 total += np.float32(weight) * self.items.mask(condition)
             self._set("boost_values", _with_special_tokens(total))
@@ -305,9 +307,7 @@ def named_rules(items: ItemTable | None, texts: Mapping[str, Mapping[str, Any]])
         try:
             if not isinstance(given, Mapping) or not given or given.keys() - set(RULE_KEYS):
                 raise ValueError(f"expected a mapping with some of {', '.join(RULE_KEYS)}; got {given!r:.100}")
-            boost, max_per = (
-                [value] if isinstance(value, str) else value for value in map(given.get, ("boost", "max_per"))
-            )
+            boost, max_per = (_texts(key, given.get(key)) for key in ("boost", "max_per"))
             found[name] = Rules(
                 items,
                 where=given.get("where"),
@@ -318,6 +318,13 @@ def named_rules(items: ItemTable | None, texts: Mapping[str, Mapping[str, Any]])
         except ValueError as error:
             raise ValueError(f"rules {name!r}: {error}") from error
     return found
+
+
+def _texts(name: str, value: Any) -> list[str] | None:
+    values = [value] if isinstance(value, str) else value
+    if values is not None and not (isinstance(values, list) and all(isinstance(text, str) for text in values)):
+        raise ValueError(f"{name} must be a text or a list of texts; got {value!r:.100}: quote it")
+    return values
 
 
 def _boosts(texts: Sequence[str] | None) -> dict[str, float]:

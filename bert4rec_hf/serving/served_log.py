@@ -39,6 +39,8 @@ class ServedLog:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; choose a folder for --served_log")
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         self.since = time.monotonic()

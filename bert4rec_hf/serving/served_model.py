@@ -17,6 +17,8 @@ from .rules import Rules, named_rules, read_item_table
 # A folder takes the place of another only if its catalogue has at least this share of the other's items.
 MIN_SHARED_ITEMS = 0.5
 READ_SIZE = 2**20
+# The files of a model folder that are loaded, beside the weights.
+LOADED_FILES = ("config.json", "items.json", "items.parquet", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,12 @@ def place_of(source: str) -> tuple[Any, ...]:
     """What a model folder stands for at present: it differs after another folder has taken its place."""
     if not os.path.isdir(source):
         return (source,)
-    config = Path(source) / "config.json"
-    found = config.stat() if config.is_file() else None
-    return (os.path.realpath(source), found and (found.st_ino, found.st_mtime_ns))
+    found = []
+    for path in sorted(Path(source).iterdir()):
+        if path.name in LOADED_FILES or path.suffix == ".safetensors":
+            status = path.stat()
+            found.append((path.name, status.st_ino, status.st_mtime_ns, status.st_size))
+    return (os.path.realpath(source), *found)
 
 
 def _checksum(path: Path) -> str:

@@ -39,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 # Limits of a request. A body has room for a history and a list of candidates of the largest size.
 MAX_BODY_BYTES, MAX_ITEMS, MAX_TOP_K, MAX_ID_LENGTH = 2**20, 10_000, 1_000, 1_000
+# Share of the users that get the challenger.
+DEFAULT_SHARE = 0.1
 # Number of connections that may wait to be accepted.
 BACKLOG = 2048
 # Seconds between two looks at the model folder, and seconds that a stopping server waits for its requests.
 WATCH_SECONDS, STOP_SECONDS = 2.0, 30
 
-ItemId = Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | StrictInt
+ItemId = Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 Items = Annotated[list[ItemId], Field(max_length=MAX_ITEMS)]
 UserId = Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 
@@ -60,7 +62,7 @@ class ServerSettings:
         store: The URL of the database of events; see `EventStore`.
         histories: A prepared folder whose histories fill an empty store. None: the store stays empty.
         challenger: A further model for a share of the users. None: all users get `model`.
-        share: The share of users that get the challenger, from 0 to 1.
+        share: The share of users that get the challenger, from 0 to 1. None: a tenth.
         served_log: A folder for a log of what was recommended; see `ServedLog`. None: no log.
         admin_port: A port of this machine alone, for POST /reload. None: the folder is watched all the same.
         max_waiting: Largest number of requests that wait for the model.
@@ -78,7 +80,7 @@ class ServerSettings:
     store: str = "sqlite:///bert4rec-events.db"
     histories: str | None = None
     challenger: str | None = None
-    share: float = 0.1
+    share: float | None = None
     served_log: str | None = None
     admin_port: int | None = None
     max_waiting: int = 256
@@ -90,7 +92,11 @@ class ServerSettings:
     allow_where: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
+        if self.share is not None and self.challenger is None:
+            raise ValueError(f"--share is for --challenger; got {self.share:g} alone: leave it out")
+        if self.admin_port is not None and self.admin_port < 1:
+            raise ValueError(f"--admin_port must be a port of your choice; got {self.admin_port}")
+        if not 0 <= (self.share or 0) <= 1:
             raise ValueError(f"--share must be between 0 and 1, the share of users of --challenger; got {self.share}")
         for name in ("max_waiting", "max_batch_size", "timeout"):
             if not getattr(self, name) > 0:
@@ -117,6 +123,12 @@ class RecommendRequest(BaseModel):
     where: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = Field(
         None, description="A condition on columns of the item table, if this server allows it."
     )
+
+
+class Problem(BaseModel):
+    """What is wrong, in a sentence."""
+
+    detail: str
 
 
 class Source(BaseModel):
@@ -184,6 +196,8 @@ class Server:
         self.settings = settings
         self.rules = {} if settings.rules is None else _read_rules_file(settings.rules)
         self.models = {"model": self.load(settings.model)}
+        if settings.allow_where and self.models["model"].items is None:
+            raise ValueError("--allow_where needs an item table: name one with --items")
         if settings.challenger is not None:
             self.models["challenger"] = self.load(settings.challenger)
             self.models["model"].check_successor(self.models["challenger"])
@@ -245,8 +259,9 @@ class Server:
     def model_of(self, user_id: str | None) -> ServedModel:
         """The model for a user. The share of users that get the challenger is always the same users."""
         if "challenger" in self.models and user_id is not None:
+            share = DEFAULT_SHARE if self.settings.share is None else self.settings.share
             digest = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).digest()
-            if int.from_bytes(digest[:8], "big") < self.settings.share * 2**64:
+            if int.from_bytes(digest[:8], "big") < share * 2**64:
                 return self.models["challenger"]
         return self.models["model"]
 
@@ -264,7 +279,7 @@ class Server:
         Raises:
             ValueError: If a folder is no model folder, is damaged, or has another catalogue.
         """
-        loaded = {}
+        loaded, problems = {}, []
         with self.reloading:
             for role, served in list(self.models.items()):
                 place = place_of(served.source)
@@ -277,15 +292,17 @@ class Server:
                     self.refused[role], self.reload_errors[role] = place, f"{type(error).__name__}: {error}"
                     self.reloads.labels("refused").inc()
                     logger.error("%s is refused, and %s is served on: %s", served.source, served.version, error)
-                    raise ValueError(
-                        f"{served.source} is refused, and {served.version} is served on: {error}"
-                    ) from error
+                    problems.append(f"{served.source} is refused, and {served.version} is served on: {error}")
+                    continue
                 self.models[role] = other
                 self.refused.pop(role, None), self.reload_errors.pop(role, None)
                 self.reloads.labels("loaded").inc()
                 loaded[role] = other.version
                 logger.warning("serving %s", other.version)
             self._show_versions()
+        if problems:
+            also = [f"{version} is loaded" for version in loaded.values()]
+            raise ValueError("; ".join([*problems, *also]))
         return loaded
 
     async def watch(self) -> None:
@@ -341,6 +358,9 @@ def create_app(server: Server) -> FastAPI:
     app.add_middleware(_Limits, server=server)
     app.add_exception_handler(RequestValidationError, _invalid)
     errors: dict[int | str, dict[str, Any]] = {
+        408: {"model": Problem, "description": "The body came too slowly."},
+        413: {"model": Problem, "description": "The body is too large."},
+        422: {"model": Problem, "description": "The body has another form; `detail` says which was expected."},
         400: {"description": "The request is wrong; `detail` says what was expected and what came."},
         503: {"description": "Too many requests wait, or the database does not answer."},
         504: {"description": "The answer took too long."},
@@ -391,7 +411,7 @@ def create_app(server: Server) -> FastAPI:
             }
         )
 
-    @app.post("/events", status_code=201, responses={503: errors[503]})
+    @app.post("/events", status_code=201, responses={status: errors[status] for status in (408, 413, 422, 503)})
     async def add_events(body: Events) -> EventsAnswer:
         """Add events to the history of a user."""
         item_ids = [str(item) for item in body.item_ids]
@@ -400,7 +420,11 @@ def create_app(server: Server) -> FastAPI:
         token_ids = server.models["model"].pipe.tokenizer.item_ids_to_token_ids(item_ids)
         return EventsAnswer(num_events=len(item_ids), num_unknown_items=token_ids.count(UNK_TOKEN_ID))
 
-    @app.get("/similar", responses={404: {"description": "The catalogue lacks the item."}, **errors})
+    @app.get(
+        "/similar",
+        responses={404: {"description": "The catalogue lacks the item."}, **errors},
+        response_model_exclude_none=True,
+    )
     async def similar(
         item_id: Annotated[str, Query(max_length=MAX_ID_LENGTH)], top_k: Annotated[int, Query(ge=1, le=MAX_TOP_K)] = 10
     ) -> SimilarAnswer:
@@ -422,11 +446,13 @@ def create_app(server: Server) -> FastAPI:
             found["columns"] = served.items.row(token_id)
         return found
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"description": "The database does not answer."}})
     async def readyz() -> dict[str, Any]:
         """Whether requests can be answered, the versions of the models, and why a new folder was refused."""
@@ -475,7 +501,6 @@ def serve(settings: ServerSettings, on_start: Callable[[str, Server], None] = la
     if admin is not None:
         administration = uvicorn.Server(uvicorn.Config(create_admin_app(server), **options))
         threading.Thread(target=administration.run, args=([admin],), name="administration", daemon=True).start()
-    listening.listen(BACKLOG)  # From here on, a client is not refused; it waits for uvicorn.
     host, port = listening.getsockname()[:2]
     on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}", server)
     uvicorn.Server(uvicorn.Config(create_app(server), **options)).run([listening])
@@ -491,14 +516,18 @@ class _Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, num_bytes = time.perf_counter(), 500, 0
+        started, status, num_bytes, is_complete = time.perf_counter(), 500, 0, False
 
         async def limited() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, is_complete
+            if is_complete:
+                return await receive()
+            left = started + self.server.settings.timeout - time.perf_counter()
             try:
-                message = await asyncio.wait_for(receive(), self.server.settings.timeout)
+                message = await asyncio.wait_for(receive(), max(left, 0))
             except TimeoutError:
                 raise HTTPException(408, "the body came too slowly; send it again") from None
+            is_complete = not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_BODY_BYTES:
                 raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES:,} bytes; send fewer items")
@@ -544,6 +573,10 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
     names = [name for name in names if not name.startswith("constrained-")]
     if first["type"] == "json_invalid":
         text = f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}"
+    elif isinstance(first["input"], bytes):
+        text = "expected JSON with the header content-type: application/json"
+    elif first["type"] == "string_type" and names and names[-1].isdecimal():
+        text = f"{'.'.join(names)}: an item id should be text or an integer; got {first['input']!r:.80}"
     elif first["type"] == "extra_forbidden":
         known = [*RecommendRequest.model_fields] if request.url.path == "/recommend" else [*Events.model_fields]
         nearest = get_close_matches(names[-1], known, n=1)
@@ -558,7 +591,7 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
 def _read_rules_file(path: str) -> dict[str, Any]:
     try:
         rules = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(rules, dict) or not all(isinstance(name, str) for name in rules):
         raise ValueError(f"{path} must be a mapping of names to rules; got {rules!r:.100}")
@@ -572,6 +605,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        # Two sockets may be bound to one port until one of them listens. A client that comes now waits for uvicorn.
+        listening.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen on {host}, port {port}: {error}; choose another --host or --port") from error
     return listening

@@ -51,12 +51,16 @@ def export_vectors(
         ValueError: If the model is no model folder, the histories have another format, or the output is another folder.
     """
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; choose a folder for --output")
     loaded, tokenizer = load_model(model).eval(), Bert4RecTokenizer.from_pretrained(model)
     files = None if histories is None else history_files(histories)
     written = [name for name in VECTOR_FILES if name != "users.parquet" or files is not None]
     numbers = {}
     with folder_beside(output, last_file=written[-1], own_files=_own_files) as folder:
         vectors = loaded.item_vectors().cpu()
+        if not vectors.isfinite().all():
+            raise ValueError(f"a vector of {model} is not finite: training has diverged")
         schema = pa.schema([("item_id", pa.string()), ("vector", pa.list_(pa.float32()))])
         with pq.ParquetWriter(folder / "items.parquet", schema, compression="zstd") as writer:
             for start in range(0, len(vectors), ITEMS_PER_WRITE):

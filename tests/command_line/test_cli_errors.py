@@ -85,8 +85,8 @@ def test_a_pattern_that_the_shell_has_expanded_is_to_be_quoted(tmp_path):
         "bert4rec prepare: expected one log; got events-1.parquet as well: quote a pattern of files, "
         "as in 'events-*.parquet'"
     )
-    line = fail("evaluate", "model", "another", "--data", "data")
-    assert line == "bert4rec evaluate: unexpected argument another; see bert4rec evaluate --help"
+    line = fail("calibrate", "model", "another", "--data", "data")
+    assert line == "bert4rec calibrate: unexpected argument another; see bert4rec calibrate --help"
 
 
 def test_a_package_that_is_missing_is_one_line(monkeypatch):
@@ -361,8 +361,8 @@ def test_an_unknown_command_names_the_nearest_and_all_known_ones():
     assert (status, out) == (2, "")
     assert err == (
         "bert4rec: unknown command 'recomend'; did you mean recommend? "
-        "Expected one of prepare, train, tune, evaluate, calibrate, recommend, similar, export, convert, "
-        "convert-config\n"
+        "Expected one of prepare, train, tune, evaluate, compare, calibrate, recommend, similar, serve, demo, export, "
+        "export-vectors, convert, convert-config\n"
     )
     assert run("xyz")[2] == f"bert4rec: unknown command 'xyz'. Expected one of {', '.join(COMMANDS)}\n"
 

@@ -1,8 +1,11 @@
 """`bert4rec compare`: differences of two models user by user, their intervals, and what is required of them."""
 
 import json
+from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chain_runs import SMALL, arguments, write_chain
 from command_runs import fail, run, succeed
@@ -25,6 +28,7 @@ def test_a_model_does_not_differ_from_itself():
     record = compare_ranks({"new": np.arange(50), "old": np.arange(50)}, {}, margin=0.01)
     assert record["comparisons"]["old"]["verdict"] == "not worse"
     assert meets(record, "not-worse")
+    assert meets(compare_ranks({"new": np.arange(50), "old": np.arange(50)}, {}, margin=0.0), "not-worse")
     assert not meets(record, "better")
 
 
@@ -88,6 +92,9 @@ def test_values_of_a_column_become_groups():
     names, places = value_groups([f"v{number:02}" for number in range(12) for _ in range(number + 1)])
     assert names == [*(f"v{number:02}" for number in range(2, 12)), "other values", "missing"]
     assert np.bincount(places)[-1] == 1 + 2
+    names, places = value_groups([*map(Decimal, range(100)), float("nan")])
+    assert names[-1] == "missing"
+    assert np.bincount(places).tolist() == [25, 25, 25, 25, 1]
     names, places = value_groups([1, 2, True, "1"])
     assert len(places) == 4
 
@@ -178,6 +185,11 @@ def test_bad_input_is_told_in_one_line(chain, tmp_path):
     (tmp_path / "twice.csv").write_text("item_id,price\n1,2\n1,3\n")
     twice = ["--items", tmp_path / "twice.csv", "--slice_by", "price"]
     assert "has an item_id more than once" in fail("compare", *models, *data, *twice)
+    assert "--items is for --slice_by" in fail("compare", *models, *data, "--items", chain / "items.csv")
+    rows = [{"item_id": "item 1", "tags": ["a"]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "lists.parquet")
+    lists = ["--items", tmp_path / "lists.parquet", "--slice_by", "tags"]
+    assert "cannot slice by tags, whose values are list" in fail("compare", *models, *data, *lists)
     assert "margin must be 0 or more" in fail("compare", *models, *data, "--margin", "-0.1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from chain_runs import free_port
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 
@@ -19,6 +20,7 @@ def server():
         pytest.skip("PostgreSQL is not installed")
     folder = Path("/tmp") / f"bert4rec-postgres-{os.getpid()}"
     folder.mkdir()
+    port = free_port()
     user = {}
     if os.getuid() == 0:
         account = pwd.getpwnam("postgres")
@@ -27,12 +29,12 @@ def server():
     run = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder, **user}
     programs = PROGRAMS[-1]
     subprocess.run([programs / "initdb", "-D", folder / "data", "-U", "shop", "--auth", "trust"], **run)
-    options = f"-k {folder} -c listen_addresses=127.0.0.1 -p 54329"
+    options = f"-k {folder} -c listen_addresses=127.0.0.1 -p {port}"
     subprocess.run(
         [programs / "pg_ctl", "-D", folder / "data", "-l", folder / "log", "-w", "-o", options, "start"], **run
     )
     try:
-        yield "postgres://shop@127.0.0.1:54329/postgres"
+        yield f"postgres://shop@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([programs / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], **run)
         shutil.rmtree(folder)

@@ -5,13 +5,14 @@ import signal
 import threading
 import time
 
-import psycopg
 import pyarrow.parquet as pq
 import pytest
 from log_and_model import write_log_and_model
 from running_server import serving
 
-from bert4rec_hf.serving.event_store import EventStore
+psycopg = pytest.importorskip("psycopg")
+
+from bert4rec_hf.serving.event_store import EventStore  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import ibis
 import pytest
+from chain_runs import free_port
 from command_runs import fail, succeed
 from logs_on_disk import items_of
 
@@ -50,7 +51,7 @@ def test_a_query_of_postgres_is_a_log(server, tmp_path):
     assert "cannot read 'SELECT * FROM nothing' from postgres" in fail(
         "prepare", "--sql", "SELECT * FROM nothing", *words
     )
-    unreachable = server.replace("54329", "54330")
+    unreachable = f"postgres://shop@127.0.0.1:{free_port()}/postgres"
     error = fail("prepare", "--sql", sql, "--database", unreachable, "--output", tmp_path / "other")
     assert "from postgres" in error
     assert not (tmp_path / "other").exists()

@@ -1,5 +1,6 @@
 """`bert4rec serve`: real processes, and the application in this process where time or faults have to be arranged."""
 
+import json
 import os
 import queue
 import random
@@ -9,6 +10,8 @@ import socket
 import sqlite3
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow.parquet as pq
@@ -169,9 +172,9 @@ def test_items_health_and_openapi(server, pipe):
     [
         ({"history": [], "topk": 3}, 422, "unknown key 'topk': did you mean top_k?"),
         ({"history": "50"}, 422, "history: input should be a valid list; got '50'"),
-        ({"history": [True]}, 422, "history.0: input should be a valid string; got True"),
-        ({"history": [None]}, 422, "history.0: input should be a valid string; got None"),
-        ({"history": [1.5]}, 422, "history.0: input should be a valid string; got 1.5"),
+        ({"history": [True]}, 422, "history.0: an item id should be text or an integer; got True"),
+        ({"history": [None]}, 422, "history.0: an item id should be text or an integer; got None"),
+        ({"history": [1.5]}, 422, "history.0: an item id should be text or an integer; got 1.5"),
         ({"history": {"a": 1}}, 422, "history: input should be a valid list; got {'a': 1}"),
         ({"history": [], "top_k": 0}, 422, "top_k: input should be greater than or equal to 1; got 0"),
         ({"history": [], "top_k": "5"}, 422, "top_k: input should be a valid integer; got '5'"),
@@ -335,6 +338,38 @@ def test_a_new_folder_is_taken_over_under_load_and_a_broken_one_is_refused(folde
         assert running.ask("/reload", b"")[0] == 404  # not on the public port
 
 
+def test_a_folder_that_is_completed_or_replaced_in_place_is_loaded(folders, tmp_path):
+    model = copy_of(folders[1], tmp_path / "model")
+    server = Server(ServerSettings(str(model), store=f"sqlite:///{tmp_path / 'events.db'}", device="cpu"))
+    first = server.models["model"].version
+    weights = (model / "model.safetensors").read_bytes()
+    copy_of(folders[1], tmp_path / "other", lambda loaded: loaded.item_bias.weight.data.add_(1.0))
+    (model / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="is refused"):
+        server.reload(only_changed=True)
+    assert server.reload(only_changed=True) == {}  # it is not tried again before it changes
+    shutil.copyfile(tmp_path / "other" / "model.safetensors", model / "model.safetensors")
+    assert set(server.reload(only_changed=True)) == {"model"}
+    assert server.models["model"].version != first
+    assert server.reload_errors == {}
+    (model / "model.safetensors").write_bytes(weights)
+    assert server.reload(only_changed=True) == {"model": first}
+    server.close()
+
+
+def test_a_body_without_its_type_is_told_and_head_is_answered(server):
+    status, answer = server.ask("/recommend", b'{"history": []}')
+    assert status == 200, answer
+    request = urllib.request.Request(f"{server.url}/recommend", b'{"history": []}', {"content-type": "text/plain"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert json.loads(caught.value.read())["detail"] == "expected JSON with the header content-type: application/json"
+    head = urllib.request.Request(f"{server.url}/healthz", method="HEAD")
+    assert urllib.request.urlopen(head).status == 200
+    detail = server.ask("/openapi.json")[1]["components"]["schemas"]["Problem"]["properties"]["detail"]
+    assert detail["type"] == "string"
+
+
 def test_another_catalogue_is_refused(folders, tmp_path):
     served = ServedModel.load(str(folders[1]), "cpu")
     other = copy_of(folders[1], tmp_path / "other")
@@ -440,6 +475,9 @@ def test_wrong_rules_are_told_when_the_server_starts(folders, tmp_path, with_rul
         ("cheap: {wher: price < 5}", "rules 'cheap': expected a mapping with some of where, boost, max_per, diversity"),
         ("cheap: {where: prize < 5}", "rules 'cheap':"),
         ("cheap: 5", "rules 'cheap': expected a mapping"),
+        ("cheap: {max_per: 12:30}", "rules 'cheap': max_per must be a text or a list of texts; got 750: quote it"),
+        ("cheap: {boost: 0.5}", "rules 'cheap': boost must be a text"),
+        ("cheap: {boost: '1e39: price < 5'}", "rules 'cheap': a boost must be a number of standard deviations"),
         ("[1]", "must be a mapping of names to rules; got [1]"),
         ("a: {b: [", "cannot read"),
     ):
@@ -531,7 +569,14 @@ def test_bad_options_are_one_line(folders, tmp_path):
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1, port {port}" in fail("serve", model, *store, "--port", port)
     assert "cannot listen on nowhere.invalid" in fail("serve", model, *store, "--host", "nowhere.invalid")
-    assert "--share must be between 0 and 1" in fail("serve", model, *store, "--share", "1.5")
+    assert "--share must be between 0 and 1" in fail("serve", model, *store, "--challenger", model, "--share", "1.5")
+    assert "--share is for --challenger" in fail("serve", model, *store, "--share", "0.5")
+    assert "--admin_port must be a port of your choice" in fail("serve", model, *store, "--admin_port", "0")
+    port = str(free_port())
+    assert "cannot listen" in fail("serve", model, *store, "--port", port, "--admin_port", port)
+    assert "cannot use the device 'foo'" in fail("serve", model, *store, "--device", "foo")
+    assert "--allow_where needs an item table" in fail("serve", model, *store, "--port", "0", "--allow_where", "true")
+    assert "events in memory would be lost" in fail("serve", model, "--port", "0", "--store", "sqlite://")
     assert "--max_waiting must be above 0; got 0" in fail("serve", model, *store, "--max_waiting", "0")
     port = ["--port", "0"]
     assert "expected the URL of a database" in fail("serve", model, *port, "--store", "events")
