@@ -24,6 +24,7 @@ HISTORY := 50 172 181
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
 	$(BIN)/bert4rec recommend $(MODEL) $(HISTORY)
+	@echo "next, in a browser: $(BIN)/pip install '.[demo]' && $(BIN)/bert4rec demo $(MODEL)"
 
 $(DATA)/preparation.json: | $(VENV)/installed
 	$(BIN)/bert4rec prepare ml-100k --output $(DATA)
