@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import logging
 import queue
@@ -300,6 +301,8 @@ class Server:
                 loaded[role] = other.version
                 logger.warning("serving %s", other.version)
             self._show_versions()
+            if loaded and gc.get_freeze_count():
+                freeze_objects()
         if problems:
             also = [f"{version} is loaded" for version in loaded.values()]
             raise ValueError("; ".join([*problems, *also]))
@@ -501,9 +504,21 @@ def serve(settings: ServerSettings, on_start: Callable[[str, Server], None] = la
     if admin is not None:
         administration = uvicorn.Server(uvicorn.Config(create_admin_app(server), **options))
         threading.Thread(target=administration.run, args=([admin],), name="administration", daemon=True).start()
+    freeze_objects()
     host, port = listening.getsockname()[:2]
     on_start(f"http://{f'[{host}]' if ':' in host else host}:{port}", server)
     uvicorn.Server(uvicorn.Config(create_app(server), **options)).run([listening])
+
+
+def freeze_objects() -> None:
+    """Free what is no longer in use, and leave all other objects out of later garbage collections.
+
+    The modules and the model are half a million objects. Each full collection would go through them and hold up all
+    requests for about 200 milliseconds.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class _Limits:
