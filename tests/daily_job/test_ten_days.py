@@ -1,6 +1,10 @@
-"""examples/daily_job.py over ten generated days, with a server that takes over each day's model."""
+"""examples/daily_job.py over ten generated days, with a server that takes over each day's model.
+
+`make test-daily-job` runs it, since it takes a minute.
+"""
 
 import json
+import os
 import random
 import sys
 from datetime import date, timedelta
@@ -17,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
 import daily_job
 
+pytestmark = pytest.mark.skipif(not os.environ.get("TEST_DAILY_JOB"), reason="make test-daily-job runs it")
 FIRST, NUM_DAYS, NUM_USERS = date(2026, 3, 1), 10, 150
 OPTIONS = ["--train_options", "--hidden_size", "32", "--use_cpu", "true", "--disable_tqdm", "true"]
 DAY = 24 * 60 * 60
