@@ -41,7 +41,7 @@ TABLE = Path(__file__).resolve().parent / "results" / "serving.md"
 HEADER = "# Serving\n\nWritten by `benchmarks/serving.py`, which says what is measured.\n"
 LENGTH, TOP_K = 50, 10
 CLUSTER_SIZE, CLUSTERS_OF_A_USER = 100, 3
-NUM_PROBES = (32, 128)  # the first is ItemIndex's default
+NUM_PROBES = (64, 256)  # the first is ItemIndex's default
 WARM, FEWEST, MOST_SECONDS = 3, 20, 40
 Batch = dict[str, torch.Tensor]
 

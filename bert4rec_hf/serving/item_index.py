@@ -12,7 +12,7 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 
 # Number of lists that a search reads. benchmarks/results/serving.md has its recall.
-NUM_PROBES = 32
+NUM_PROBES = 64
 # A list has a centre that is the mean of some of its items, at most this number. All items would take longer, and the
 # centres would hardly differ.
 ITEMS_PER_CENTRE = 64
