@@ -128,3 +128,13 @@ def test_a_file_that_is_not_there_and_ids_of_another_type_are_errors(tokenizer, 
     pq.write_table(pa.table({"item_id": [1.5]}), tmp_path / "floats.parquet")
     with pytest.raises(ValueError, match=r"ids must be text or whole numbers; column 'item_id' \(.*floats\.parquet\)"):
         ItemTable.read(tmp_path / "floats.parquet", tokenizer)
+
+
+def test_a_number_that_is_none_is_missing(tokenizer, tmp_path):
+    prices = pa.array([1.0, float("nan"), None, 5.0])
+    pq.write_table(pa.table({"item_id": ["10", "11", "007", "a b"], "price": prices}), tmp_path / "items.parquet")
+    items = ItemTable.read(tmp_path / "items.parquet", tokenizer)
+    assert items.mask("price > 2").tolist() == [False, False, False, False, True]
+    assert items.mask("NOT price < 2").tolist() == [False, False, False, False, True]
+    assert items.mask("price IS NULL").tolist() == [True, False, True, True, False]
+    assert items.row(5) == {"price": None}
