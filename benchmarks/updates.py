@@ -48,6 +48,7 @@ from bert4rec_hf import (
     train_prepared,
 )
 from bert4rec_hf.data.histories import time_type
+from bert4rec_hf.evaluation.metrics import user_metrics
 from bert4rec_hf.evaluation.target_sets import set_metrics, target_sets
 from bert4rec_hf.hub.load import load_model
 
@@ -168,7 +169,7 @@ class Weeks:
             str(self.folder / "ranked"), use_cpu=True, disable_tqdm=True, eval_strategy="no", save_strategy="no"
         )
         ranks, recommended = Bert4RecTrainer(loaded, arguments, processing_class=tokenizer).predict(rows).predictions
-        first = np.where((ranks > 0) & (ranks <= 10), 1 / np.log2(np.maximum(ranks, 1) + 1), 0)
+        first = user_metrics(ranks)["NDCG@10"]
         of_sets = set_metrics(sets.ranks_in(recommended), sets.users)["all_targets_NDCG@10"]
         return pd.DataFrame({"first": first, "all": of_sets}, index=rows["user_id"][:])
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from bert4rec_hf import read_log
 
 SECONDS_PER_DAY = 24 * 60 * 60
-# Later days, in days since 1970, come of milliseconds: this one is in the year 2243.
+# The last day that is believed, in days since 1970: it is in the year 2243. Milliseconds would give later days.
 LATEST_DAY = 100_000
 
 

@@ -68,11 +68,33 @@ class TuneArguments:
 
 
 @dataclass
-class EvaluateArguments:
-    """The options of `evaluate`."""
+class RankingArguments:
+    """The options of `evaluate` and `compare`: what is ranked, and how."""
 
     data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
     part: str = field(default="test", metadata={"choices": ["validation", "test"], "help": "Which targets to rank."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
+            f"{STREAMED_EVAL_SAMPLES}."
+        },
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    disable_tqdm: bool = field(
+        default=False, metadata={"help": "Show no progress bar. Without a terminal, there is never one."}
+    )
+
+
+@dataclass
+class EvaluateArguments(RankingArguments):
+    """The options of `evaluate`."""
+
     protocol: str = field(
         default="full",
         metadata={
@@ -96,22 +118,6 @@ class EvaluateArguments:
             "example 7d or 12h, or a number in the unit of the log's times; no limit if left out."
         },
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
-    )
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
-            f"{STREAMED_EVAL_SAMPLES}."
-        },
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
-    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
-    disable_tqdm: bool = field(
-        default=False, metadata={"help": "Show no progress bar. Without a terminal, there is never one."}
-    )
     report: str | None = field(
         default=None,
         metadata={
@@ -123,11 +129,9 @@ class EvaluateArguments:
 
 
 @dataclass
-class CompareArguments:
+class CompareArguments(RankingArguments):
     """The options of `compare`."""
 
-    data: str = field(metadata={"help": "A folder that bert4rec prepare has written."})
-    part: str = field(default="test", metadata={"choices": ["validation", "test"], "help": "Which targets to rank."})
     margin: float = field(
         default=0.01,
         metadata={"help": "The loss of NDCG@10 that still counts as not worse, for example 0.01 from 0.13 to 0.12."},
@@ -157,22 +161,6 @@ class CompareArguments:
     )
     items: str | None = field(
         default=None, metadata={"help": "Table with the column item_id and one row per item, for --slice_by."}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Leave the histories on disk and read only the users who are ranked, for a large log."},
-    )
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of users to rank, drawn at random. All if left out; with streaming, "
-            f"{STREAMED_EVAL_SAMPLES}."
-        },
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Number of histories ranked at once."})
-    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
-    disable_tqdm: bool = field(
-        default=False, metadata={"help": "Show no progress bar. Without a terminal, there is never one."}
     )
     report: str | None = field(
         default=None,

@@ -16,6 +16,7 @@ from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..model.history_scores import WEIGHT_FIELDS, values_of
 from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from .metrics import user_metrics
 
 CUTOFF = 10
 NUM_FOLDS = 5
@@ -185,9 +186,7 @@ def compare_with_baselines(
     of_model = comparisons.gains(weights)
     compared = {}
     for name, of_all in ranks.items():
-        of_baseline = of_all[places]
-        is_hit = (of_baseline > 0) & (of_baseline <= CUTOFF)
-        difference = of_model - np.where(is_hit, 1 / np.log2(np.maximum(of_baseline, 1) + 1), 0)
+        difference = of_model - user_metrics(of_all[places])["NDCG@10"]
         error = _standard_error(difference)
         if error is not None:
             compared[name] = {"difference": float(difference.mean()), "standard_error": error}

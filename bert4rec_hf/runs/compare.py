@@ -87,20 +87,19 @@ def compare_prepared(
     if report is not None:
         check_report_folder(report, COMPARISON_FILES, COMPARISON_KEYS)
     models = {"new": new, "old": old} | ({} if anchor is None else {"anchor": anchor})
-    ranks, tasks = {}, {}
-    for name, model in models.items():
-        task = tasks[name] = ranking_task(model, data, part, streaming=streaming, max_eval_samples=max_eval_samples)
+    ranks, policies = {}, {}
+    # The new model comes last, since its task says how the users are grouped. Only one model is in memory at a time.
+    for name in reversed(models):
+        task = ranking_task(models[name], data, part, streaming=streaming, max_eval_samples=max_eval_samples)
         (prediction,) = predict(
             task, task.rows, batch_size=per_device_eval_batch_size, use_cpu=use_cpu, disable_tqdm=disable_tqdm
         )
-        ranks[name] = prediction.predictions[0]
-    policies = {name: task.model.config.filter_seen_items for name, task in tasks.items()}
+        ranks[name], policies[name] = prediction.predictions[0], task.model.config.filter_seen_items
     if len(set(policies.values())) > 1:
         logger.warning(
             "the models do not rank the same items: filter_seen_items is %s; each is judged by what it serves",
-            ", ".join(f"{policy} in {name}" for name, policy in policies.items()),
+            ", ".join(f"{policies[name]} in {name}" for name in models),
         )
-    task = tasks["new"]
     groups = user_groups(task.rows, item_counts(task.histories, task.tokenizer.num_items)[FIRST_ITEM_ID:])
     for column, table in columns.items():
         groups[column] = value_groups(_values(task, data, column, table))
@@ -108,7 +107,7 @@ def compare_prepared(
         "source": os.path.basename(task.preparation["source"]),
         "protocol": str(task.protocol()),
         "models": {name: os.fspath(model) for name, model in models.items()},
-        **compare_ranks(ranks, groups, margin),
+        **compare_ranks({name: ranks[name] for name in models}, groups, margin),
     }
     if report is not None and PartialState().is_main_process:
         folder = Path(report)

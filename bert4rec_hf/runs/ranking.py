@@ -1,6 +1,5 @@
 """Ranking the held-out targets of a prepared folder with a model, which `evaluate` and `compare` share."""
 
-import logging
 import os
 import sys
 import tempfile
@@ -22,8 +21,6 @@ from ..serving.rules import Rules
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import check_catalogue, read_histories
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

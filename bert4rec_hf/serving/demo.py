@@ -13,17 +13,12 @@ from transformers import pipeline
 from ..files import folder_beside
 from ..hub.load import check_model, load_model
 from ..hub.model_card import CURVE_FILE, read_evaluations
+from ..hub.push import PRIVATE_FILES
 from ..version import __version__
 from .rules import Rules, read_item_table
 
 # Number of items that a search shows.
 FOUND_SHOWN = 20
-# Files of a model folder that a Space needs.
-SPACE_MODEL_FILES = (
-    "README.md", "calibration.json", "config.json", "evaluation.json", "items.json", "items.parquet",
-    "learning_curve.png", "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json",
-    "tokenizer_config.json", "training.json",
-)  # fmt: skip
 SPACE_FILES = ("README.md", "app.py", "requirements.txt", "bert4rec_hf", "model")
 APP = '''"""A page to try a BERT4Rec model; `bert4rec demo --space` wrote it."""
 
@@ -254,9 +249,9 @@ def write_space(model: str | os.PathLike, output: str | os.PathLike, items: str 
     needed = [name for name in names if "extra ==" not in name]
     with folder_beside(Path(output), last_file="app.py", own_files=_own_files) as folder:
         (folder / "model").mkdir()
-        for name in SPACE_MODEL_FILES:
-            if (Path(model) / name).is_file():
-                shutil.copyfile(Path(model) / name, folder / "model" / name)
+        for path in Path(model).iterdir():  # folders are checkpoints and logs
+            if path.is_file() and path.name not in PRIVATE_FILES and not path.name.startswith((".", "_")):
+                shutil.copyfile(path, folder / "model" / path.name)
         if items is not None:
             import pyarrow.parquet as pq
 

@@ -1,6 +1,5 @@
 """The histories of users in a database, for the server: SQLite, or any database that SQLAlchemy connects to."""
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,11 +21,9 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.engine import make_url
 
 from ..data.histories import check_prepared, histories_files
-
-logger = logging.getLogger(__name__)
 
 # Number of events that are written at once when a store is filled.
 EVENTS_PER_INSERT = 50_000
@@ -145,10 +142,10 @@ class EventStore:
             with self.engine.begin() as connection:
                 if connection.execute(select(_EVENTS.c.id).limit(1)).first() is not None:
                     return 0
-                # Of two servers that start at the same time, the second one waits here for the first, and then fails.
+                # If two servers start at the same time, the second one waits here for the first one, and then fails.
                 connection.execute(insert(_FILLED), [{"source": "histories"}])
                 for rows in _batches(histories_files(Path(data))):
-                    _insert(connection, rows)
+                    connection.execute(insert(_EVENTS), rows)
                     number += len(rows)
         except exc.IntegrityError:
             return 0
@@ -180,10 +177,6 @@ def _batches(paths: Iterable[Path]) -> Iterator[list[dict[str, str]]]:
                     rows = []
     if rows:
         yield rows
-
-
-def _insert(connection: Connection, rows: list[dict[str, str]]) -> None:
-    connection.execute(insert(_EVENTS), rows)
 
 
 def _reason(error: exc.SQLAlchemyError) -> str:

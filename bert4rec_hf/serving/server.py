@@ -616,7 +616,8 @@ def _read_rules_file(path: str) -> dict[str, Any]:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # Of a socket whose protocol is not named, asyncio leaves Nagle's algorithm on, which delays answers by 40 ms.
+        # The protocol is named, since asyncio turns off Nagle's algorithm for such sockets only. The algorithm would
+        # delay answers by 40 ms.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))

@@ -544,19 +544,17 @@ def test_a_store_is_filled_with_all_histories_or_with_none(folders, tmp_path, mo
     store = EventStore(f"sqlite:///{tmp_path / 'events.db'}")
     from bert4rec_hf.serving import event_store
 
-    insert = event_store._insert
-    calls = []
+    batches = event_store._batches
 
-    def fails_later(connection, rows):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(insert(connection, rows))
+    def interrupted(paths):
+        yield next(batches(paths))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(event_store, "EVENTS_PER_INSERT", 100)
-    monkeypatch.setattr(event_store, "_insert", fails_later)
+    monkeypatch.setattr(event_store, "_batches", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.fill(folders[0])
-    monkeypatch.setattr(event_store, "_insert", insert)
+    monkeypatch.setattr(event_store, "_batches", batches)
     total = sum(len(row["item_id"]) for row in pq.read_table(folders[0] / "histories.parquet").to_pylist())
     assert store.fill(folders[0]) == total
     assert store.fill(folders[0]) == 0
