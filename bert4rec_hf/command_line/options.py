@@ -160,7 +160,11 @@ class CompareArguments(RankingArguments):
         },
     )
     items: str | None = field(
-        default=None, metadata={"help": "Table with the column item_id and one row per item, for --slice_by."}
+        default=None,
+        metadata={
+            "help": "Item table for --slice_by: Parquet or CSV with item_id and any columns; default: items.parquet of "
+            "the new model."
+        },
     )
     report: str | None = field(
         default=None,

@@ -3,11 +3,10 @@
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,7 +14,6 @@ from accelerate import PartialState
 
 from ..data.counting import item_counts
 from ..data.histories import PREPARATION_FILE, check_prepared, histories_files
-from ..data.logs import open_log
 from ..data.rows import target_ids_of
 from ..evaluation.compare import (
     COMPARISON_FILES,
@@ -27,8 +25,10 @@ from ..evaluation.compare import (
 )
 from ..evaluation.report import check_report_folder, user_groups
 from ..files import write_file
+from ..hub.load import check_model
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.losses import IGNORE_INDEX
+from ..serving.rules import read_item_table
 from .ranking import RankingTask, predict, ranking_task
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def compare_prepared(
         slice_by: Columns whose values divide the users into groups: event columns of the prepared folder
             (`--event_columns` of prepare), with the value of the target's event, and columns of `items`, with the value
             of the target's item.
-        items: A table with the column item_id and one row per item, in any format of a log.
+        items: The item table; see `ItemTable.read`. None: items.parquet of the new model, if it has one.
         streaming: Whether the histories stay on disk, for a log larger than memory.
         max_eval_samples: Maximum number of users to rank, drawn at random. None: all; with `streaming`, 50,000.
         per_device_eval_batch_size: Number of histories ranked at once.
@@ -83,7 +83,7 @@ def compare_prepared(
     if not margin >= 0:
         raise ValueError(f"margin must be 0 or more, the loss of NDCG@10 that you accept; got {margin}")
     check_prepared(data)
-    columns = _columns(data, slice_by, items)
+    columns = _columns(data, new, slice_by, items)
     if report is not None:
         check_report_folder(report, COMPARISON_FILES, COMPARISON_KEYS)
     models = {"new": new, "old": old} | ({} if anchor is None else {"anchor": anchor})
@@ -101,8 +101,8 @@ def compare_prepared(
             ", ".join(f"{policies[name]} in {name}" for name in models),
         )
     groups = user_groups(task.rows, item_counts(task.histories, task.tokenizer.num_items)[FIRST_ITEM_ID:])
-    for column, table in columns.items():
-        groups[column] = value_groups(_values(task, data, column, table))
+    for column, of_items in columns.items():
+        groups[column] = value_groups(_values(task, data, column, of_items))
     record = {
         "source": os.path.basename(task.preparation["source"]),
         "protocol": str(task.protocol()),
@@ -120,34 +120,35 @@ def compare_prepared(
 
 
 def _columns(
-    data: str | os.PathLike, slice_by: Sequence[str], items: str | os.PathLike | None
-) -> dict[str, Mapping[str, Any] | None]:
-    """For each column, its values by item id, or None for an event column of the prepared folder."""
+    data: str | os.PathLike, model: str | os.PathLike, slice_by: Sequence[str], items: str | os.PathLike | None
+) -> dict[str, list[Any] | None]:
+    """For each column, its value for each item of a model's catalogue, or None for an event column of the data."""
     if items is not None and not slice_by:
         raise ValueError(f"--items is for --slice_by; got {items} alone: leave it out, or name columns")
     event_columns = json.loads((Path(data) / PREPARATION_FILE).read_text("utf-8"))["columns"].get("event_columns", [])
-    log = None if items is None else open_log(os.fspath(items))
-    if log is not None and "item_id" not in log.columns:
-        raise ValueError(f"{items} has the columns {', '.join(log.columns)}; expected item_id and one row per item")
-    others = [] if log is None else [column for column in log.columns if column != "item_id"]
-    found: dict[str, Mapping[str, Any] | None] = {}
+    table, of_items = None, [column for column in slice_by if column not in event_columns]
+    if of_items:
+        check_model(model)
+        table = read_item_table(model, items)
+    others = [] if table is None else [column for column in table.table.column_names if column != "item_id"]
+    found: dict[str, list[Any] | None] = {}
     for column in slice_by:
         if column in event_columns:
             schema = pq.read_schema(histories_files(Path(data))[0])
             _check_type(column, schema.field(column).type.value_type)
             found[column] = None
-        elif log is not None and column in others:
-            table = log.table(["item_id", column]).to_pyarrow()
-            item_ids = pc.cast(table["item_id"], "string").to_pylist()
-            if len(set(item_ids)) < len(item_ids):
-                raise ValueError(f"{items} has an item_id more than once; expected one row per item")
-            _check_type(column, table.schema.field(column).type)
-            found[column] = dict(zip(item_ids, table[column].to_pylist(), strict=True))
+        elif table is not None and column in others:
+            _check_type(column, table.table.schema.field(column).type)
+            found[column] = table.table[column].to_pylist()
         else:
             raise ValueError(
                 f"there is no column {column} to slice by: the event columns of {data} are "
                 f"{', '.join(event_columns) or '(none)'} (--event_columns of bert4rec prepare adds them)"
-                + (f", those of {items} are {', '.join(others)}" if items is not None else "; --items names a table")
+                + (
+                    f", those of {table.source} are {', '.join(others)}"
+                    if table is not None
+                    else "; --items names a table"
+                )
             )
     return found
 
@@ -157,16 +158,11 @@ def _check_type(column: str, kind: pa.DataType) -> None:
         raise ValueError(f"cannot slice by {column}, whose values are {kind}; expected single values")
 
 
-def _values(task: RankingTask, data: str | os.PathLike, column: str, of_items: Mapping[str, Any] | None) -> list[Any]:
+def _values(task: RankingTask, data: str | os.PathLike, column: str, of_items: list[Any] | None) -> list[Any]:
     """(users,) the value of a column for each target. None: the target has none."""
     if of_items is not None:
-        targets = target_ids_of(task.rows)
-        known = np.where(targets == IGNORE_INDEX, FIRST_ITEM_ID, targets).tolist()
-        names = task.tokenizer.token_ids_to_item_ids(known)
-        return [
-            None if target == IGNORE_INDEX else of_items.get(name)
-            for target, name in zip(targets.tolist(), names, strict=True)
-        ]
+        targets = target_ids_of(task.rows).tolist()
+        return [None if target == IGNORE_INDEX else of_items[target - FIRST_ITEM_ID] for target in targets]
     value_of: dict[str, Any] = {}
     for path in histories_files(Path(data)):
         table = pq.read_table(path, columns=["user_id", f"{task.part}_position", column])

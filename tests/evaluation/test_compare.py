@@ -171,6 +171,8 @@ def test_event_and_item_columns_divide_the_users_by_the_values_of_their_targets(
     assert {part["name"]: part["num_users"] for part in groups["channel"]} == expected
     prices = {part["name"]: part["num_users"] for part in groups["price"]}
     priced = set((chain / "items.csv").read_text().replace("\n", ",").split(","))
+    # Numbers of CSV are numbers, so their groups are quartiles.
+    assert [name.split()[0] for name in prices] == ["up", "up", "up", "above", "missing"]
     assert prices["missing"] == sum(item not in priced for *_, item in newest.values()) > 0
     assert sum(prices.values()) == 120
     assert record["comparisons"]["anchor"]["verdict"] == "not worse"
@@ -184,7 +186,7 @@ def test_bad_input_is_told_in_one_line(chain, tmp_path):
     assert "those of" in fail("compare", *models, *data, "--slice_by", "colour", "--items", chain / "items.csv")
     (tmp_path / "twice.csv").write_text("item_id,price\n1,2\n1,3\n")
     twice = ["--items", tmp_path / "twice.csv", "--slice_by", "price"]
-    assert "has an item_id more than once" in fail("compare", *models, *data, *twice)
+    assert "expected one row per item; got '1' twice" in fail("compare", *models, *data, *twice)
     assert "--items is for --slice_by" in fail("compare", *models, *data, "--items", chain / "items.csv")
     rows = [{"item_id": "item 1", "tags": ["a"]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "lists.parquet")
