@@ -176,7 +176,7 @@ def test_titles_are_text_and_nothing_else(browser, url):
     page, problems = open_page(browser, url)
     for number, word in enumerate(("alpha", "beta", "gamma")):
         page.get_by_label("Search titles and ids").fill(word)
-        page.locator("label").filter(has_text=word.capitalize()).locator("input[type=radio]").first.check()
+        page.locator("label").filter(has_text=word.capitalize()).locator("input[type=radio]").first.click()
         page.get_by_text(f"{number + 1}. {word.capitalize()}").first.wait_for(timeout=20_000)
     page.wait_for_timeout(500)
     assert page.locator("#injected").count() == 0
