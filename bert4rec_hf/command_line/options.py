@@ -186,6 +186,34 @@ class CalibrateArguments:
 
 
 @dataclass
+class UpdateItemsArguments:
+    """The options of `update-items`."""
+
+    items: str | None = field(
+        default=None,
+        metadata={
+            "help": "CSV or Parquet file with item_id and a row for each item to add, to change or, in a column "
+            "withdrawn, to withdraw; the table of the model folder if left out."
+        },
+    )
+    output: str | None = field(default=None, metadata={"help": "The folder to write; the model folder if left out."})
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "A prepared folder with item features, from which the model learns anew to make vectors of new "
+            "items."
+        },
+    )
+    new_item_offset: float | None = field(
+        default=None,
+        metadata={
+            "help": "Added to the scores of items without training events: the higher, the more often they are "
+            "recommended."
+        },
+    )
+
+
+@dataclass
 class RecommendArguments:
     """The options of `recommend`."""
 

@@ -26,8 +26,10 @@ import sqlglot
 
 from ..defaults import default_filter_seen_items, default_max_length
 from ..files import folder_beside
+from ..model.item_features import ItemFeatures
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .histories import PARTS, PREPARATION_FILE, histories_file, histories_files, units_per_second
+from .item_tables import ITEM_TABLE_FILE, feature_columns, fit_features, read_item_table, spelled_feature
 from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
@@ -42,6 +44,7 @@ from .splits import (
     resolve_cuts,
     stored_table,
 )
+from .text_encoder import with_text_vectors
 from .values import as_id, as_number, as_time, select_where, with_types
 
 logger = logging.getLogger(__name__)
@@ -130,14 +133,19 @@ def prepare(
             f"memory_limit is for logs that prepare reads; got {memory_limit} and an Ibis table: set the limit of its "
             "connection"
         )
-    item_titles = options.item_titles
+    item_titles, items = options.item_titles, options.items
     if isinstance(source, str) and source in NAMED_DATASETS and not os.path.exists(source):
         dataset = fetch(source)
+        if options.item_features and items is None:
+            items = dataset.items
         item_titles = dataset.items if item_titles is None else item_titles
         log, name = open_log(dataset.log), source
     else:
         log = open_log(source, delimiter=options.delimiter)
         name = log.source
+    table, columns = _item_table(items, options)
+    if table is not None and item_titles is None and "title" in table.column_names:
+        item_titles = dict(zip(table["item_id"].to_pylist(), table["title"].cast("string").to_pylist(), strict=True))
     events, collect, origin = _events(log, options, memory_limit)
     with folder_beside(output, last_file=PREPARATION_FILE, own_files=_files_to_replace) as folder:
         parts = parts_by_user(events, EVENTS_PER_FILE)
@@ -179,6 +187,8 @@ def prepare(
                 "sequence_column": origin["sequence_column"],
                 "rating_column": None if options.min_rating is None else options.rating_column,
                 "event_columns": list(options.event_columns),
+                "item_features": [spelled_feature(column) for column in columns],
+                "text_encoder": options.text_encoder,
             },
             "filters": {
                 "where": options.where,
@@ -195,11 +205,31 @@ def prepare(
             "trained_period": _trained_period(written),
             "checksum": _checksum(connection, files),
         }
-        _save_catalogue(folder, catalogue, read_titles(item_titles, options.item_column, catalogue), max_length)
+        features = None
+        if table is not None:
+            assert items is not None  # for the type checker
+            features = fit_features(table, columns, catalogue, os.fspath(items)) if columns else None
+            pq.write_table(table, folder / ITEM_TABLE_FILE, compression="zstd")
+        titles = read_titles(item_titles, options.item_column, catalogue)
+        _save_catalogue(folder, catalogue, titles, max_length, features)
         # A later call replaces these files and no others.
         preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
         (folder / PREPARATION_FILE).write_text(json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return preparation
+
+
+def _item_table(items: str | Path | None, options: PrepareOptions) -> tuple[pa.Table | None, list[dict[str, Any]]]:
+    """The item table, with vectors of the texts, and what its features are."""
+    if items is None:
+        if options.item_features:
+            raise ValueError(
+                f"item_features need an item table; got {', '.join(options.item_features)} without one: name it with "
+                "--items"
+            )
+        return None, []
+    table = read_item_table(items, options.item_column)
+    columns = feature_columns(table, options.item_features, os.fspath(items))
+    return with_text_vectors(table, columns, options.text_encoder)
 
 
 def _limit_memory(connection: Any, memory_limit: str | None) -> None:
@@ -583,11 +613,16 @@ def _write_parquet(table: ir.Table, path: Path) -> None:
 
 
 def _save_catalogue(
-    folder: Path, catalogue: Mapping[str, int], titles: Mapping[str, str] | None, max_length: int
+    folder: Path,
+    catalogue: Mapping[str, int],
+    titles: Mapping[str, str] | None,
+    max_length: int,
+    features: ItemFeatures | None,
 ) -> None:
     tokenizer = Bert4RecTokenizer.from_items(
         list(catalogue), titles=titles, counts=dict(catalogue), model_max_length=max_length
     )
+    tokenizer.item_features = features
     tokenizer.save_pretrained(folder)
 
 

@@ -52,11 +52,17 @@ class PrepareOptions:
             1970, or to milli-, micro- or nanoseconds if the numbers are that large. None: 0.8.
         test_cut: Cut of the test part, in the same forms as `validation_cut`. None: 0.9.
         item_titles: Titles by raw item id, or a CSV or Parquet file with `item_column` and a column `title`.
+        items: The item table, a CSV or Parquet file with `item_column`, one row per item, and any other columns. It
+            goes into the prepared folder and the model folder. Its column `title` has the titles, unless `item_titles`
+            has them. None: no item table, except that of a named dataset if there are item features.
+        item_features: Columns of the item table from which vectors of new items are made, as `NAME`, `NAME:KIND` or
+            `NAME:categories:SEPARATOR`; see `item_tables.feature_columns`.
+        text_encoder: Name or folder of a sentence-transformers model that encodes the features of the kind text.
         max_length: Longest input of the model, the [MASK] included. None: `default_max_length`.
         filter_seen_items: Whether serving leaves out a user's past items. None: `default_filter_seen_items`.
 
     Raises:
-        TypeError: If `event_columns` is a string.
+        TypeError: If `event_columns` or `item_features` is a string.
         ValueError: If a value is out of range, or a cut is given where nothing is cut.
     """
 
@@ -122,6 +128,21 @@ class PrepareOptions:
     item_titles: Mapping[str, str] | str | Path | None = field(
         default=None, metadata={"help": "CSV or Parquet file of titles, with the item column and a column title."}
     )
+    items: str | Path | None = field(
+        default=None, metadata={"help": "CSV or Parquet file of items, one row each, with the item column."}
+    )
+    item_features: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Columns of --items from which vectors of new items are made: NAME, NAME:KIND (category, "
+            "categories, number, boolean, vector, text), or NAME:categories:SEPARATOR.",
+        },
+    )
+    text_encoder: str | None = field(
+        default=None,
+        metadata={"help": "Name or folder of a sentence-transformers model, for features of the kind text."},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest input of the model; chosen from the log if left out."}
     )
@@ -130,11 +151,10 @@ class PrepareOptions:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.event_columns, str):
-            raise TypeError(
-                f"event_columns must be a list of columns; got {self.event_columns!r}: did you mean "
-                f"[{self.event_columns!r}]?"
-            )
+        for name in ("event_columns", "item_features"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise TypeError(f"{name} must be a list of columns; got {given!r}: did you mean [{given!r}]?")
         for name, choices in (("duplicates", DUPLICATES), ("split", SPLITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

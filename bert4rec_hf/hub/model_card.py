@@ -23,6 +23,7 @@ EVALUATION_FILE = "evaluation.json"
 TRAINING_FILE = "training.json"
 CURVE_FILE = "learning_curve.png"
 CALIBRATION_FILE = "calibration.json"
+NEW_ITEMS_FILE = "new_items.json"
 RECIPE_FILE = "recipe.yaml"
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
 # The library as the Hub names libraries: lower case, hyphens. docs/how-to/publishing.md says what the Hub shows for it.
@@ -304,6 +305,8 @@ def _reproduction(
         options = preparation["columns"] | preparation["filters"] | split
         if tokenizer is not None and tokenizer.titles is not None and preparation["source"] not in NAMED_DATASETS:
             options["item_titles"] = "TITLES"
+        if options.get("item_features") and preparation["source"] not in NAMED_DATASETS:
+            options = {"items": "ITEMS"} | {name: value for name, value in options.items() if name != "item_titles"}
         for name, value in options.items():
             if value not in (None, [], getattr(PrepareOptions, name, None)):
                 words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

@@ -10,7 +10,15 @@ from transformers.activations import ACT2FN
 # Special tokens come first, then the items.
 PAD_TOKEN_ID, MASK_TOKEN_ID, UNK_TOKEN_ID, FIRST_ITEM_ID = range(4)
 # Fields that are fixed or follow from the catalogue, so that users do not set them.
-DERIVED_FIELDS = ("vocab_size", "pad_token_id", "mask_token_id", "unk_token_id", "tie_word_embeddings")
+DERIVED_FIELDS = (
+    "vocab_size",
+    "pad_token_id",
+    "mask_token_id",
+    "unk_token_id",
+    "tie_word_embeddings",
+    "num_item_features",
+    "withdrawn_item_ids",
+)
 
 
 @strict
@@ -86,6 +94,14 @@ class Bert4RecConfig(PreTrainedConfig):
         recency_weight (`float`, defaults to 0.0):
             Weight of the recency of repeats in the scores: an item that the history last had n items before its newest
             item scores `recency_weight` / 2 ** n more. 0, as in the paper, adds nothing.
+        num_item_features (`int`, defaults to 0):
+            Number of numbers that the tokenizer's `item_features` makes of an item; 0 for a catalogue without features.
+            From them, the model makes vectors of items that it has not been trained on; see `add_items`.
+        new_item_offset (`float`, defaults to 0.0):
+            Value that is added to the biases of items whose vectors were made from features. It was chosen on
+            validation, so that new items are recommended as often as it pays.
+        withdrawn_item_ids (`list[int]`, *optional*):
+            Token ids of items that are never recommended any more. They still count as items of a history.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole. This is for converted models.
             [PAD] itself is never recommended.
@@ -122,6 +138,9 @@ class Bert4RecConfig(PreTrainedConfig):
     popularity_weight: float | int = 20.0
     repeat_weight: float | int = 0.0
     recency_weight: float | int = 0.0
+    num_item_features: int = 0
+    new_item_offset: float | int = 0.0
+    withdrawn_item_ids: list[int] | None = None
     pad_in_softmax: bool = False
     filter_seen_items: bool = False
     pad_token_id: int | None = PAD_TOKEN_ID
@@ -139,8 +158,12 @@ class Bert4RecConfig(PreTrainedConfig):
             given = getattr(self, f"{name}_token_id")
             if given not in (fixed, None):
                 raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}: leave it out")
-        if self.num_transitions < 0:
-            raise ValueError(f"num_transitions must be at least 0; got {self.num_transitions}")
+        for name in ("num_transitions", "num_item_features"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
+        for token_id in self.withdrawn_item_ids or ():
+            if not FIRST_ITEM_ID <= token_id < self.vocab_size:
+                raise ValueError(f"withdrawn_item_ids must be token ids of items; got {token_id}")
         for name in ("transition_weight", "next_item_weight", "popularity_weight", "repeat_weight", "recency_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")

@@ -17,6 +17,8 @@ CATALOGUE_CHUNK_SIZE = 2**16
 POSITIONS_ENCODED_AT_ONCE = 2**13
 # Candidates given per row are chunked to this number of gathered values, a quarter of a GiB.
 MAX_GATHERED_VALUES = 2**26
+# Bias of withdrawn items in `item_vectors`. It outweighs any score, and is finite in half precision.
+BIAS_OF_WITHDRAWN_ITEMS = -1e4
 # A list of allowed items for all histories is long if it has this share of the catalogue. The vectors of a shorter list
 # are gathered, and an index is not used with one. A longer list is a mask over the scores of the catalogue.
 LEAST_SHARE_OF_A_LONG_LIST = 1 / 8
@@ -278,10 +280,23 @@ class RecommendationMixin:
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
-        """(number of items, hidden size + 1) float32. Row i belongs to token id i + 3; its last value is the bias."""
+        """(number of items, hidden size + 1) float32. Row i belongs to token id i + 3; its last value is the bias.
+
+        The bias of a withdrawn item is `BIAS_OF_WITHDRAWN_ITEMS`, so that no search by vectors finds it.
+        """
         gather_weights(self)
         vectors, biases = self._item_rows(range(FIRST_ITEM_ID, self.config.vocab_size))
-        return torch.cat((vectors, biases.unsqueeze(1)), dim=1).float()
+        biases = biases.float()
+        if self.config.withdrawn_item_ids:
+            biases = biases.masked_fill(~self.is_recommended(biases.device)[FIRST_ITEM_ID:], BIAS_OF_WITHDRAWN_ITEMS)
+        return torch.cat((vectors.float(), biases.unsqueeze(1)), dim=1)
+
+    def is_recommended(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """(vocab size,) bool: whether a token id is that of an item that has not been withdrawn."""
+        found = torch.ones(self.config.vocab_size, dtype=torch.bool, device=device)
+        found[:FIRST_ITEM_ID] = False
+        found[torch.tensor(self.config.withdrawn_item_ids or [], dtype=torch.long, device=device)] = False
+        return found
 
     @torch.no_grad()
     def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -437,6 +452,9 @@ class RecommendationMixin:
             scores_of: The scores of states and token ids, with the shapes of `_scores`. None: `_scores`.
         """
         scores_of = scores_of or self._scores
+        if self.config.withdrawn_item_ids:
+            recommended = self.is_recommended(states.device)
+            allowed = recommended if allowed is None else allowed & recommended
         if candidate_ids is not None:
             if exclude_ids is not None:
                 exclude_ids = exclude_ids.sort(dim=1).values

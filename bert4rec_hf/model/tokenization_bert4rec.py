@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, UNK_TOKEN_ID
+from .item_features import ItemFeatures, SparseRows, as_columns
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +46,25 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     appends [MASK]. `truncation=False` keeps all items. With `add_special_tokens=False`, a call appends no [MASK], and
     truncates only with `truncation=True`.
 
+    `item_features` turns the columns of an item table into numbers, from which the model makes vectors of new items.
+    None: the catalogue has no item features.
+
     With `drop_oldest_item`, which is for converted models, the oldest item of a history is always dropped before the
     [MASK] is appended.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json", "items_file": "items.json"}
+    vocab_files_names = {
+        "tokenizer_file": "tokenizer.json",
+        "items_file": "items.json",
+        "item_features_file": "item_features.json",
+    }
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
         self,
         vocab: Mapping[str, int] | None = None,
         items_file: str | None = None,
+        item_features_file: str | None = None,
         drop_oldest_item: bool = False,
         **kwargs: Any,
     ):
@@ -75,6 +84,9 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         content = json.loads(Path(items_file).read_text("utf-8")) if items_file else {}
         self._counts: list[int] | None = content.get("counts")
         self._titles: list[str | None] | None = content.get("titles")
+        self.item_features: ItemFeatures | None = None
+        if item_features_file:
+            self.item_features = ItemFeatures.from_json(Path(item_features_file).read_text("utf-8"))
         self._read_vocabulary()
 
     @classmethod
@@ -214,6 +226,31 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             items.append(raw_ids[token_id - first])
         return items
 
+    def feature_rows(self, table: Any, items: Iterable[ItemId]) -> SparseRows:
+        """The numbers of items from a table of items; see `ItemFeatures.rows`.
+
+        Args:
+            table: A mapping of columns, an Arrow table or a data frame, with the column item_id.
+            items: Raw ids. An item that the table lacks has no value for any feature.
+
+        Raises:
+            ValueError: If the catalogue has no item features, the table has none of their columns, or a value does not
+                fit.
+        """
+        if self.item_features is None:
+            raise ValueError("the catalogue has no item features: prepare its log with --items and --item_features")
+        columns = as_columns(table) or {}
+        names = [name for name in self.item_features.names if name in columns]
+        if not names:
+            raise ValueError(
+                f"expected a table with item_id and {', '.join(self.item_features.names)}; got the columns "
+                f"{', '.join(map(str, columns)) or 'of no table'}"
+            )
+        row_of = {_raw_id(item): row for row, item in enumerate(columns["item_id"])}
+        rows = [row_of.get(_raw_id(item)) for item in items]
+        values = {name: [None if row is None else columns[name][row] for row in rows] for name in names}
+        return self.item_features.rows(values, len(rows))
+
     def title(self, item: ItemId) -> str | None:
         """The title of an item, by its raw id; None if the item has no title or is unknown."""
         token_id = self._token_ids.get(_raw_id(item))
@@ -343,10 +380,15 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
         file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        path = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}items.json"
         content = {"counts": self._counts, "titles": self._titles}
-        path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
-        return (*file_names, str(path))
+        contents = {"items.json": json.dumps(content, ensure_ascii=False)}
+        if self.item_features is not None:
+            contents["item_features.json"] = self.item_features.to_json()
+        for name, text in contents.items():
+            path = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}{name}"
+            path.write_text(text, "utf-8")
+            file_names = (*file_names, str(path))
+        return file_names
 
     def _read_vocabulary(self) -> None:
         first = FIRST_ITEM_ID

@@ -3,11 +3,14 @@
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from ..data.histories import AnyHistories, read_prepared, stream_prepared
+from ..data.item_tables import ITEM_TABLE_FILE
 from ..defaults import default_architecture, default_start_with_mean
 from ..evaluation.seen_targets import check_targets, with_period_of
 from ..hub.load import load_model
@@ -91,7 +94,19 @@ def _continued_model(
     tokenizer = Bert4RecTokenizer.from_pretrained(folder)
     catalogue, old_items = Bert4RecTokenizer.from_pretrained(data), set(tokenizer.items)
     titles = dict(zip(catalogue.items, catalogue.titles or [], strict=False))
-    num_new = model.add_items(tokenizer, catalogue.items, {item: title for item, title in titles.items() if title})
+    items: Any = catalogue.items
+    table = item_table(data, folder)
+    if model.config.num_item_features and table is not None:
+        # New items without events in the log keep the vectors of their features; see `start_new_items` for the others.
+        columns = pq.read_table(table).to_pydict()
+        known = dict(zip(columns["item_id"], range(len(columns["item_id"])), strict=True))
+        places = [known.get(item) for item in catalogue.items]
+        items = {
+            name: [None if place is None else values[place] for place in places] for name, values in columns.items()
+        } | {"item_id": catalogue.items}
+    num_new = model.add_items(tokenizer, items, {item: title for item, title in titles.items() if title})
+    if catalogue.item_features is not None:
+        tokenizer.item_features = catalogue.item_features  # the projection is learned anew after training
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     histories, tokenizer, preparation = read_histories(data, args.streaming, tokenizer)
     if num_new:
@@ -113,6 +128,14 @@ def _continued_model(
             "%s was prepared for length %d, but the model keeps its own, %d", data, preparation["max_length"], length
         )
     return model, tokenizer, histories, preparation
+
+
+def item_table(data: str | os.PathLike, folder: str | os.PathLike | None = None) -> Path | None:
+    """The item table of a prepared folder, or else that of a model folder. None: neither has one."""
+    for place in (data, folder):
+        if place is not None and (Path(place) / ITEM_TABLE_FILE).is_file():
+            return Path(place) / ITEM_TABLE_FILE
+    return None
 
 
 def check_catalogue(

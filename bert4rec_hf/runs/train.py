@@ -30,7 +30,8 @@ from ..training.arguments import Bert4RecTrainingArguments
 from ..training.progress import BriefProgress
 from ..training.resume import BestCheckpointHere, StartIsCheckpoint, check_output, check_resumable, last_checkpoint
 from ..training.trainer import Bert4RecTrainer
-from .model_and_data import model_and_data
+from .model_and_data import item_table, model_and_data
+from .new_items import make_new_items
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ def train_prepared(
         preparation=preparation,
         publish_code=publish_code,
     )
+    trainer.item_table = item_table(data, model_name_or_path)
     for callback in callbacks:
         trainer.add_callback(callback)
     if model_name_or_path is not None:
@@ -175,6 +177,7 @@ def train_prepared(
     trainer.train(resume_from_checkpoint=checkpoint)
     if len(validation):
         trainer.calibrate()
+    make_new_items(trainer, data)
     if len(validation) and trainer.evaluated_step != trainer.state.global_step:
         trainer.evaluate()
     trainer.save_model()

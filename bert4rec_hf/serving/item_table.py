@@ -9,13 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 import duckdb
-import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..data.logs import LIBRARY_ERRORS, SOURCE_ROW, first_lines, open_log
-from ..data.values import LOCAL_TIME, as_id, with_types
+from ..data.item_tables import read_item_table
+from ..data.logs import first_lines
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .conditions import condition_sql
@@ -75,29 +74,8 @@ class ItemTable:
             ValueError: If the file cannot be read, has no column item_id, or has an item twice or a row without one; or
                 if the catalogue has none of its items.
         """
-        path = os.fspath(path)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no file {path}; expected an item table, Parquet or CSV with item_id")
-        log = open_log(path)
-        if "item_id" not in log.columns:
-            raise ValueError(f"{path} has the columns {', '.join(log.columns)}; expected item_id and others")
-        names = [name for name in log.columns if name != "item_id"]
-        try:
-            rows = log.table(log.columns)
-            rows = _typed(rows, names) if log.is_text else rows
-            table = rows.mutate(item_id=as_id(rows, "item_id", path)).order_by(SOURCE_ROW).drop(SOURCE_ROW).to_pyarrow()
-        except LIBRARY_ERRORS as error:
-            raise log.error(error) from error
+        table, path = read_item_table(path), os.fspath(path)
         item_ids = table["item_id"].to_pylist()
-        row_of: dict[str, int] = {}
-        for row, item in enumerate(item_ids):
-            if item is None:
-                raise ValueError(f"{path}, row {row} (the first is 0): expected an item_id; got null")
-            if row_of.setdefault(item, row) != row:
-                raise ValueError(
-                    f"{path}, rows {row_of[item]} and {row} (the first is 0): expected one row per item; got {item!r} "
-                    "twice"
-                )
         token_ids = np.array(tokenizer.item_ids_to_token_ids(item_ids), np.int64)
         is_known = token_ids != UNK_TOKEN_ID
         if not is_known.any():
@@ -111,9 +89,6 @@ class ItemTable:
                            path, int((~is_known).sum()), lacking)  # fmt: skip
         places = np.full(tokenizer.num_items, -1)
         places[token_ids[is_known] - FIRST_ITEM_ID] = np.flatnonzero(is_known)
-        for number, column in enumerate(table.columns):
-            if pa.types.is_floating(column.type):  # DuckDB takes NaN for the largest number
-                table = table.set_column(number, table.column_names[number], _without_nan(column))
         # The ids come from the catalogue, so that items without a row have one too.
         table = table.take(pa.array(places, mask=places < 0)).drop_columns(["item_id"])
         return cls(table.add_column(0, "item_id", pa.array(tokenizer.items, pa.string())), path)
@@ -204,25 +179,3 @@ class ItemTable:
         found = np.zeros((len(self), max(int(counts.max()), 1)), np.int64)
         found[owners, np.arange(len(owners)) - (counts.cumsum() - counts)[owners]] = numbers + 1
         return found
-
-
-def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-
-
-def _typed(rows: ir.Table, names: list[str]) -> ir.Table:
-    """Columns of text whose values are all numbers, all true or false, or all times, as columns of that type."""
-    rows = with_types(rows, names)
-    texts = {name: rows[name].strip().nullif("") for name in names if rows[name].type().is_string()}
-    if not texts:
-        return rows
-    times = {name: text.replace("/", "-").try_cast("timestamp") for name, text in texts.items()}
-    found = {f"is_boolean_{name}": text.lower().isin(["true", "false"]).all() for name, text in texts.items()}
-    found |= {
-        f"is_time_{name}": (text.isnull() | (text.re_search(LOCAL_TIME) & times[name].notnull())).all()
-        for name, text in texts.items()
-    }
-    is_all = rows.aggregate(**found).to_pyarrow().to_pylist()[0]
-    typed: dict[str, Any] = {name: text for name, text in times.items() if is_all[f"is_time_{name}"]}
-    typed |= {name: text.lower().cast("boolean") for name, text in texts.items() if is_all[f"is_boolean_{name}"]}
-    return rows.mutate(**typed)

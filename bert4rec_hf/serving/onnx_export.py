@@ -62,6 +62,8 @@ class Recommender(nn.Module):
         chosen = torch.zeros_like(scores).scatter(1, candidate_ids, 1.0)
         anything = candidate_ids.amax(dim=1, keepdim=True) == 0
         allowed = (chosen > 0) | anything
+        if self.model.config.withdrawn_item_ids:
+            allowed = allowed & self.model.is_recommended(scores.device)
         allowed = allowed & ~(torch.zeros_like(scores).scatter(1, exclude_ids, 1.0) > 0)
         scores = scores.masked_fill(~allowed, -torch.inf)[:, FIRST_ITEM_ID:]
         best, columns = scores.topk(self.top_k, dim=1)

@@ -31,6 +31,7 @@ from transformers.trainer_utils import (
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..data.histories import PREPARATION_FILE
+from ..data.item_tables import ITEM_TABLE_FILE
 from ..data.rows import StreamedTrainingRows
 from ..defaults import default_batch_size, default_learning_rate, default_mask_ratio
 from ..evaluation.calibration import choose_weights, compare_targets, compare_with_baselines, set_weights, weights_of
@@ -41,6 +42,7 @@ from ..hub.model_card import (
     CALIBRATION_FILE,
     CURVE_FILE,
     EVALUATION_FILE,
+    NEW_ITEMS_FILE,
     RECIPE_FILE,
     TRAINING_FILE,
     add_evaluation,
@@ -198,6 +200,12 @@ class Bert4RecTrainer(Trainer):
         self.evaluation: dict[str, Any] | None = None
         # The record of `calibrate`.
         self.calibration: dict[str, Any] | None = None
+        # The record of `make_new_items`.
+        self.new_items: dict[str, Any] | None = None
+        # The protocol of the learning curve, if new items have joined the catalogue since.
+        self.curve_protocol: Protocol | None = None
+        # The item table, which goes into every saved folder. None: the log has none.
+        self.item_table: Path | None = None
         # Whether the weights of the counted scores were chosen by the run that this one goes on from.
         self.weights_were_chosen = False
         # The step of the weights that `evaluation` was computed with. None: the weights have changed since.
@@ -357,6 +365,17 @@ class Bert4RecTrainer(Trainer):
                 self.protocol = replace(self.protocol, calibrated=True)
         return self.calibration
 
+    def grow_catalogue(self, eval_dataset: Dataset, protocol: Protocol) -> None:
+        """Go on with the evaluation rows of a catalogue to which new items were added after training.
+
+        Args:
+            eval_dataset: Rows from `ranking_rows`, in the token ids of the larger catalogue.
+            protocol: Their protocol.
+        """
+        assert self.protocol is not None  # for the type checker
+        self.curve_protocol, self.protocol = self.protocol, replace(protocol, calibrated=self.protocol.calibrated)
+        self.eval_dataset, self.evaluated_step = eval_dataset, None
+
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         # The item vectors do not decay: the vectors of items that are in no batch would shrink too.
         return [name for name in super().get_decay_parameter_names(model) if "item_embeddings" not in name]
@@ -422,13 +441,18 @@ class Bert4RecTrainer(Trainer):
         if self.preparation is not None:
             preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
             write_file(folder / PREPARATION_FILE, json.dumps(preparation, indent=2, ensure_ascii=False) + "\n")
+        if self.item_table is not None and self.item_table.resolve() != (folder / ITEM_TABLE_FILE).resolve():
+            write_file(folder / ITEM_TABLE_FILE, self.item_table.read_bytes())
         if _weights_digest(folder) != old_weights:
             (folder / EVALUATION_FILE).unlink(missing_ok=True)  # its metrics belong to the old weights
             (folder / TRAINING_FILE).unlink(missing_ok=True)
             (folder / CURVE_FILE).unlink(missing_ok=True)
             (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+            (folder / NEW_ITEMS_FILE).unlink(missing_ok=True)
         if self.calibration is not None:
             write_file(folder / CALIBRATION_FILE, json.dumps(self.calibration, indent=2) + "\n")
+        if self.new_items is not None:
+            write_file(folder / NEW_ITEMS_FILE, json.dumps(self.new_items, indent=2) + "\n")
         protocols = [record["protocol"] for record in read_evaluations(folder)]
         is_of_these_weights = self.evaluated_step == self.state.global_step
         if self.evaluation is not None and is_of_these_weights and self.evaluation["protocol"] not in protocols:
@@ -447,7 +471,7 @@ class Bert4RecTrainer(Trainer):
         step = self.state.global_step
         if self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step is not None:
             step = self.state.best_global_step
-        protocol = self.protocol
+        protocol = self.curve_protocol or self.protocol
         if self.args.eval_strategy != IntervalStrategy.NO:
             protocol = replace(protocol, calibrated=False)  # the curve was measured before `calibrate`
         return training_record(self.state, self.args, protocol, self.baselines, step, self.calibration)

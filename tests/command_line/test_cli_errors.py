@@ -361,7 +361,8 @@ def test_an_unknown_command_names_the_nearest_and_all_known_ones():
     assert (status, out) == (2, "")
     assert err == (
         "bert4rec: unknown command 'recomend'; did you mean recommend? "
-        "Expected one of prepare, train, tune, evaluate, compare, calibrate, recommend, similar, serve, demo, export, "
+        "Expected one of prepare, train, tune, evaluate, compare, calibrate, update-items, recommend, similar, serve, "
+        "demo, export, "
         "export-vectors, convert, convert-config\n"
     )
     assert run("xyz")[2] == f"bert4rec: unknown command 'xyz'. Expected one of {', '.join(COMMANDS)}\n"

@@ -13,6 +13,6 @@ def saved_catalogues(monkeypatch):
     monkeypatch.setattr(
         bert4rec_hf.data.preparation,
         "_save_catalogue",
-        lambda folder, catalogue, titles, max_length: saved.append((catalogue, titles, max_length)),
+        lambda folder, catalogue, titles, max_length, features: saved.append((catalogue, titles, max_length)),
     )
     return saved

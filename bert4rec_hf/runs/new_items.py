@@ -1,0 +1,72 @@
+"""The end of a training run with item features: vectors of new items, and how often they are recommended."""
+
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ..data.rows import ranking_rows, users_with_targets
+from ..evaluation.protocol import Protocol
+from ..training.new_items import choose_offset, learn_item_projection, set_offset, trade_new_items
+from ..training.trainer import Bert4RecTrainer
+from .model_and_data import read_histories
+
+logger = logging.getLogger(__name__)
+
+
+def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[str, Any] | None:
+    """Give the items of the item table that nobody has had yet their vectors, and choose their offset on validation.
+
+    The catalogue of model and tokenizer grows by the items of the table that it lacks. The evaluation rows of the
+    trainer are then those of the larger catalogue.
+
+    Args:
+        trainer: The trainer after training and calibration, which is changed in place.
+        data: The prepared folder.
+
+    Returns:
+        The record of new_items.json. None: there are no item features.
+    """
+    tokenizer, args = trainer.processing_class, trainer.args
+    if tokenizer.item_features is None or trainer.item_table is None:
+        return None
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    if hasattr(model, "unshard"):
+        logger.warning(
+            "the vectors of new items are made without FSDP: bert4rec update-items %s --data %s", args.output_dir, data
+        )
+        return None
+    record = learn_item_projection(model, tokenizer, pq.read_table(trainer.item_table).to_pydict())
+    histories, _, preparation = read_histories(data, args.streaming, tokenizer)
+    record |= {"offset": model.config.new_item_offset}
+    if record["num_new_items"] and trainer.protocol is not None:
+        evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
+        rows = ranking_rows(
+            evaluated,
+            tokenizer,
+            "validation",
+            filter_seen_items=model.config.filter_seen_items,
+            max_length=model.config.max_position_embeddings,
+        )
+        trades, num_targets = trade_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)
+        set_offset(model, tokenizer, choose_offset(trades, model.config.new_item_offset))
+        record |= {
+            "offset": model.config.new_item_offset,
+            "num_targets": num_targets,
+            "trades": [asdict(trade) for trade in trades],
+        }
+        trainer.grow_catalogue(
+            rows,
+            Protocol.of(
+                evaluated,
+                preparation,
+                "validation",
+                tokenizer.num_items,
+                model.config.filter_seen_items,
+                histories.num_targets("validation"),
+            ),
+        )
+    trainer.new_items = record
+    return record

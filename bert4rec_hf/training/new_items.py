@@ -1,0 +1,160 @@
+"""Items that nobody has had yet: their vectors from features, and how often they are recommended."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from ..data.data_collator import DataCollatorForMaskedItemPrediction
+from ..evaluation.metrics import ranking_metrics
+from ..model.configuration_bert4rec import FIRST_ITEM_ID
+from ..model.item_features import fit_projection
+from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
+from ..model.tokenization_bert4rec import Bert4RecTokenizer
+
+logger = logging.getLogger(__name__)
+
+# What new items may cost: the share of NDCG@10 over all targets that the chosen offset may lose.
+MAX_LOSS = 0.01
+# The offsets to choose from let a new item into the first ten of these shares of the histories.
+SHARES_REACHED = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+CUTOFF = 10
+
+
+@torch.no_grad()
+def learn_item_projection(
+    model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, table: Any
+) -> dict[str, Any]:
+    """Learn to make item vectors from features, and make those of the items without a training event.
+
+    The projection is a ridge regression from the features of the items that have trained to their vectors and biases.
+    Items of the table that the catalogue lacks are added to it.
+
+    Args:
+        model: A trained model, which is changed in place.
+        tokenizer: Its tokenizer, with `item_features` and counts, which is changed in place.
+        table: The item table.
+
+    Returns:
+        num_new_items, the number of items whose vectors come from features; penalty; and explained, the share of the
+        variance of the vectors of items left out that the features explain.
+    """
+    counts = np.array(tokenizer.counts or [1] * tokenizer.num_items)
+    trained = np.flatnonzero(counts)
+    rows = tokenizer.feature_rows(table, [tokenizer.items[place] for place in trained])
+    vectors = model.item_vectors()[torch.from_numpy(trained)].cpu()
+    biases = model.item_bias(torch.from_numpy(trained + FIRST_ITEM_ID).to(model.device)).detach().float().cpu()
+    vectors[:, -1] = biases  # the bias of a withdrawn item too
+    weights, penalty, explained = fit_projection(rows, vectors, torch.from_numpy(counts[trained]).float())
+    size = tokenizer.item_features.size  # type: ignore[union-attr]
+    model.config.num_item_features = size
+    padded = torch.nn.functional.pad(weights, (0, 0, 0, size - len(weights)))
+    model.item_projection.weight = padded.to(model.device)
+    model.set_vectors_from_features(tokenizer, table, (np.flatnonzero(counts == 0) + FIRST_ITEM_ID).tolist())
+    num_added = model.add_items(tokenizer, table)
+    return {"num_new_items": int((counts == 0).sum()) + num_added, "penalty": penalty, "explained": explained}
+
+
+@dataclass
+class Trade:
+    """What an offset of new items leads to on validation.
+
+    Attributes:
+        offset: Added to the biases of new items. None: no new items.
+        ndcg: NDCG@10 over all targets.
+        new_item_hit_rate: HR@10 over the targets that are new items, among the whole catalogue.
+    """
+
+    offset: float | None
+    ndcg: float
+    new_item_hit_rate: float
+
+
+@torch.no_grad()
+def trade_new_items(
+    model: Bert4RecForMaskedItemPrediction,
+    tokenizer: Bert4RecTokenizer,
+    rows: Dataset,
+    *,
+    batch_size: int = 64,
+) -> tuple[list[Trade], int]:
+    """How the offset of new items trades their hit rate against the quality over all targets.
+
+    Each row is ranked twice, among the items that have trained and among the new ones. From the ten best of each, the
+    place of the target in the first ten follows for every offset. The offsets are those with which a new item is among
+    the first ten of some shares of the histories, `SHARES_REACHED`.
+
+    Args:
+        model: A model whose new items have vectors from features, with `config.new_item_offset` in their biases.
+        tokenizer: Its tokenizer, with counts.
+        rows: Rows from `ranking_rows`.
+        batch_size: Number of histories ranked at once.
+
+    Returns:
+        The trade without new items, whose offset is None, and those of the offsets in ascending order; and the number
+        of targets that are new items.
+    """
+    collator = DataCollatorForMaskedItemPrediction(tokenizer)
+    is_new = torch.zeros(len(tokenizer), dtype=torch.bool, device=model.device)
+    is_new[FIRST_ITEM_ID:] = torch.tensor(tokenizer.counts, device=model.device) == 0
+    found: list[tuple[torch.Tensor, ...]] = []
+    for start in range(0, len(rows), batch_size):
+        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+        batch = {name: values.to(model.device) for name, values in batch.items()}
+        states = model.mask_states(batch["input_ids"], batch["attention_mask"])
+        targets = batch["labels"].amax(dim=1)
+        limits = {"history_ids": batch["history_ids"], "exclude_ids": batch["exclude_ids"]}
+        best = []
+        for allowed in (~is_new, is_new):
+            ranks, scores, _ = model.search(states, target_ids=targets, top_k=CUTOFF, allowed=allowed, **limits)
+            best += [ranks, nn.functional.pad(scores, (0, CUTOFF - scores.shape[1]), value=-torch.inf)]
+        candidates = targets.clamp(min=0).unsqueeze(1)
+        own = model.search(states, top_k=1, candidate_ids=candidates, **limits)[1]
+        is_new_target = is_new[targets.clamp(min=0)] & (targets >= 0)
+        found.append(tuple(values.cpu() for values in (*best, own, is_new_target)))
+    warm_ranks, warm, new_ranks, new, own, is_new_target = (torch.cat(parts) for parts in zip(*found, strict=True))
+    needed = (warm[:, -1] - new[:, 0]).double()
+    needed = needed[needed.isfinite()]
+    offsets: list[float | None] = [None]
+    if len(needed):
+        shares = torch.tensor(SHARES_REACHED, dtype=torch.double)
+        offsets += sorted({round(value, 2) for value in needed.quantile(shares).tolist()})
+    trades = []
+    for change in offsets:
+        # A tie counts against the target, as everywhere.
+        among_new = (new + (-torch.inf if change is None else change) >= own).sum(dim=1)
+        among_warm = (warm >= own + (change or 0.0)).sum(dim=1)
+        ranks = torch.where(is_new_target, new_ranks + among_warm, warm_ranks + among_new)
+        is_ranked = torch.where(is_new_target, new_ranks * (change is not None), warm_ranks) > 0
+        ranks = ranks.where(is_ranked, 0)
+        of_new = ranks[is_new_target]
+        hit_rate = float(((of_new > 0) & (of_new <= CUTOFF)).float().mean()) if len(of_new) else 0.0
+        offset = None if change is None else round(change + model.config.new_item_offset, 2)
+        trades.append(Trade(offset, ranking_metrics(ranks.numpy())[f"NDCG@{CUTOFF}"], hit_rate))
+    return trades, int(is_new_target.sum())
+
+
+def choose_offset(trades: list[Trade], offset: float) -> float:
+    """The highest offset that loses at most `MAX_LOSS` of the quality without new items.
+
+    Args:
+        trades: What `trade_new_items` returns.
+        offset: The offset of the model, which stays if there is none to choose from.
+    """
+    limit = (1 - MAX_LOSS) * trades[0].ndcg
+    offered = [(trade.offset, trade.ndcg) for trade in trades if trade.offset is not None]
+    cheap = [candidate for candidate, ndcg in offered if ndcg >= limit]
+    return max(cheap, default=min((candidate for candidate, _ in offered), default=offset))
+
+
+@torch.no_grad()
+def set_offset(model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, offset: float) -> None:
+    """Change the offset of the items without a training event."""
+    places = torch.from_numpy(np.flatnonzero(np.array(tokenizer.counts) == 0) + FIRST_ITEM_ID)
+    weight = model.item_bias.weight
+    weight[places.to(weight.device)] += offset - model.config.new_item_offset
+    model.config.new_item_offset = offset
