@@ -49,7 +49,7 @@ test-lineage: $(VENV)/installed-dev
 test-agreement: $(VENV)/installed-dev
 	$(BIN)/python tests/agreement/run.py $(VENV)/agreement
 
-# LoRA by PEFT, torchao's quantised weights, Accelerate's offloading.
+# LoRA by PEFT, torchao's quantised weights, Accelerate's offloading, texts encoded by sentence-transformers.
 test-adapters: $(VENV)/adapters/installed
 	$(VENV)/adapters/bin/python -m pytest tests/adapters
 
@@ -112,7 +112,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/adapters/installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV)/adapters)
-	PYTHONWARNINGS=ignore $(VENV)/adapters/bin/python $(INSTALL) -e ".[dev]" torchao
+	PYTHONWARNINGS=ignore $(VENV)/adapters/bin/python $(INSTALL) -e ".[dev,text]" torchao wordllama
 	touch $@
 
 $(VENV)/databases/installed: pyproject.toml constraints.txt

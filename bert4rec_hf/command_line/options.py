@@ -211,6 +211,10 @@ class UpdateItemsArguments:
             "recommended."
         },
     )
+    text_encoder: str | None = field(
+        default=None,
+        metadata={"help": "Name or folder of the encoder of features of the kind text; as in prepare if left out."},
+    )
 
 
 @dataclass

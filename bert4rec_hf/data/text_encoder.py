@@ -1,6 +1,7 @@
 """Vectors of texts, by any model of sentence-transformers."""
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def with_text_vectors(
             continue
         source = column.get("source", column["name"])
         name, used = f"{source}_vector", encoder or column.get("encoder")
-        described.append({"name": name, "kind": "text", "source": source, "encoder": used})
+        # A path would not be the same on another machine, and is nobody else's business.
+        kept = used if used is None or not os.path.exists(used) else os.path.basename(os.path.abspath(used))
+        described.append({"name": name, "kind": "text", "source": source, "encoder": kept})
         if name in table.column_names or source not in table.column_names:
             continue
         if used is None:

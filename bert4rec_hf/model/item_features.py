@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -107,7 +106,7 @@ class ItemFeatures:
         Raises:
             ValueError: If a value does not fit the kind of its column.
         """
-        parts = [(np.arange(num_items), np.zeros(num_items, np.int64), np.ones(num_items, np.float32))]
+        parts = [(torch.arange(num_items), torch.zeros(num_items, dtype=torch.long), torch.ones(num_items))]
         start = 1
         for column in self.columns:
             given = values.get(column["name"])
@@ -115,14 +114,10 @@ class ItemFeatures:
             owners, places, found = _numbers(column, given)
             parts.append((owners, places + start, found))
             start += _width(column)
-        owners, places, found = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        order = np.argsort(owners, kind="stable")
-        starts = np.concatenate(([0], np.bincount(owners, minlength=num_items).cumsum()))
-        return (
-            torch.from_numpy(places[order].astype(np.int64)),
-            torch.from_numpy(found[order].astype(np.float32)),
-            torch.from_numpy(starts.astype(np.int64)),
-        )
+        owners, places, found = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        order = owners.argsort(stable=True)
+        sizes = torch.bincount(owners, minlength=num_items)
+        return places[order], found[order], nn.functional.pad(sizes.cumsum(0), (1, 0))
 
 
 class ItemProjection(nn.Module):
@@ -250,10 +245,8 @@ def _plain(value: Any) -> Any:
     """A value as Python has it; None for one that is missing."""
     if value is None:
         return None
-    if isinstance(value, np.ndarray | torch.Tensor):
+    if hasattr(value, "tolist"):  # of numpy or torch
         value = value.tolist()
-    elif isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, str) and not value.strip():
@@ -278,25 +271,27 @@ def _fitted(column: Mapping[str, Any], known: list[Any]) -> dict[str, Any]:
             _boolean(column, value)
         return {}
     if kind == "number":
-        values = np.array([_number(column, value) for value in known])
-        is_skewed = values.min() >= 0 and _skewness(values) > SKEWED_ABOVE
-        values = np.log1p(values) if is_skewed else values
-        return {"logarithm": bool(is_skewed), "mean": float(values.mean()), "deviation": float(values.std()) or 1.0}
+        values = torch.tensor([_number(column, value) for value in known], dtype=torch.double)
+        is_skewed = bool(values.min() >= 0) and _skewness(values) > SKEWED_ABOVE
+        values = values.log1p() if is_skewed else values
+        deviation = float(values.std(correction=0)) or 1.0
+        return {"logarithm": is_skewed, "mean": float(values.mean()), "deviation": deviation}
     width = len(known[0]) if isinstance(known[0], list | tuple) else 0
-    table = np.stack([_vector(column, value, width) for value in known])
-    return {"width": width, "scale": float(np.sqrt(np.mean(table**2))) or 1.0}
+    table = torch.stack([_vector(column, value, width) for value in known])
+    return {"width": width, "scale": float(table.square().mean().sqrt()) or 1.0}
 
 
-def _numbers(column: Mapping[str, Any], given: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _numbers(column: Mapping[str, Any], given: list[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The items, the places within the column, and the values that are not 0."""
     kind, width = column["kind"], _width(column)
     if kind in ("vector", "text"):
-        is_there = np.array([value is not None for value in given], bool)
-        table = np.zeros((len(given), width), np.float32)
-        table[~is_there, -1] = 1
-        for item in np.flatnonzero(is_there).tolist():
-            table[item, :-1] = _vector(column, given[item], column["width"]) / column["scale"]
-        rows, columns = np.nonzero(table)
+        table = torch.zeros(len(given), width)
+        for item, value in enumerate(given):
+            if value is None:
+                table[item, -1] = 1
+            else:
+                table[item, :-1] = _vector(column, value, column["width"]) / column["scale"]
+        rows, columns = table.nonzero(as_tuple=True)
         return rows, columns, table[rows, columns]
     owners: list[int] = []
     places: list[int] = []
@@ -318,7 +313,7 @@ def _numbers(column: Mapping[str, Any], given: list[Any]) -> tuple[np.ndarray, n
             owners.append(item)
             places.append(place)
             values.append(size)
-    return np.array(owners, np.int64), np.array(places, np.int64), np.array(values, np.float32)
+    return torch.tensor(owners, dtype=torch.long), torch.tensor(places, dtype=torch.long), torch.tensor(values)
 
 
 def _values_of(column: Mapping[str, Any], value: Any) -> list[str]:
@@ -356,18 +351,18 @@ def _boolean(column: Mapping[str, Any], value: Any) -> bool:
     return found
 
 
-def _vector(column: Mapping[str, Any], value: Any, width: int) -> np.ndarray:
+def _vector(column: Mapping[str, Any], value: Any, width: int) -> torch.Tensor:
     try:
-        found = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        found = np.zeros(0, np.float32)
-    if width < 1 or found.shape != (width,) or not np.isfinite(found).all():
+        found = torch.tensor(value, dtype=torch.float)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.zeros(0)
+    if width < 1 or found.shape != (width,) or not found.isfinite().all():
         wanted = f"lists of {width} finite numbers" if width else "lists of numbers"
         hint = ": encode the text first, as `bert4rec prepare` does" if isinstance(value, str) else ""
         raise ValueError(f"item feature {column['name']!r}: expected {wanted}; got {value!r:.80}{hint}")
     return found
 
 
-def _skewness(values: np.ndarray) -> float:
-    deviation = values.std()
+def _skewness(values: torch.Tensor) -> float:
+    deviation = values.std(correction=0)
     return 0.0 if deviation == 0 else float((((values - values.mean()) / deviation) ** 3).mean())

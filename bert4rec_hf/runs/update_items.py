@@ -36,6 +36,7 @@ def update_items(
     output: str | os.PathLike | None = None,
     data: str | os.PathLike | None = None,
     new_item_offset: float | None = None,
+    text_encoder: str | None = None,
 ) -> dict[str, Any]:
     """Add, change and withdraw items in a model folder, without training.
 
@@ -56,6 +57,7 @@ def update_items(
             trained with FSDP, without features or in another library. None: as the model makes them.
         new_item_offset: Value that is added to the biases of items without training events. The higher, the more often
             they are recommended; new_items.json has the trade. None: as it is.
+        text_encoder: Name or folder of the encoder of features of the kind text. None: the one that `prepare` used.
 
     Returns:
         num_new, num_changed (with another title or another vector), num_withdrawn (in all), and offset.
@@ -86,7 +88,7 @@ def update_items(
             for column in tokenizer.item_features.columns
             if column.get("source", column["name"]) in table.column_names
         ]
-        table, _ = with_text_vectors(table, kept, None)
+        table, _ = with_text_vectors(table, kept, text_encoder)
     withdrawn = _withdrawn(table, path)
     merged = _merged(source / ITEM_TABLE_FILE, table)
     columns = merged.slice(len(merged) - len(table)).to_pydict()

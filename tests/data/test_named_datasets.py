@@ -1,5 +1,6 @@
 """Named datasets: the two sources agree, checksums are verified, and the cache is used."""
 
+import csv
 import hashlib
 import io
 import subprocess
@@ -38,8 +39,12 @@ def no_source(*_, **__):
 def grouplens_zip(dataset) -> bytes:
     """A fetched dataset as an archive in the format of GroupLens."""
     log = dataset.log.read_text("utf-8").split("\n", 1)[1].replace(",", "\t")
-    lines = [line.split(",", 1) for line in dataset.items.read_text("utf-8").splitlines()[1:]]
-    items = "".join(f"{item}|{title.strip(chr(34))} |01-Jan-1995||http://us.imdb.com|0\n" for item, title in lines)
+    with dataset.items.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    items = ""
+    for row in rows:
+        flags = "|".join(str(int(name in row["genres"].split("|"))) for name in named_datasets.GENRES)
+        items += f"{row['item_id']}|{row['title']} |01-Jan-1995||http://us.imdb.com|{flags}\n"
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("ml-100k/u.data", log)
@@ -64,8 +69,8 @@ def test_movielens_100k_has_its_known_figures(wheel_cache, monkeypatch, tmp_path
     assert 0.50 < statistics["share_tied_times"] < 0.51
     assert (preparation["max_length"], preparation["filter_seen_items"]) == (200, True)
     titles = dataset.items.read_text("utf-8").splitlines()
-    assert titles[1] == "1,Toy Story (1995)"
-    assert titles[267] == "267,unknown"
+    assert titles[1] == "1,Toy Story (1995),1995,Animation|Children's|Comedy"
+    assert titles[267] == "267,unknown,,unknown"
 
 
 def test_the_second_call_reads_the_cache(wheel_cache, monkeypatch, capsys):
