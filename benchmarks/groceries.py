@@ -6,7 +6,7 @@
 The package contains the data, "The Complete Journey" of 84.51°, which were simulated from real purchases. An item is a
 type of product, or a product with --products, and occurs once per basket. All items of a basket have the same time, so
 they are ordered by a hash. --items writes what is known of the products:
-department, category, type, brand, manufacturer and size.
+department, category, type, brand, manufacturer and size, of those that any household bought.
 """
 
 import argparse
@@ -29,7 +29,8 @@ def main() -> None:
             copy (
                 select product_id::text item_id, department, product_category, product_type, brand,
                     manufacturer_id::text manufacturer, package_size
-                from '{data}/products.parquet' order by product_id
+                from '{data}/products.parquet' semi join '{data}/transactions.parquet' using (product_id)
+                order by product_id
             ) to '{options.items}'
             """
         )

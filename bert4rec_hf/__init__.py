@@ -8,6 +8,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .data.data_collator import DataCollatorForMaskedItemPrediction
 from .model.configuration_bert4rec import Bert4RecConfig
+from .model.item_features import ItemFeatures
 from .model.modeling_bert4rec import Bert4RecForMaskedItemPrediction, Bert4RecModel
 from .model.pipeline import SequentialRecommendationPipeline
 from .model.tokenization_bert4rec import Bert4RecTokenizer
@@ -58,6 +59,7 @@ _LATER = {
     "train_prepared": "runs.train",
     "tune_prepared": "runs.tune",
     "training_rows": "data.rows",
+    "update_items": "runs.update_items",
     "floors": "evaluation.baselines",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "Bert4RecTrainer",
     "Bert4RecTrainingArguments",
     "DataCollatorForMaskedItemPrediction",
+    "ItemFeatures",
     "ItemIndex",
     "ItemTable",
     "PrepareOptions",
@@ -102,6 +105,7 @@ __all__ = [
     "train_prepared",
     "training_rows",
     "tune_prepared",
+    "update_items",
 ]
 
 if TYPE_CHECKING:
@@ -122,6 +126,7 @@ if TYPE_CHECKING:
     from .runs.evaluate import evaluate_prepared
     from .runs.train import train_prepared
     from .runs.tune import tune_prepared
+    from .runs.update_items import update_items
     from .serving.item_index import ItemIndex
     from .serving.item_table import ItemTable
     from .serving.onnx_export import export_onnx
