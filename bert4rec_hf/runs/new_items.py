@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow.parquet as pq
+from accelerate.utils import broadcast_object_list
 
 from ..data.rows import ranking_rows, users_with_targets
 from ..evaluation.protocol import Protocol
@@ -51,7 +52,9 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
             max_length=model.config.max_position_embeddings,
         )
         trades, num_targets = trade_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)
-        set_offset(model, tokenizer, choose_offset(trades, model.config.new_item_offset))
+        # The processes must agree, while their devices may round differently.
+        offset = broadcast_object_list([choose_offset(trades, model.config.new_item_offset)])[0]
+        set_offset(model, tokenizer, offset)
         record |= {
             "offset": model.config.new_item_offset,
             "num_targets": num_targets,

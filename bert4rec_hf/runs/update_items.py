@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from ..data.histories import check_prepared
 from ..data.item_tables import ITEM_TABLE_FILE, read_item_table
@@ -18,7 +19,7 @@ from ..data.text_encoder import with_text_vectors
 from ..evaluation.seen_targets import json_of_model
 from ..files import folder_beside
 from ..hub.load import load_model
-from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, write_model_card
+from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, RECIPE_FILE, write_model_card
 from ..hub.publish_code import publish_code as publish_code_into
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
@@ -202,6 +203,10 @@ def _write(
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         pq.write_table(table, folder / ITEM_TABLE_FILE, compression="zstd")
+        if (folder / RECIPE_FILE).is_file():
+            recipe = yaml.safe_load((folder / RECIPE_FILE).read_text("utf-8"))
+            recipe["new_item_offset"] = loaded.config.new_item_offset
+            (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True), "utf-8")
         if new_items is not None:
             (folder / NEW_ITEMS_FILE).write_text(json.dumps(new_items, indent=2) + "\n", "utf-8")
         if has_code:
