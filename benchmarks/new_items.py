@@ -60,9 +60,10 @@ targets of the split, the new ones among them, so that it shows what recommendin
 the offset that was chosen on validation. The baselines rank by what is known of the items alone, without regard to what
 that costs.
 
-A new item is rarely worth a place among the first ten, where an item that is known would stand: at a cost of a hundredth,
-few new items are found there, fewer than the nearest neighbours by features find that show nothing else. Among the first
-hundred, and at a higher offset among the first ten, the vectors from features find far more than any baseline.
+A new item is rarely worth a place among the first ten, where an item that is known would stand: at a cost of a
+hundredth, few new items are found there, fewer than the nearest neighbours by features find that show nothing else.
+Among the first hundred, and at a higher offset among the first ten, the vectors from features find far more than any
+baseline.
 """
 
 
