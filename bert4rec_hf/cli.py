@@ -261,7 +261,8 @@ def update_items(arguments: Sequence[str]) -> None:
     """Add, change and withdraw items in a model folder, without training."""
     parser = Parser(UpdateItemsArguments, prog="bert4rec update-items", description=update_items.__doc__)
     parser.add_argument("model", help="A model folder.")
-    options, rest = parser.parse_args_into_dataclasses(list(arguments))
+    parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
+    options, rest = parser.parse_args_into_dataclasses(parser.with_recipe(arguments))
 
     from .runs.update_items import update_items as update
 
