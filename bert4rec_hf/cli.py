@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -52,6 +53,7 @@ from .command_line.output import (
 from .command_line.parser import Parser, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
 from .model.configuration_bert4rec import UNK_TOKEN_ID
+from .model.pipeline import events_of
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -282,7 +284,12 @@ def recommend(arguments: Sequence[str]) -> None:
     """Recommend the next items for one history of item ids, or for files of histories."""
     parser = Parser((RecommendArguments, RuleArguments), prog="bert4rec recommend", description=recommend.__doc__)
     parser.add_argument("model", help="A model folder or Hub id.")
-    parser.add_argument("item_ids", nargs="*", help="Item ids of one history, oldest first.")
+    parser.add_argument(
+        "item_ids",
+        nargs="*",
+        help="Item ids of one history, oldest first; for a model of event types, also JSON such as "
+        '\'{"item_id": "50", "event_type": "view"}\'.',
+    )
     for flag in ("--explain", "--filter_seen_items"):
         parser._option_string_actions[flag].type = true_or_false
     parser.add_argument("--config", help="Recipe (YAML) with values of options, which the command line overrides.")
@@ -333,6 +340,7 @@ def recommend(arguments: Sequence[str]) -> None:
         top_k=options.top_k,
         filter_seen_items=options.filter_seen_items,
         rules=rules,
+        event_type=options.event_type,
         **lists,
     )
     excluded = lists["exclude"] or []
@@ -347,12 +355,14 @@ def recommend(arguments: Sequence[str]) -> None:
         if number == 0:
             print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
+    history = _history(rest.item_ids) if pipe.tokenizer.event_types is not None else list(rest.item_ids)
+    rest.item_ids, _ = events_of(history)
     if rest.item_ids and set(pipe.tokenizer.item_ids_to_token_ids(rest.item_ids)) == {UNK_TOKEN_ID}:
         raise ValueError(
             f"the catalogue of {rest.model} has none of the items of the history ({_first(rest.item_ids)}); expected "
             f"ids such as {_first(pipe.tokenizer.items)}, or no items for an empty history"
         )
-    answer = pipe(rest.item_ids, explain=options.explain)
+    answer = pipe(history, explain=options.explain)
     if pipe.tokenizer.titles is not None:
         for item in rest.item_ids:
             print_item("had", item, pipe.tokenizer.title(item))
@@ -363,6 +373,18 @@ def recommend(arguments: Sequence[str]) -> None:
             else "no item is left to recommend: every item is excluded, seen or not a candidate"
         )
     print_entries(answer)
+
+
+def _history(words: Sequence[str]) -> list[Any]:
+    """The items of a history on the command line: item ids, or events as JSON objects."""
+    history: list[Any] = []
+    for word in words:
+        event = None
+        if word.startswith("{"):
+            with contextlib.suppress(ValueError):
+                event = json.loads(word)
+        history.append(event if isinstance(event, dict) else word)
+    return history
 
 
 def similar(arguments: Sequence[str]) -> None:

@@ -232,6 +232,13 @@ class RecommendArguments:
         default=None,
         metadata={"help": "Never recommend items of the history; default: the policy of the model folder."},
     )
+    event_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "The target type of events to recommend for, such as purchase; the first target type of the model if "
+            "left out."
+        },
+    )
     explain: bool = field(
         default=False,
         metadata={"help": "Print, for each recommendation, the items of the history that carry it. Not for files."},
@@ -253,7 +260,7 @@ class RecommendArguments:
         default=None,
         metadata={
             "help": "Histories, one per row: a Parquet file, JSON lines, or a folder or pattern of such files, with "
-            "user_id, item_id (a list) and, if you like, the lists exclude and candidates."
+            "user_id, item_id (a list) and, if you like, the lists exclude, candidates and event_type."
         },
     )
     output: str | None = field(

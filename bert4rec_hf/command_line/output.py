@@ -40,6 +40,13 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
         f"{f'tied times {tied:.1%}' if tied is not None else f'no times: in the order of {order}'}, "
         f"cold targets {statistics['share_cold_targets']:.1%}"
     )
+    if "events_per_type" in statistics:
+        targets = prepared["filters"]["target_event_types"]
+        counts = ", ".join(f"{name} {number:,}" for name, number in statistics["events_per_type"].items())
+        print(
+            f"events by type: {counts}; targets are of the type{'s' if len(targets) > 1 else ''} {', '.join(targets)}, "
+            f"of which {statistics['share_repeated_target_events']:.1%} are repeats"
+        )
     identical = statistics["num_duplicate_rows"]
     if identical and options.duplicates == "keep":
         print(

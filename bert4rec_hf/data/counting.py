@@ -53,10 +53,10 @@ def once(count: Count) -> Count:
 
 @once
 def item_counts(histories: AnyHistories, num_items: int) -> np.ndarray:
-    """(num_items + 3,) the number of training events of each token id."""
+    """(num_items + 3,) the number of training events of each token id. With event types, those of target types."""
     counts = np.zeros(num_items + FIRST_ITEM_ID, np.int64)
     for part in histories.parts():
-        counts += np.bincount(part.item_ids[part.is_trained()], minlength=len(counts))
+        counts += np.bincount(part.item_ids[part.is_trained() & part.is_of_target_type()], minlength=len(counts))
     return counts
 
 
@@ -69,7 +69,7 @@ def recent_item_counts(histories: AnyHistories, num_items: int, seed: int) -> np
     first = None if isinstance(histories, Histories) else sampled_histories(histories, seed).recent_from()
     counts = np.zeros(num_items + FIRST_ITEM_ID, np.int64)
     for part in histories.parts(timestamps=first is not None):
-        counts += np.bincount(part.item_ids[part.is_recent(first)], minlength=len(counts))
+        counts += np.bincount(part.item_ids[part.is_recent(first) & part.is_of_target_type()], minlength=len(counts))
     return counts
 
 
@@ -177,7 +177,8 @@ def transitions(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The strongest successors of each item, with two scores.
 
-    A successor follows an item within `SUCCESSOR_WINDOW` positions in the training part.
+    A successor follows an item within `SUCCESSOR_WINDOW` positions in the training part. With event types, it is an
+    event of a target type, while the item before may have any type.
 
     - The successor score of a pair is its positive pointwise mutual information times ln(1 + count). A pair at distance
       d counts 1 / 2 ** (d - 1). The mutual information alone would be highest for pairs that occur once by chance. An
@@ -202,7 +203,8 @@ def transitions(
         [PAD] are ln(1 + popularity), its next-item scores are 0.
     """
     keys, counts, is_next = [], [], []
-    for distance, (first, second) in enumerate(_pairs(histories, SUCCESSOR_WINDOW, seed, with_self_pairs)):
+    pairs = _pairs(histories, SUCCESSOR_WINDOW, seed, with_self_pairs, into_targets=True)
+    for distance, (first, second) in enumerate(pairs):
         if distance:
             first, second = first[first != second], second[first != second]
         keys.append(first * num_items + second)
@@ -256,21 +258,28 @@ def places_in_groups(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor
 
 
 def _pairs(
-    histories: AnyHistories, window: int, seed: int, with_self_pairs: bool = False
+    histories: AnyHistories,
+    window: int,
+    seed: int,
+    with_self_pairs: bool = False,
+    into_targets: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield, for each distance from 1 to the window, the earlier and the later item of each pair at that distance.
 
-    Only the training part counts. Items are numbered from 0.
+    Only the training part counts. Items are numbered from 0. With `into_targets`, the later event is of a target type.
     """
     sample = sampled_histories(histories, seed)
     counted = sample.is_trained()
     row_of = torch.from_numpy(np.repeat(np.arange(len(sample)), np.diff(sample.offsets))[counted])
     items = torch.from_numpy(sample.item_ids[counted]).long() - FIRST_ITEM_ID
+    is_target = torch.from_numpy(sample.is_of_target_type()[counted])
     for distance in range(1, window + 1):
         first, second = items[:-distance], items[distance:]
         near = row_of[:-distance] == row_of[distance:]
         if not with_self_pairs:
             near &= first != second
+        if into_targets:
+            near &= is_target[distance:]
         yield first[near], second[near]
 
 

@@ -21,6 +21,11 @@ class DataCollatorForMaskedItemPrediction:
     `labels` is an evaluation row (see `ranking_rows`): it is not masked, and its `history_ids`, `exclude_ids` and
     `candidate_ids` are padded with 0. Other columns are dropped.
 
+    With a column `event_type_ids`, only events of the tokenizer's target types are predicted, and a [MASK] has the type of
+    what it predicts. A row that `last_item_ratio` selects ends with its last target. Where an item is masked, its later
+    occurrences in the row become [MASK]s without a type, since a purchase would give away what was put into the cart
+    before; with `causal`, later events are not read in any case. A column `loss_weights` has the weights of the labels.
+
     Random numbers come from torch's global generator. The Trainer seeds it, and each data-loader worker gets a new
     seed every epoch. So equal seeds give equal masks, while epochs and workers differ.
 
@@ -98,9 +103,20 @@ class DataCollatorForMaskedItemPrediction:
         if "labels" in features[0]:
             return self._evaluation_batch(features, rows)
         random = np.random.default_rng(int(torch.randint(2**62, (1,))))
-        input_ids = _pad([self._window(row, random) for row in rows], PAD_TOKEN_ID)
+        windows = [self._window(row, random) for row in rows]
+        input_ids = _pad([row[window] for row, window in zip(rows, windows, strict=True)], PAD_TOKEN_ID)
         self._check_ids(input_ids)
+        further = {
+            name: _pad(
+                [np.asarray(feature[name], kind)[window] for feature, window in zip(features, windows, strict=True)], 0
+            )
+            for name, kind in (("event_type_ids", np.int64), ("loss_weights", np.float32))
+            if name in features[0]
+        }
+        types, weights = further.get("event_type_ids"), further.get("loss_weights")
         is_item = input_ids >= FIRST_ITEM_ID
+        if types is not None:
+            is_item &= np.isin(types, self.tokenizer.target_event_type_ids)
         masked = is_item & (random.random(input_ids.shape) < self.mask_ratio)
         if self.max_predictions is not None:
             places = np.where(masked, random.random(input_ids.shape), 2.0).argsort(axis=1).argsort(axis=1)
@@ -115,30 +131,47 @@ class DataCollatorForMaskedItemPrediction:
         masked[needed, np.where(only_last[needed], last[needed], anywhere)] = True
         masked_positions = _pad([row.nonzero()[0] for row in masked], -1)
         labels = _at(input_ids, masked_positions)
+        if types is not None:
+            # As in serving, nothing follows the event that is predicted.
+            is_after = only_last[:, None] & (np.arange(input_ids.shape[1]) > last[:, None]) & (last >= 0)[:, None]
+            input_ids, types = np.where(is_after, PAD_TOKEN_ID, input_ids), np.where(is_after, 0, types)
         if self.causal:
-            batch = self._causal_batch(input_ids, masked_positions, labels)
+            batch = self._causal_batch(input_ids, masked_positions, labels, types)
         else:
+            is_hidden = masked
+            if types is not None:
+                is_later = _later_occurrences(input_ids, masked)
+                is_hidden, types = masked | is_later, np.where(is_later, 0, types)
             batch = self._batch(
-                input_ids=np.where(masked, MASK_TOKEN_ID, input_ids),
+                input_ids=np.where(is_hidden, MASK_TOKEN_ID, input_ids),
                 attention_mask=input_ids != PAD_TOKEN_ID,
                 labels=labels,
                 masked_positions=masked_positions,
+                **({} if types is None else {"event_type_ids": types}),
             )
+        if weights is not None:
+            at_labels = np.take_along_axis(weights, masked_positions.clip(min=0), axis=1)
+            batch["loss_weights"] = torch.from_numpy(np.where(masked_positions < 0, 0, at_labels).astype(np.float32))
         return batch | self._negatives(labels, random) if self.num_negatives else batch
 
     def _causal_batch(
-        self, input_ids: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+        self, input_ids: np.ndarray, predicted: np.ndarray, labels: np.ndarray, types: np.ndarray | None
     ) -> dict[str, torch.Tensor]:
         """Items (batch, length), followed by a [MASK] for each of the positions (batch, P) that are predicted."""
         is_mask, length = predicted >= 0, input_ids.shape[1]
         tokens = np.concatenate((input_ids, np.where(is_mask, MASK_TOKEN_ID, PAD_TOKEN_ID)), axis=1)
         places = np.broadcast_to(np.arange(length), input_ids.shape)
+        further = {}
+        if types is not None:
+            of_masks = np.where(is_mask, np.take_along_axis(types, predicted.clip(min=0), axis=1), 0)
+            further["event_type_ids"] = np.concatenate((types, of_masks), axis=1)
         return self._batch(
             input_ids=tokens,
             attention_mask=tokens != PAD_TOKEN_ID,
             position_ids=np.concatenate((places, predicted.clip(min=0)), axis=1),
             labels=labels,
             masked_positions=np.where(is_mask, length + np.arange(predicted.shape[1]), -1),
+            **further,
         )
 
     def _negatives(self, labels: np.ndarray, random: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -155,13 +188,13 @@ class DataCollatorForMaskedItemPrediction:
             "positive_log_probabilities": torch.from_numpy(np.where(labels == IGNORE_INDEX, 0, positive)),
         }
 
-    def _window(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def _window(self, row: np.ndarray, random: np.random.Generator) -> slice:
         max_length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
         spare = len(row) - max_length
         if spare <= 0:
-            return row
+            return slice(None)
         start = random.integers(spare + 1) if self.random_windows else spare
-        return row[start : start + max_length]
+        return slice(start, start + max_length)
 
     def _evaluation_batch(
         self, features: Sequence[Mapping[str, Any]], rows: list[np.ndarray]
@@ -179,7 +212,9 @@ class DataCollatorForMaskedItemPrediction:
         }
         self._check_ids(batch["input_ids"])
         self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))
-        for name in ("history_ids", "exclude_ids", "candidate_ids"):
+        if "event_type_ids" in features[0]:
+            batch["event_type_ids"] = _pad([np.asarray(row["event_type_ids"], np.int64) for row in features], 0)
+        for name in ("history_ids", "exclude_ids", "candidate_ids", "same_type_ids"):
             if name not in features[0]:
                 continue
             batch[name] = _pad([np.asarray(feature[name], dtype=np.int64) for feature in features], 0)
@@ -208,6 +243,20 @@ def _token_ids(row: Any) -> np.ndarray:
     return row.astype(np.int64, copy=False)
 
 
+def _later_occurrences(input_ids: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """(batch, length) whether an item that is not masked itself comes after a masked occurrence of it in its row."""
+    is_item = input_ids >= FIRST_ITEM_ID
+    rows, places = np.nonzero(is_item)
+    keys = rows * (int(input_ids.max(initial=0)) + 1) + input_ids[rows, places]
+    _, number = np.unique(keys, return_inverse=True)
+    first_masked = np.full(len(keys) + 1, input_ids.shape[1])
+    is_masked = masked[rows, places]
+    np.minimum.at(first_masked, number[is_masked], places[is_masked])
+    is_later = np.zeros(input_ids.shape, bool)
+    is_later[rows, places] = (places > first_masked[number]) & ~is_masked
+    return is_later
+
+
 def _at(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Values (batch, length) at positions (batch, P), `IGNORE_INDEX` where the position is -1."""
     return np.where(positions < 0, IGNORE_INDEX, np.take_along_axis(values, positions.clip(min=0), axis=1))
@@ -215,7 +264,8 @@ def _at(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 def _pad(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
     """(rows, longest row), padded on the right. There is at least one column, because models need one."""
-    padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
+    kind = np.float32 if len(rows) and rows[0].dtype.kind == "f" else np.int64
+    padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=kind)
     for filled, row in zip(padded, rows, strict=True):
         filled[: len(row)] = row
     return padded

@@ -33,6 +33,10 @@ class Histories:
         train_end: (users,) number of leading events that train.
         target_positions: For each of `PARTS`, (users,): the position of the target in the history, or -1 without one.
         timestamps: (events,) numbers in the unit of the log, or None if the log has no times.
+        event_type_ids: (events,) int32 types in the ids of the tokenizer, 0 for an unknown one, or None if the tokenizer
+            has no event types.
+        target_event_type_ids: Ids of the types that are predicted. Empty without event types.
+        weights: (events,) float32 weights of the events as labels, or None if the log has no weights.
     """
 
     user_id: pa.Array | pa.ChunkedArray
@@ -41,6 +45,9 @@ class Histories:
     train_end: np.ndarray
     target_positions: dict[str, np.ndarray]
     timestamps: np.ndarray | None
+    event_type_ids: np.ndarray | None = None
+    target_event_type_ids: tuple[int, ...] = ()
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,6 +59,12 @@ class Histories:
     def is_trained(self) -> np.ndarray:
         """(events,) whether an event belongs to the training part and its item to the catalogue."""
         return self.is_training() & (self.item_ids >= FIRST_ITEM_ID)
+
+    def is_of_target_type(self) -> np.ndarray:
+        """(events,) whether an event is of a type that is predicted. Without event types, all events are."""
+        if self.event_type_ids is None:
+            return np.ones(len(self.item_ids), bool)
+        return np.isin(self.event_type_ids, self.target_event_type_ids)
 
     def is_recent(self, first: Any = None) -> np.ndarray:
         """(events,) whether an event is in the newest tenth (`RECENT_SHARE`) of the trained events.
@@ -109,6 +122,9 @@ class Histories:
             train_end=self.train_end[is_selected],
             target_positions={part: values[is_selected] for part, values in self.target_positions.items()},
             timestamps=None if self.timestamps is None else self.timestamps[events],
+            event_type_ids=None if self.event_type_ids is None else self.event_type_ids[events],
+            target_event_type_ids=self.target_event_type_ids,
+            weights=None if self.weights is None else self.weights[events],
         )
 
 
@@ -120,13 +136,17 @@ class StreamedHistories:
     Args:
         files: The Parquet files of histories.
         tokenizer: The catalogue.
+        has_weights: See `tokenize_histories`.
     """
 
-    def __init__(self, files: Sequence[str | Path], tokenizer: Bert4RecTokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, files: Sequence[str | Path], tokenizer: Bert4RecTokenizer, *, has_weights: bool = False):
+        self.tokenizer, self.has_weights = tokenizer, has_weights
         self.row_groups = [
             (str(file), number) for file in files for number in range(pq.read_metadata(file).num_row_groups)
         ]
+        names = set(pq.read_schema(files[0]).names) if files else set()
+        has_types = tokenizer.event_types is not None and "event_type" in names
+        self.further_columns = ["event_type"] * has_types + ["weight"] * has_weights
         # Results of functions that read the whole log; see `counting.once`.
         self.remembered: dict[tuple[Any, ...], Any] = {}
 
@@ -140,8 +160,12 @@ class StreamedHistories:
             part: Number of the part.
             timestamps: Whether to read the times too, which takes as long as all other columns together.
         """
-        names = ["user_id", "item_id", "train_end", *(f"{part}_position" for part in PARTS)]
-        return tokenize_histories(self._read(part, [*names, "timestamp"] if timestamps else names), self.tokenizer)
+        names = ["user_id", "item_id", "train_end", *(f"{part}_position" for part in PARTS), *self.further_columns]
+        return tokenize_histories(
+            self._read(part, [*names, "timestamp"] if timestamps else names),
+            self.tokenizer,
+            has_weights=self.has_weights,
+        )
 
     def parts(self, *, timestamps: bool = False) -> Iterator[Histories]:
         """Read all parts, one after another."""
@@ -181,6 +205,11 @@ def concatenated(parts: Sequence[Histories]) -> Histories:
         for chunk in (part.user_id.chunks if isinstance(part.user_id, pa.ChunkedArray) else [part.user_id])
     ]
     has_times = all(part.timestamps is not None for part in parts)
+
+    def joined(name: str) -> np.ndarray | None:
+        values = [getattr(part, name) for part in parts]
+        return None if any(value is None for value in values) else np.concatenate(values)
+
     return Histories(
         user_id=pa.chunked_array(chunks, parts[0].user_id.type),
         item_ids=np.concatenate([part.item_ids for part in parts]),
@@ -188,6 +217,9 @@ def concatenated(parts: Sequence[Histories]) -> Histories:
         train_end=np.concatenate([part.train_end for part in parts]),
         target_positions={name: np.concatenate([part.target_positions[name] for part in parts]) for name in PARTS},
         timestamps=np.concatenate([part.timestamps for part in parts]) if has_times else None,
+        event_type_ids=joined("event_type_ids"),
+        target_event_type_ids=parts[0].target_event_type_ids,
+        weights=joined("weights"),
     )
 
 
@@ -208,7 +240,7 @@ def read_prepared(
     """
     tokenizer, preparation = _catalogue_and_preparation(folder, tokenizer)
     table = pa.concat_tables([pq.read_table(path) for path in histories_files(Path(folder))])
-    return tokenize_histories(table, tokenizer), tokenizer, preparation
+    return tokenize_histories(table, tokenizer, has_weights=_has_weights(preparation)), tokenizer, preparation
 
 
 def stream_prepared(
@@ -216,7 +248,8 @@ def stream_prepared(
 ) -> tuple[StreamedHistories, Bert4RecTokenizer, dict[str, Any]]:
     """Open a folder that `prepare` wrote, as `read_prepared` does, but leave the histories on disk."""
     tokenizer, preparation = _catalogue_and_preparation(folder, tokenizer)
-    return StreamedHistories(histories_files(Path(folder)), tokenizer), tokenizer, preparation
+    histories = StreamedHistories(histories_files(Path(folder)), tokenizer, has_weights=_has_weights(preparation))
+    return histories, tokenizer, preparation
 
 
 def _catalogue_and_preparation(
@@ -225,7 +258,20 @@ def _catalogue_and_preparation(
     check_prepared(folder)
     if tokenizer is None:
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    return tokenizer, json.loads((Path(folder) / PREPARATION_FILE).read_text("utf-8"))
+    preparation = json.loads((Path(folder) / PREPARATION_FILE).read_text("utf-8"))
+    targets = preparation.get("filters", {}).get("target_event_types") or []
+    if tokenizer.event_types is not None and targets:
+        unknown = [name for name in targets if name not in (tokenizer.target_event_types or ())]
+        if unknown:
+            raise ValueError(
+                f"{folder} has targets of the event types {', '.join(targets)}; the model predicts "
+                f"{', '.join(tokenizer.target_event_types or ())}: prepare the log with the model's --target_event_types"
+            )
+    return tokenizer, preparation
+
+
+def _has_weights(preparation: dict[str, Any]) -> bool:
+    return preparation.get("columns", {}).get("weight_column") is not None
 
 
 def check_prepared(folder: str | os.PathLike) -> None:
@@ -283,12 +329,16 @@ def units_per_second(kind: pa.DataType | None, largest: float) -> int:
     return next((unit for unit in units.values() if largest < 10**11 * unit), 10**9)
 
 
-def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histories:
+def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer, *, has_weights: bool = False) -> Histories:
     """Convert histories to token ids.
 
     Args:
         table: The table that `histories` returns, as an Arrow table, or histories.parquet of a prepared folder.
         tokenizer: The catalogue.
+        has_weights: Whether the column weight has weights of labels. It may also be a column that was only copied.
+
+    Raises:
+        ValueError: If the tokenizer has event types and the table has none.
     """
     items = table["item_id"]  # stays chunked, since one Arrow array of strings holds at most 2 GiB of text
     item_ids = [np.zeros(0, np.int32)]
@@ -297,6 +347,18 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
         token_ids = [*tokenizer.item_ids_to_token_ids(encoded.dictionary.to_pylist()), UNK_TOKEN_ID]
         places = encoded.indices.fill_null(len(token_ids) - 1).to_numpy()
         item_ids.append(np.array(token_ids, np.int32)[places])
+    event_type_ids, weights = None, None
+    if tokenizer.event_types is not None:
+        if "event_type" not in table.column_names:
+            raise ValueError(
+                "the model was trained with event types, and these histories have none: prepare the log with "
+                "--event_type_column"
+            )
+        names = pa.array(tokenizer.event_types, pa.string())
+        found = pc.index_in(pc.list_flatten(table["event_type"]).cast(pa.string()), names)
+        event_type_ids = pc.add(pc.fill_null(found, -1), 1).to_numpy().astype(np.int32)
+    if has_weights:
+        weights = pc.list_flatten(table["weight"]).to_numpy().astype(np.float32)
     lengths = pc.list_value_length(items).to_numpy()
     timestamps = None
     if "timestamp" in table.column_names:
@@ -311,4 +373,7 @@ def tokenize_histories(table: pa.Table, tokenizer: Bert4RecTokenizer) -> Histori
         train_end=table["train_end"].to_numpy(),
         target_positions={part: pc.fill_null(table[f"{part}_position"], -1).to_numpy() for part in PARTS},
         timestamps=timestamps,
+        event_type_ids=event_type_ids,
+        target_event_type_ids=tuple(tokenizer.target_event_type_ids),
+        weights=weights,
     )

@@ -53,6 +53,7 @@ RESERVED_COLUMNS = {"user_id", "item_id", "timestamp", "train_end", "validation_
 WORKING_COLUMNS = {"_sequence", "_tie", "_rating", "_earlier", "_previous"}
 SELECT_WHERE = {"expressions", "from", "from_", "where"}  # sqlglot's parts of a SELECT with a condition alone
 ROW_GROUP_SIZE = 16_384
+MAX_TYPES_NAMED = 20  # in an error about event types
 NUM_LONGEST_HISTORIES = 5  # that the statistics name
 # About the number of events in a file of histories. The histories of a larger log are several files.
 EVENTS_PER_FILE = 2**24
@@ -158,7 +159,8 @@ def prepare(
         files = [glob.escape(str(path)) for path in histories_files(folder)]
         written = connection.read_parquet(files, hive_partitioning=False)
         catalogue = _item_counts(written, options.split, options.min_item_events)
-        statistics = _statistics(written, catalogue, options.split) | origin["statistics"]
+        types = origin["target_event_types"]
+        statistics = _statistics(written, catalogue, options.split, types) | origin["statistics"]
         longest = statistics["history_length"]["max"]
         if longest > SUSPICIOUS_HISTORY_LENGTH and longest > SUSPICIOUS_SHARE_OF_EVENTS * statistics["num_events"]:
             user = written.filter(written.item_id.length() == longest).user_id.max().to_pyarrow().as_py()
@@ -177,7 +179,8 @@ def prepare(
             max_length = default_max_length(statistics["history_length"]["p75"])
         filter_seen_items = options.filter_seen_items
         if filter_seen_items is None:
-            filter_seen_items = default_filter_seen_items(statistics["share_repeated_events"])
+            share = "share_repeated_events" if types is None else "share_repeated_target_events"
+            filter_seen_items = default_filter_seen_items(statistics[share])
         preparation = {
             "source": name,
             "columns": {
@@ -187,6 +190,8 @@ def prepare(
                 "sequence_column": origin["sequence_column"],
                 "rating_column": None if options.min_rating is None else options.rating_column,
                 "event_columns": list(options.event_columns),
+                "event_type_column": options.event_type_column,
+                "weight_column": options.weight_column,
                 "item_features": [spelled_feature(column) for column in columns],
                 "text_encoder": next((column["encoder"] for column in columns if "encoder" in column), None),
             },
@@ -197,13 +202,14 @@ def prepare(
                 "min_user_events": options.min_user_events,
                 "min_item_events": options.min_item_events,
                 "duplicates": options.duplicates,
+                "target_event_types": types,
             },
             "split": origin["split"],
             "max_length": max_length,
             "filter_seen_items": filter_seen_items,
             "statistics": statistics,
             "trained_period": _trained_period(written),
-            "checksum": _checksum(connection, files),
+            "checksum": _checksum(connection, files, types is not None),
         }
         features = None
         if table is not None:
@@ -211,7 +217,11 @@ def prepare(
             features = fit_features(table, columns, catalogue, os.fspath(items)) if columns else None
             pq.write_table(table, folder / ITEM_TABLE_FILE, compression="zstd")
         titles = read_titles(item_titles, options.item_column, catalogue)
-        _save_catalogue(folder, catalogue, titles, max_length, features)
+        named_types: dict[str, Any] = {}
+        if types is not None:
+            known = sorted({*statistics["events_per_type"], *types})
+            named_types = {"event_types": known, "target_event_types": types}
+        _save_catalogue(folder, catalogue, titles, max_length, features, **named_types)
         # A later call replaces these files and no others.
         preparation["files"] = sorted([*(path.name for path in folder.iterdir()), PREPARATION_FILE])
         (folder / PREPARATION_FILE).write_text(json.dumps(preparation, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -278,6 +288,8 @@ def _events(
         "item_id": options.item_column,
         "timestamp": time_column,
         "_sequence": sequence_column,
+        "event_type": options.event_type_column,
+        "weight": options.weight_column,
     }
     statistics = _source_statistics(events, {name: column for name, column in named.items() if column})
 
@@ -286,6 +298,9 @@ def _events(
         f"after the filter (min_rating={min_rating}, min_user_events={options.min_user_events}, "
         f"min_item_events={options.min_item_events}); loosen --min_user_events, --min_item_events or --min_rating"
     )
+    types = _target_types(events, options)
+    if options.weight_column is not None:
+        _check_weights(events, options.weight_column)
     if options.max_user_events is not None:
         numbers = events.group_by("user_id").aggregate(number=events.count())
         busy = stored_table(numbers.filter(numbers.number > options.max_user_events).select("user_id"))
@@ -310,12 +325,18 @@ def _events(
     if users is not None and users.count().execute() == 0:
         raise ValueError(nobody_left)
 
+    event_columns = [name for name in ("event_type", "weight") if name in events.columns] + options.event_columns
     description: dict[str, Any] = {"name": split}
     if split != "none":
         description["validation"] = options.validation
     if cuts is not None:
         collect = partial(
-            collect_histories, event_columns=options.event_columns, num_targets=len(cuts), cuts=cuts, users=users
+            collect_histories,
+            event_columns=event_columns,
+            num_targets=len(cuts),
+            cuts=cuts,
+            users=users,
+            target_event_types=types,
         )
         names = ("validation_cut", "test_cut")[-len(cuts) :]
         description |= {name: plain_time(cut) for name, cut in zip(names, cuts, strict=True)}
@@ -323,7 +344,9 @@ def _events(
         if users is not None:
             events = events.semi_join(users, "user_id").semi_join(items, "item_id")
         num_targets = 0 if split == "none" else 1 + options.validation
-        collect = partial(collect_histories, event_columns=options.event_columns, num_targets=num_targets)
+        collect = partial(
+            collect_histories, event_columns=event_columns, num_targets=num_targets, target_event_types=types
+        )
     return (
         events,
         collect,
@@ -332,8 +355,36 @@ def _events(
             "split": description,
             "time_column": time_column,
             "sequence_column": sequence_column,
+            "target_event_types": types,
         },
     )
+
+
+def _target_types(events: ir.Table, options: PrepareOptions) -> list[str] | None:
+    """The types of events that are predicted. None: the log has no types. Raises if the log lacks one of them."""
+    if options.event_type_column is None:
+        return None
+    known = sorted(events.select("event_type").distinct().to_pyarrow()["event_type"].to_pylist())
+    for name in options.target_event_types:
+        if name not in known:
+            raise ValueError(
+                f"no event has the target_event_type {name!r}; the types in column {options.event_type_column!r} are "
+                f"{', '.join(known[:MAX_TYPES_NAMED])}{', …' if len(known) > MAX_TYPES_NAMED else ''}"
+            )
+    return list(options.target_event_types) or known
+
+
+def _check_weights(events: ir.Table, column: str) -> None:
+    """Raise if a weight is negative. `_source_statistics` has found weights that are null or not finite."""
+    wrong = events.filter(events.weight < 0)
+    if "_tie" in events.columns:
+        wrong = wrong.order_by("_tie")
+    found = wrong.select("user_id", "item_id", "weight").limit(1).to_pyarrow().to_pylist()
+    if found:
+        raise ValueError(
+            f"column {column!r} (--weight_column) has {found[0]['weight']} for item {found[0]['item_id']!r} of user "
+            f"{found[0]['user_id']!r}; expected finite numbers of at least 0"
+        )
 
 
 def _normalize(log: Log, options: PrepareOptions, time_column: str | None, sequence_column: str | None) -> ir.Table:
@@ -343,12 +394,15 @@ def _normalize(log: Log, options: PrepareOptions, time_column: str | None, seque
     """
     user_column, item_column, event_columns = options.user_column, options.item_column, options.event_columns
     rating_column = None if options.min_rating is None else options.rating_column
+    type_column, weight_column = options.event_type_column, options.weight_column
     wanted = [
         ("--user_column", user_column),
         ("--item_column", item_column),
         ("--time_column", time_column),
         ("--sequence_column", sequence_column),
         ("--rating_column", rating_column),
+        ("--event_type_column", type_column),
+        ("--weight_column", weight_column),
         *(("--event_columns", column) for column in event_columns),
     ]
     known = log.columns
@@ -364,7 +418,9 @@ def _normalize(log: Log, options: PrepareOptions, time_column: str | None, seque
         # The same column may be both time and sequence, which has no effect.
         if first[1] == second[1] and first[0] in ("--user_column", "--item_column"):
             raise ValueError(f"{first[0]} and {second[0]} must be different columns; got {first[1]!r} for both")
-    reserved = RESERVED_COLUMNS | WORKING_COLUMNS
+    # The columns of types and weights have these names in the histories, and only if there are such columns.
+    named = {"event_type": type_column, "weight": weight_column}
+    reserved = RESERVED_COLUMNS | WORKING_COLUMNS | {name for name, column in named.items() if column is not None}
     if reserved.intersection(event_columns) or len(set(event_columns)) < len(event_columns):
         raise ValueError(
             f"event columns must differ from each other and from {', '.join(sorted(reserved))}; "
@@ -376,7 +432,7 @@ def _normalize(log: Log, options: PrepareOptions, time_column: str | None, seque
     columns = dict.fromkeys(column for _, column in wanted if column is not None)
     table = log.table(columns) if options.where is None else _filtered(log, list(columns), options.where)
     if log.is_text:
-        table = with_types(table, [column for column in event_columns if column not in dict(wanted[:5]).values()])
+        table = with_types(table, [column for column in event_columns if column not in dict(wanted[:7]).values()])
     events: dict[str, ir.Column] = {
         "user_id": as_id(table, user_column, "--user_column"),
         "item_id": as_id(table, item_column, "--item_column"),
@@ -385,6 +441,10 @@ def _normalize(log: Log, options: PrepareOptions, time_column: str | None, seque
         events["timestamp"] = as_time(table, time_column, "--time_column")
     if sequence_column is not None:
         events["_sequence"] = as_time(table, sequence_column, "--sequence_column")
+    if type_column is not None:
+        events["event_type"] = as_id(table, type_column, "--event_type_column")
+    if weight_column is not None:
+        events["weight"] = as_number(table, weight_column, "--weight_column").cast("float64")
     events |= {column: table[column] for column in event_columns}
     if sequence_column is None and SOURCE_ROW in table.columns:
         events["_tie"] = table[SOURCE_ROW]
@@ -476,18 +536,24 @@ def _source_statistics(events: ir.Table, named: Mapping[str, str]) -> dict[str, 
 def _drop_duplicates(events: ir.Table, duplicates: str) -> ir.Table:
     order = list(event_order(events).values())
     if duplicates in ("drop", "drop_identical"):
-        same = [events.user_id, events.item_id]
+        # Events of another type are other events.
+        same = [events.user_id, events.item_id, *([events.event_type] if "event_type" in events.columns else [])]
         if duplicates == "drop_identical":
             same += [events[name] for name in ("timestamp", "_sequence") if name in events.columns]
         earlier = ibis.row_number().over(group_by=same, order_by=order)
         kept = events.mutate(_earlier=earlier).filter(ibis._._earlier == 0)
         return stored_table(kept.drop("_earlier"))
     if duplicates == "drop_consecutive":
-        previous = events.item_id.lag().over(group_by=events.user_id, order_by=order)
-        kept = events.mutate(_previous=previous).filter(
-            ibis._._previous.isnull() | (ibis._._previous != ibis._.item_id)
-        )
-        return stored_table(kept.drop("_previous"))
+        previous = {
+            f"_previous{number}": events[name].lag().over(group_by=events.user_id, order_by=order)
+            for number, name in enumerate(("item_id", "event_type"))
+            if name in events.columns
+        }
+        kept = events.mutate(**previous)
+        differs = kept._previous0.isnull() | (kept._previous0 != kept.item_id)
+        if "_previous1" in previous:
+            differs |= kept._previous1 != kept.event_type
+        return stored_table(kept.filter(differs).drop(*previous))
     return events
 
 
@@ -509,7 +575,9 @@ def _item_counts(table: ir.Table, split: str, min_item_events: int) -> dict[str,
     return dict(sorted(counts.items()))
 
 
-def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> dict[str, Any]:
+def _statistics(
+    table: ir.Table, catalogue: Mapping[str, int], split: str, target_event_types: list[str] | None
+) -> dict[str, Any]:
     """The statistics for preparation.json. A cold target is a target whose item has no event in the training part."""
     length = table.item_id.length()
     repeated = length - table.item_id.unique().length()
@@ -556,10 +624,27 @@ def _statistics(table: ir.Table, catalogue: Mapping[str, int], split: str) -> di
         "num_validation_targets": row["validation"],
         "num_test_targets": row["test"],
     }
+    if target_event_types is not None:
+        statistics |= _type_statistics(table, target_event_types)
     if split == "temporal":
         statistics["num_test_users_without_past"] = row["without_past"]
     statistics["longest_histories"] = _longest_histories(table)
     return statistics
+
+
+def _type_statistics(table: ir.Table, target_event_types: list[str]) -> dict[str, Any]:
+    """The number of events of each type, and the share of the target events whose user had the item before by one."""
+    events = table.select("user_id", item=table.item_id.zip(table.event_type).unnest())
+    events = events.select("user_id", item_id=events.item["f1"], event_type=events.item["f2"])
+    counted = events.group_by("event_type").aggregate(number=events.count()).order_by("event_type").to_pyarrow()
+    counts = dict(zip(counted["event_type"].to_pylist(), counted["number"].to_pylist(), strict=True))
+    targets = events.filter(events.event_type.isin(target_event_types))
+    num_targets = sum(counts.get(name, 0) for name in target_event_types)
+    num_distinct = int(targets.distinct().count().execute())
+    return {
+        "events_per_type": dict(sorted(counts.items())),
+        "share_repeated_target_events": (num_targets - num_distinct) / max(1, num_targets),
+    }
 
 
 def _trained_period(table: ir.Table) -> list[Any] | None:
@@ -572,9 +657,11 @@ def _trained_period(table: ir.Table) -> list[Any] | None:
     return None if row["first"] is None else [plain_time(row["first"]), plain_time(row["last"])]
 
 
-def _checksum(connection: Any, files: list[str]) -> str:
+def _checksum(connection: Any, files: list[str], has_types: bool) -> str:
     """A checksum of the histories with their split. It does not depend on the order of the users or on a library."""
     columns = ["user_id", "array_to_string(item_id, chr(30))", "train_end"]
+    if has_types:
+        columns.append("array_to_string(event_type, chr(30))")
     row = ", ".join([*columns, *(f"coalesce({part}_position, -1)" for part in PARTS)])
     query = (
         f"SELECT sum(md5_number_lower(concat_ws(chr(31), {row})))::VARCHAR "
@@ -618,9 +705,16 @@ def _save_catalogue(
     titles: Mapping[str, str] | None,
     max_length: int,
     features: ItemFeatures | None,
+    event_types: list[str] | None = None,
+    target_event_types: list[str] | None = None,
 ) -> None:
     tokenizer = Bert4RecTokenizer.from_items(
-        list(catalogue), titles=titles, counts=dict(catalogue), model_max_length=max_length
+        list(catalogue),
+        titles=titles,
+        counts=dict(catalogue),
+        model_max_length=max_length,
+        event_types=event_types,
+        target_event_types=target_event_types,
     )
     tokenizer.item_features = features
     tokenizer.save_pretrained(folder)

@@ -39,6 +39,12 @@ class PrepareOptions:
             keeps one of the events with the same user, item, time and sequence number, for logs that contain events
             twice by mistake.
         event_columns: Columns of the log that are copied into the histories.
+        event_type_column: Column of the types of the events, such as view, cart and purchase: text or integers, which
+            are cast to text. The histories have the types, and the model reads them. None: all events are alike.
+        target_event_types: The types that are predicted. Targets, labels, seen items and popularity are those of events
+            of these types. The first is the default of serving. Empty: all types are predicted.
+        weight_column: Column of the weights of the events, finite numbers of at least 0. The weight of an event scales
+            its loss where it is a label in training. None: all weigh the same.
         split: How targets are held out. "leave-one-out": a user's last item is the test target, and the second last
             the validation target. Users with fewer than 3 events train only. The k-core is that of the whole log.
             "temporal": one cut in time for all users. A user's target is the first event at or after the cut. The
@@ -62,7 +68,7 @@ class PrepareOptions:
         filter_seen_items: Whether serving leaves out a user's past items. None: `default_filter_seen_items`.
 
     Raises:
-        TypeError: If `event_columns` or `item_features` is a string.
+        TypeError: If `event_columns`, `target_event_types` or `item_features` is a string.
         ValueError: If a value is out of range, or a cut is given where nothing is cut.
     """
 
@@ -100,6 +106,20 @@ class PrepareOptions:
     )
     event_columns: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "Columns to copy into the histories."}
+    )
+    event_type_column: str | None = field(
+        default=None, metadata={"help": "Column of the types of the events, which the model reads."}
+    )
+    target_event_types: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Types of --event_type_column that are predicted, such as purchase; all types if left out.",
+        },
+    )
+    weight_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of numbers, at least 0, that scale the loss of an event that is predicted."},
     )
     split: str = field(
         default="leave-one-out",
@@ -151,10 +171,19 @@ class PrepareOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("event_columns", "item_features"):
+        for name in ("event_columns", "target_event_types", "item_features"):
             given = getattr(self, name)
             if isinstance(given, str):
                 raise TypeError(f"{name} must be a list of columns; got {given!r}: did you mean [{given!r}]?")
+        if self.target_event_types and self.event_type_column is None:
+            raise ValueError(
+                f"target_event_types need an event_type_column; got {', '.join(self.target_event_types)} without one: "
+                "name the column of the types with --event_type_column"
+            )
+        if len(set(self.target_event_types)) < len(self.target_event_types):
+            raise ValueError(
+                f"target_event_types must differ from each other; got {', '.join(self.target_event_types)}"
+            )
         for name, choices in (("duplicates", DUPLICATES), ("split", SPLITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")

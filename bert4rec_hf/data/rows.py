@@ -3,6 +3,7 @@
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .histories import PARTS, AnyHistories, Histories, StreamedHistories, concat
 
 # Number of streamed rows that are shuffled together.
 SHUFFLE_BUFFER_SIZE = 2**16
+NO_TARGET_TRAINS = "no history has an event of a target type in its training part; name other target_event_types"
 NOTHING_TRAINS = "no history has a training part; prepare a log with more events per user"
 
 
@@ -37,22 +39,27 @@ def training_rows(
         window_step: Distance between two sliding windows, as a share of `max_length`.
 
     Returns:
-        Columns user_id (string) and input_ids (list<int32>).
+        Columns user_id (string) and input_ids (list<int32>); and, if the histories have them, event_type_ids
+        (list<int32>) and loss_weights (list<float>). With event types, rows without an event of a target type are left
+        out, since nothing is predicted in them.
 
     Raises:
         ValueError: If `windows` is unknown, if it needs a `max_length` and gets none, or if no history has a training
             part.
     """
-    token_ids, offsets = _training_part(histories)
-    users, starts, ends = _cuts(offsets, max_length, windows, window_step)
+    columns, offsets = _training_part(histories)
+    users, starts, ends = _with_targets(histories, columns, *_cuts(offsets, max_length, windows, window_step))
     if not len(users):
-        raise ValueError(NOTHING_TRAINS)
-    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(token_ids))
-    rows = Dataset(pa.table({"user_id": histories.user_id, "input_ids": lists})).select(users)
+        raise ValueError(NOTHING_TRAINS if histories.event_type_ids is None else NO_TARGET_TRAINS)
+    lists = {
+        name: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+        for name, values in columns.items()
+    }
+    rows = Dataset(pa.table({"user_id": histories.user_id, **lists})).select(users)
     if windows != "sliding":
         return rows
-    lists = _lists([token_ids[start:end] for start, end in zip(starts, ends, strict=True)])
-    return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], "input_ids": lists}))
+    lists = _cut_lists(columns, starts, ends)
+    return Dataset(pa.table({"user_id": rows.with_format("arrow")["user_id"][:], **lists}))
 
 
 def update_rows(histories: Histories, after: Any, *, max_length: int, seed: int = 0) -> Dataset:
@@ -70,10 +77,10 @@ def update_rows(histories: Histories, after: Any, *, max_length: int, seed: int 
         seed: Equal seeds give equal rows.
 
     Returns:
-        Columns user_id (string) and input_ids (list<int32>). Without new events, there are no rows.
+        The columns of `training_rows`. Without new events, there are no rows.
     """
     assert histories.timestamps is not None  # for the type checker
-    token_ids, offsets = _training_part(histories)
+    columns, offsets = _training_part(histories)
     is_new = np.concatenate(([0], np.cumsum(histories.timestamps[histories.is_trained()] > after)))
     num_new = is_new[offsets[1:]] - is_new[offsets[:-1]]
     users = np.flatnonzero(num_new)
@@ -88,15 +95,42 @@ def update_rows(histories: Histories, after: Any, *, max_length: int, seed: int 
     old_ends = np.minimum(old_starts + max_length, offsets[1:][old_users])
 
     users = np.concatenate((users, old_users))
-    bounds = zip(np.concatenate((starts, old_starts)), np.concatenate((ends, old_ends)), strict=True)
-    lists = _lists([token_ids[start:end] for start, end in bounds])
-    return Dataset(pa.table({"user_id": histories.user_id.take(pa.array(users)), "input_ids": lists}))
+    starts, ends = np.concatenate((starts, old_starts)), np.concatenate((ends, old_ends))
+    users, starts, ends = _with_targets(histories, columns, users, starts, ends)
+    lists = _cut_lists(columns, starts, ends)
+    return Dataset(pa.table({"user_id": histories.user_id.take(pa.array(users)), **lists}))
 
 
-def _training_part(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-    """The known token ids of the training part, and (users + 1,) where each history starts and ends in them."""
+def _training_part(histories: Histories) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The known events of the training part, and (users + 1,) where each history starts and ends in them.
+
+    The events are columns of rows by name: input_ids and, if the histories have them, event_type_ids and loss_weights.
+    """
     kept = histories.is_trained()
-    return histories.item_ids[kept], np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
+    columns = {"input_ids": histories.item_ids[kept]}
+    if histories.event_type_ids is not None:
+        columns["event_type_ids"] = histories.event_type_ids[kept]
+    if histories.weights is not None:
+        columns["loss_weights"] = histories.weights[kept]
+    return columns, np.concatenate(([0], np.cumsum(kept)))[histories.offsets]
+
+
+def _with_targets(
+    histories: Histories, columns: Mapping[str, np.ndarray], users: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows with an event of a target type. Without event types, all rows."""
+    if "event_type_ids" not in columns:
+        return users, starts, ends
+    is_target = np.isin(columns["event_type_ids"], histories.target_event_type_ids)
+    before = np.concatenate(([0], np.cumsum(is_target)))
+    kept = before[ends] > before[starts]
+    return users[kept], starts[kept], ends[kept]
+
+
+def _cut_lists(columns: Mapping[str, np.ndarray], starts: np.ndarray, ends: np.ndarray) -> dict[str, pa.ListArray]:
+    """Columns of lists, the events from `starts` to `ends`."""
+    bounds = list(zip(starts, ends, strict=True))
+    return {name: _lists([values[start:end] for start, end in bounds]) for name, values in columns.items()}
 
 
 def _cuts(
@@ -129,7 +163,7 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
     """The rows of `training_rows`, read from disk as they are needed, for a log that does not fit into memory.
 
     Each row can be read by its index. Reading is fast if the indices are those of `StreamedRowSampler`, since the rows
-    of a part of the histories are read together. The rows have the column input_ids only.
+    of a part of the histories are read together. The rows have the columns of `training_rows` but user_id.
 
     Args:
         histories: The histories on disk. They are read once to count the rows.
@@ -153,7 +187,8 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
         sizes = []
         with tempfile.TemporaryFile() as file:
             for part in histories.parts():
-                _, starts, ends = _cuts(_training_part(part)[1], *self.options)
+                columns, offsets = _training_part(part)
+                _, starts, ends = _with_targets(part, columns, *_cuts(offsets, *self.options))
                 sizes.append(len(starts))
                 np.minimum(ends - starts, max_length).astype(np.int32).tofile(file)
             if not any(sizes):
@@ -165,8 +200,8 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
         self.buffer_size = SHUFFLE_BUFFER_SIZE
         # The rows of a buffer lie in at most so many parts: all of the smallest ones, and the ends of two others.
         self.max_parts = 2 + int(np.searchsorted(np.sort(self.sizes).cumsum(), self.buffer_size, side="right"))
-        # Token ids, starts and ends of the rows of the parts that were read last.
-        self.read: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
+        # Columns, starts and ends of the rows of the parts that were read last.
+        self.read: OrderedDict[int, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # Data-loader workers read parts of their own. Only the sampler needs the lengths.
@@ -183,19 +218,21 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
         rows: list[dict[str, np.ndarray]] = [{}] * len(indices)
         parts = np.searchsorted(self.ends, indices, side="right")
         for part in np.unique(parts).tolist():
-            token_ids, starts, ends = self._rows_of(part)
+            columns, starts, ends = self._rows_of(part)
             first = self.ends[part] - self.sizes[part]
             for place in np.flatnonzero(parts == part).tolist():
                 row = indices[place] - first
-                rows[place] = {"input_ids": token_ids[starts[row] : ends[row]]}
+                rows[place] = {name: values[starts[row] : ends[row]] for name, values in columns.items()}
         return rows
 
-    def _rows_of(self, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _rows_of(self, part: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         if part not in self.read:
             while len(self.read) >= self.max_parts:
                 self.read.popitem(last=False)  # the part that was not used for the longest time
-            token_ids, offsets = _training_part(self.histories.read(part))
-            self.read[part] = (token_ids, *_cuts(offsets, *self.options)[1:])
+            histories = self.histories.read(part)
+            columns, offsets = _training_part(histories)
+            _, starts, ends = _with_targets(histories, columns, *_cuts(offsets, *self.options))
+            self.read[part] = columns, starts, ends
         self.read.move_to_end(part)
         return self.read[part]
 
@@ -209,21 +246,29 @@ def stream_training_rows(files: str | Path | Sequence[str], tokenizer: Bert4RecT
         tokenizer: The catalogue.
 
     Returns:
-        Column input_ids (list<int32>). Histories without a training part are left out.
+        Column input_ids (list<int32>), and event_type_ids as in `training_rows`, but no loss_weights. Histories without
+        a training part, or without a target in it, are left out.
     """
     files = str(files) if isinstance(files, Path) else files
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     # Data-loader workers can pickle functions of a module, but no lambdas.
     rows = rows.map(_tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows.column_names)
-    return rows.filter(_has_items)
+    return rows.filter(_has_targets, fn_kwargs={"target_event_type_ids": tokenizer.target_event_type_ids})
 
 
-def _tokenize(row: Mapping[str, Any], tokenizer: Bert4RecTokenizer) -> dict[str, list[int]]:
+def _tokenize(row: Mapping[str, Any], tokenizer: Bert4RecTokenizer) -> dict[str, list[Any]]:
     token_ids = tokenizer.item_ids_to_token_ids(row["item_id"][: row["train_end"]])
-    return {"input_ids": [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]}
+    columns: dict[str, list[Any]] = {"input_ids": token_ids}
+    if tokenizer.event_types is not None:
+        known = {name: number for number, name in enumerate(tokenizer.event_types, start=1)}
+        columns["event_type_ids"] = [known.get(name, 0) for name in row["event_type"][: row["train_end"]]]
+    is_known = [token_id != UNK_TOKEN_ID for token_id in token_ids]
+    return {name: list(compress(values, is_known)) for name, values in columns.items()}
 
 
-def _has_items(row: Mapping[str, Any]) -> bool:
+def _has_targets(row: Mapping[str, Any], target_event_type_ids: Sequence[int]) -> bool:
+    if "event_type_ids" in row:
+        return not set(target_event_type_ids).isdisjoint(row["event_type_ids"])
     return len(row["input_ids"]) > 0
 
 
@@ -250,6 +295,10 @@ def ranking_rows(
         (list<int32>), all known items before the target; exclude_ids (list<int32>); history_length (int32), the number
         of events before the target.
 
+        With event types, also event_type_ids (list<int32>), the types beside input_ids, where the type of the [MASK] is
+        that of the target; and same_type_ids (list<int32>), history_ids with 0 in place of events that are not of the
+        target's type. The excluded items are then those of same_type_ids.
+
     Raises:
         ValueError: If `part` is neither "validation" nor "test".
     """
@@ -259,14 +308,24 @@ def ranking_rows(
     positions = histories.target_positions[part][users]
     starts = histories.offsets[users]
     targets = histories.item_ids[starts + positions]
-    rows, history_ids, exclude_ids = [], [], []
+    types = histories.event_type_ids
+    rows, history_ids, exclude_ids, event_type_ids, same_type_ids = [], [], [], [], []
     for start, position in zip(starts, positions, strict=True):
         past = histories.item_ids[start : start + position]
-        past = past[past != UNK_TOKEN_ID]
+        is_known = past != UNK_TOKEN_ID
+        past = past[is_known]
         row = np.array(tokenizer.append_mask(past.tolist(), max_length), np.int32)
         rows.append(row)
         history_ids.append(past)
-        exclude_ids.append(np.unique(past) if filter_seen_items else np.zeros(0, np.int32))
+        seen = past
+        if types is not None:
+            past_types, target_type = types[start : start + position][is_known], types[start + position]
+            event_type_ids.append(
+                np.array(tokenizer.append_mask_type(past_types.tolist(), target_type, max_length), np.int32)
+            )
+            same_type_ids.append(np.where(past_types == target_type, past, 0).astype(np.int32))
+            seen = past[past_types == target_type]
+        exclude_ids.append(np.unique(seen) if filter_seen_items else np.zeros(0, np.int32))
     input_ids = _lists(rows)
     labels = np.full(len(input_ids.values), IGNORE_INDEX, np.int32)
     labels[input_ids.offsets.to_numpy()[1:] - 1] = np.where(targets == UNK_TOKEN_ID, IGNORE_INDEX, targets)
@@ -279,6 +338,8 @@ def ranking_rows(
         "exclude_ids": _lists(exclude_ids),
         "history_length": pa.array(positions, pa.int32()),
     }
+    if types is not None:
+        table |= {"event_type_ids": _lists(event_type_ids), "same_type_ids": _lists(same_type_ids)}
     return Dataset(pa.table(table))
 
 
@@ -370,10 +431,23 @@ def sampled_candidates(
 
 
 def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
-    """A column of int32 lists, built from flat arrays: pa.array would make a Python object of every number."""
+    """A column of lists of int32, or of float32 if the rows are floats.
+
+    It is built from flat arrays, since pa.array would make a Python object of every number.
+    """
     offsets = np.cumsum([0, *map(len, rows)])
-    values = np.concatenate([np.zeros(0, np.int32), *rows])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
+    kind = np.float32 if rows and rows[0].dtype.kind == "f" else np.int32
+    values = np.concatenate([np.zeros(0, kind), *rows]).astype(kind, copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
+
+def has_earlier_event(rows: Dataset) -> np.ndarray:
+    """(users,) whether the history has the target's item with another type, as an item in the cart that is bought."""
+    history_ids, lengths = list_values(rows, "history_ids")
+    same_type_ids, _ = list_values(rows, "same_type_ids")
+    users = np.repeat(np.arange(len(rows)), lengths)
+    is_earlier = (history_ids == target_ids_of(rows)[users]) & (same_type_ids == 0)
+    return np.bincount(users[is_earlier], minlength=len(rows)) > 0
 
 
 def target_ids_of(rows: Dataset) -> np.ndarray:

@@ -152,8 +152,11 @@ def collect_histories(
     num_targets: int,
     cuts: Sequence[Any] | None = None,
     users: ir.Table | None = None,
+    target_event_types: Sequence[str] | None = None,
 ) -> ir.Table:
     """Collect the events of each user into one row, with the positions of the split.
+
+    With event types, the targets are the last events of the target types, or the first ones at or after each cut.
 
     Args:
         events: The events of the histories.
@@ -161,6 +164,7 @@ def collect_histories(
         num_targets: Number of targets per user: 2 for validation and test, 1 for test, 0 for none.
         cuts: `num_targets` values of the time column for a temporal split. None: the last events are the targets.
         users: The users that train in a temporal split. None: all.
+        target_event_types: The values of the column event_type that targets may have. None: all events may be targets.
 
     Returns:
         The columns that `histories` documents.
@@ -168,13 +172,32 @@ def collect_histories(
     # Sorting an array of structs gives the same rows on DuckDB and Spark; collect(order_by=...) fails on Spark.
     fields = event_order(events) | {"item_id": events.item_id} | {column: events[column] for column in event_columns}
     before = {f"_before_{number}": (events.timestamp < cut).sum() for number, cut in enumerate(cuts or ())}
+    if target_event_types is not None:
+        is_target = events.event_type.isin(target_event_types)
+        before["_number_targets"] = is_target.sum().cast("int32")
+        for number, cut in enumerate(cuts or ()):
+            before[f"_targets_before_{number}"] = (is_target & (events.timestamp < cut)).sum().cast("int32")
     table = events.group_by("user_id").aggregate(
         _events=ibis.struct(fields).collect(), _number=events.count(), **before
     )
     table = table.mutate(_events=table._events.sort())
 
     nothing = ibis.null("int32")
-    if cuts is None:
+    places: Any = None  # of the events that may be targets
+    if target_event_types is not None:
+        places = table._events.map(lambda event, place: event["event_type"].isin(target_event_types).ifelse(place, -1))
+        places = places.filter(lambda place: place >= 0)
+        table = table.mutate(_places=places)
+        places = table._places
+    if cuts is None and places is not None:
+        ends = [table._number_targets - number for number in range(num_targets, 0, -1)]
+        train_end, positions = table._number, []
+        if num_targets:
+            # There is an event before the first target.
+            has_targets = (ends[0] >= 0).ifelse(places[ends[0]] > 0, False)
+            train_end = has_targets.ifelse(places[ends[0]], table._number)
+            positions = [has_targets.ifelse(places[end].cast("int32"), nothing) for end in ends]
+    elif cuts is None:
         has_targets = table._number > num_targets
         # The end of the training part, and the end of each target.
         ends = [table._number - number for number in range(num_targets, -1, -1)]
@@ -183,9 +206,13 @@ def collect_histories(
     else:
         if users is not None:
             table = table.left_join(users.select(_trains="user_id"), [("user_id", "_trains")])
-        ends = [*(table[name] for name in before), table._number]
+        ends = [*(table[f"_before_{number}"] for number in range(len(cuts))), table._number]
         train_end = ends[0] if users is None else table._trains.notnull().ifelse(ends[0], 0)
-        positions = [(after > end).ifelse(end.cast("int32"), nothing) for end, after in pairwise(ends)]
+        if places is None:
+            positions = [(after > end).ifelse(end.cast("int32"), nothing) for end, after in pairwise(ends)]
+        else:
+            ends = [*(table[f"_targets_before_{number}"] for number in range(len(cuts))), table._number_targets]
+            positions = [(after > end).ifelse(places[end].cast("int32"), nothing) for end, after in pairwise(ends)]
     validation_position, test_position = ([nothing] * 2 + positions)[-2:]
     names = [name for name in ("item_id", "timestamp", *event_columns) if name in fields]
     kinds = {name: fields[name].type() for name in names}

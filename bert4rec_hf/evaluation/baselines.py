@@ -34,6 +34,9 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, se
         num_items: Number of items in the catalogue.
         seed: Seed of the sampled histories.
 
+    With event types, popularity counts the events of the target types, and the successors of an item are such events;
+    personal popularity counts the events of the target's type. The neighbours of kNN and EASE are those by all events.
+
     Returns:
         For each baseline, (users,) ranks of the targets: from 1, or 0 for a target that is never shown. Ties between
         items are broken by popularity. The baselines are:
@@ -49,7 +52,7 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, se
     size = num_items + FIRST_ITEM_ID
     counted = histories if isinstance(histories, Histories) else sampled_histories(histories, seed)
     training = counted.is_trained()
-    follows = training[1:] & training[:-1]
+    follows = training[1:] & training[:-1] & counted.is_of_target_type()[1:]
     ends = counted.offsets[1:-1]
     follows[ends[(ends > 0) & (ends < len(training))] - 1] = False  # the next event is another user's
     pairs, counts = np.unique(
@@ -112,7 +115,8 @@ def transition_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, 
 def personal_popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
     """(users,) ranks of the baseline "personal popularity" only; see `baseline_ranks`."""
     scores = HistoryScores(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, repeat_weight=1.0))
-    return _history_ranks(rows, histories, num_items, scores)
+    column = "same_type_ids" if "same_type_ids" in rows.column_names else "history_ids"
+    return _history_ranks(rows, histories, num_items, scores, column)
 
 
 def popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
@@ -121,7 +125,11 @@ def popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> 
 
 
 def _history_ranks(
-    rows: Dataset, histories: AnyHistories, num_items: int, scores: Callable[[torch.Tensor], Pairs]
+    rows: Dataset,
+    histories: AnyHistories,
+    num_items: int,
+    scores: Callable[[torch.Tensor], Pairs],
+    history_column: str = "history_ids",
 ) -> np.ndarray:
     """(users,) ranks of the targets by scores that a history gives to some items; ties are broken by popularity.
 
@@ -130,11 +138,12 @@ def _history_ranks(
 
     Args:
         scores: Maps histories (batch, length), padded with 0 on the left, to `Pairs`.
+        history_column: The column of the rows that has the histories.
     """
     counts = item_counts(histories, num_items)
     popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than the value of any pair
     ascending = popularity[FIRST_ITEM_ID:].sort().values
-    columns = [_tensors(rows, name) for name in ("history_ids", "exclude_ids")]
+    columns = [_tensors(rows, name) for name in (history_column, "exclude_ids")]
     targets, ranks = torch.from_numpy(target_ids_of(rows)).long(), []
     for start in range(0, len(rows), ROWS_PER_BATCH):
         part = slice(start, start + ROWS_PER_BATCH)

@@ -105,7 +105,8 @@ def compare_targets(
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:MAX_CALIBRATED_USERS]))
     rows = rows.select(np.argsort(rows["history_length"], kind="stable"))  # rows of similar length need little padding
     collate = DataCollatorForMaskedItemPrediction(tokenizer)
-    columns = rows.select_columns(["input_ids", "labels", "history_ids", "exclude_ids"])
+    names = ["input_ids", "labels", "history_ids", "exclude_ids", "event_type_ids", "same_type_ids"]
+    columns = rows.select_columns([name for name in names if name in rows.column_names])
     found: list[tuple[np.ndarray, ...]] = []
     with _weights(model.config, dict.fromkeys(WEIGHT_FIELDS, 0.0)):
         for number, batch in enumerate(DataLoader(columns, batch_size, collate_fn=collate)):
@@ -244,10 +245,10 @@ def _compare(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray,
     history_ids, exclude_ids = batch["history_ids"], batch["exclude_ids"].sort(dim=1).values
     target_ids = batch["labels"].amax(dim=1, keepdim=True)
     target_ids = target_ids.masked_fill(target_ids == IGNORE_INDEX, 0)
-    states = model.mask_states(batch["input_ids"], batch["attention_mask"])
+    states = model.mask_states(batch["input_ids"], batch["attention_mask"], batch.get("event_type_ids"))
     # The weights are 0, so these are the top ten of the network.
     _, _, nearest = model.search(states, history_ids, top_k=CUTOFF, exclude_ids=exclude_ids)
-    features = model.history_scores.features(history_ids)
+    features = model.history_scores.features(history_ids, same_type_ids=batch.get("same_type_ids"))
     others = torch.cat((nearest, *(item_ids for item_ids, _ in features.values())), dim=1).sort(dim=1).values
     is_first = others.diff(dim=1, prepend=others.new_zeros(len(others), 1)) > 0
     excluded = exclude_ids, torch.ones(exclude_ids.shape, device=exclude_ids.device)

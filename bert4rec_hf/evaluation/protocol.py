@@ -25,7 +25,8 @@ class Protocol:
         filter_seen_items: Whether a user's past items were excluded. A target among them is then a miss.
         num_users: Number of users with a target. All of them count.
         num_users_without_past: Number of these users that were ranked from an empty history.
-        share_seen_targets: Share of targets that are in the catalogue and in the user's history.
+        share_seen_targets: Share of targets that are in the catalogue and in the user's history. With event types, in the
+            history with the target's type.
         share_unknown_targets: Share of targets that are not in the catalogue. They are misses.
         calibrated: Whether the weights of the model's counted scores were chosen on these targets.
         targets: What the targets are, in words.
@@ -72,6 +73,10 @@ class Protocol:
         is_target = (
             before & (histories.item_ids == np.repeat(target_of, lengths)) & (histories.item_ids >= FIRST_ITEM_ID)
         )
+        if histories.event_type_ids is not None:
+            type_of = np.zeros(len(histories), np.int32)
+            type_of[users] = histories.event_type_ids[histories.offsets[users] + positions]
+            is_target &= histories.event_type_ids == np.repeat(type_of, lengths)
         num_seen = np.unique(np.repeat(np.arange(len(histories)), lengths)[is_target]).size
         split = preparation["split"]
         notes = [f"{name} from {split[f'{name}_cut']}" for name in PARTS if f"{name}_cut" in split]

@@ -48,7 +48,9 @@ class TargetSets:
     def expanded_rows(self) -> Dataset:
         """One row per target, for `baseline_ranks`."""
         labels = pa.array(self.token_ids.astype(np.int32)[:, None].tolist(), pa.list_(pa.int32()))
-        columns = self.rows.select_columns(["user_id", "history_ids", "exclude_ids"]).with_format("arrow")
+        names = ["user_id", "history_ids", "exclude_ids", "same_type_ids"]
+        columns = self.rows.select_columns([name for name in names if name in self.rows.column_names])
+        columns = columns.with_format("arrow")
         return Dataset(columns[self.users].append_column("labels", labels))
 
     def share_seen(self) -> float:
@@ -120,7 +122,7 @@ def target_sets(
             histories.timestamps == np.repeat(times, lengths)
         )
         description = "all held-out items of a basket"
-    events = np.flatnonzero(is_target)
+    events = np.flatnonzero(is_target & histories.is_of_target_type())
     if not len(events):
         raise ValueError(f"no user has a {part} target within {horizon}: give a longer --horizon")
     with_targets, first = np.unique(users[events], return_index=True)

@@ -18,6 +18,8 @@ DERIVED_FIELDS = (
     "tie_word_embeddings",
     "num_item_features",
     "withdrawn_item_ids",
+    "num_event_types",
+    "target_event_type_ids",
 )
 
 
@@ -102,12 +104,18 @@ class Bert4RecConfig(PreTrainedConfig):
             validation, so that new items are recommended as often as it pays.
         withdrawn_item_ids (`list[int]`, *optional*):
             Token ids of items that are never recommended any more. They still count as items of a history.
+        num_event_types (`int`, defaults to 0):
+            Number of types of events, such as view and purchase. An embedding of the type is added to the item vector at
+            the input. 0: events have no types.
+        target_event_type_ids (`list[int]`, *optional*):
+            Ids of the types that are predicted, from 1 to `num_event_types`; the first is the default of serving.
         pad_in_softmax (`bool`, defaults to `False`):
             Whether [PAD] has a score and takes part in the full softmax, as in RecBole. This is for converted models.
             [PAD] itself is never recommended.
         filter_seen_items (`bool`, defaults to `False`):
             Whether serving never recommends the items of a user's history. The item loss then excludes these items too,
-            so that the model learns nothing about repeats.
+            so that the model learns nothing about repeats. With event types, these are only the items that the history
+            has with the type that is predicted: what was viewed or put into the cart can still be bought.
     """
 
     model_type = "bert4rec"
@@ -141,6 +149,8 @@ class Bert4RecConfig(PreTrainedConfig):
     num_item_features: int = 0
     new_item_offset: float | int = 0.0
     withdrawn_item_ids: list[int] | None = None
+    num_event_types: int = 0
+    target_event_type_ids: list[int] | None = None
     pad_in_softmax: bool = False
     filter_seen_items: bool = False
     pad_token_id: int | None = PAD_TOKEN_ID
@@ -158,7 +168,12 @@ class Bert4RecConfig(PreTrainedConfig):
             given = getattr(self, f"{name}_token_id")
             if given not in (fixed, None):
                 raise ValueError(f"{name}_token_id is {fixed} in every catalogue; got {given}: leave it out")
-        for name in ("num_transitions", "num_item_features"):
+        for type_id in self.target_event_type_ids or ():
+            if not 1 <= type_id <= self.num_event_types:
+                raise ValueError(
+                    f"target_event_type_ids must lie between 1 and num_event_types, {self.num_event_types}; got {type_id}"
+                )
+        for name in ("num_transitions", "num_item_features", "num_event_types"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         for token_id in self.withdrawn_item_ids or ():

@@ -90,6 +90,8 @@ class ExplanationMixin(RecommendationMixin):
         *,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
+        target_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """How much each item of a history carries the scores of some items.
 
@@ -115,6 +117,8 @@ class ExplanationMixin(RecommendationMixin):
             item_ids: (batch, k) token ids of the items to explain, for example from `recommend`, padded with 0.
             candidate_ids: (C,) or (batch, C) token ids that were chosen from, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids that are never recommended, padded with 0, or (1, E) for all rows.
+            history_type_ids: (batch, H) types of the events of the histories. None: events have no types.
+            target_type_ids: (batch,) the type that is recommended for. Needed with `history_type_ids`.
 
         Returns:
             source_ids: (batch, M) int64 token ids of the distinct items of each history, newest first, padded with 0.
@@ -136,7 +140,17 @@ class ExplanationMixin(RecommendationMixin):
         sources = [torch.tensor(list(dict.fromkeys(reversed(history))), dtype=torch.long) for history in histories]
         source_ids = nn.utils.rnn.pad_sequence(sources, batch_first=True) if sources else torch.zeros(0, 0).long()
         source_ids = source_ids.to(history_ids.device)
-        contributions = self.history_scores.contributions(history_ids, item_ids, source_ids)
+        same_type_ids, types, targets = None, None, [0] * len(histories)
+        if history_type_ids is not None:
+            if target_type_ids is None:
+                raise ValueError("history_type_ids need target_type_ids, the types that are recommended for; got none")
+            same_type_ids = history_ids.where(history_type_ids == target_type_ids.unsqueeze(1), 0)
+            types = [
+                [kind for item, kind in zip(*row, strict=True) if item >= FIRST_ITEM_ID]
+                for row in zip(history_ids.tolist(), history_type_ids.tolist(), strict=True)
+            ]
+            targets = target_type_ids.tolist()
+        contributions = self.history_scores.contributions(history_ids, item_ids, source_ids, same_type_ids)
         catalogue = range(FIRST_ITEM_ID, self.config.vocab_size)
         total = self._sum_of_vectors(catalogue if candidate_ids is None else range(0))
         for row, history in enumerate(histories):
@@ -148,31 +162,54 @@ class ExplanationMixin(RecommendationMixin):
                 candidates = candidate_ids.expand(len(histories), -1)[row]
                 candidates = candidates[(candidates >= FIRST_ITEM_ID) & ~torch.isin(candidates, excluded)]
                 mean = self._sum_of_vectors(candidates) / max(1, len(candidates))
-            changes = self._changes_without_items(tokenizer, history, history_ids.device)
+            of_row = None if types is None else types[row]
+            changes = self._changes_without_items(tokenizer, history, history_ids.device, of_row, targets[row])
             with torch.autocast(history_ids.device.type, enabled=False):
                 vectors = self._item_rows(item_ids[row])[0].float() - mean
                 # The biases are the same with and without an item, so they cancel.
                 contributions[row, :, : len(changes)] += vectors @ changes.mT
         return source_ids, contributions * (item_ids > 0).unsqueeze(2)
 
-    def _changes_without_items(self, tokenizer: Any, history: list[int], device: torch.device) -> torch.Tensor:
+    def _changes_without_items(
+        self,
+        tokenizer: Any,
+        history: list[int],
+        device: torch.device,
+        types: list[int] | None = None,
+        target_type: int = 0,
+    ) -> torch.Tensor:
         """(m, hidden size) float32: the state of a history minus its states without each of its newest distinct items.
 
         Args:
             tokenizer: The model's `Bert4RecTokenizer`.
             history: Token ids of items, oldest first.
             device: The device of the result.
+            types: The types of the events. None: they have none.
+            target_type: The type that is recommended for.
         """
         left_out = dict.fromkeys(reversed(history[-NUM_EXPLAINED_ITEMS:]))
         if not left_out:
             return torch.zeros(0, self.config.hidden_size, device=device)
-        shortened = [[token_id for token_id in history if token_id != item] for item in left_out]
+        events = list(zip(history, types or [0] * len(history), strict=True))
+        shortened = [[event for event in events if event[0] != item] for item in left_out]
         length = self.config.max_position_embeddings
-        inputs = [tuple(tokenizer.append_mask(items, length)) for items in (history, *shortened)]
+        inputs = [
+            (
+                tuple(tokenizer.append_mask([item for item, _ in kept], length)),
+                None
+                if types is None
+                else tuple(tokenizer.append_mask_type([kind for _, kind in kept], target_type, length)),
+            )
+            for kept in (events, *shortened)
+        ]
         # An item that the model does not read changes no input. Equal inputs get one state, so that its change is 0.
         places = {row: place for place, row in enumerate(dict.fromkeys(inputs))}
-        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in places], batch_first=True)
-        states = self.mask_states(rows.to(device)).squeeze(1).float()
+        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in places], batch_first=True).to(device)
+        event_type_ids = None
+        if types is not None:
+            of_rows = [torch.tensor(kinds) for _, kinds in places]
+            event_type_ids = nn.utils.rnn.pad_sequence(of_rows, batch_first=True).to(device)
+        states = self.mask_states(rows, event_type_ids=event_type_ids).squeeze(1).float()
         states = states[[places[row] for row in inputs]]
         return states[:1] - states[1:]
 

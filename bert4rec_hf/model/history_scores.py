@@ -39,6 +39,9 @@ class HistoryScores(nn.Module):
     - `recency` (`config.recency_weight`): 1 / 2 ** n for an item that the history last had n items before its newest.
     - `popularity` (`config.popularity_weight`): the popularity of an item, for a history without items.
 
+    With event types, transitions start from the events of all types, while repeats and recency count only the events of
+    the type that is recommended for, `same_type_ids`.
+
     The counts are buffers, which FSDP never shards. `successor_ids` (vocab size, K) int32 has the token ids of each
     item's successors, each once and padded with 0. `successor_scores` and `next_item_scores` (vocab size, K) float32
     have their scores; see `counting.transitions`. K is `config.num_transitions`. The row of [PAD] holds the popular
@@ -73,12 +76,19 @@ class HistoryScores(nn.Module):
             for name in ("successor_ids", "successor_scores", "next_item_scores"):
                 setattr(self, name, nn.functional.pad(getattr(self, name), added))
 
-    def forward(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Pairs:
+    def forward(
+        self,
+        history_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
+    ) -> Pairs:
         """The pairs of items and values to add to the network's scores.
 
         Args:
             history_ids: (batch, length) token ids, oldest first. Special tokens are left out.
             attention_mask: (batch, length), 0 for positions that do not count. None: all count.
+            same_type_ids: (batch, H) token ids of the events of the type that is recommended for, 0 elsewhere, oldest
+                first. None: all events are of that type.
 
         Returns:
             item_ids (batch, K) int64, unique and ascending in each row, and values (batch, K) float32. Padding,
@@ -96,7 +106,7 @@ class HistoryScores(nn.Module):
             found.append((self.successor_ids[newest_ids].flatten(1).long(), values.flatten(1)))
             most += NUM_NEWEST_ITEMS
         if config.repeat_weight or config.recency_weight:
-            repeated_ids, counts, ages = item_occurrences(item_ids)
+            repeated_ids, counts, ages = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
             values = counts.log1p() * config.repeat_weight + _recency(counts, ages) * config.recency_weight
             found.append((repeated_ids, values))
             most += 1
@@ -105,10 +115,15 @@ class HistoryScores(nn.Module):
         paired_ids, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         return _sum_pairs(paired_ids, values, most)
 
-    def features(self, history_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, Pairs]:
+    def features(
+        self,
+        history_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
+    ) -> dict[str, Pairs]:
         """The unweighted pairs of each feature by name. Arguments and shapes are those of `forward`."""
         item_ids = _items(history_ids, attention_mask)
-        repeated_ids, counts, ages = item_occurrences(item_ids)
+        repeated_ids, counts, ages = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
         features = {
             "repeats": _sum_pairs(repeated_ids, counts.log1p(), 1),
             "recency": _sum_pairs(repeated_ids, _recency(counts, ages), 1),
@@ -125,7 +140,11 @@ class HistoryScores(nn.Module):
         return features
 
     def contributions(
-        self, history_ids: torch.Tensor, item_ids: torch.Tensor, source_ids: torch.Tensor
+        self,
+        history_ids: torch.Tensor,
+        item_ids: torch.Tensor,
+        source_ids: torch.Tensor,
+        same_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The part of each item of a history in the values that `forward` has for some items.
 
@@ -137,12 +156,13 @@ class HistoryScores(nn.Module):
             history_ids: (batch, length) token ids, oldest first. Special tokens are left out.
             item_ids: (batch, k) token ids whose values are divided.
             source_ids: (batch, M) distinct token ids of each history, padded with 0.
+            same_type_ids: See `forward`.
 
         Returns:
             (batch, k, M) float32. If `source_ids` has all items of a history, the parts of an item sum to its value.
         """
         history_ids, config = _items(history_ids, None), self.config
-        repeated_ids, counts, ages = item_occurrences(history_ids)
+        repeated_ids, counts, ages = item_occurrences(_of_same_type(history_ids, None, same_type_ids))
         values = counts.log1p() * config.repeat_weight + _recency(counts, ages) * config.recency_weight
         values = values_of(_sum_pairs(repeated_ids, values, 1), item_ids)
         is_itself = (source_ids.unsqueeze(1) == item_ids.unsqueeze(2)) & (source_ids > 0).unsqueeze(1)
@@ -245,6 +265,15 @@ def _items(history_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> to
     if attention_mask is not None and attention_mask.dim() == 2:
         is_item = is_item & (attention_mask != 0)
     return history_ids.where(is_item, 0).long()
+
+
+def _of_same_type(
+    item_ids: torch.Tensor, attention_mask: torch.Tensor | None, same_type_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """The items whose repeats count: `same_type_ids` if they are given, else all."""
+    if same_type_ids is None:
+        return item_ids
+    return _items(same_type_ids, attention_mask if same_type_ids.shape == item_ids.shape else None)
 
 
 def _runs(in_order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

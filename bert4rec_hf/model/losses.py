@@ -24,6 +24,7 @@ def softmax_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
     excluded_ids: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy over all items (Sun et al. 2019, equation 8), or over the items that are not excluded.
 
@@ -36,6 +37,7 @@ def softmax_loss(
             training step. None: those of this batch.
         excluded_ids: (N, E) rows of `item_weight` to exclude from the softmax of each label. The label itself is never
             excluded, and negative numbers have no effect. None: nothing is excluded.
+        weights: (N,) numbers that the losses of the labels are multiplied by. None: all are 1.
 
     Returns:
         A scalar; 0 with zero gradients if there are no labels.
@@ -44,7 +46,7 @@ def softmax_loss(
     if not torch.is_grad_enabled():  # even then, a view of a parameter has requires_grad
         inputs = (hidden_states.detach(), item_weight.detach(), item_bias.detach())
     needs_gradient = any(tensor.requires_grad for tensor in inputs)
-    loss, *_ = _CrossEntropy.apply(*inputs, labels, excluded_ids, needs_gradient)
+    loss, *_ = _CrossEntropy.apply(*inputs, labels, excluded_ids, weights, needs_gradient)
     return _per_label(loss, labels, num_items_in_batch)
 
 
@@ -92,6 +94,7 @@ class _CrossEntropy(torch.autograd.Function):
         item_bias: torch.Tensor,
         labels: torch.Tensor,
         excluded_ids: torch.Tensor | None,
+        weights: torch.Tensor | None,
         needs_gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
         """The loss, then the gradients of states, weight and bias if they are needed."""
@@ -112,6 +115,8 @@ class _CrossEntropy(torch.autograd.Function):
                 logits = torch.addmm(bias, states[part], weight.T).to(precise)
                 _exclude(logits, labels[part], None if excluded_ids is None else excluded_ids[part])
                 counts, index = (labels[part] != IGNORE_INDEX).unsqueeze(1), labels[part].clamp(min=0).unsqueeze(1)
+                if weights is not None:
+                    counts = counts * weights[part].to(precise).unsqueeze(1)
                 largest, of_labels = logits.amax(dim=1, keepdim=True), logits.gather(1, index)
                 sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
                 # Not in place: the function that torch.compile of torch 2.11 makes of this one would return the loss a
@@ -135,7 +140,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        return *(gradient * of_loss for gradient in ctx.saved_tensors), None, None, None
+        return *(gradient * of_loss for gradient in ctx.saved_tensors), None, None, None, None
 
 
 def sampled_softmax_loss(
@@ -149,6 +154,7 @@ def sampled_softmax_loss(
     negative_log_probabilities: torch.Tensor | None = None,
     positive_log_probabilities: torch.Tensor | None = None,
     excluded_ids: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy over the label and its negatives (Bengio & Senecal 2008; Jean et al. 2015, section 3).
 
@@ -172,6 +178,7 @@ def sampled_softmax_loss(
             nothing to predict.
         excluded_ids: (N, E) rows of `item_weight` that are not negatives of the label; negative numbers have no effect.
             None: all items may be negatives.
+        weights: (N,) numbers that the losses of the labels are multiplied by. None: all are 1.
 
     Returns:
         A scalar. A position without a negative adds 0.
@@ -190,7 +197,8 @@ def sampled_softmax_loss(
             f"{given}_log_probabilities"
         )
     scores = torch.cat((positive.unsqueeze(1), negative.masked_fill(~is_negative, -torch.inf)), dim=1)
-    return _total(scores.logsumexp(dim=1) - positive, labels, is_negative, num_items_in_batch)
+    losses = scores.logsumexp(dim=1) - positive
+    return _total(losses, labels, is_negative, num_items_in_batch, weights)
 
 
 def bpr_loss(
@@ -202,6 +210,7 @@ def bpr_loss(
     *,
     negative_ids: torch.Tensor,
     excluded_ids: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bayesian personalized ranking (Rendle et al. 2009): the mean of -log sigmoid(s+ - s-) over the negatives.
 
@@ -215,6 +224,7 @@ def bpr_loss(
             does not count where it is the label, or below 0.
         excluded_ids: (N, E) rows of `item_weight` that are not negatives of the label; negative numbers have no effect.
             None: all items may be negatives.
+        weights: (N,) numbers that the losses of the labels are multiplied by. None: all are 1.
 
     Returns:
         A scalar. A position without a negative adds 0.
@@ -225,7 +235,7 @@ def bpr_loss(
     positive, negative, is_negative = _scores(hidden_states, item_weight, item_bias, labels, negative_ids, excluded_ids)
     losses = -nn.functional.logsigmoid(positive.unsqueeze(1) - negative).masked_fill(~is_negative, 0)
     losses = losses.sum(dim=1) / is_negative.sum(dim=1).clamp(min=1)
-    return _total(losses, labels, is_negative, num_items_in_batch)
+    return _total(losses, labels, is_negative, num_items_in_batch, weights)
 
 
 def gbce_loss(
@@ -238,6 +248,7 @@ def gbce_loss(
     negative_ids: torch.Tensor,
     calibration: float = 0.75,
     excluded_ids: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Generalised binary cross-entropy (Petrov & Macdonald, RecSys 2023), which reduces overconfidence.
 
@@ -256,6 +267,7 @@ def gbce_loss(
             those of training with all items as negatives.
         excluded_ids: (N, E) rows of `item_weight` that are not negatives of the label; negative numbers have no effect.
             None: all items may be negatives.
+        weights: (N,) numbers that the losses of the labels are multiplied by. None: all are 1.
 
     Returns:
         A scalar. A position without a negative adds 0.
@@ -269,7 +281,7 @@ def gbce_loss(
     of_positive = (1 - calibration * (1 - alpha)) * nn.functional.logsigmoid(positive)
     of_negatives = nn.functional.logsigmoid(-negative).masked_fill(~is_negative, 0).sum(dim=1)
     losses = -(of_positive + of_negatives) / (num_negatives + 1)
-    return _total(losses, labels, is_negative, num_items_in_batch)
+    return _total(losses, labels, is_negative, num_items_in_batch, weights)
 
 
 def _scores(
@@ -330,9 +342,12 @@ def _total(
     labels: torch.Tensor,
     is_negative: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
+    weights: torch.Tensor | None,
 ) -> torch.Tensor:
     """The sum of the losses (N,) of positions with a label and a negative, divided by the number of labels."""
     counts = (labels != IGNORE_INDEX) & is_negative.any(dim=1)
+    if weights is not None:
+        losses = losses * weights
     return _per_label(losses.masked_fill(~counts, 0).sum(), labels, num_items_in_batch)
 
 
@@ -358,6 +373,7 @@ def item_loss(
     negative_log_probabilities: torch.Tensor | None = None,
     positive_log_probabilities: torch.Tensor | None = None,
     calibration: float = 0.75,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the item loss with a given name. Unlike the losses themselves, it takes token ids instead of rows.
 
@@ -373,6 +389,8 @@ def item_loss(
         negative_log_probabilities: For "sampled_softmax": log probabilities in the shape of `negative_ids`.
         positive_log_probabilities: For "sampled_softmax": log probabilities in the shape of `labels`.
         calibration: For "gbce": the parameter t of `gbce_loss`.
+        weights: (...) numbers that the losses of the labels are multiplied by. The sum of the losses is still divided
+            by the number of labels. None: all are 1.
 
     Returns:
         A scalar.
@@ -389,6 +407,8 @@ def item_loss(
                 f"item_loss {name!r} needs negative_ids: give num_negatives to DataCollatorForMaskedItemPrediction"
             )
         options["negative_ids"] = _rows(negative_ids) - FIRST_ITEM_ID
+    if weights is not None:
+        options["weights"] = weights.flatten()
     if name == "gbce":
         options["calibration"] = calibration
     if name == "sampled_softmax" and negative_log_probabilities is not None:

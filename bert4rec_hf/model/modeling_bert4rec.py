@@ -105,12 +105,15 @@ class ItemBias(nn.Module):
 
 
 class Bert4RecEmbeddings(nn.Module):
-    """Item vectors, plus learned positions if the config asks for them."""
+    """Item vectors, plus vectors of the event types and learned positions if the config asks for them."""
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.config = config
         self.item_embeddings = ItemEmbeddings(config.vocab_size, config.hidden_size)
+        if config.num_event_types:
+            # Row 0 stands for no type, and stays 0.
+            self.event_type_embeddings = nn.Embedding(config.num_event_types + 1, config.hidden_size, padding_idx=0)
         if config.position_embedding_type != "rotary":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.norm = (
@@ -121,9 +124,15 @@ class Bert4RecEmbeddings(nn.Module):
         self.dropout = Bert4RecDropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, position_ids: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        event_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden_states = self.item_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if event_type_ids is not None:
+            hidden_states = hidden_states + self.event_type_embeddings(event_type_ids)
         if self.config.position_embedding_type != "rotary":
             hidden_states = hidden_states + self.position_embeddings(position_ids)
         return self.dropout(self.norm(hidden_states))
@@ -344,6 +353,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         masked_positions: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
@@ -355,12 +365,13 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             inputs_embeds: (batch, length, hidden size) embeddings in place of `input_ids`.
             masked_positions: (batch, P) positions that the last layer computes, padded with -1. The last hidden state
                 is then (batch, P, hidden size). None: all positions.
+            event_type_ids: (batch, length) types of the events, from 1; 0 for none. None: no event has a type.
             output_attentions: Whether to return the attention weights of all layers. None: as the config says.
             output_hidden_states: Whether to return the hidden states of all layers. None: as the config says.
 
         Raises:
-            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, or if the input is longer
-                than `max_position_embeddings`.
+            ValueError: If both or none of `input_ids` and `inputs_embeds` are given, if the input is longer than
+                `max_position_embeddings`, or if `event_type_ids` have another shape or the model has no event types.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
@@ -375,6 +386,14 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
                 f"the input has length {inputs.shape[1]}, the model takes at most {longest}: shorten histories with "
                 "tokenizer.append_mask"
             )
+        if event_type_ids is not None:
+            if not self.config.num_event_types:
+                raise ValueError("the model has no event types; got event_type_ids: leave them out")
+            if event_type_ids.shape != inputs.shape[:2]:
+                raise ValueError(
+                    f"event_type_ids must have the shape of the input, {tuple(inputs.shape[:2])}; got "
+                    f"{tuple(event_type_ids.shape)}"
+                )
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
         if position_ids is None:
@@ -382,7 +401,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         else:  # one row of positions may stand for all rows
             position_ids = position_ids.expand(inputs.shape[0], -1)
 
-        hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
+        hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids, event_type_ids)
         if self.config.causal_attention and (attention_mask is None or attention_mask.dim() == 2):
             attention_mask = self._causal_mask(input_ids, attention_mask, position_ids)
         elif attention_mask is not None and attention_mask.dim() == 2 and self._computes_part_of_the_queries:
@@ -487,6 +506,8 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
         negative_ids: torch.Tensor | None = None,
         negative_log_probabilities: torch.Tensor | None = None,
         positive_log_probabilities: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -512,6 +533,11 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
                 negative to be drawn.
             positive_log_probabilities: Shaped like `labels`, for "sampled_softmax": the log probability of each label
                 to be among the draws.
+            event_type_ids: (batch, length) types of the events, from 1; 0 for none. The type of a [MASK] is that of the
+                event that is predicted. With `config.filter_seen_items`, the loss then excludes only the items of the
+                row whose events have the type of the label. None: no event has a type.
+            loss_weights: Shaped like `labels`: numbers of at least 0 that the losses of the labels are multiplied by.
+                The sum is still divided by the number of labels. None: all are 1.
             skip_logits: Whether not to compute the logits. None: True in training with labels, otherwise False.
             output_attentions: Whether to return the attention weights of all layers. None: as the config says.
             output_hidden_states: Whether to return the hidden states of all layers. None: as the config says.
@@ -523,7 +549,7 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
         """
         if skip_logits is None:
             skip_logits = self.training and labels is not None
-        sampled = [negative_ids, negative_log_probabilities, positive_log_probabilities]
+        sampled = [negative_ids, negative_log_probabilities, positive_log_probabilities, loss_weights]
         if labels is not None:
             inputs = masked_positions if masked_positions is not None else input_ids
             inputs = inputs_embeds if inputs is None else inputs
@@ -541,6 +567,7 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             masked_positions=masked_positions,
+            event_type_ids=event_type_ids,
             return_dict=True,
             **{name: value for name, value in recorded.items() if value is not None},  # None leaves it to the config
         )
@@ -549,6 +576,12 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
             seen_ids = None
             if input_ids is not None and self.config.filter_seen_items:
                 seen_ids = input_ids.unsqueeze(1).expand(*labels.shape, -1)
+                if event_type_ids is not None:
+                    at_labels = event_type_ids
+                    if masked_positions is not None:
+                        at_labels = event_type_ids.gather(1, masked_positions.clamp(min=0))
+                    is_of_type = event_type_ids.unsqueeze(1) == at_labels.unsqueeze(2)
+                    seen_ids = seen_ids.where(is_of_type, PAD_TOKEN_ID)
             # Only the states of labels are needed. Selecting them on a device would wait for their number.
             if self.training and skip_logits and (masked_positions is None or _is_eager_on_cpu(states)):
                 is_label = labels != IGNORE_INDEX
@@ -575,6 +608,7 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
         negative_ids: torch.Tensor | None,
         negative_log_probabilities: torch.Tensor | None,
         positive_log_probabilities: torch.Tensor | None,
+        loss_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         """The item loss in training, the softmax loss in evaluation, of states (..., hidden size) and labels (...)."""
         name = self.config.item_loss if self.training else "softmax"
@@ -597,6 +631,7 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, Bert4RecPreTrainedModel)
                 negative_log_probabilities=negative_log_probabilities,
                 positive_log_probabilities=positive_log_probabilities,
                 calibration=self.config.gbce_calibration,
+                weights=loss_weights,
             )
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:

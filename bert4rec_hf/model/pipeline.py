@@ -25,11 +25,12 @@ logger = logging.getLogger(__name__)
 # Number of unknown items that a warning names.
 UNKNOWN_SHOWN = 3
 # Keys of a request, and columns of histories.parquet that a request may have and that are ignored.
-REQUEST_KEYS = ("history", "item_id", "exclude", "candidates")
+REQUEST_KEYS = ("history", "item_id", "exclude", "candidates", "event_type")
 IGNORED_KEYS = ("user_id", "timestamp", "train_end", "validation_position", "test_position")
 # Arguments of a call.
 CALL_OPTIONS = (
-    "top_k", "filter_seen_items", "exclude", "candidates", "index", "rules", "explain", "batch_size", "num_workers",
+    "top_k", "filter_seen_items", "exclude", "candidates", "index", "rules", "explain", "event_type", "batch_size",
+    "num_workers",
 )  # fmt: skip
 # Number of items to recommend unless told otherwise.
 TOP_K = 10
@@ -56,6 +57,10 @@ class SequentialRecommendationPipeline(Pipeline):
     as in histories.parquet). Its key `exclude` adds to that of the call, and its key `candidates` replaces that of the
     call. An empty list is a history without items. Lists may be tuples, arrays or columns of a data frame.
 
+    With a model of event types, an item of a history may be a dictionary {"item_id", "event_type"}, or a mapping of a
+    history has the types in its key `event_type`, a list beside the items, as in histories.parquet. An item without a
+    type counts as an event of the first target type.
+
     The arguments are given to the call or to `pipeline(...)`.
 
     Args:
@@ -66,6 +71,8 @@ class SequentialRecommendationPipeline(Pipeline):
         index: An `ItemIndex` of the model, for approximate search. Histories with candidates do not use it.
         rules: `Rules` of the catalogue: a condition on items, boosts, quotas and diversity. One warning for each call
             counts the histories for which they leave fewer than `top_k` items.
+        event_type: The target type to recommend for, such as "purchase". None: the first target type of the model. Seen
+            items are those that the history has with this type.
         explain: Whether to name the items of the history that carry each recommendation. The recommendations are the
             same, but the model also reads each history without each of its newest 50 items.
         batch_size: Number of histories that the model reads at once.
@@ -169,6 +176,7 @@ class SequentialRecommendationPipeline(Pipeline):
         index: Any = None,
         rules: Any = None,
         explain: bool | None = None,
+        event_type: str | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in unknown:
@@ -194,28 +202,34 @@ class SequentialRecommendationPipeline(Pipeline):
             candidate_ids, lacking = self._candidate_ids(candidates)
             forward["candidate_ids"] = torch.tensor(candidate_ids)
             warn_unknown(len(lacking), lacking[:UNKNOWN_SHOWN])
+        before: dict[str, Any] = {"filter_seen_items": filter_seen_items, "event_type": event_type}
+        if event_type is not None:
+            self.tokenizer.target_event_type_id(event_type)  # raises if the model does not recommend for it
         return (
-            {} if filter_seen_items is None else {"filter_seen_items": filter_seen_items},
+            {name: value for name, value in before.items() if value is not None},
             {name: value for name, value in forward.items() if value is not None},
             {},
         )
 
-    def preprocess(self, inputs: Any, filter_seen_items: bool | None = None) -> dict[str, torch.Tensor]:
+    def preprocess(
+        self, inputs: Any, filter_seen_items: bool | None = None, event_type: str | None = None
+    ) -> dict[str, torch.Tensor]:
         if not isinstance(inputs, _AsOne):
             inputs = _AsOne(inputs, [])
         try:
-            return self._preprocess(inputs.history, inputs.unknown, filter_seen_items)
+            return self._preprocess(inputs.history, inputs.unknown, filter_seen_items, event_type)
         except ValueError as error:
             if inputs.place is None:
                 raise
             raise ValueError(f"element {inputs.place} of the input (the first is 0): {error}") from error
 
     def _preprocess(
-        self, inputs: Any, unknown: list[str], filter_seen_items: bool | None = None
+        self, inputs: Any, unknown: list[str], filter_seen_items: bool | None = None, event_type: str | None = None
     ) -> dict[str, torch.Tensor]:
         exclude_ids: list[int] = []
         candidate_ids: list[int] = []
         lacking: list[str] = []
+        types: Any = None
         if isinstance(inputs, Mapping):
             names = [name for name in ("history", "item_id") if name in inputs]
             if not names:
@@ -232,16 +246,33 @@ class SequentialRecommendationPipeline(Pipeline):
                 exclude_ids = self._exclude_ids(inputs["exclude"])
             if inputs.get("candidates") is not None:
                 candidate_ids, lacking = self._candidate_ids(inputs["candidates"])
-            inputs = inputs[names[0]]
+            types, inputs = inputs.get("event_type"), inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
-        items, token_ids = self._token_ids("the history", inputs)
+        items, names_of_types = events_of(inputs, types)
+        items, token_ids = self._token_ids("the history", items)
+        target_type = self.tokenizer.target_event_type_id(event_type)
+        type_ids = self._type_ids(names_of_types)
+        type_ids = [kind for kind, token_id in zip(type_ids, token_ids, strict=True) if token_id != UNK_TOKEN_ID]
         history = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
         if len(history) < len(items):
             lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if lacking and len(unknown) < UNKNOWN_SHOWN:
             unknown[:] = list(dict.fromkeys([*unknown, *lacking]))[:UNKNOWN_SHOWN]
-        excluded = {*exclude_ids, *history} if filter_seen_items else set(exclude_ids)
+        is_typed = self.tokenizer.event_types is not None
+        same_type_ids = [
+            token_id if kind == target_type else 0 for token_id, kind in zip(history, type_ids, strict=True)
+        ]
+        excluded = {*exclude_ids, *same_type_ids} - {0} if filter_seen_items else set(exclude_ids)
+        of_types = {}
+        if is_typed:
+            length = self.model.config.max_position_embeddings
+            of_types = {
+                "event_type_ids": torch.tensor([self.tokenizer.append_mask_type(type_ids, target_type, length)]),
+                "same_type_ids": torch.tensor([same_type_ids or [0]]),
+                "history_type_ids": torch.tensor([type_ids or [0]]),
+                "target_type_ids": torch.tensor([target_type]),
+            }
         input_ids = self.tokenizer.append_mask(history, self.model.config.max_position_embeddings)
         return {
             "input_ids": torch.tensor([input_ids]),
@@ -251,7 +282,15 @@ class SequentialRecommendationPipeline(Pipeline):
             "exclude_ids": torch.tensor([sorted(excluded) or [0]]),
             "candidate_ids": torch.tensor([candidate_ids or [0]]),
             "num_unknown": torch.tensor([len(lacking)]),
+            **of_types,
         }
+
+    def _type_ids(self, names: list[Any]) -> list[int]:
+        """The ids of the types of a history's events, the first target type for None; all 0 without event types."""
+        if self.tokenizer.event_types is None and all(name is None for name in names):
+            return [0] * len(names)
+        default = None if self.tokenizer.target_event_types is None else self.tokenizer.target_event_types[0]
+        return self.tokenizer.event_type_ids([default if name is None else name for name in names])
 
     def _token_ids(self, name: str, items: Any) -> tuple[list[str | int], list[int]]:
         """The items as a list, and their token ids. Raises ValueError if this is not a list of item ids."""
@@ -296,6 +335,7 @@ class SequentialRecommendationPipeline(Pipeline):
         """Recommend for a batch. `exclude_ids` (1, E) and `candidate_ids` (C,) are those of the call."""
         inputs = dict(model_inputs)
         num_unknown = inputs.pop("num_unknown")
+        of_explanation = [inputs.pop(name, None) for name in ("history_type_ids", "target_type_ids")]
         device = num_unknown.device
         top_k = min(top_k, self.model.config.vocab_size)
         if exclude_ids is not None:
@@ -319,14 +359,16 @@ class SequentialRecommendationPipeline(Pipeline):
                 if rules is None:
                     found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
                 else:
-                    states = self.model.mask_states(part.pop("input_ids"), part.pop("attention_mask"))
+                    read = part.pop("input_ids"), part.pop("attention_mask"), part.pop("event_type_ids", None)
+                    states = self.model.mask_states(*read)
                     found_scores, found_ids, num_eligible[rows] = self.model.search_by_rules(
                         states, **part, rules=rules, top_k=top_k, index=index
                     )
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
                 if explain:
-                    found_sources, found_contributions = self._strongest_sources(found_ids, part, rules)
+                    types = [None if values is None else values[rows] for values in of_explanation]
+                    found_sources, found_contributions = self._strongest_sources(found_ids, part, rules, *types)
                     shape = (rows, slice(found_ids.shape[1]), slice(found_sources.shape[2]))
                     source_ids[shape], contributions[shape] = found_sources, found_contributions
         outputs = {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
@@ -334,7 +376,12 @@ class SequentialRecommendationPipeline(Pipeline):
         return outputs | ({"source_ids": source_ids, "contributions": contributions} if explain else {})
 
     def _strongest_sources(
-        self, item_ids: torch.Tensor, part: dict[str, Any], rules: Any
+        self,
+        item_ids: torch.Tensor,
+        part: dict[str, Any],
+        rules: Any,
+        history_type_ids: torch.Tensor | None,
+        target_type_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The strongest items of the histories behind recommended items (batch, k), and their contributions.
 
@@ -353,6 +400,8 @@ class SequentialRecommendationPipeline(Pipeline):
             item_ids,
             candidate_ids=candidate_ids,
             exclude_ids=part["exclude_ids"],
+            history_type_ids=history_type_ids,
+            target_type_ids=target_type_ids,
         )
         # Of equal contributions, that of the newest item comes first.
         contributions, places = contributions.sort(dim=2, descending=True, stable=True)
@@ -521,7 +570,50 @@ def _is_one_history(inputs: Any) -> bool:
     if len(inputs) == 0:
         # An empty list or array is one history; an empty dataset has no history.
         return isinstance(inputs, list | tuple) or hasattr(inputs, "dtype")
-    return not is_history(next(iter(inputs)))  # inputs[0] would look up a label in a pandas Series
+    first = next(iter(inputs))  # inputs[0] would look up a label in a pandas Series
+    return not is_history(first) or is_event(first)
+
+
+def is_event(value: Any) -> bool:
+    """Whether a value is an item as a dictionary with item_id and event_type, and no mapping of a history."""
+    return isinstance(value, Mapping) and "item_id" in value and not is_history(value["item_id"])
+
+
+def events_of(history: Any, types: Any = None) -> tuple[list[Any], list[Any]]:
+    """The items of a history, and the names of their types.
+
+    Args:
+        history: A list of item ids and of dictionaries with item_id and event_type.
+        types: The types beside the items, in place of dictionaries. None: they are in the dictionaries.
+
+    Returns:
+        The item ids, and the names of the types, None for an item without one.
+
+    Raises:
+        ValueError: If a dictionary has other keys, or there are types for another number of items.
+    """
+    items = item_list("the history", history)
+    names: list[Any] = [None] * len(items)
+    if types is not None:
+        if isinstance(types, str) or not is_history(types):
+            raise ValueError(f"event_type beside a history must be a list, one type for each item; got {types!r:.80}")
+        names = list(types)
+        if len(names) != len(items):
+            raise ValueError(f"event_type has {len(names)} types for {len(items)} items; expected one for each item")
+    for place, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            continue
+        other = [name for name in item if name not in ("item_id", "event_type")]
+        if "item_id" not in item or other:
+            raise ValueError(
+                f"item {place} of the history (the first is 0) must have item_id and, if you like, event_type; got "
+                f"{', '.join(map(str, item)) or 'no keys'}"
+            )
+        if types is not None and item.get("event_type") is not None:
+            raise ValueError(f"item {place} of the history (the first is 0) has a type twice: leave one of them out")
+        items[place] = item["item_id"]
+        names[place] = names[place] if types is not None else item.get("event_type")
+    return items, names
 
 
 def _length(history: Any) -> int:

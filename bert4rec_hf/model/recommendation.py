@@ -49,6 +49,8 @@ class RecommendationMixin:
         top_k: int = 10,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
         index: Any = None,
         rules: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +64,9 @@ class RecommendationMixin:
             top_k: Number of items, at most the number of token ids or candidates.
             candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            event_type_ids: (batch, length) types of the events beside `input_ids`; see `forward`.
+            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for, with
+                0 in place of the others. None: all events have that type.
             index: An `ItemIndex` of the model, for approximate search. It is not used with candidates. The items that
                 it finds, and the items that the history adds scores to, are scored exactly.
             rules: `Rules` of the catalogue; see `search_by_rules`. None: the items with the highest scores.
@@ -75,16 +80,22 @@ class RecommendationMixin:
             ValueError: If `top_k` is below 1, a history has no [MASK], an id is beyond the vocabulary, or a score
                 is NaN; if the index or the rules have another number of items.
         """
-        states = self.mask_states(input_ids, attention_mask)
+        states = self.mask_states(input_ids, attention_mask, event_type_ids)
         history_ids = _uncut(input_ids, attention_mask, history_ids)
         if rules is not None:
-            limits = {"candidate_ids": candidate_ids, "exclude_ids": exclude_ids}
+            limits = {"candidate_ids": candidate_ids, "exclude_ids": exclude_ids, "same_type_ids": same_type_ids}
             return self.search_by_rules(states, history_ids, rules=rules, top_k=top_k, index=index, **limits)[:2]
         if index is not None and candidate_ids is None and len(states):
-            candidate_ids = self._nearest(index, states, history_ids, top_k, exclude_ids)
+            candidate_ids = self._nearest(index, states, history_ids, top_k, exclude_ids, same_type_ids)
         candidate_ids, allowed = self._limits(candidate_ids, None)
         _, scores, item_ids = self.search(
-            states, history_ids, top_k=top_k, candidate_ids=candidate_ids, exclude_ids=exclude_ids, allowed=allowed
+            states,
+            history_ids,
+            top_k=top_k,
+            candidate_ids=candidate_ids,
+            exclude_ids=exclude_ids,
+            same_type_ids=same_type_ids,
+            allowed=allowed,
         )
         return scores, item_ids
 
@@ -98,6 +109,8 @@ class RecommendationMixin:
         history_ids: torch.Tensor | None = None,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The rank of each target in the list of `recommend`, from 1. A tie counts against the target.
 
@@ -109,6 +122,9 @@ class RecommendationMixin:
             candidate_ids: (C,) or (batch, C) token ids to rank the target among, padded with 0. The target need not be
                 one of them. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            event_type_ids: (batch, length) types of the events beside `input_ids`; see `forward`.
+            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for, with
+                0 in place of the others. None: all events have that type.
 
         Returns:
             (batch,) int64 ranks; 0 for a target that is excluded or outside the catalogue.
@@ -117,13 +133,14 @@ class RecommendationMixin:
             ValueError: If a history has no [MASK], an id is beyond the vocabulary, a score is NaN, or `target_ids` has
                 another shape.
         """
-        states = self.mask_states(input_ids, attention_mask)
+        states = self.mask_states(input_ids, attention_mask, event_type_ids)
         ranks, _, _ = self.search(
             states,
             _uncut(input_ids, attention_mask, history_ids),
             target_ids=target_ids,
             candidate_ids=candidate_ids,
             exclude_ids=exclude_ids,
+            same_type_ids=same_type_ids,
         )
         return ranks
 
@@ -137,6 +154,7 @@ class RecommendationMixin:
         top_k: int | None = None,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
         allowed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`rank` and `recommend` from encoded histories, in one pass over the catalogue.
@@ -149,6 +167,7 @@ class RecommendationMixin:
             top_k: Number of items. None: no items.
             candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            same_type_ids: (batch, H) the items of `history_ids` of the type that is recommended for; see `recommend`.
             allowed: (vocab size,) bool, the token ids that may be recommended. None: all.
 
         Returns:
@@ -161,7 +180,7 @@ class RecommendationMixin:
                 is NaN, or `history_ids` is missing.
         """
         device, batch_size = prediction_states.device, len(prediction_states)
-        pairs, exclude_ids = self._checked(batch_size, history_ids, top_k, candidate_ids, exclude_ids)
+        pairs, exclude_ids = self._checked(batch_size, history_ids, top_k, candidate_ids, exclude_ids, same_type_ids)
         ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
         scores = torch.empty(batch_size, 0, device=device)
@@ -206,6 +225,7 @@ class RecommendationMixin:
         top_k: int = 10,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
         index: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The answers of `recommend` under the rules of a business, from encoded histories.
@@ -221,6 +241,7 @@ class RecommendationMixin:
             top_k: Number of items.
             candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
+            same_type_ids: (batch, H) the items of `history_ids` of the type that is recommended for; see `recommend`.
             index: An `ItemIndex` of the model.
 
         Returns:
@@ -238,14 +259,15 @@ class RecommendationMixin:
                 "the tokenizer of this model"
             )
         states, size = prediction_states, rules.pool_size(top_k)
-        pairs, exclude_ids = self._checked(len(states), history_ids, top_k, candidate_ids, exclude_ids)
+        pairs, exclude_ids = self._checked(len(states), history_ids, top_k, candidate_ids, exclude_ids, same_type_ids)
         allowed, boosts = (
             None if values is None else values.to(states.device) for values in (rules.allowed, rules.boost_values)
         )
         share = 1.0 if allowed is None else rules.num_allowed / num_items
         pool = None
         if index is not None and candidate_ids is None and boosts is None and share >= LEAST_SHARE_OF_A_LONG_LIST:
-            nearest = self._nearest(index, states, history_ids, math.ceil(size / share), exclude_ids)
+            number = math.ceil(size / share)
+            nearest = self._nearest(index, states, history_ids, number, exclude_ids, same_type_ids)
             pool = self._pool(states, pairs, size, nearest, exclude_ids, allowed)
             if pool[0].shape[1] < size or pool[0].isneginf().any():
                 pool = None
@@ -269,14 +291,20 @@ class RecommendationMixin:
         return scores, item_ids.gather(1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0), num_eligible
 
     @torch.no_grad()
-    def user_vectors(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def user_vectors(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """(batch, hidden size + 1) float32. Products with `item_vectors` are the scores without `HistoryScores`.
 
         Args:
             input_ids: (batch, length) token ids with one [MASK] per row.
             attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+            event_type_ids: (batch, length) types of the events; see `forward`.
         """
-        return _with_one(self.mask_states(input_ids, attention_mask))
+        return _with_one(self.mask_states(input_ids, attention_mask, event_type_ids))
 
     @torch.no_grad()
     def item_vectors(self) -> torch.Tensor:
@@ -299,12 +327,18 @@ class RecommendationMixin:
         return found
 
     @torch.no_grad()
-    def mask_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def mask_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The states (batch, 1, hidden size) at the last [MASK] of each history, for `search`.
 
         Args:
             input_ids: (batch, length) token ids with one [MASK] per row.
             attention_mask: (batch, length), 0 for padding. None: all tokens but [PAD] are attended to.
+            event_type_ids: (batch, length) types of the events; see `forward`.
 
         Raises:
             ValueError: If the model is in training mode, a history has no [MASK], or an id is beyond the vocabulary.
@@ -322,15 +356,17 @@ class RecommendationMixin:
             at_once = max(1, POSITIONS_ENCODED_AT_ONCE // input_ids.shape[1])
         parts = input_ids.split(at_once)
         masks = [None] * len(parts) if attention_mask is None else attention_mask.split(at_once)
+        types = [None] * len(parts) if event_type_ids is None else event_type_ids.split(at_once)
         states = [
             self(
                 input_ids=part,
                 attention_mask=mask,
                 masked_positions=_mask_positions(part),
+                **({} if of_part is None else {"event_type_ids": of_part}),
                 skip_logits=True,
                 return_dict=True,
             ).prediction_states
-            for part, mask in zip(parts, masks, strict=True)
+            for part, mask, of_part in zip(parts, masks, types, strict=True)
         ]
         return torch.cat(states) if len(states) > 1 else states[0]
 
@@ -341,6 +377,7 @@ class RecommendationMixin:
         history_ids: torch.Tensor,
         top_k: int,
         exclude_ids: torch.Tensor | None,
+        same_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """(batch, C) candidates, each once: the items that an index finds, and those in the history's pairs."""
         num_items = self.config.vocab_size - FIRST_ITEM_ID
@@ -349,7 +386,7 @@ class RecommendationMixin:
         # The index is asked for more items, so that enough are left after the exclusions.
         num_excluded = 0 if exclude_ids is None else exclude_ids.shape[1]
         _, found = index.search(_with_one(states), top_k + num_excluded)
-        paired, _ = self.history_scores(history_ids)
+        paired, _ = self.history_scores(history_ids, same_type_ids=same_type_ids)
         candidates = torch.cat((found.to(states.device), paired), dim=1).sort(dim=1).values
         is_first = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) > 0
         return candidates * is_first
@@ -413,16 +450,17 @@ class RecommendationMixin:
         top_k: int | None,
         candidate_ids: torch.Tensor | None,
         exclude_ids: torch.Tensor | None,
+        same_type_ids: torch.Tensor | None,
     ) -> tuple[Pairs | None, torch.Tensor | None]:
         """Check the arguments of a search. Returns the pairs of the histories, and `exclude_ids` for each row."""
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {top_k}")
-        for ids in (exclude_ids, candidate_ids, history_ids):
+        for ids in (exclude_ids, candidate_ids, history_ids, same_type_ids):
             self._check_ids(ids)
         if history_ids is None and not self.history_scores.is_empty:
             raise ValueError("the model has transitions or repeats: give history_ids, whose items add to the scores")
         gather_weights(self)
-        pairs = None if history_ids is None else self.history_scores(history_ids)
+        pairs = None if history_ids is None else self.history_scores(history_ids, same_type_ids=same_type_ids)
         return pairs, None if exclude_ids is None else exclude_ids.expand(batch_size, -1)
 
     def _check_ids(self, ids: torch.Tensor | None) -> None:

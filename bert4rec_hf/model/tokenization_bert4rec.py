@@ -49,6 +49,10 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     `item_features` turns the columns of an item table into numbers, from which the model makes vectors of new items.
     None: the catalogue has no item features.
 
+    `event_types` are the types of events, such as view and purchase, in the order of their ids, which start at 1. The id
+    0 stands for no type and for an unknown one. `target_event_types` are those that the model recommends for; a plain
+    item id stands for an event of the first of them. Both are None for a catalogue of a log without types.
+
     With `drop_oldest_item`, which is for converted models, the oldest item of a history is always dropped before the
     [MASK] is appended.
     """
@@ -66,6 +70,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         items_file: str | None = None,
         item_features_file: str | None = None,
         drop_oldest_item: bool = False,
+        event_types: Sequence[str] | None = None,
+        target_event_types: Sequence[str] | None = None,
         **kwargs: Any,
     ):
         if vocab is None:
@@ -79,8 +85,12 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         # copied too, Transformers writes auto_map again.
         kwargs.pop("auto_map", None)
         defaults = SPECIAL_TOKENS | {"truncation_side": "left", "padding_side": "right"}
-        super().__init__(**(defaults | kwargs), drop_oldest_item=drop_oldest_item)
+        # Transformers writes what it gets here into tokenizer_config.json.
+        types = {} if event_types is None else _checked_types(event_types, target_event_types)
+        super().__init__(**(defaults | kwargs), drop_oldest_item=drop_oldest_item, **types)
         self.drop_oldest_item = drop_oldest_item
+        self.event_types: list[str] | None = types.get("event_types")
+        self.target_event_types: list[str] | None = types.get("target_event_types")
         content = json.loads(Path(items_file).read_text("utf-8")) if items_file else {}
         self._counts: list[int] | None = content.get("counts")
         self._titles: list[str | None] | None = content.get("titles")
@@ -99,6 +109,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         model_max_length: int | None = None,
         sort: bool = True,
         drop_oldest_item: bool = False,
+        event_types: Sequence[str] | None = None,
+        target_event_types: Sequence[str] | None = None,
     ) -> "Bert4RecTokenizer":
         """Create a tokenizer for a catalogue.
 
@@ -110,10 +122,12 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             sort: Whether token ids are assigned in the order of the raw ids. False: in the given order, as a converted
                 model needs.
             drop_oldest_item: Whether `append_mask` always drops the oldest item, as RecBole does.
+            event_types: Types of events. None: events have no types.
+            target_event_types: Those that are recommended for. None: all of them.
 
         Raises:
             TypeError: If an id is neither a string nor an integer.
-            ValueError: If there are no items, or one occurs twice.
+            ValueError: If there are no items, or one occurs twice; or if a target type is not among the types.
         """
         raw_ids = _raw_ids(items)
         if sort:
@@ -127,6 +141,8 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             twice = next(first for first, second in pairwise(sorted(raw_ids)) if first == second)
             raise ValueError(f"item {twice!r} occurs twice in the catalogue; raw ids must be unique")
         options: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
+        if event_types is not None:
+            options |= {"event_types": event_types, "target_event_types": target_event_types}
         tokenizer = cls(vocabulary, drop_oldest_item=drop_oldest_item, **options)
         tokenizer._set(titles, counts)
         return tokenizer
@@ -226,6 +242,55 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             items.append(raw_ids[token_id - first])
         return items
 
+    @property
+    def target_event_type_ids(self) -> list[int]:
+        """Ids of the target types, the default first; empty if events have no types."""
+        return [] if self.target_event_types is None else self.event_type_ids(self.target_event_types)
+
+    def event_type_ids(self, names: Iterable[Any], of_what: str = "event_type") -> list[int]:
+        """Convert the names of event types to ids.
+
+        Args:
+            names: Names, text or integers.
+            of_what: What the names are, for the error.
+
+        Raises:
+            ValueError: If the catalogue has no event types, or lacks one. The message lists those known.
+        """
+        if self.event_types is None:
+            raise ValueError(
+                f"{of_what} is for a model that was trained with event types; this one was not: leave it out, or "
+                "prepare the log with --event_type_column"
+            )
+        known = {name: number for number, name in enumerate(self.event_types, start=1)}
+        found = []
+        for place, name in enumerate(names):
+            number = known.get(name if isinstance(name, str) else str(name))
+            if number is None:
+                raise ValueError(
+                    f"{of_what} {name!r} of item {place} (the first is 0) is unknown; the types are "
+                    f"{', '.join(self.event_types)}"
+                )
+            found.append(number)
+        return found
+
+    def target_event_type_id(self, name: Any = None) -> int:
+        """The id of the type that is recommended for: the first target type, or the one with this name.
+
+        Returns:
+            0 if the catalogue has no event types.
+
+        Raises:
+            ValueError: If the name is not that of a target type.
+        """
+        if name is None:
+            return self.target_event_type_ids[0] if self.event_types is not None else 0
+        if self.target_event_types is not None and name not in self.target_event_types:
+            raise ValueError(
+                f"event_type {name!r} is not recommended for; expected one of {', '.join(self.target_event_types)}"
+            )
+        return self.event_type_ids([name])[0]
+
     def feature_rows(self, table: Any, items: Iterable[ItemId]) -> SparseRows:
         """The numbers of items from a table of items; see `ItemFeatures.rows`.
 
@@ -269,11 +334,26 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: If `max_length` is below 2.
         """
+        return [*self._newest(token_ids, max_length), MASK_TOKEN_ID]
+
+    def append_mask_type(
+        self, event_type_ids: Sequence[int], target_type_id: int, max_length: int | None = None
+    ) -> list[int]:
+        """The types beside the result of `append_mask`: those of the newest items, and the type of the [MASK].
+
+        Args:
+            event_type_ids: The types of the events of one history, oldest first.
+            target_type_id: The type of the event that is predicted.
+            max_length: See `append_mask`.
+        """
+        return [*self._newest(event_type_ids, max_length), target_type_id]
+
+    def _newest(self, values: Sequence[int], max_length: int | None) -> Sequence[int]:
+        """What of a history fits before the [MASK]."""
         max_length = self.model_max_length if max_length is None else max_length
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, an item and the [MASK] after it; got {max_length}")
-        newest = token_ids[max(len(token_ids) - max_length + 1, int(self.drop_oldest_item)) :]
-        return [*newest, MASK_TOKEN_ID]
+        return values[max(len(values) - max_length + 1, int(self.drop_oldest_item)) :]
 
     def __call__(self, text: Any = None, text_pair: None = None, **kwargs: Any) -> BatchEncoding:
         return super().__call__(text, text_pair, **_cut_by_default(kwargs))
@@ -405,6 +485,18 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             named = {_raw_id(item): title for item, title in titles.items() if isinstance(title, str)}
             old = self._titles or [None] * self.num_items
             self._titles = [named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)]
+
+
+def _checked_types(event_types: Sequence[str], targets: Sequence[str] | None) -> dict[str, list[str]]:
+    """The arguments of the tokenizer about event types. Raises if a target is not among the types."""
+    types = list(event_types)
+    targets = types if targets is None else list(targets)
+    missing = [name for name in targets if name not in types]
+    if missing or not targets:
+        raise ValueError(
+            f"target_event_types must be among the event types {', '.join(types)}; got {', '.join(missing) or 'none'}"
+        )
+    return {"event_types": types, "target_event_types": targets}
 
 
 def _backend(vocabulary: Mapping[str, int]) -> Tokenizer:

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..data.counting import item_counts
 from ..data.histories import time_type
-from ..data.rows import sampled_candidates, target_ids_of
+from ..data.rows import has_earlier_event, sampled_candidates, target_ids_of
 from ..evaluation.baselines import baseline_ranks
 from ..evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.report import check_report_folder, evaluation_report, write_report
@@ -70,7 +70,8 @@ def evaluate_prepared(
 
     Returns:
         The record of evaluation.json: source, protocol, metrics and baselines. If some users have an empty history, it
-        also has groups: the metrics of the users with and without a past. With all targets, it also has all_targets,
+        also has groups: the metrics of the users with and without a past. With event types, so have the targets whose
+        item is in the history with another type, and the others. With all targets, it also has all_targets,
         the other record.
 
     Raises:
@@ -148,13 +149,17 @@ def evaluate_prepared(
         "baselines": {name: measure(ranks) for name, ranks in rankings.items() if name != "model"},
     }
     has_past = np.asarray(rows["history_length"]) > 0
-    if not has_past.all():
-        record["groups"] = {
-            f"{int(users.sum())} users {title} a past": {
-                name: measure(ranks[users]) for name, ranks in rankings.items()
-            }
-            for title, users in (("with", has_past), ("without", ~has_past))
-        }
+    divisions = [("users {} a past", has_past)]
+    if "same_type_ids" in rows.column_names:
+        divisions.append(("targets {} an earlier event of another type", has_earlier_event(rows)))
+    groups = {
+        f"{int(users.sum())} {title.format(word)}": {name: measure(ranks[users]) for name, ranks in rankings.items()}
+        for title, is_in in divisions
+        if not is_in.all()
+        for word, users in (("with", is_in), ("without", ~is_in))
+    }
+    if groups:
+        record["groups"] = groups
     of_sets = None
     if sets is not None:
         recommended = others[0].predictions[1] if others else prediction.predictions[1]

@@ -56,6 +56,11 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
         "max_position_embeddings": preparation["max_length"],
         "filter_seen_items": preparation["filter_seen_items"],
     } | architecture
+    if tokenizer.event_types is not None:
+        given |= {
+            "num_event_types": len(tokenizer.event_types),
+            "target_event_type_ids": tokenizer.target_event_type_ids,
+        }
     num_events, num_items = histories.num_training_events(), tokenizer.num_items
     config = Bert4RecConfig(vocab_size=len(tokenizer), **default_architecture(num_events, num_items, given))
     model = Bert4RecForMaskedItemPrediction(config)
@@ -108,6 +113,15 @@ def _continued_model(
     if catalogue.item_features is not None:
         tokenizer.item_features = catalogue.item_features  # the projection is learned anew after training
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
+    if catalogue.event_types is not None:
+        known = set(tokenizer.event_types or ())
+        unknown = [name for name in catalogue.event_types if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{folder} does not know the event types {', '.join(unknown)} of {data}; it knows "
+                f"{', '.join(tokenizer.event_types or ()) or 'none'}: train a new model, or leave these events out with "
+                "--where"
+            )
     histories, tokenizer, preparation = read_histories(data, args.streaming, tokenizer)
     if num_new:
         start_new_items(model, histories, tokenizer.num_items, num_new, seed=args.seed)

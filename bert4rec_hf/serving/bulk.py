@@ -51,7 +51,8 @@ def recommend_file(
         histories: A Parquet file, a file of JSON lines, a folder or a pattern of such files, or a prepared folder. Each
             row has user_id, and item_id or history, a list of item ids, oldest first. A row may also have lists of item
             ids in exclude (never to recommend to this user) and candidates (to choose from for this user). They are
-            null where they are not given; `exclude` of `pipe` holds in any case. Only the other columns of a prepared
+            null where they are not given; `exclude` of `pipe` holds in any case. For a model of event types, a list
+            event_type has the types of the items, or items are dictionaries with item_id and event_type. Only the other columns of a prepared
             folder may stand beside these.
         output: The name of a file, which ends in .parquet, or a folder with a file for each part of the histories. A
             part is a file, or 131,072 rows of a larger Parquet file. The columns are user_id, item_id, rank (from 1)
@@ -145,6 +146,7 @@ def recommend_batches(
     exclude: Iterable[str | int] | None = None,
     candidates: Iterable[str | int] | None = None,
     rules: Rules | None = None,
+    event_type: str | None = None,
     batch_size: int = 64,
     device: str = "cpu",
 ) -> Callable[[Iterator[Any]], Iterator[Any]]:
@@ -163,6 +165,7 @@ def recommend_batches(
         exclude: Item ids never to recommend.
         candidates: Item ids to choose from. None: the catalogue.
         rules: Rules of the catalogue, which go to the workers with their item table.
+        event_type: The target type to recommend for. None: the first target type of the model.
         batch_size: Number of histories that the model reads at once.
         device: The device of the workers.
 
@@ -178,6 +181,7 @@ def recommend_batches(
         "device": device,
         "top_k": top_k,
         "filter_seen_items": filter_seen_items,
+        "event_type": event_type,
         "exclude": None if exclude is None else tuple(item_list("exclude", exclude)),
         "candidates": None if candidates is None else tuple(item_list("candidates", candidates)),
     }
@@ -209,7 +213,10 @@ class _Run:
     def answer(self, batch: Batch) -> pa.Table:
         """The recommendations for a batch, in its order."""
         requests = [
-            {name: items if name == "exclude" else self._known(name, items) for name, items in request.items()}
+            {
+                name: items if name in ("exclude", "event_type") else self._known(name, items)
+                for name, items in self._with_known_types(request).items()
+            }
             for request in batch.requests
         ]
         has_choice = [request.get("candidates") != [] for request in requests]
@@ -230,6 +237,14 @@ class _Run:
             pa.array([entry["score"] for entry in entries], pa.float32()),
         ]
         return pa.table(columns, names=COLUMNS)
+
+    def _with_known_types(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A request with the types of known items only, since `_known` leaves out the other items."""
+        if request.get("event_type") is None:
+            return request
+        token_ids = self.pipe.tokenizer.item_ids_to_token_ids(request["history"])
+        types = zip(request["event_type"], token_ids, strict=True)
+        return request | {"event_type": [kind for kind, token_id in types if token_id != UNK_TOKEN_ID]}
 
     def _known(self, name: str, items: list[str | int]) -> list[str | int]:
         token_ids = self.pipe.tokenizer.item_ids_to_token_ids(items)

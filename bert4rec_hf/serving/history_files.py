@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ..data.histories import PREPARATION_FILE
 from ..data.histories import histories_files as prepared_files
 from ..data.logs import open_log
-from ..model.pipeline import IGNORED_KEYS, check_keys, described
+from ..model.pipeline import IGNORED_KEYS, check_keys, described, events_of, is_event
 
 # Number of histories that are read at once.
 ROWS_PER_BATCH = 8192
@@ -50,7 +50,8 @@ class Batch:
     Attributes:
         source: The file.
         users: (rows,) the user ids.
-        requests: A mapping for each row, with `history` and, if the row has them, `exclude` and `candidates`.
+        requests: A mapping for each row, with `history` and, if the row has them, `exclude`, `candidates` and
+            `event_type`, the types of the history's events.
     """
 
     source: str
@@ -214,7 +215,9 @@ def _event_columns(path: str) -> list[str]:
     preparation = Path(path).with_name(PREPARATION_FILE)
     if not preparation.is_file() or Path(path) not in prepared_files(Path(path).parent):
         return []
-    return json.loads(preparation.read_text("utf-8"))["columns"].get("event_columns", [])
+    columns = json.loads(preparation.read_text("utf-8"))["columns"]
+    weights = ["weight"] if columns.get("weight_column") is not None else []
+    return columns.get("event_columns", []) + weights
 
 
 def _columns(names: Sequence[str], source: str, event_columns: Collection[str] = ()) -> list[str]:
@@ -232,7 +235,8 @@ def _columns(names: Sequence[str], source: str, event_columns: Collection[str] =
         check_keys(names, ignored=(*IGNORED_KEYS, *event_columns))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    return history + [name for name in ("exclude", "candidates") if name in names and name not in event_columns]
+    further = ("exclude", "candidates", "event_type")
+    return history + [name for name in further if name in names and name not in event_columns]
 
 
 def _parquet_batches(part: Part, stop: int) -> Iterator[Batch]:
@@ -335,10 +339,24 @@ def _batch(source: str, unit: str, numbers: Sequence[int], users: pa.Array, rows
     for place, row in enumerate(rows):
         request: Request = {}
         for name, value in row.items():
-            if value is None and name in ("exclude", "candidates"):
+            if value is None and name in ("exclude", "candidates", "event_type"):
                 continue
             if value is None:
                 raise error(place, name, "a list of item ids, which is empty for a user without a history", "null")
+            if name in ("item_id", "history") and isinstance(value, list | tuple) and any(map(is_event, value)):
+                try:
+                    value, types = events_of(value, row.get("event_type"))
+                except ValueError as problem:
+                    raise error(place, name, "a list of item ids or events", str(problem)) from problem
+                request["event_type"] = types
+            if name == "event_type":
+                history = row.get("item_id", row.get("history"))
+                if not isinstance(value, list | tuple) or not isinstance(history, list | tuple):
+                    raise error(place, name, "a list of event types", described(value))
+                if len(value) != len(history):
+                    raise error(place, name, f"{len(history)} types, one for each item", f"{len(value)} types")
+                request.setdefault("event_type", list(value))
+                continue
             if not isinstance(value, list | tuple):
                 hint = ": bert4rec prepare makes histories from a log" if name in ("item_id", "history") else ""
                 raise error(place, name, "a list of item ids", f"{described(value)}{hint}")

@@ -3,6 +3,7 @@
 import os
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ class Recommender(nn.Module):
         history_ids: torch.Tensor,
         exclude_ids: torch.Tensor,
         candidate_ids: torch.Tensor,
+        event_type_ids: torch.Tensor | None = None,
+        same_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend items.
 
@@ -48,6 +51,9 @@ class Recommender(nn.Module):
             exclude_ids: (batch, E) token ids never to recommend, padded with 0. E is at least 1.
             candidate_ids: (batch, C) token ids to choose from, padded with 0. C is at least 1. A row of zeros chooses
                 from the whole catalogue.
+            event_type_ids: (batch, length) types of the events, for a model of event types; the type of the [MASK] is
+                the target type. None: the model has no types.
+            same_type_ids: (batch, H) history_ids with 0 in place of events of another type than the target type.
 
         Returns:
             scores (batch, top_k) float32, in descending order, -inf where no item is left; and item_ids
@@ -56,9 +62,12 @@ class Recommender(nn.Module):
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = (input_ids.eq(MASK_TOKEN_ID) * numbers).argmax(dim=1, keepdim=True)
         scores = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, masked_positions=positions
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            masked_positions=positions,
+            event_type_ids=event_type_ids,
         ).logits.squeeze(1)
-        scores = add_to_scores(scores, self.model.history_scores(history_ids))
+        scores = add_to_scores(scores, self.model.history_scores(history_ids, same_type_ids=same_type_ids))
         chosen = torch.zeros_like(scores).scatter(1, candidate_ids, 1.0)
         anything = candidate_ids.amax(dim=1, keepdim=True) == 0
         allowed = (chosen > 0) | anything
@@ -76,7 +85,7 @@ def export_onnx(
     """Write a model as an ONNX file, for any batch size and any length up to the model's maximum.
 
     The inputs are input_ids, attention_mask, history_ids, exclude_ids and candidate_ids (int64), as in
-    `Recommender.forward`. The outputs are scores (float32) and item_ids (int64).
+    `Recommender.forward`, and event_type_ids and same_type_ids for a model of event types. The outputs are scores (float32) and item_ids (int64).
 
     Args:
         model: A trained model.
@@ -104,20 +113,27 @@ def export_onnx(
     history = torch.export.Dim("history")
     input_ids = torch.full((2, min(3, model.config.max_position_embeddings)), MASK_TOKEN_ID)
     nothing = torch.zeros(2, 2, dtype=torch.long)
+    names = ["input_ids", "attention_mask", "history_ids", "exclude_ids", "candidate_ids"]
+    inputs = [input_ids, torch.ones_like(input_ids), nothing, nothing.clone(), nothing.clone()]
+    shapes: list[dict[int, Any]] = [
+        {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: history}, {0: batch, 1: num_excluded},
+        {0: batch, 1: num_candidates},
+    ]  # fmt: skip
+    if model.config.num_event_types:
+        names += ["event_type_ids", "same_type_ids"]
+        inputs += [torch.ones_like(input_ids), nothing.clone()]
+        shapes += [{0: batch, 1: length}, {0: batch, 1: history}]
     was_training = model.training
     try:
         program = torch.onnx.export(
             Recommender(model, top_k).eval(),
-            (input_ids, torch.ones_like(input_ids), nothing, nothing.clone(), nothing.clone()),
+            tuple(inputs),
             dynamo=True,
             verbose=False,
-            input_names=["input_ids", "attention_mask", "history_ids", "exclude_ids", "candidate_ids"],
+            input_names=names,
             output_names=["scores", "item_ids"],
-            dynamic_shapes=(
-                {0: batch, 1: length}, {0: batch, 1: length}, {0: batch, 1: history}, {0: batch, 1: num_excluded},
-                {0: batch, 1: num_candidates},
-            ),
-        )  # fmt: skip
+            dynamic_shapes=tuple(shapes),
+        )
     finally:
         model.train(was_training)
     assert program is not None  # for the type checker: with dynamo=True there always is a program

@@ -49,6 +49,17 @@ WATCH_SECONDS, STOP_SECONDS = 2.0, 30
 
 ItemId = Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 Items = Annotated[list[ItemId], Field(max_length=MAX_ITEMS)]
+
+
+class HistoryEvent(BaseModel):
+    """An item of a history, with what the user did, for a model of event types."""
+
+    model_config = ConfigDict(extra="forbid")
+    item_id: ItemId
+    event_type: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = None
+
+
+History = Annotated[list[ItemId | HistoryEvent], Field(max_length=MAX_ITEMS)]
 UserId = Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 
 
@@ -112,7 +123,13 @@ class RecommendRequest(BaseModel):
         json_schema_extra={"examples": [{"history": ["50", "172"], "top_k": 5}, {"user_id": "7", "exclude": ["1"]}]},
     )
     user_id: UserId | None = Field(None, description="A user of POST /events. An unknown user has no history.")
-    history: Items | None = Field(None, description="Item ids, oldest first. An empty list: nothing is known.")
+    history: History | None = Field(
+        None,
+        description="Item ids, or items with an event_type, oldest first. An empty list: nothing is known.",
+    )
+    event_type: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = Field(
+        None, description="The target type to recommend for. Left out: the first target type of the model."
+    )
     top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K, strict=True)] = Field(10, description="Number of items.")
     candidates: Items | None = Field(None, description="Item ids to choose from. Left out: the catalogue.")
     exclude: Items | None = Field(None, description="Item ids never to recommend.")
@@ -381,10 +398,16 @@ def create_app(server: Server) -> FastAPI:
         if (body.user_id is None) == (body.history is None):
             raise HTTPException(400, "expected user_id or history, one of them; got " +
                                 ("both" if body.history is not None else "neither"))  # fmt: skip
-        history: Sequence[str | int] = body.history or []
+        history: Sequence[Any] = [
+            event.model_dump() if isinstance(event, HistoryEvent) else event for event in body.history or ()
+        ]
         if body.user_id is not None:
             history = await _stored(server.store.history, body.user_id, MAX_ITEMS)
         served = server.model_of(body.user_id)
+        if body.user_id is not None and served.pipe.tokenizer.event_types is not None:
+            raise HTTPException(
+                400, "the events of POST /events have no types, which this model reads: give history with event_type"
+            )
         request = {"history": history, "candidates": body.candidates, "exclude": body.exclude}
         with _bad_request():
             rules = None
@@ -398,6 +421,7 @@ def create_app(server: Server) -> FastAPI:
                     filter_seen_items=body.filter_seen_items,
                     rules=rules,
                     explain=body.explain or None,
+                    event_type=body.event_type,
                 )
             )
         request_id = uuid.uuid4().hex

@@ -85,17 +85,32 @@ def _write_users(
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for part in parts:
             for batch in read_part(part, user_type):
-                rows = []
+                rows, types = [], []
                 for request in batch.requests:
                     token_ids = tokenizer.item_ids_to_token_ids(request["history"])
                     known = [token_id for token_id in token_ids if token_id != UNK_TOKEN_ID]
                     rows.append(torch.tensor(tokenizer.append_mask(known, length)))
+                    if tokenizer.event_types is not None:
+                        # A plain item counts as an event of the first target type, as in the pipeline.
+                        target = tokenizer.target_event_type_id()
+                        first = tokenizer.event_types[target - 1]
+                        names = [first if name is None else name for name in request.get("event_type") or []]
+                        of_events = tokenizer.event_type_ids(names or [first] * len(token_ids))
+                        kept = zip(of_events, token_ids, strict=True)
+                        kinds = [kind for kind, token_id in kept if token_id != UNK_TOKEN_ID]
+                        types.append(torch.tensor(tokenizer.append_mask_type(kinds, target, length)))
                 found = []
                 for start in range(0, len(rows), batch_size):
                     input_ids = torch.nn.utils.rnn.pad_sequence(
                         rows[start : start + batch_size], batch_first=True, padding_value=PAD_TOKEN_ID
                     )
-                    found.append(model.user_vectors(input_ids.to(model.device)).cpu())
+                    event_type_ids = None
+                    if types:
+                        event_type_ids = torch.nn.utils.rnn.pad_sequence(
+                            types[start : start + batch_size], batch_first=True
+                        ).to(model.device)
+                    states = model.user_vectors(input_ids.to(model.device), event_type_ids=event_type_ids)
+                    found.append(states.cpu())
                 if found:
                     writer.write_table(pa.table([batch.users, _lists(torch.cat(found))], schema=schema))
                 number += len(rows)

@@ -105,9 +105,9 @@ def trade_new_items(
     for start in range(0, len(rows), batch_size):
         batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
         batch = {name: values.to(model.device) for name, values in batch.items()}
-        states = model.mask_states(batch["input_ids"], batch["attention_mask"])
+        states = model.mask_states(batch["input_ids"], batch["attention_mask"], batch.get("event_type_ids"))
         targets = batch["labels"].amax(dim=1)
-        limits = {"history_ids": batch["history_ids"], "exclude_ids": batch["exclude_ids"]}
+        limits = {name: batch[name] for name in ("history_ids", "exclude_ids", "same_type_ids") if name in batch}
         best = []
         for allowed in (~is_new, is_new):
             ranks, scores, _ = model.search(states, target_ids=targets, top_k=CUTOFF, allowed=allowed, **limits)
