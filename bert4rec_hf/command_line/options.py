@@ -235,8 +235,8 @@ class RecommendArguments:
     event_type: str | None = field(
         default=None,
         metadata={
-            "help": "The target type of events to recommend for, such as purchase; the first target type of the model if "
-            "left out."
+            "help": "The target type of events to recommend for, such as purchase; the first target type of the model "
+            "if left out."
         },
     )
     explain: bool = field(

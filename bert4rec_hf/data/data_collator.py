@@ -21,10 +21,10 @@ class DataCollatorForMaskedItemPrediction:
     `labels` is an evaluation row (see `ranking_rows`): it is not masked, and its `history_ids`, `exclude_ids` and
     `candidate_ids` are padded with 0. Other columns are dropped.
 
-    With a column `event_type_ids`, only events of the tokenizer's target types are predicted, and a [MASK] has the type of
-    what it predicts. A row that `last_item_ratio` selects ends with its last target. Where an item is masked, its later
-    occurrences in the row become [MASK]s without a type, since a purchase would give away what was put into the cart
-    before; with `causal`, later events are not read in any case. A column `loss_weights` has the weights of the labels.
+    With a column `event_type_ids`, only events of the tokenizer's target types are predicted, and a [MASK] has the type
+    of what it predicts. A row that `last_item_ratio` selects ends with its last target. Where an item is masked, its
+    later occurrences in the row become [MASK]s without a type, since a later event would give it away; with `causal`,
+    later events are not read in any case. A column `loss_weights` has the weights of the labels.
 
     Random numbers come from torch's global generator. The Trainer seeds it, and each data-loader worker gets a new
     seed every epoch. So equal seeds give equal masks, while epochs and workers differ.

@@ -33,8 +33,8 @@ class Histories:
         train_end: (users,) number of leading events that train.
         target_positions: For each of `PARTS`, (users,): the position of the target in the history, or -1 without one.
         timestamps: (events,) numbers in the unit of the log, or None if the log has no times.
-        event_type_ids: (events,) int32 types in the ids of the tokenizer, 0 for an unknown one, or None if the tokenizer
-            has no event types.
+        event_type_ids: (events,) int32 types in the ids of the tokenizer, 0 for an unknown one, or None if the
+            tokenizer has no event types.
         target_event_type_ids: Ids of the types that are predicted. Empty without event types.
         weights: (events,) float32 weights of the events as labels, or None if the log has no weights.
     """
@@ -265,7 +265,7 @@ def _catalogue_and_preparation(
         if unknown:
             raise ValueError(
                 f"{folder} has targets of the event types {', '.join(targets)}; the model predicts "
-                f"{', '.join(tokenizer.target_event_types or ())}: prepare the log with the model's --target_event_types"
+                f"{', '.join(tokenizer.target_event_types or ())}: prepare the log with these --target_event_types"
             )
     return tokenizer, preparation
 

@@ -25,8 +25,8 @@ class Protocol:
         filter_seen_items: Whether a user's past items were excluded. A target among them is then a miss.
         num_users: Number of users with a target. All of them count.
         num_users_without_past: Number of these users that were ranked from an empty history.
-        share_seen_targets: Share of targets that are in the catalogue and in the user's history. With event types, in the
-            history with the target's type.
+        share_seen_targets: Share of targets that are in the catalogue and in the user's history. With event types, in
+            the history with the target's type.
         share_unknown_targets: Share of targets that are not in the catalogue. They are misses.
         calibrated: Whether the weights of the model's counted scores were chosen on these targets.
         targets: What the targets are, in words.

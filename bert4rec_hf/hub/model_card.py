@@ -217,6 +217,12 @@ def _introduction(
             f" It was trained on {statistics['num_training_events']:,} events of "
             f"{statistics['num_training_users']:,} users in `{source}`."
         )
+        targets = preparation.get("filters", {}).get("target_event_types")
+        if targets and statistics.get("events_per_type"):
+            text += (
+                f" It reads events of the types {', '.join(f'`{name}`' for name in statistics['events_per_type'])}, "
+                f"and recommends for {', '.join(f'`{name}`' for name in targets)}."
+            )
         if preparation.get("trained_period"):
             first, last = preparation["trained_period"]
             text += f" The events that it has seen are from {first} to {last}."

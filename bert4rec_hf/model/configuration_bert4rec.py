@@ -105,8 +105,8 @@ class Bert4RecConfig(PreTrainedConfig):
         withdrawn_item_ids (`list[int]`, *optional*):
             Token ids of items that are never recommended any more. They still count as items of a history.
         num_event_types (`int`, defaults to 0):
-            Number of types of events, such as view and purchase. An embedding of the type is added to the item vector at
-            the input. 0: events have no types.
+            Number of types of events, such as view and purchase. An embedding of the type is added to the item vector
+            at the input. 0: events have no types.
         target_event_type_ids (`list[int]`, *optional*):
             Ids of the types that are predicted, from 1 to `num_event_types`; the first is the default of serving.
         pad_in_softmax (`bool`, defaults to `False`):
@@ -171,7 +171,8 @@ class Bert4RecConfig(PreTrainedConfig):
         for type_id in self.target_event_type_ids or ():
             if not 1 <= type_id <= self.num_event_types:
                 raise ValueError(
-                    f"target_event_type_ids must lie between 1 and num_event_types, {self.num_event_types}; got {type_id}"
+                    f"target_event_type_ids must lie between 1 and num_event_types, {self.num_event_types}; got "
+                    f"{type_id}"
                 )
         for name in ("num_transitions", "num_item_features", "num_event_types"):
             if getattr(self, name) < 0:

@@ -65,8 +65,8 @@ class RecommendationMixin:
             candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
             event_type_ids: (batch, length) types of the events beside `input_ids`; see `forward`.
-            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for, with
-                0 in place of the others. None: all events have that type.
+            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for,
+                with 0 in place of the others. None: all events have that type.
             index: An `ItemIndex` of the model, for approximate search. It is not used with candidates. The items that
                 it finds, and the items that the history adds scores to, are scored exactly.
             rules: `Rules` of the catalogue; see `search_by_rules`. None: the items with the highest scores.
@@ -123,8 +123,8 @@ class RecommendationMixin:
                 one of them. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
             event_type_ids: (batch, length) types of the events beside `input_ids`; see `forward`.
-            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for, with
-                0 in place of the others. None: all events have that type.
+            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for,
+                with 0 in place of the others. None: all events have that type.
 
         Returns:
             (batch,) int64 ranks; 0 for a target that is excluded or outside the catalogue.

@@ -49,9 +49,9 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     `item_features` turns the columns of an item table into numbers, from which the model makes vectors of new items.
     None: the catalogue has no item features.
 
-    `event_types` are the types of events, such as view and purchase, in the order of their ids, which start at 1. The id
-    0 stands for no type and for an unknown one. `target_event_types` are those that the model recommends for; a plain
-    item id stands for an event of the first of them. Both are None for a catalogue of a log without types.
+    `event_types` are the types of events, such as view and purchase, in the order of their ids, which start at 1. The
+    id 0 stands for no type and for an unknown one. `target_event_types` are those that the model recommends for; a
+    plain item id stands for an event of the first of them. Both are None for a catalogue of a log without types.
 
     With `drop_oldest_item`, which is for converted models, the oldest item of a history is always dropped before the
     [MASK] is appended.

@@ -114,13 +114,12 @@ def _continued_model(
         tokenizer.item_features = catalogue.item_features  # the projection is learned anew after training
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     if catalogue.event_types is not None:
-        known = set(tokenizer.event_types or ())
-        unknown = [name for name in catalogue.event_types if name not in known]
+        unknown = [name for name in catalogue.event_types if name not in (tokenizer.event_types or ())]
         if unknown:
             raise ValueError(
                 f"{folder} does not know the event types {', '.join(unknown)} of {data}; it knows "
-                f"{', '.join(tokenizer.event_types or ()) or 'none'}: train a new model, or leave these events out with "
-                "--where"
+                f"{', '.join(tokenizer.event_types or ()) or 'none'}: train a new model, or leave these events out "
+                "with --where"
             )
     histories, tokenizer, preparation = read_histories(data, args.streaming, tokenizer)
     if num_new:

@@ -52,8 +52,8 @@ def recommend_file(
             row has user_id, and item_id or history, a list of item ids, oldest first. A row may also have lists of item
             ids in exclude (never to recommend to this user) and candidates (to choose from for this user). They are
             null where they are not given; `exclude` of `pipe` holds in any case. For a model of event types, a list
-            event_type has the types of the items, or items are dictionaries with item_id and event_type. Only the other columns of a prepared
-            folder may stand beside these.
+            event_type has the types of the items, or items are dictionaries with item_id and event_type. Only the
+            other columns of a prepared folder may stand beside these.
         output: The name of a file, which ends in .parquet, or a folder with a file for each part of the histories. A
             part is a file, or 131,072 rows of a larger Parquet file. The columns are user_id, item_id, rank (from 1)
             and score, the rows are in the order of the input. The output is moved to its place when it is complete. The

@@ -85,7 +85,8 @@ def export_onnx(
     """Write a model as an ONNX file, for any batch size and any length up to the model's maximum.
 
     The inputs are input_ids, attention_mask, history_ids, exclude_ids and candidate_ids (int64), as in
-    `Recommender.forward`, and event_type_ids and same_type_ids for a model of event types. The outputs are scores (float32) and item_ids (int64).
+    `Recommender.forward`, and event_type_ids and same_type_ids for a model of event types. The outputs are scores
+    (float32) and item_ids (int64).
 
     Args:
         model: A trained model.
