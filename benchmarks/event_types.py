@@ -21,7 +21,7 @@ import pandas as pd
 from bert4rec_hf import Bert4RecTrainingArguments, prepare, train_prepared
 from bert4rec_hf.data.counting import item_counts
 from bert4rec_hf.data.histories import read_prepared
-from bert4rec_hf.data.rows import has_earlier_event, ranking_rows, target_ids_of
+from bert4rec_hf.data.rows import ranking_rows, target_ids_of
 from bert4rec_hf.evaluation.baselines import baseline_ranks, personal_popularity_ranks, transition_ranks
 from bert4rec_hf.evaluation.metrics import user_metrics
 
@@ -98,12 +98,17 @@ def main() -> None:
         }
         for title, ranks in baselines.items():
             systems[title] = [dict(zip(users, ranks.tolist(), strict=True))]
-        carted = dict(zip(users, has_earlier_event(rows).tolist(), strict=True))
+        carted = {
+            user: (target, cart) in zip(items, types, strict=False)
+            for user, target, items, types in zip(
+                users, target_ids_of(rows).tolist(), rows["history_ids"], rows["event_type_ids"], strict=True
+            )
+        }
         numbers = preparation["statistics"]["events_per_type"]
     shared = sorted(set.intersection(*(set(run) for runs in systems.values() for run in runs)))
     is_carted = np.array([carted[user] for user in shared])
     results: dict[str, Any] = {"events_per_type": numbers, "filter_seen_items": policy, "seeds": options.seeds}
-    for group, chosen in (("all", np.ones(len(shared), bool)), ("earlier", is_carted), ("no earlier", ~is_carted)):
+    for group, chosen in (("all", np.ones(len(shared), bool)), ("carted", is_carted), ("not carted", ~is_carted)):
         results[group] = {"num_users": int(chosen.sum())}
         ours = None
         for title, runs in systems.items():
@@ -118,7 +123,7 @@ def main() -> None:
                 record["standard error"] = float(difference.std(ddof=1) / len(difference) ** 0.5)
             results[group][title] = record
     Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
-    for group in ("all", "earlier", "no earlier"):
+    for group in ("all", "carted", "not carted"):
         print(f"\n{group}: {results[group].pop('num_users')} users")
         print(pd.DataFrame(results[group]).T.round(4).to_string())
 

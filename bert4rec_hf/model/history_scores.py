@@ -39,8 +39,9 @@ class HistoryScores(nn.Module):
     - `recency` (`config.recency_weight`): 1 / 2 ** n for an item that the history last had n items before its newest.
     - `popularity` (`config.popularity_weight`): the popularity of an item, for a history without items.
 
-    With event types, transitions start from the events of all types, while repeats and recency count only the events of
-    the type that is recommended for, `same_type_ids`.
+    With event types, transitions start from the events of all types, and recency reads the events of all types, so that
+    what was just put into the cart can score high. Repeats count only the events of the type that is recommended for,
+    `same_type_ids`.
 
     The counts are buffers, which FSDP never shards. `successor_ids` (vocab size, K) int32 has the token ids of each
     item's successors, each once and padded with 0. `successor_scores` and `next_item_scores` (vocab size, K) float32
@@ -106,10 +107,9 @@ class HistoryScores(nn.Module):
             found.append((self.successor_ids[newest_ids].flatten(1).long(), values.flatten(1)))
             most += NUM_NEWEST_ITEMS
         if config.repeat_weight or config.recency_weight:
-            repeated_ids, counts, ages = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
-            values = counts.log1p() * config.repeat_weight + _recency(counts, ages) * config.recency_weight
-            found.append((repeated_ids, values))
-            most += 1
+            occurrences = self._occurrences(item_ids, attention_mask, same_type_ids)
+            found += occurrences
+            most += len(occurrences)
         if not found:
             return item_ids[:, :0], torch.zeros(item_ids.shape[0], 0, device=item_ids.device)
         paired_ids, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
@@ -123,11 +123,12 @@ class HistoryScores(nn.Module):
     ) -> dict[str, Pairs]:
         """The unweighted pairs of each feature by name. Arguments and shapes are those of `forward`."""
         item_ids = _items(history_ids, attention_mask)
-        repeated_ids, counts, ages = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
-        features = {
-            "repeats": _sum_pairs(repeated_ids, counts.log1p(), 1),
-            "recency": _sum_pairs(repeated_ids, _recency(counts, ages), 1),
-        }
+        recent_ids, counts, ages = item_occurrences(item_ids)
+        features = {"recency": _sum_pairs(recent_ids, _recency(counts, ages), 1)}
+        repeated_ids = recent_ids
+        if same_type_ids is not None:
+            repeated_ids, counts, _ = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
+        features["repeats"] = _sum_pairs(repeated_ids, counts.log1p(), 1)
         if self.successor_ids is not None:
             newest_ids, shares, is_start = newest_items(item_ids)
             ids = self.successor_ids[newest_ids].long()
@@ -162,9 +163,9 @@ class HistoryScores(nn.Module):
             (batch, k, M) float32. If `source_ids` has all items of a history, the parts of an item sum to its value.
         """
         history_ids, config = _items(history_ids, None), self.config
-        repeated_ids, counts, ages = item_occurrences(_of_same_type(history_ids, None, same_type_ids))
-        values = counts.log1p() * config.repeat_weight + _recency(counts, ages) * config.recency_weight
-        values = values_of(_sum_pairs(repeated_ids, values, 1), item_ids)
+        occurrences = self._occurrences(history_ids, None, same_type_ids)
+        paired_ids, values = (torch.cat(parts, dim=1) for parts in zip(*occurrences, strict=True))
+        values = values_of(_sum_pairs(paired_ids, values, len(occurrences)), item_ids)
         is_itself = (source_ids.unsqueeze(1) == item_ids.unsqueeze(2)) & (source_ids > 0).unsqueeze(1)
         parts = values.unsqueeze(2) * is_itself
         if self.successor_ids is not None:
@@ -177,6 +178,18 @@ class HistoryScores(nn.Module):
                 is_source = (source_ids == newest.unsqueeze(1)) & (source_ids > 0)
                 parts = parts + values.unsqueeze(2) * is_source.unsqueeze(1)
         return parts
+
+    def _occurrences(
+        self, item_ids: torch.Tensor, attention_mask: torch.Tensor | None, same_type_ids: torch.Tensor | None
+    ) -> list[Pairs]:
+        """Pairs for repeats and recency, weighted: together, or apart if they count different events."""
+        config = self.config
+        ids, counts, ages = item_occurrences(item_ids)
+        recency = _recency(counts, ages) * config.recency_weight
+        if same_type_ids is None:
+            return [(ids, counts.log1p() * config.repeat_weight + recency)]
+        repeated_ids, counts, _ = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
+        return [(ids, recency), (repeated_ids, counts.log1p() * config.repeat_weight)]
 
     def successors(self, item_ids: torch.Tensor) -> Pairs:
         """The successors of items (batch,), with their successor scores as shares of the highest of the catalogue."""

@@ -138,15 +138,21 @@ def test_weights_scale_the_losses_of_labels(name):
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_repeats_count_events_of_the_type_that_is_recommended():
-    scores = make_model(repeat_weight=1.0, recency_weight=1.0).history_scores
+def test_repeats_count_events_of_the_type_that_is_recommended_and_recency_those_of_all_types():
+    scores = make_model(repeat_weight=2.0, recency_weight=1.0).history_scores
     history, bought = torch.tensor([[5, 9, 5, 9, 7]]), torch.tensor([[5, 9, 5, 0, 0]])
-    found = scores(history, same_type_ids=bought)
-    expected = scores(torch.tensor([[5, 9, 5]]))
-    assert [values[values != 0].tolist() for values in found] == [values[values != 0].tolist() for values in expected]
+    items, values = scores(history, same_type_ids=bought)
+    found = {item: value for item, value in zip(items[0].tolist(), values[0].tolist(), strict=True) if item}
+    # 7 was last had 0, 9 was last had 1, and 5 was last had 2 items before the newest.
+    log = torch.log1p(torch.tensor([1.0, 2.0])).tolist()
+    assert found == pytest.approx({5: 2 * log[1] + 0.25, 7: 1.0, 9: 2 * log[0] + 0.5})
+    features = scores.features(history, same_type_ids=bought)
+    assert {name: values[values > 0].tolist() for name, (_, values) in features.items()} == {
+        "repeats": pytest.approx([log[1], log[0]]),
+        "recency": pytest.approx([0.25, 1.0, 0.5]),
+    }
     parts = scores.contributions(history, torch.tensor([[5, 7]]), torch.tensor([[5, 9, 7]]), bought)
-    assert parts[0, 0, 0] > 1.5
-    assert not parts[0, 1].any()
+    torch.testing.assert_close(parts, torch.tensor([[[found[5], 0, 0], [0, 0, found[7]]]]))
 
 
 def test_recommendations_rank_and_explanations_read_types():
