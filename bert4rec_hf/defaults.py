@@ -52,8 +52,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     - Attention: causal, unless the positions are learned from the end.
     - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
     - Transitions: 64 per item for at most 100,000 items, otherwise none.
-    - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; see
-      `default_transition_weight`.
+    - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; with
+      event types, `next_item_weight` is 1 in any case. See `default_transition_weight`.
 
     Args:
         num_events: Number of events in the training part.
@@ -75,7 +75,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         "causal_attention": given.get("position_embedding_type") != "learned_from_end",
         "num_transitions": default_num_transitions(num_items),
         "transition_weight": default_transition_weight(num_events, num_items, filter_seen_items),
-        "next_item_weight": 0.0 if filter_seen_items else NEXT_ITEM_WEIGHT,
+        "next_item_weight": 0.0 if filter_seen_items and not given.get("num_event_types") else NEXT_ITEM_WEIGHT,
         "repeat_weight": 0.0 if filter_seen_items else REPEAT_WEIGHT,
     }
     if hidden_size % HEAD_WIDTH == 0:

@@ -103,7 +103,10 @@ class DataCollatorForMaskedItemPrediction:
         if "labels" in features[0]:
             return self._evaluation_batch(features, rows)
         random = np.random.default_rng(int(torch.randint(2**62, (1,))))
-        windows = [self._window(row, random) for row in rows]
+        windows = [
+            self._window(row, random, feature.get("event_type_ids"))
+            for row, feature in zip(rows, features, strict=True)
+        ]
         input_ids = _pad([row[window] for row, window in zip(rows, windows, strict=True)], PAD_TOKEN_ID)
         self._check_ids(input_ids)
         further = {
@@ -188,12 +191,21 @@ class DataCollatorForMaskedItemPrediction:
             "positive_log_probabilities": torch.from_numpy(np.where(labels == IGNORE_INDEX, 0, positive)),
         }
 
-    def _window(self, row: np.ndarray, random: np.random.Generator) -> slice:
+    def _window(self, row: np.ndarray, random: np.random.Generator, types: Any) -> slice:
         max_length = self.tokenizer.model_max_length if self.max_length is None else self.max_length
         spare = len(row) - max_length
         if spare <= 0:
             return slice(None)
-        start = random.integers(spare + 1) if self.random_windows else spare
+        low, high = 0, spare
+        if types is not None:
+            # A window without an event of a target type would train nothing.
+            targets = np.flatnonzero(np.isin(types, self.tokenizer.target_event_type_ids))
+            if len(targets):
+                target = random.choice(targets) if self.random_windows else targets[-1]
+                low, high = max(0, target - max_length + 1), min(spare, target)
+                if not self.random_windows:
+                    high = low  # what comes after the last target trains nothing
+        start = random.integers(low, high + 1) if self.random_windows else high
         return slice(start, start + max_length)
 
     def _evaluation_batch(

@@ -117,7 +117,8 @@ def keep_transitions(
         histories,
         num_items,
         model.config.num_transitions,
-        with_self_pairs=not model.config.filter_seen_items,
+        # What was viewed may be bought next, also where what was bought is never recommended again.
+        with_self_pairs=not model.config.filter_seen_items or model.config.num_event_types > 0,
         seed=seed,
     )
     counted = found[0].any(dim=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
@@ -586,6 +587,10 @@ def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
         length = mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
+        if are_stored and config.num_event_types and "event_type_ids" in getattr(rows, "column_names", ()):
+            types = pc.list_flatten(rows.with_format("arrow")["event_type_ids"][:])
+            # Only events of target types are predicted.
+            length *= float(np.isin(types.to_numpy(), config.target_event_type_ids or []).mean())
         args.mask_ratio = default_mask_ratio(length, len(rows) if are_stored else 1, config.causal_attention)
     if args.is_left_out("learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from bert4rec_hf import (
+    Bert4RecConfig,
+    Bert4RecForMaskedItemPrediction,
     Bert4RecTokenizer,
+    Bert4RecTrainer,
+    Bert4RecTrainingArguments,
     DataCollatorForMaskedItemPrediction,
     prepare,
     ranking_rows,
@@ -225,3 +229,30 @@ def test_baselines_count_target_events(data):
     # The targets: a buys y after buying x and z; d buys x after buying z. Popularity is x 2, z 1, y 0, q 0.
     assert personal_popularity_ranks(rows, histories, 4).tolist() == [4, 2]
     assert baseline_ranks(rows, histories, 4)["popularity"].tolist() == [4, 1]
+
+
+def test_a_window_of_a_long_history_has_a_target():
+    row = {"input_ids": list(range(3, 23)), "event_type_ids": [3] * 20}
+    row["event_type_ids"][4] = row["event_type_ids"][15] = 1
+    torch.manual_seed(0)
+    batch = make_collator(mask_ratio=1.0, causal=True, max_length=5)([row] * 60)
+    assert set(batch["labels"].flatten().tolist()) == {7, 18}
+    assert set(batch["position_ids"][:, -1].tolist()) == {0, 1, 2, 3, 4}  # the target may be anywhere in the window
+    newest = make_collator(mask_ratio=1.0, causal=True, max_length=5, random_windows=False)([row])
+    assert newest["input_ids"].tolist() == [[14, 15, 16, 17, 18, MASK]]  # all that fits before the last target
+
+
+def test_the_default_mask_ratio_counts_target_events(data, tmp_path):
+    arguments = Bert4RecTrainingArguments(str(tmp_path / "run"), use_cpu=True, num_train_epochs=1, disable_tqdm=True)
+    many = {f"u{number}": ["x view"] * 199 + ["z buy", "x buy", "z buy"] for number in range(1000)}
+    prepare(frame(many), tmp_path / "many", max_length=200, **OPTIONS)
+    histories, tokenizer, _ = read_prepared(tmp_path / "many")
+    rows = training_rows(histories)
+    config = Bert4RecConfig(
+        vocab_size=len(tokenizer), hidden_size=16, causal_attention=True, num_event_types=2, target_event_type_ids=[1]
+    )
+    trainer = Bert4RecTrainer(
+        Bert4RecForMaskedItemPrediction(config), arguments, train_dataset=rows, processing_class=tokenizer
+    )
+    # 1,000 labels in 200,000 events: all of them are predicted, where a quarter of the events would be.
+    assert trainer.args.mask_ratio == 1.0
