@@ -63,7 +63,7 @@ that costs.
 A new item is rarely worth a place among the first ten, where an item that is known would stand: at a cost of a
 hundredth, few new items are found there, fewer than the nearest neighbours by features find that show nothing else.
 Among the first hundred, and at a higher offset among the first ten, the vectors from features find far more than any
-baseline.
+baseline. On the groceries, whose split is in time, they do so at no cost.
 """
 
 
