@@ -1,8 +1,9 @@
 """Measures how well purchases are predicted from all events of a shop, against from purchases alone and from counts.
 
-    python benchmarks/event_types.py results.json [--seeds 42 1 2] [--epochs 4]
+    python benchmarks/event_types.py results.json [--seeds 42 1 2] [--epochs 4] [--delay 10]
 
-The log is that of benchmarks/shop.py, with views, carts and purchases. Leave-one-out holds out the last two purchases
+The log is that of benchmarks/shop.py, with views, carts and purchases. There, a purchase directly follows the view or
+cart of its item. With --delay 10, it comes 1 to 10 events later. Leave-one-out holds out the last two purchases
 of each user; a target is ranked among all items after all events before it. The systems are compared on the targets of
 users that both models rank. NDCG@10 and HR@10, with the standard error of paired differences over users.
 """
@@ -69,12 +70,19 @@ def main() -> None:
     parser.add_argument("output")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--delay", type=int, default=0)
     options = parser.parse_args()
     systems: dict[str, list[dict[str, int]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log = folder / "shop.csv"
         subprocess.run([sys.executable, str(Path(__file__).with_name("shop.py")), str(log)], check=True)
+        if options.delay:
+            # A purchase comes 1 to `delay` events later, as when the cart is paid for at the end of a visit.
+            events = pd.read_csv(log)
+            later = np.random.default_rng(0).integers(1, options.delay + 1, len(events)) + 0.5
+            events["timestamp"] += np.where(events["event_type"] == "purchase", later, 0)
+            events.to_csv(log, index=False)
         prepare(log, folder / "all", event_type_column="event_type", target_event_types=["purchase"])
         prepare(log, folder / "purchases", where="event_type = 'purchase'")
         for seed in options.seeds:
@@ -98,17 +106,29 @@ def main() -> None:
         }
         for title, ranks in baselines.items():
             systems[title] = [dict(zip(users, ranks.tolist(), strict=True))]
-        carted = {
-            user: (target, cart) in zip(items, types, strict=False)
-            for user, target, items, types in zip(
-                users, target_ids_of(rows).tolist(), rows["history_ids"], rows["event_type_ids"], strict=True
-            )
-        }
+        # Whether the target was put into the cart and has not been bought since.
+        purchase = tokenizer.event_type_ids(["purchase"])[0]
+        carted = {}
+        for row, target in zip(rows, target_ids_of(rows).tolist(), strict=True):
+            kinds = [
+                kind for item, kind in zip(row["history_ids"], row["event_type_ids"], strict=False) if item == target
+            ]
+            is_carted = cart in kinds and purchase not in kinds[len(kinds) - 1 - kinds[::-1].index(cart) :]
+            carted[row["user_id"]] = is_carted
         numbers = preparation["statistics"]["events_per_type"]
     shared = sorted(set.intersection(*(set(run) for runs in systems.values() for run in runs)))
     is_carted = np.array([carted[user] for user in shared])
-    results: dict[str, Any] = {"events_per_type": numbers, "filter_seen_items": policy, "seeds": options.seeds}
-    for group, chosen in (("all", np.ones(len(shared), bool)), ("carted", is_carted), ("not carted", ~is_carted)):
+    results: dict[str, Any] = {
+        "events_per_type": numbers,
+        "filter_seen_items": policy,
+        "seeds": options.seeds,
+        "delay": options.delay,
+    }
+    for group, chosen in (
+        ("all", np.ones(len(shared), bool)),
+        ("in the cart", is_carted),
+        ("not in the cart", ~is_carted),
+    ):
         results[group] = {"num_users": int(chosen.sum())}
         ours = None
         for title, runs in systems.items():
@@ -123,7 +143,7 @@ def main() -> None:
                 record["standard error"] = float(difference.std(ddof=1) / len(difference) ** 0.5)
             results[group][title] = record
     Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
-    for group in ("all", "carted", "not carted"):
+    for group in ("all", "in the cart", "not in the cart"):
         print(f"\n{group}: {results[group].pop('num_users')} users")
         print(pd.DataFrame(results[group]).T.round(4).to_string())
 

@@ -249,7 +249,10 @@ class SequentialRecommendationPipeline(Pipeline):
             types, inputs = inputs.get("event_type"), inputs[names[0]]
         if filter_seen_items is None:
             filter_seen_items = self.model.config.filter_seen_items
-        items, names_of_types = events_of(inputs, types)
+        given = item_list("the history", inputs)
+        items, names_of_types = events_of(given, types)
+        if self.tokenizer.event_types is None and all(name is None for name in names_of_types):
+            items = given  # a model without event types takes plain ids
         items, token_ids = self._token_ids("the history", items)
         target_type = self.tokenizer.target_event_type_id(event_type)
         type_ids = self._type_ids(names_of_types)
@@ -601,10 +604,10 @@ def events_of(history: Any, types: Any = None) -> tuple[list[Any], list[Any]]:
         if len(names) != len(items):
             raise ValueError(f"event_type has {len(names)} types for {len(items)} items; expected one for each item")
     for place, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            continue
+        if not is_event(item):
+            continue  # an id, or what is none and raises where ids are looked up
         other = [name for name in item if name not in ("item_id", "event_type")]
-        if "item_id" not in item or other:
+        if other:
             raise ValueError(
                 f"item {place} of the history (the first is 0) must have item_id and, if you like, event_type; got "
                 f"{', '.join(map(str, item)) or 'no keys'}"
