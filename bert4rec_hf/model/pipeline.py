@@ -595,7 +595,7 @@ def events_of(history: Any, types: Any = None) -> tuple[list[Any], list[Any]]:
     Raises:
         ValueError: If a dictionary has other keys, or there are types for another number of items.
     """
-    items = item_list("the history", history)
+    items: list[Any] = list(item_list("the history", history))
     names: list[Any] = [None] * len(items)
     if types is not None:
         if isinstance(types, str) or not is_history(types):
