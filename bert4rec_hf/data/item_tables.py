@@ -76,8 +76,7 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
             )
     for number, column in enumerate(table.columns):
         if pa.types.is_floating(column.type):  # DuckDB takes NaN for the largest number
-            is_number = pc.invert(pc.fill_null(pc.is_nan(column), False))
-            column = pc.if_else(is_number, column, pa.scalar(None, column.type))
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
             table = table.set_column(number, table.column_names[number], column)
     return table
 

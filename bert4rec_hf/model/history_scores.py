@@ -281,11 +281,9 @@ def _items(history_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> to
 
 
 def _of_same_type(
-    item_ids: torch.Tensor, attention_mask: torch.Tensor | None, same_type_ids: torch.Tensor | None
+    item_ids: torch.Tensor, attention_mask: torch.Tensor | None, same_type_ids: torch.Tensor
 ) -> torch.Tensor:
-    """The items whose repeats count: `same_type_ids` if they are given, else all."""
-    if same_type_ids is None:
-        return item_ids
+    """The items of `same_type_ids`, whose repeats count, without special tokens."""
     return _items(same_type_ids, attention_mask if same_type_ids.shape == item_ids.shape else None)
 
 

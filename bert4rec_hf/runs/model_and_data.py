@@ -143,7 +143,7 @@ def _continued_model(
     return model, tokenizer, histories, preparation
 
 
-def item_table(data: str | os.PathLike, folder: str | os.PathLike | None = None) -> Path | None:
+def item_table(data: str | os.PathLike | None, folder: str | os.PathLike | None = None) -> Path | None:
     """The item table of a prepared folder, or else that of a model folder. None: neither has one."""
     for place in (data, folder):
         if place is not None and (Path(place) / ITEM_TABLE_FILE).is_file():

@@ -24,7 +24,7 @@ from ..hub.publish_code import publish_code as publish_code_into
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..training.new_items import choose_offset, learn_item_projection, set_offset, trade_new_items
-from .model_and_data import read_histories
+from .model_and_data import item_table, read_histories
 
 # The column of an item table that says which items are not recommended any more.
 WITHDRAWN_COLUMN = "withdrawn"
@@ -72,8 +72,7 @@ def update_items(
     if not (source / "config.json").is_file():
         raise ValueError(f"expected a model folder, with config.json; got {model}")
     loaded, tokenizer = load_model(source).eval(), Bert4RecTokenizer.from_pretrained(source)
-    places = [items, *(None if folder is None else Path(folder) / ITEM_TABLE_FILE for folder in (data, source))]
-    path = next((place for place in places if place is not None and Path(place).is_file()), items)
+    path = items or next((found for found in (item_table(data), item_table(source)) if found), None)
     if path is None:
         raise ValueError(f"{model} has no item table: name one, with a row for each item to add or to change")
     table = read_item_table(path)

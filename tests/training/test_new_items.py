@@ -230,6 +230,9 @@ def test_on_the_command_line(shop, model, tmp_path):
     failed = run("update-items", model, "--items", tmp_path / "bad.csv")
     assert failed.returncode == 2
     assert "the column withdrawn must be true or false in every row" in failed.stderr
+    failed = run("update-items", model, "--items", tmp_path / "typo.csv")
+    assert failed.returncode == 2
+    assert "there is no file" in failed.stderr  # the table of the folder does not stand in for it
     failed = run("update-items", tmp_path / "nowhere", "--items", tmp_path / "update.csv")
     assert failed.returncode == 2
     assert len(failed.stderr.strip().splitlines()) == 1
