@@ -2,15 +2,13 @@
 
 import logging
 import os
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow.parquet as pq
-from accelerate.utils import broadcast_object_list
 
 from ..data.rows import ranking_rows, users_with_targets
 from ..evaluation.protocol import Protocol
-from ..training.new_items import choose_offset, learn_item_projection, set_offset, trade_new_items
+from ..training.new_items import learn_item_projection, offer_new_items
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import read_histories
 
@@ -51,15 +49,7 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
             filter_seen_items=model.config.filter_seen_items,
             max_length=model.config.max_position_embeddings,
         )
-        trades, num_targets = trade_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)
-        # The processes must agree, while their devices may round differently.
-        offset = broadcast_object_list([choose_offset(trades, model.config.new_item_offset)])[0]
-        set_offset(model, tokenizer, offset)
-        record |= {
-            "offset": model.config.new_item_offset,
-            "num_targets": num_targets,
-            "trades": [asdict(trade) for trade in trades],
-        }
+        record |= offer_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)
         trainer.grow_catalogue(
             rows,
             Protocol.of(

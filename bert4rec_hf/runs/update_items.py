@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, RECIPE_FILE, write
 from ..hub.publish_code import publish_code as publish_code_into
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from ..training.new_items import choose_offset, learn_item_projection, set_offset, trade_new_items
+from ..training.new_items import learn_item_projection, offer_new_items, set_offset
 from .model_and_data import item_table, read_histories
 
 # The column of an item table that says which items are not recommended any more.
@@ -112,9 +111,7 @@ def update_items(
         changed |= set(untrained)
     record["num_changed"] = len(changed)
     if data is not None:
-        trade = _trade(loaded, tokenizer, data)
-        new_items = (new_items or {}) | trade
-        set_offset(loaded, tokenizer, trade["offset"])
+        new_items = (new_items or {}) | _trade(loaded, tokenizer, data)
     if new_item_offset is not None:
         set_offset(loaded, tokenizer, new_item_offset)
         new_items = (new_items or {}) | {"offset": new_item_offset}
@@ -140,12 +137,7 @@ def _trade(loaded: Any, tokenizer: Bert4RecTokenizer, data: str | os.PathLike) -
     )
     if not len(rows):
         return {"offset": loaded.config.new_item_offset}
-    trades, num_targets = trade_new_items(loaded, tokenizer, rows)
-    return {
-        "offset": choose_offset(trades, loaded.config.new_item_offset),
-        "num_targets": num_targets,
-        "trades": [asdict(trade) for trade in trades],
-    }
+    return offer_new_items(loaded, tokenizer, rows)
 
 
 def _withdrawn(table: pa.Table, path: Any) -> list[bool] | None:

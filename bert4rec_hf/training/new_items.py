@@ -1,13 +1,15 @@
 """Items that nobody has had yet: their vectors from features, and how often they are recommended."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..evaluation.metrics import ranking_metrics
@@ -102,8 +104,7 @@ def trade_new_items(
     is_new = torch.zeros(len(tokenizer), dtype=torch.bool, device=model.device)
     is_new[FIRST_ITEM_ID:] = torch.tensor(tokenizer.counts, device=model.device) == 0
     found: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, len(rows), batch_size):
-        batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+    for batch in DataLoader(rows, batch_size, collate_fn=collator):
         batch = {name: values.to(model.device) for name, values in batch.items()}
         states = model.mask_states(batch["input_ids"], batch["attention_mask"], batch.get("event_type_ids"))
         targets = batch["labels"].amax(dim=1)
@@ -158,3 +159,18 @@ def set_offset(model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokeni
     weight = model.item_bias.weight
     weight[places.to(weight.device)] += offset - model.config.new_item_offset
     model.config.new_item_offset = offset
+
+
+def offer_new_items(
+    model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, rows: Dataset, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Choose the offset of new items on evaluation rows, and set it.
+
+    Returns:
+        offset; num_targets, the number of targets that are new items; and trades, one for each offset.
+    """
+    trades, num_targets = trade_new_items(model, tokenizer, rows, batch_size=batch_size)
+    # The processes must agree, while their devices may round differently.
+    offset = broadcast_object_list([choose_offset(trades, model.config.new_item_offset)])[0]
+    set_offset(model, tokenizer, offset)
+    return {"offset": offset, "num_targets": num_targets, "trades": [asdict(trade) for trade in trades]}
