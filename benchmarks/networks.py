@@ -1,8 +1,10 @@
 """Trains a network with one change at a time, and judges each by itself and by the sum with the counted scores.
 
-    python benchmarks/networks.py LOG --changes residual rdrop=1 … [--set NAME=VALUE …] [--output FOLDER]
+    python benchmarks/networks.py LOG --changes residual residual+rdrop=1 … [--set NAME=VALUE …] [--output FOLDER]
+                                  [--items ITEMS --item_features NAME …]
 
-LOG has the forms that benchmarks/quality.py accepts. The changes, none of which is an option of the package, are:
+LOG has the forms that benchmarks/quality.py accepts. A plus joins changes. The changes, none of which is an option of
+the package, are:
 
 - average=.999: the exponential moving average of the weights, if it is better on the validation targets;
 - residual: the state of a [MASK] gets w Σ .5^d e(item d places to the left), for the nearest eight, w learnt;
@@ -10,6 +12,9 @@ LOG has the forms that benchmarks/quality.py accepts. The changes, none of which
 - soft_targets=.1: this share of the label goes to the successors of the item before it, counted on other users;
 - contrast=.1: the states of two passes with other dropout must find each other among the states of the batch;
 - rdrop=1: the symmetric divergence of the predictions of two such passes is added to the loss (Liang et al. 2021);
+- counted=1: the loss is that of the sum: logits get the transitions, counted on other users, times this number;
+- features=.1: an item's vector is its own plus a projection of its features, which the training changes too. The vector
+  of its own is left out for this share of the items of a step. Needs --items;
 - bidirectional=.5: this share of the batches masks items in place, and all positions attend to all others;
 - peer=FOLDER: the scores of RecTools' SASRec in place of the network. FOLDER is that of a seed of benchmarks/peers.py,
   with --set vectors=true.
@@ -29,18 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from quality import log_name, named_values, prepared
 from tables import machine, write_section
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import TrainerCallback, set_seed
 
 from bert4rec_hf import (
     Bert4RecConfig,
     Bert4RecForMaskedItemPrediction,
+    Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     keep_transitions,
+    prepare,
     ranking_rows,
     read_prepared,
     start_from_cooccurrence,
@@ -49,10 +58,12 @@ from bert4rec_hf import (
 from bert4rec_hf.data.counting import transitions
 from bert4rec_hf.data.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.data.histories import Histories
+from bert4rec_hf.data.item_tables import ITEM_TABLE_FILE
 from bert4rec_hf.defaults import default_architecture, default_num_train_epochs, default_start_with_mean
 from bert4rec_hf.evaluation import calibration
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 from bert4rec_hf.model.history_scores import WEIGHT_FIELDS
+from bert4rec_hf.model.item_features import SparseRows, fit_projection
 from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen
 
 TABLE = Path(__file__).parent / "results" / "networks.md"
@@ -73,28 +84,39 @@ def main() -> None:
     parser.add_argument("log")
     parser.add_argument("--changes", nargs="*", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--items")
+    parser.add_argument("--item_features", nargs="*")
     parser.add_argument("--output", default="networks")
     options = parser.parse_args()
     calibration.MAX_CALIBRATED_USERS = 10**9
     settings = named_values(options.set)
-    data = prepared(options.log, Path(options.output), None)
+    if options.items:
+        data = Path(options.output) / "data-items"
+        if not data.exists():
+            prepare(options.log, data, items=options.items, item_features=options.item_features)
+    else:
+        data = prepared(options.log, Path(options.output), None)
     lines = [
         f"`benchmarks/networks.py {log_name(options.log)} --changes {' '.join(options.changes)}"
-        f"{' --set ' + ' '.join(options.set) if options.set else ''}`, {machine(torch.get_num_threads())}",
+        f"{' --set ' + ' '.join(options.set) if options.set else ''}"
+        f"{' --items items.parquet --item_features ' + ' '.join(options.item_features) if options.items else ''}`, "
+        f"{machine(torch.get_num_threads())}",
         "",
         "| change | validation, alone | sum | difference | test, alone | sum | difference | CPU minutes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     first: dict[tuple[str, ...], np.ndarray] = {}
     for change in ["none", *options.changes]:
-        name, _, value = change.partition("=")
+        parts = (part.partition("=") for part in change.split("+"))
+        changes = {name: value for name, _, value in parts}
         folder = Path(options.output) / change.replace("/", "-")
         if not (folder / GAINS_FILE).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            if name == "peer":
-                found, minutes = of_peer(data, Path(value))
+            if "peer" in changes:
+                found, minutes = of_peer(data, Path(changes["peer"]))
             else:
-                found, minutes = run(data, name, float(value or 1), dict(settings), folder)
+                numbers = {name: float(value or 1) for name, value in changes.items()}
+                found, minutes = run(data, numbers, dict(settings), folder)
             arrays = {f"{part} {what}": values for (part, what), values in found.items()}
             np.savez(folder / GAINS_FILE, minutes=minutes, **arrays)
         kept = dict(np.load(folder / GAINS_FILE))
@@ -112,9 +134,9 @@ def main() -> None:
 
 
 def run(
-    data: Path, change: str, value: float, settings: dict[str, Any], folder: Path
+    data: Path, changes: Mapping[str, float], settings: dict[str, Any], folder: Path
 ) -> tuple[dict[tuple[str, str], np.ndarray], float]:
-    """Train with a change. Returns NDCG@10 of each user by part and by alone or sum, and the CPU minutes."""
+    """Train with changes. Returns NDCG@10 of each user by part and by alone or sum, and the CPU minutes."""
     started = time.process_time()
     set_seed(settings.get("seed", 42))
     histories, tokenizer, preparation = read_prepared(data)
@@ -126,7 +148,9 @@ def run(
     model = Bert4RecForMaskedItemPrediction(config)
     start_from_cooccurrence(model, histories, num_items, with_mean=default_start_with_mean(num_events, num_items))
     keep_transitions(model, histories, num_items)
-    if change == "residual":
+    if "features" in changes:
+        add_features(model, tokenizer, data, changes["features"])
+    if "residual" in changes:
         add_residual(model)
 
     length = config.max_position_embeddings
@@ -143,17 +167,17 @@ def run(
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
     )
-    trainer.change, trainer.value = change, value
-    if change == "soft_targets":
+    trainer.changes = changes
+    if "soft_targets" in changes or "counted" in changes:
         trainer.tables = tables_of_folds(histories, num_items, config)
     trainer.data_collator, trainer.collates_by_args = ChangedCollator(trainer), False
-    average = Average(value)
-    if change == "average":
+    average = Average(changes.get("average", 0.0))
+    if "average" in changes:
         trainer.add_callback(average)
     trainer.train()
     minutes = (time.process_time() - started) / 60
     compared = calibration.compare_targets(model.eval(), rows["validation"], tokenizer)
-    if change == "average":
+    if "average" in changes:
         raw = {name: weights.clone() for name, weights in model.named_parameters()}
         copy_weights(model, average.weights)
         of_average = calibration.compare_targets(model, rows["validation"], tokenizer)
@@ -207,10 +231,9 @@ def of_peer(data: Path, folder: Path) -> tuple[dict[tuple[str, str], np.ndarray]
 
 
 class ChangedTrainer(Bert4RecTrainer):
-    """The trainer with another loss: `change` names it, and `value` is its number."""
+    """The trainer with another loss: `changes` names what is changed, and has its numbers."""
 
-    change: str
-    value: float
+    changes: Mapping[str, float]
     tables: tuple[torch.Tensor, torch.Tensor]
 
     def compute_loss(
@@ -218,14 +241,17 @@ class ChangedTrainer(Bert4RecTrainer):
     ) -> Any:
         folds = inputs.pop("folds", None)
         is_bidirectional = inputs.pop("is_bidirectional", False)
-        if not model.training or self.change not in ("soft_targets", "contrast", "rdrop", "bidirectional"):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.change == "bidirectional":
+        changes = self.changes
+        if model.training and "features" in changes:
+            draw_items_without_own_vectors(model, changes["features"])
+        if model.training and "bidirectional" in changes:
             model.config.causal_attention = not is_bidirectional
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             model.config.causal_attention = True
             return loss
-        passes = 1 if self.change == "soft_targets" else 2
+        if not model.training or not changes.keys() & {"soft_targets", "counted", "contrast", "rdrop"}:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        passes = 2 if changes.keys() & {"contrast", "rdrop"} else 1
         labels = inputs.pop("labels")
         states = model.model(**{name: torch.cat([values] * passes) for name, values in inputs.items()})
         rows, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -234,27 +260,36 @@ class ChangedTrainer(Bert4RecTrainer):
         states = model.head(states.last_hidden_state.unflatten(0, (passes, -1))[:, rows, columns]).transpose(0, 1)
         vectors, biases = model._item_rows(range(model.config.vocab_size))
         logits = nn.functional.linear(states, vectors, biases).float()
+        if folds is not None:
+            # (labels, places) the items before the label, newest first, and the successors of each.
+            places = inputs["position_ids"].gather(1, inputs["masked_positions"].clamp(min=0))[rows, columns]
+            before = places.unsqueeze(1) - torch.arange(1, PLACES + 1)
+            newest_ids = inputs["input_ids"][rows.unsqueeze(1), before.clamp(min=0)] * (before >= 0)
+            item_ids, scores = (table[folds[rows].unsqueeze(1), newest_ids] for table in self.tables)
+        if "counted" in changes:
+            shares = 0.5 ** torch.arange(PLACES) * (newest_ids > 0)
+            shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1)
+            scores = scores * shares.unsqueeze(2) * changes["counted"] * model.config.transition_weight
+            of_items = torch.zeros_like(logits[:, 0]).scatter_add_(1, item_ids.long().flatten(1), scores.flatten(1))
+            logits = logits + of_items.unsqueeze(1)
         logits[..., :FIRST_ITEM_ID] = -torch.inf
         of_passes = labels.unsqueeze(1).expand(-1, passes)
         if model.config.filter_seen_items:
             logits = mask_seen(logits, inputs["input_ids"][rows], of_passes)
         logs = logits.log_softmax(dim=-1)
-        of_labels = -logs.gather(-1, of_passes.unsqueeze(-1)).mean()
-        if self.change == "soft_targets":
-            places = inputs["position_ids"].gather(1, inputs["masked_positions"].clamp(min=0))[rows, columns]
-            before = inputs["input_ids"][rows, (places - 1).clamp(min=0)] * (places > 0)
-            item_ids, scores = (table[folds[rows], before] for table in self.tables)
-            shares = scores / scores.sum(dim=1, keepdim=True).clamp(min=1e-6)
-            of_successors = logs[:, 0].clamp(min=-30).gather(1, item_ids.long())
-            soft = -(shares * of_successors * (item_ids > 0)).sum(dim=1)
-            loss = (1 - self.value) * of_labels + self.value * soft.mean()
-        elif self.change == "rdrop":
+        loss = -logs.gather(-1, of_passes.unsqueeze(-1)).mean()
+        if "soft_targets" in changes:
+            shares = scores[:, 0] / scores[:, 0].sum(dim=1, keepdim=True).clamp(min=1e-6)
+            of_successors = logs[:, 0].clamp(min=-30).gather(1, item_ids[:, 0].long())
+            soft = -(shares * of_successors * (item_ids[:, 0] > 0)).sum(dim=1)
+            loss = (1 - changes["soft_targets"]) * loss + changes["soft_targets"] * soft.mean()
+        if "rdrop" in changes:
             one, two = logs.clamp(min=-1e4).unbind(1)
             divergence = ((one.exp() - two.exp()) * (one - two)).sum(dim=-1).mean()
-            loss = of_labels + self.value * divergence / 2
-        else:
+            loss = loss + changes["rdrop"] * divergence / 2
+        if "contrast" in changes:
             one, two = nn.functional.normalize(states.float(), dim=-1).unbind(1)
-            loss = of_labels + self.value * nn.functional.cross_entropy(
+            loss = loss + changes["contrast"] * nn.functional.cross_entropy(
                 one @ two.T / TEMPERATURE, torch.arange(len(labels))
             )
         return (loss, None) if return_outputs else loss
@@ -276,15 +311,16 @@ class ChangedCollator:
         ]
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        change, value = self.trainer.change, self.trainer.value
+        changes = self.trainer.changes
         if "labels" in features[0]:
             return self.collators[0](features)
         random = np.random.default_rng(int(torch.randint(2**62, (1,))))
-        if change == "drop_items":
-            features = [feature | {"input_ids": some_of(feature["input_ids"], value, random)} for feature in features]
-        is_bidirectional = change == "bidirectional" and random.random() < value
+        if "drop_items" in changes:
+            share = changes["drop_items"]
+            features = [feature | {"input_ids": some_of(feature["input_ids"], share, random)} for feature in features]
+        is_bidirectional = random.random() < changes.get("bidirectional", 0.0)
         batch: dict[str, Any] = self.collators[is_bidirectional](features)
-        if change == "soft_targets":
+        if "soft_targets" in changes or "counted" in changes:
             batch["folds"] = torch.tensor([fold_of(feature["user_id"]) for feature in features])
         if is_bidirectional:
             batch["is_bidirectional"] = True
@@ -335,6 +371,47 @@ def add_residual(model: Bert4RecForMaskedItemPrediction) -> None:
         return outputs
 
     model.model.forward = with_residual
+
+
+class WithFeatures(nn.Module):
+    """A parametrization of the item table: the vectors of the items' own plus a projection of their features."""
+
+    def __init__(self, rows: SparseRows, weight: torch.Tensor):
+        super().__init__()
+        self.rows, self.weight = rows, nn.Parameter(weight)
+        self.without_own: torch.Tensor | None = None
+
+    def projected(self) -> torch.Tensor:
+        places, values, starts = self.rows
+        found = nn.functional.embedding_bag(places, self.weight, starts[:-1], mode="sum", per_sample_weights=values)
+        return nn.functional.pad(found, (0, 0, FIRST_ITEM_ID, 0))
+
+    def forward(self, own: torch.Tensor) -> torch.Tensor:
+        if self.training and self.without_own is not None:
+            own = own.masked_fill(self.without_own, 0.0)
+        return own + self.projected()
+
+    def right_inverse(self, table: torch.Tensor) -> torch.Tensor:
+        return table - self.projected().detach()
+
+
+def add_features(
+    model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, data: Path, share: float
+) -> None:
+    """Start the projection with the ridge regression of the vectors that training starts from."""
+    rows = tokenizer.feature_rows(pq.read_table(data / ITEM_TABLE_FILE), tokenizer.items)
+    table = model.get_input_embeddings().weight.detach()
+    counts = torch.tensor(tokenizer.counts).float()
+    weight, penalty, explained = fit_projection(rows, table[FIRST_ITEM_ID:], counts)
+    print(f"features explain {explained:.0%} of the first vectors; penalty {penalty:g}")
+    parametrize.register_parametrization(model.get_input_embeddings(), "weight", WithFeatures(rows, weight))
+
+
+def draw_items_without_own_vectors(model: Bert4RecForMaskedItemPrediction, share: float) -> None:
+    table = model.get_input_embeddings().parametrizations.weight
+    chosen = torch.rand(len(table.original), 1) < share
+    chosen[:FIRST_ITEM_ID] = False
+    table[0].without_own = chosen
 
 
 def some_of(row: Sequence[int], share: float, random: np.random.Generator) -> np.ndarray:

@@ -44,7 +44,6 @@ from .command_line.output import (
     format_calibration,
     format_differences,
     format_evaluation,
-    format_new_items,
     print_entries,
     print_features,
     print_item,
@@ -106,6 +105,7 @@ def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions, m
 
 def train(arguments: Sequence[str]) -> None:
     """Train a model on a prepared folder or a log. Every checkpoint is a model folder."""
+    from .hub.model_card import describe_new_items
     from .runs.train import train_prepared
     from .training.arguments import Bert4RecTrainingArguments
     from .training.resume import check_output
@@ -154,7 +154,7 @@ def train(arguments: Sequence[str]) -> None:
         if trainer.calibration is not None and training_arguments.calibrate:
             print(format_calibration(trainer.calibration))
         if trainer.new_items is not None:
-            print(format_new_items(trainer.new_items))
+            print(describe_new_items(trainer.new_items))
         folder, data = shlex.quote(output_dir), shlex.quote(data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
         following = f"evaluate {folder} --data {data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"

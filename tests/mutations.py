@@ -400,7 +400,7 @@ MUTATIONS = {
          "super().save_model(output_dir, _internal_call=True)\n"
          "            [path.unlink() for path in folder.glob(\"tokenizer*\")]",
          "command_line/test_cli.py::test_every_checkpoint_is_a_whole_model_folder_too"),
-        ("metrics of other weights are kept", "(folder / EVALUATION_FILE).unlink(missing_ok=True)", "pass",
+        ("metrics of other weights are kept", "(folder / name).unlink(missing_ok=True)", "pass",
          "hub/test_push.py::test_test_numbers_come_along_until_the_weights_are_others"),
         ("the pickled arguments have the token", "setattr(args, name, None)", "pass",
          "training/test_trainer_contract.py::test_no_token_is_written_and_the_arguments_stay_as_they_were"),

@@ -148,23 +148,6 @@ def print_features(data: str) -> None:
     print("item features: " + "\n               ".join(describe(features, pq.read_table(Path(data) / ITEM_TABLE_FILE))))
 
 
-def format_new_items(record: Mapping[str, Any]) -> str:
-    """A sentence on the items that nobody has had yet: where their vectors come from, and what they cost."""
-    text = (
-        f"{record['num_new_items']:,} new items have vectors from their features, which explain "
-        f"{max(0.0, record['explained']):.0%} of the vectors of items left out"
-    )
-    trades = record.get("trades", [])
-    chosen = next((trade for trade in trades if trade["offset"] == record["offset"]), None)
-    if chosen is None:
-        return f"{text}; offset {record['offset']:g}"
-    return (
-        f"{text}; with offset {record['offset']:g}, HR@10 of {record['num_targets']:,} new targets is "
-        f"{chosen['new_item_hit_rate']:.4f}, and NDCG@10 of all is {chosen['ndcg']:.4f} instead of "
-        f"{trades[0]['ndcg']:.4f} without new items (validation)"
-    )
-
-
 def format_calibration(record: Mapping[str, Any]) -> str:
     """Format the result of a calibration as text: the weights, and what they gain.
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.histories import PREPARATION_FILE
+from ..data.item_tables import ITEM_TABLE_FILE, describe
 from ..data.named_datasets import NAMED_DATASETS
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import COVERAGE_CUTOFF, shown_metrics
@@ -24,7 +26,12 @@ TRAINING_FILE = "training.json"
 CURVE_FILE = "learning_curve.png"
 CALIBRATION_FILE = "calibration.json"
 NEW_ITEMS_FILE = "new_items.json"
+NEW_ITEMS_CURVE_FILE = "new_items.png"
 RECIPE_FILE = "recipe.yaml"
+# Files that say how good the weights are, and are wrong about other weights.
+FILES_OF_WEIGHTS = (
+    EVALUATION_FILE, TRAINING_FILE, CURVE_FILE, CALIBRATION_FILE, NEW_ITEMS_FILE, NEW_ITEMS_CURVE_FILE
+)  # fmt: skip
 MARK = "<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a text of your own. -->"
 # The library as the Hub names libraries: lower case, hyphens. docs/how-to/publishing.md says what the Hub shows for it.
 LIBRARY_NAME = "bert4rec-hf"
@@ -147,6 +154,8 @@ def write_model_card(
     if (folder / TRAINING_FILE).is_file():
         training = json.loads((folder / TRAINING_FILE).read_text("utf-8"))
         parts.append(_training(training, is_calibrated=calibration is not None))
+    if tokenizer is not None and tokenizer.item_features is not None:
+        parts.append(_new_items(folder, tokenizer))
     parts.append(_limits(config, tokenizer, records))
     if recipe:
         parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
@@ -262,17 +271,58 @@ for item in recommend(history, top_k=5):  # oldest item first; unknown items are
 ```"""
 
 
+def _new_items(folder: Path, tokenizer: Bert4RecTokenizer) -> str:
+    """Which features the items have, and what recommending new items costs."""
+    features, lines = tokenizer.item_features, ["## Item features and new items"]
+    assert features is not None  # for the type checker
+    if (folder / ITEM_TABLE_FILE).is_file():
+        table = pq.read_table(folder / ITEM_TABLE_FILE)
+        lines.append("\n".join(f"- `{line}`" for line in describe(features, table)))
+    record = json.loads((folder / NEW_ITEMS_FILE).read_text("utf-8")) if (folder / NEW_ITEMS_FILE).is_file() else {}
+    if "num_new_items" in record:
+        lines.append(f"{describe_new_items(record)}.")
+    if (folder / NEW_ITEMS_CURVE_FILE).is_file():
+        lines.append(
+            f"![The trade of new items]({NEW_ITEMS_CURVE_FILE})\n\nAnother point of this curve is chosen with "
+            f"`bert4rec update-items MODEL --new_item_offset VALUE`; `{NEW_ITEMS_FILE}` has the values."
+        )
+    return "\n\n".join(lines)
+
+
+def describe_new_items(record: Mapping[str, Any]) -> str:
+    """A sentence on the items that nobody has had yet: where their vectors come from, and what they cost.
+
+    Args:
+        record: The content of new_items.json.
+    """
+    text = (
+        f"{record['num_new_items']:,} new items have vectors from their features, which explain "
+        f"{max(0.0, record['explained']):.0%} of the vectors of items left out"
+    )
+    trades = record.get("trades", [])
+    chosen = next((trade for trade in trades if trade["offset"] == record["offset"]), None)
+    if chosen is None:
+        return f"{text}; offset {record['offset']:g}"
+    return (
+        f"{text}; with offset {record['offset']:g}, HR@10 of {record['num_targets']:,} new targets is "
+        f"{chosen['new_item_hit_rate']:.4f}, and NDCG@10 of all is {chosen['ndcg']:.4f} instead of "
+        f"{trades[0]['ndcg']:.4f} without new items (validation)"
+    )
+
+
 def _limits(config: Mapping[str, Any], tokenizer: Bert4RecTokenizer | None, records: list[dict[str, Any]]) -> str:
     lines = [
-        "The catalogue is fixed: an unknown item is left out of histories and never recommended. All users without a "
-        "history get the same recommendations."
+        "The catalogue is fixed until it is updated: an unknown item is left out of histories and never recommended. "
+        "All users without a history get the same recommendations."
     ]
     if tokenizer is not None and tokenizer.counts is not None:
         num_cold = sum(count == 0 for count in tokenizer.counts)
-        lines[0] += (
-            f" {num_cold:,} of {tokenizer.num_items:,} items are cold: they have no training event, so their scores "
-            "are arbitrary."
+        known = (
+            "their vectors come from their features"
+            if config.get("num_item_features")
+            else "their scores are arbitrary"
         )
+        lines[0] += f" {num_cold:,} of {tokenizer.num_items:,} items are cold: they have no training event, so {known}."
     metrics = [record["metrics"] for record in reversed(records)]
     name = f"coverage@{COVERAGE_CUTOFF}"
     coverage = next((of_record[name] for of_record in metrics if name in of_record), None)

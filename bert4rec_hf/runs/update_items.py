@@ -22,7 +22,7 @@ from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, RECIPE_FILE, write
 from ..hub.publish_code import publish_code as publish_code_into
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from ..training.new_items import learn_item_projection, offer_new_items, set_offset
+from ..training.new_items import learn_item_projection, offer_new_items, set_offset, write_new_items
 from .model_and_data import item_table, read_histories
 
 # The column of an item table that says which items are not recommended any more.
@@ -199,7 +199,7 @@ def _write(
             recipe["new_item_offset"] = loaded.config.new_item_offset
             (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True), "utf-8")
         if new_items is not None:
-            (folder / NEW_ITEMS_FILE).write_text(json.dumps(new_items, indent=2) + "\n", "utf-8")
+            write_new_items(folder, new_items)
         if has_code:
             publish_code_into(folder)
         write_model_card(folder)

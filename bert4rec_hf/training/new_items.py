@@ -1,7 +1,11 @@
 """Items that nobody has had yet: their vectors from features, and how often they are recommended."""
 
+import json
 import logging
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,9 @@ from torch.utils.data import DataLoader
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
 from ..evaluation.metrics import ranking_metrics
+from ..evaluation.plotting import BLUE, GREY, ORANGE, png
+from ..files import write_file
+from ..hub.model_card import NEW_ITEMS_CURVE_FILE, NEW_ITEMS_FILE
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.item_features import fit_projection
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
@@ -23,8 +30,10 @@ logger = logging.getLogger(__name__)
 # What new items may cost: the share of NDCG@10 over all targets that the chosen offset may lose.
 MAX_LOSS = 0.01
 # The offsets to choose from let a new item into the first ten of these shares of the histories.
-SHARES_REACHED = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+SHARES_REACHED = tuple(place / 40 for place in range(41))
 CUTOFF = 10
+# A point of the curve is named if it is so far from other names, as a share of the width or the height.
+ROOM_OF_A_NAME = 0.06
 
 
 @torch.no_grad()
@@ -174,3 +183,38 @@ def offer_new_items(
     offset = broadcast_object_list([choose_offset(trades, model.config.new_item_offset)])[0]
     set_offset(model, tokenizer, offset)
     return {"offset": offset, "num_targets": num_targets, "trades": [asdict(trade) for trade in trades]}
+
+
+def write_new_items(folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Write new_items.json into a model folder and, if there were targets to measure it by, new_items.png."""
+    write_file(Path(folder) / NEW_ITEMS_FILE, json.dumps(record, indent=2) + "\n")
+    if record.get("num_targets"):
+        write_file(Path(folder) / NEW_ITEMS_CURVE_FILE, plot_trades(record))
+
+
+def plot_trades(record: Mapping[str, Any]) -> bytes:
+    """The trade of new items as PNG: their HR@10 against NDCG@10 over all targets, a point for each offset."""
+    from matplotlib.figure import Figure  # imported here because matplotlib is slow to load
+
+    without, *trades = record["trades"]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    limit = (1 - MAX_LOSS) * without["ndcg"]
+    axes.axvline(limit, color=GREY, linestyle="--", linewidth=1.2, label=f"{MAX_LOSS:.0%} less than without new items")
+    points = [(trade["ndcg"], trade["new_item_hit_rate"]) for trade in trades]
+    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
+    sizes, named = np.ptp([(without["ndcg"], 0.0), *points], axis=0) + 1e-12, np.zeros((0, 2))
+    for trade, point in zip(trades, points, strict=True):
+        if trade["offset"] == record["offset"]:
+            axes.plot(*point, "*", color=ORANGE, markeredgecolor="black", markersize=14, label="chosen")
+        if (np.abs((named - point) / sizes).max(axis=1) > ROOM_OF_A_NAME).all():
+            axes.annotate(f"{trade['offset']:.3g}", point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            named = np.vstack((named, point))
+    axes.set_title("Validation; the numbers are the offsets", fontsize=10)
+    axes.set_xlabel("NDCG@10, all targets")
+    axes.set_ylabel(f"HR@10, {record['num_targets']:,} targets that are new items")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    return png(figure)

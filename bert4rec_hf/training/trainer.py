@@ -41,11 +41,8 @@ from ..evaluation.protocol import Protocol
 from ..files import write_file
 from ..hub.model_card import (
     CALIBRATION_FILE,
-    CURVE_FILE,
-    EVALUATION_FILE,
-    NEW_ITEMS_FILE,
+    FILES_OF_WEIGHTS,
     RECIPE_FILE,
-    TRAINING_FILE,
     add_evaluation,
     read_evaluations,
     write_model_card,
@@ -57,6 +54,7 @@ from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import Bert4RecTrainingArguments
 from .learning_curve import training_record, write_training
+from .new_items import write_new_items
 from .sampler import SimilarLengthSampler, StreamedRowSampler, by_length, has_lengths, mean_length, row_lengths
 
 logger = logging.getLogger(__name__)
@@ -445,15 +443,12 @@ class Bert4RecTrainer(Trainer):
         if self.item_table is not None and self.item_table.resolve() != (folder / ITEM_TABLE_FILE).resolve():
             write_file(folder / ITEM_TABLE_FILE, self.item_table.read_bytes())
         if _weights_digest(folder) != old_weights:
-            (folder / EVALUATION_FILE).unlink(missing_ok=True)  # its metrics belong to the old weights
-            (folder / TRAINING_FILE).unlink(missing_ok=True)
-            (folder / CURVE_FILE).unlink(missing_ok=True)
-            (folder / CALIBRATION_FILE).unlink(missing_ok=True)
-            (folder / NEW_ITEMS_FILE).unlink(missing_ok=True)
+            for name in FILES_OF_WEIGHTS:  # they belong to the old weights
+                (folder / name).unlink(missing_ok=True)
         if self.calibration is not None:
             write_file(folder / CALIBRATION_FILE, json.dumps(self.calibration, indent=2) + "\n")
         if self.new_items is not None:
-            write_file(folder / NEW_ITEMS_FILE, json.dumps(self.new_items, indent=2) + "\n")
+            write_new_items(folder, self.new_items)
         protocols = [record["protocol"] for record in read_evaluations(folder)]
         is_of_these_weights = self.evaluated_step == self.state.global_step
         if self.evaluation is not None and is_of_these_weights and self.evaluation["protocol"] not in protocols:

@@ -95,6 +95,12 @@ def test_the_folder_says_what_was_chosen(shop):
     assert record["offset"] in offsets
     config = json.loads((shop / "model" / "config.json").read_text())
     assert config["new_item_offset"] == record["offset"]
+    assert (shop / "model" / "new_items.png").read_bytes().startswith(b"\x89PNG")
+    card = (shop / "model" / "README.md").read_text()
+    assert "![The trade of new items](new_items.png)" in card
+    assert f"HR@10 of {record['num_targets']} new targets" in card
+    assert "61 of 61 items have it" in card
+    assert "scores are arbitrary" not in card
     recipe = (shop / "model" / "recipe.yaml").read_text()
     assert "num_item_features" not in recipe
     curve = json.loads((shop / "model" / "training.json").read_text())
