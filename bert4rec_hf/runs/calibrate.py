@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ..data.histories import check_prepared
-from ..data.rows import ranking_rows, users_with_targets
+from ..data.rows import users_with_targets
 from ..defaults import default_num_transitions
 from ..evaluation.calibration import choose_weights, compare_targets, set_weights, weights_of
 from ..evaluation.seen_targets import check_targets, json_of_model
@@ -20,7 +20,7 @@ from ..hub.publish_code import publish_code as publish_code_into
 from ..model.history_scores import WEIGHT_FIELDS, HistoryScores
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..training.initialization import keep_transitions
-from .model_and_data import check_catalogue, read_histories
+from .model_and_data import check_catalogue, read_histories, rows_for
 
 
 def calibrate_prepared(
@@ -62,13 +62,7 @@ def calibrate_prepared(
     check_targets(model, preparation, "validation")
     config = loaded.config
     evaluated = users_with_targets(histories, "validation", None)
-    rows = ranking_rows(
-        evaluated,
-        tokenizer,
-        "validation",
-        filter_seen_items=config.filter_seen_items,
-        max_length=config.max_position_embeddings,
-    )
+    rows = rows_for(config, evaluated, tokenizer, "validation")
     if not len(rows):
         raise ValueError(f"no user of {data} has a validation target; prepare with another --split, or --validation")
     if not config.num_transitions and default_num_transitions(tokenizer.num_items):

@@ -8,9 +8,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from datasets import Dataset
 
-from ..data.histories import AnyHistories, read_prepared, stream_prepared
+from ..data.histories import AnyHistories, Histories, read_prepared, stream_prepared
 from ..data.item_tables import ITEM_TABLE_FILE
+from ..data.rows import ranking_rows
 from ..defaults import default_architecture, default_start_with_mean
 from ..evaluation.seen_targets import check_targets, with_period_of
 from ..hub.load import load_model
@@ -141,6 +143,17 @@ def _continued_model(
             "%s was prepared for length %d, but the model keeps its own, %d", data, preparation["max_length"], length
         )
     return model, tokenizer, histories, preparation
+
+
+def rows_for(config: Bert4RecConfig, histories: Histories, tokenizer: Bert4RecTokenizer, part: str) -> Dataset:
+    """The rows of `ranking_rows` as a model ranks them: with its policy on seen items, and its length."""
+    return ranking_rows(
+        histories,
+        tokenizer,
+        part,
+        filter_seen_items=config.filter_seen_items,
+        max_length=config.max_position_embeddings,
+    )
 
 
 def item_table(data: str | os.PathLike | None, folder: str | os.PathLike | None = None) -> Path | None:

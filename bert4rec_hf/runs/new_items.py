@@ -6,11 +6,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..data.rows import ranking_rows, users_with_targets
+from ..data.rows import users_with_targets
 from ..evaluation.protocol import Protocol
 from ..training.new_items import learn_item_projection, offer_new_items
 from ..training.trainer import Bert4RecTrainer
-from .model_and_data import read_histories
+from .model_and_data import read_histories, rows_for
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,7 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
     record |= {"offset": model.config.new_item_offset}
     if record["num_new_items"] and trainer.protocol is not None:
         evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
-        rows = ranking_rows(
-            evaluated,
-            tokenizer,
-            "validation",
-            filter_seen_items=model.config.filter_seen_items,
-            max_length=model.config.max_position_embeddings,
-        )
+        rows = rows_for(model.config, evaluated, tokenizer, "validation")
         record |= offer_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)
         trainer.grow_catalogue(
             rows,

@@ -11,7 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.histories import PARTS, AnyHistories, Histories, check_prepared
-from ..data.rows import ranking_rows, users_with_targets
+from ..data.rows import users_with_targets
 from ..evaluation.protocol import Protocol
 from ..evaluation.seen_targets import check_targets
 from ..hub.load import load_model
@@ -20,7 +20,7 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..serving.rules import Rules
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.trainer import Bert4RecTrainer
-from .model_and_data import check_catalogue, read_histories
+from .model_and_data import check_catalogue, read_histories, rows_for
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,7 @@ def ranking_task(
     check_catalogue(model, tokenizer, data, histories)
     check_targets(model, preparation, part)
     evaluated = users_with_targets(histories, part, max_eval_samples, timestamps=timestamps)
-    rows = ranking_rows(
-        evaluated,
-        tokenizer,
-        part,
-        filter_seen_items=loaded.config.filter_seen_items,
-        max_length=loaded.config.max_position_embeddings,
-    )
+    rows = rows_for(loaded.config, evaluated, tokenizer, part)
     if not len(rows):
         raise ValueError(
             f"no user of {data} has a {part} target; choose another --part, or prepare with another --split"

@@ -12,7 +12,7 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.histories import AnyHistories, Histories, StreamedHistories, check_prepared
-from ..data.rows import StreamedTrainingRows, ranking_rows, training_rows, update_rows, users_with_targets
+from ..data.rows import StreamedTrainingRows, training_rows, update_rows, users_with_targets
 from ..defaults import (
     UPDATE_EPOCHS,
     UPDATE_LEARNING_RATE,
@@ -30,7 +30,7 @@ from ..training.arguments import Bert4RecTrainingArguments
 from ..training.progress import BriefProgress
 from ..training.resume import BestCheckpointHere, StartIsCheckpoint, check_output, check_resumable, last_checkpoint
 from ..training.trainer import Bert4RecTrainer
-from .model_and_data import item_table, model_and_data
+from .model_and_data import item_table, model_and_data, rows_for
 from .new_items import make_new_items
 
 logger = logging.getLogger(__name__)
@@ -108,13 +108,7 @@ def train_prepared(
     elif args.is_left_out("num_train_epochs"):
         args.num_train_epochs = default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)
     evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
-    validation = ranking_rows(
-        evaluated,
-        tokenizer,
-        "validation",
-        filter_seen_items=config.filter_seen_items,
-        max_length=config.max_position_embeddings,
-    )
+    validation = rows_for(config, evaluated, tokenizer, "validation")
     protocol, baselines = None, {}
     if len(validation):
         num_targets = histories.num_targets("validation")

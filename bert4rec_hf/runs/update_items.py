@@ -13,7 +13,7 @@ import yaml
 
 from ..data.histories import check_prepared
 from ..data.item_tables import ITEM_TABLE_FILE, read_item_table
-from ..data.rows import ranking_rows, users_with_targets
+from ..data.rows import users_with_targets
 from ..data.text_encoder import with_text_vectors
 from ..evaluation.seen_targets import json_of_model
 from ..files import folder_beside
@@ -23,7 +23,7 @@ from ..hub.publish_code import publish_code as publish_code_into
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..training.new_items import learn_item_projection, offer_new_items, set_offset, write_new_items
-from .model_and_data import item_table, read_histories
+from .model_and_data import item_table, read_histories, rows_for
 
 # The column of an item table that says which items are not recommended any more.
 WITHDRAWN_COLUMN = "withdrawn"
@@ -128,13 +128,7 @@ def update_items(
 def _trade(loaded: Any, tokenizer: Bert4RecTokenizer, data: str | os.PathLike) -> dict[str, Any]:
     """The trade of new items on the validation targets of a prepared folder, and the offset that it gives."""
     histories, _, _ = read_histories(data, False, tokenizer)
-    rows = ranking_rows(
-        users_with_targets(histories, "validation", None),
-        tokenizer,
-        "validation",
-        filter_seen_items=loaded.config.filter_seen_items,
-        max_length=loaded.config.max_position_embeddings,
-    )
+    rows = rows_for(loaded.config, users_with_targets(histories, "validation", None), tokenizer, "validation")
     if not len(rows):
         return {"offset": loaded.config.new_item_offset}
     return offer_new_items(loaded, tokenizer, rows)
