@@ -33,6 +33,13 @@ MUTATIONS = {
         ("seen items are negatives", "is_negative &= ~_are_among(negative_ids, excluded_ids)", "pass",
          "model/test_losses.py::test_a_loss_is_that_of_a_loop_over_positions_and_negatives"),
     ],
+    "model/catalogue": [
+        ("new items have no bias", "for table in (self.get_input_embeddings().weight, self.item_bias.weight):",
+         "for table in (self.get_input_embeddings().weight,):",
+         "model/test_positions.py::test_a_new_item_starts_with_the_mean_bias"),
+        ("new items overwrite the rows of old items", "table[old_size:] = table", "table[FIRST_ITEM_ID:] = table",
+         "model/test_modeling.py::test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit"),
+    ],
     "model/modeling_bert4rec": [
         ("padding is attended to", "(attention_mask == 0)[:, None, None] * MASKED_SCORE",
          "(attention_mask == 5)[:, None, None] * MASKED_SCORE",
@@ -78,11 +85,6 @@ MUTATIONS = {
         ("a wrapper of the item vectors is bypassed",
          "is_wrapped = type(module) is not ItemEmbeddings or", "is_wrapped = False and",
          "model/test_recommendation.py::test_rows_that_are_viewed_and_rows_that_are_looked_up_have_the_same_scores"),
-        ("new items have no bias", "for table in (self.get_input_embeddings().weight, self.item_bias.weight):",
-         "for table in (self.get_input_embeddings().weight,):",
-         "model/test_positions.py::test_a_new_item_starts_with_the_mean_bias"),
-        ("new items overwrite the rows of old items", "table[old_size:] = table", "table[FIRST_ITEM_ID:] = table",
-         "model/test_modeling.py::test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit"),
     ],
     "model/recommendation": [
         ("an exclusion for all rows applies to the first row only",
