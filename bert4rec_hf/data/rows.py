@@ -296,8 +296,8 @@ def ranking_rows(
         of events before the target.
 
         With event types, also event_type_ids (list<int32>), the types beside input_ids, where the type of the [MASK] is
-        that of the target; and same_type_ids (list<int32>), history_ids with 0 in place of events that are not of the
-        target's type. The excluded items are then those of same_type_ids.
+        that of the target; history_type_ids (list<int32>), the types beside history_ids; and target_type_ids (int32),
+        the type of the target. The excluded items are then those that the history has with the target's type.
 
     Raises:
         ValueError: If `part` is neither "validation" nor "test".
@@ -309,7 +309,7 @@ def ranking_rows(
     starts = histories.offsets[users]
     targets = histories.item_ids[starts + positions]
     types = histories.event_type_ids
-    rows, history_ids, exclude_ids, event_type_ids, same_type_ids = [], [], [], [], []
+    rows, history_ids, exclude_ids, event_type_ids, history_type_ids = [], [], [], [], []
     for start, position in zip(starts, positions, strict=True):
         past = histories.item_ids[start : start + position]
         is_known = past != UNK_TOKEN_ID
@@ -323,7 +323,7 @@ def ranking_rows(
             event_type_ids.append(
                 np.array(tokenizer.append_mask_type(past_types.tolist(), target_type, max_length), np.int32)
             )
-            same_type_ids.append(np.where(past_types == target_type, past, 0).astype(np.int32))
+            history_type_ids.append(past_types)
             seen = past[past_types == target_type]
         exclude_ids.append(np.unique(seen) if filter_seen_items else np.zeros(0, np.int32))
     input_ids = _lists(rows)
@@ -339,7 +339,11 @@ def ranking_rows(
         "history_length": pa.array(positions, pa.int32()),
     }
     if types is not None:
-        table |= {"event_type_ids": _lists(event_type_ids), "same_type_ids": _lists(same_type_ids)}
+        table |= {
+            "event_type_ids": _lists(event_type_ids),
+            "history_type_ids": _lists(history_type_ids),
+            "target_type_ids": pa.array(types[starts + positions], pa.int32()),
+        }
     return Dataset(pa.table(table))
 
 
@@ -444,10 +448,17 @@ def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
 def has_earlier_event(rows: Dataset) -> np.ndarray:
     """(users,) whether the history has the target's item with another type, as an item in the cart that is bought."""
     history_ids, lengths = list_values(rows, "history_ids")
-    same_type_ids, _ = list_values(rows, "same_type_ids")
     users = np.repeat(np.arange(len(rows)), lengths)
-    is_earlier = (history_ids == target_ids_of(rows)[users]) & (same_type_ids == 0)
+    is_earlier = (history_ids == target_ids_of(rows)[users]) & ~is_of_type_of_target(rows)
     return np.bincount(users[is_earlier], minlength=len(rows)) > 0
+
+
+def is_of_type_of_target(rows: Dataset) -> np.ndarray:
+    """(events,) whether each event of history_ids has the type of its row's target. Without event types, all have."""
+    if "history_type_ids" not in rows.column_names:
+        return np.ones(len(list_values(rows, "history_ids")[0]), bool)
+    types, lengths = list_values(rows, "history_type_ids")
+    return types == np.repeat(rows.with_format("numpy")["target_type_ids"][:], lengths)
 
 
 def target_ids_of(rows: Dataset) -> np.ndarray:

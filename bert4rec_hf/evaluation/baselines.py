@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data.counting import item_counts, recent_item_counts, sampled_histories, transitions
 from ..data.histories import AnyHistories, Histories
-from ..data.rows import list_values, target_ids_of
+from ..data.rows import is_of_type_of_target, list_values, target_ids_of
 from ..defaults import default_num_transitions
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.history_scores import HistoryScores, Pairs, values_of
@@ -115,8 +115,9 @@ def transition_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, 
 def personal_popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
     """(users,) ranks of the baseline "personal popularity" only; see `baseline_ranks`."""
     scores = HistoryScores(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, repeat_weight=1.0))
-    column = "same_type_ids" if "same_type_ids" in rows.column_names else "history_ids"
-    return _history_ranks(rows, histories, num_items, scores, column)
+    history_ids, lengths = list_values(rows, "history_ids")
+    of_target_type = torch.from_numpy(np.where(is_of_type_of_target(rows), history_ids, 0)).long()
+    return _history_ranks(rows, histories, num_items, scores, list(of_target_type.split(lengths.tolist())))
 
 
 def popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
@@ -129,7 +130,7 @@ def _history_ranks(
     histories: AnyHistories,
     num_items: int,
     scores: Callable[[torch.Tensor], Pairs],
-    history_column: str = "history_ids",
+    read: list[torch.Tensor] | None = None,
 ) -> np.ndarray:
     """(users,) ranks of the targets by scores that a history gives to some items; ties are broken by popularity.
 
@@ -138,12 +139,12 @@ def _history_ranks(
 
     Args:
         scores: Maps histories (batch, length), padded with 0 on the left, to `Pairs`.
-        history_column: The column of the rows that has the histories.
+        read: The histories, with 0 in place of items that are not read. None: those of the rows.
     """
     counts = item_counts(histories, num_items)
     popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than the value of any pair
     ascending = popularity[FIRST_ITEM_ID:].sort().values
-    columns = [_tensors(rows, name) for name in (history_column, "exclude_ids")]
+    columns = [_tensors(rows, "history_ids") if read is None else read, _tensors(rows, "exclude_ids")]
     targets, ranks = torch.from_numpy(target_ids_of(rows)).long(), []
     for start in range(0, len(rows), ROWS_PER_BATCH):
         part = slice(start, start + ROWS_PER_BATCH)

@@ -68,7 +68,7 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
     "greater_is_better", "eval_on_start",
 }  # fmt: skip
 # Columns of evaluation rows that `search` takes, not `forward`.
-RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids", "same_type_ids")
+RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids", "history_type_ids", "target_type_ids")
 # Under rules that change the order, a target is looked for in lists of this length, that of the longest metrics.
 SERVED_LIST_LENGTH = CUTOFFS[-1]
 # Arguments that only `train_prepared` reads.

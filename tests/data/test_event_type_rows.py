@@ -146,7 +146,8 @@ def test_ranking_rows_have_types_and_exclude_items_of_the_target_type(data):
     assert row["input_ids"] == [x, x, y, z, y, MASK]
     assert row["event_type_ids"] == [3, 1, 3, 1, 2, 1]
     assert row["history_ids"] == [x, x, y, z, y]
-    assert row["same_type_ids"] == [0, x, 0, z, 0]
+    assert row["history_type_ids"] == [3, 1, 3, 1, 2]
+    assert row["target_type_ids"] == 1
     assert row["exclude_ids"] == [x, z]  # y is in the cart, and can still be bought
     assert ranking_rows(histories, tokenizer, "test", filter_seen_items=False)[0]["exclude_ids"] == []
 

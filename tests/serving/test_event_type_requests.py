@@ -146,8 +146,9 @@ def test_the_input_of_serving_is_that_of_evaluation(folders, recommend):
         types = [tokenizer.event_types[kind - 1] for kind in histories.event_type_ids[past]]
         target = tokenizer.event_types[histories.event_type_ids[start + position] - 1]
         found = recommend.preprocess({"history": items, "event_type": types}, event_type=target)
-        for name in ("input_ids", "event_type_ids", "history_ids", "same_type_ids", "exclude_ids"):
+        for name in ("input_ids", "event_type_ids", "history_ids", "history_type_ids", "exclude_ids"):
             assert found[name][0].tolist() == rows[number][name]
+        assert found["target_type_ids"].tolist() == [rows[number]["target_type_ids"]]
 
 
 def test_explanations_leave_out_events_with_their_types(recommend):
@@ -245,7 +246,7 @@ def test_the_graph_takes_types_and_answers_like_the_pipeline(recommend, tmp_path
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     inputs = recommend.preprocess(EVENTS)
     names = [found.name for found in session.get_inputs()]
-    assert set(names) >= {"event_type_ids", "same_type_ids"}
+    assert set(names) >= {"event_type_ids", "history_type_ids"}
     scores, item_ids = session.run(None, {name: inputs[name].numpy() for name in names})
     answer = recommend(EVENTS, top_k=5)
     assert recommend.tokenizer.token_ids_to_item_ids(item_ids[0].tolist()) == ids(answer)
