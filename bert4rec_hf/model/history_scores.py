@@ -204,7 +204,7 @@ class HistoryScores(nn.Module):
         if self.conversion_scores is None:
             return ids, counts.log1p(), torch.pow(0.5, ages.float()) * is_newest
         if target_type_ids is None:
-            target_type_ids = item_ids.new_full((len(item_ids),), (self.config.target_event_type_ids or [1])[0])
+            target_type_ids = item_ids.new_full((item_ids.shape[0],), (self.config.target_event_type_ids or [1])[0])
         target_type_ids = target_type_ids.unsqueeze(1)
         type_ids = target_type_ids.expand_as(item_ids) if type_ids is None else type_ids
         is_item = item_ids > 0
@@ -216,7 +216,7 @@ class HistoryScores(nn.Module):
         columns = (is_item.flip(1).cumsum(1).flip(1) - 1).where(is_item, item_ids.shape[1])
 
         def in_order(values: torch.Tensor) -> torch.Tensor:
-            by_age = values.new_zeros(len(values), values.shape[1] + 1).scatter(1, columns, values)
+            by_age = values.new_zeros(values.shape[0], values.shape[1] + 1).scatter(1, columns, values)
             return by_age.gather(1, ages) * (ids > 0)
 
         _, number = _runs(ids)
