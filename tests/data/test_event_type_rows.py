@@ -104,7 +104,7 @@ def test_seen_items_are_filtered_by_default_if_few_target_events_repeat(tmp_path
         ({}, {"event_type_column": None}, "target_event_types need an event_type_column"),
         ({}, {"event_type_column": "kind"}, "no column 'kind'.*--event_type_column"),
         ({}, {"target_event_types": ["buy", "buy"]}, "differ from each other"),
-        ({"weight": -1.0}, {"weight_column": "weight"}, "'weight'.*has -1.0 for item 'x' of user 'a'"),
+        ({"weight": -1.0}, {"weight_column": "weight"}, "'weight'.*has -1.0 in row 1, for item 'x' of user 'a'"),
         ({"weight": float("nan")}, {"weight_column": "weight"}, "not finite in 1 of 14 rows"),
     ],
 )
