@@ -169,6 +169,12 @@ def prepare(
                 "user from the log", user, f"{longest:,}", f"{statistics['num_events']:,}",
             )  # fmt: skip
         if options.split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
+            if types is not None:
+                raise ValueError(
+                    f"none of the {statistics['num_users']} users has a target: expected a user with an event of the "
+                    f"target types {', '.join(types)} after {1 + options.validation} others; name other "
+                    "--target_event_types"
+                )
             raise ValueError(
                 f"none of the {statistics['num_users']} users has a target: leave-one-out needs "
                 f"{2 + options.validation} events of a user, the longest history has {longest}; loosen --min_rating, "
