@@ -102,7 +102,8 @@ def main() -> None:
         }
         others = baseline_ranks(rows, histories, tokenizer.num_items)
         baselines |= {
-            title: others[title] for title in ("popularity", "last-item co-occurrence", "session kNN", "EASE")
+            title: others[title]
+            for title in ("conversion", "popularity", "last-item co-occurrence", "session kNN", "EASE")
         }
         for title, ranks in baselines.items():
             systems[title] = [dict(zip(users, ranks.tolist(), strict=True))]

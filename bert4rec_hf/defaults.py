@@ -19,6 +19,8 @@ LARGE_CATALOGUE = 100_000
 HEAD_WIDTH = 32
 # Weights of next items and of repeats where seen items are kept, and the part of the transition weight that is left.
 NEXT_ITEM_WEIGHT, REPEAT_WEIGHT, TRANSITION_SHARE = 1.0, 1.0, 0.25
+# Weight of recency with event types, where it is a conversion score.
+CONVERSION_WEIGHT = 1.0
 # An update of a model with new events: number of epochs over these and as many old ones, share of the learning rate of
 # a new model, and share of the steps that warm up. Training was no better than new counts beside the same network; see
 # benchmarks/results/updates.md.
@@ -53,7 +55,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
     - Transitions: 64 per item for at most 100,000 items, otherwise none.
     - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; with
-      event types, `next_item_weight` is 1 in any case. See `default_transition_weight`.
+      event types, `next_item_weight` and `recency_weight` are 1 in any case. See `default_transition_weight`.
 
     Args:
         num_events: Number of events in the training part.
@@ -78,6 +80,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         "next_item_weight": 0.0 if filter_seen_items and not given.get("num_event_types") else NEXT_ITEM_WEIGHT,
         "repeat_weight": 0.0 if filter_seen_items else REPEAT_WEIGHT,
     }
+    if given.get("num_event_types"):
+        chosen["recency_weight"] = CONVERSION_WEIGHT
     if hidden_size % HEAD_WIDTH == 0:
         chosen["num_attention_heads"] = hidden_size // HEAD_WIDTH
     if given.get("gated_feed_forward", True):

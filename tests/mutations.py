@@ -428,11 +428,12 @@ MUTATIONS = {
     ],
     "model/pipeline": [
         ("seen items are recommended",
-         "{*exclude_ids, *same_type_ids} - {0} if filter_seen_items else set(exclude_ids)",
-         "set(exclude_ids)",
+         "if filter_seen_items:", "if False:",
          "model/test_pipeline.py::test_the_folders_policy_filters_and_the_argument_overrides_it"),
-        ("only the window's items are left out", "{*exclude_ids, *same_type_ids}",
-         "{*exclude_ids, *same_type_ids[1 - self.model.config.max_position_embeddings :]}",
+        ("only the window's items are left out",
+         "for token_id, kind in zip(history, type_ids, strict=True) if kind == target_type",
+         "for token_id, kind in [*zip(history, type_ids)][1 - self.model.config.max_position_embeddings :] if kind == "
+         "target_type",
          "model/test_pipeline.py::test_the_whole_history_is_filtered_also_before_the_models_window"),
         ("the exclusions of the call are forgotten",
          'inputs["exclude_ids"] = torch.cat((inputs["exclude_ids"], shared), dim=1)', "pass",

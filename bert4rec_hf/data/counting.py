@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
+from ..model.history_scores import NUM_NEWEST_EVENTS
 from .histories import AnyHistories, Histories, concatenated
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ MAX_NORM_RATIO = 10.0
 SUCCESSOR_WINDOW = 3
 # Multiple of the probability of a next item, before 1 is added and the logarithm is taken.
 NEXT_ITEM_SCALE = 20
+# Number of items without a conversion that are added to those counted, so that few cases do not make a high score.
+UNCONVERTED_CASES = 10
 # Maximum number of events that are counted. For a larger log, whole histories are sampled at random.
 MAX_COUNTED_EVENTS = 2_500_000
 # Catalogues above this size use a factorisation that is faster and rounds differently.
@@ -235,6 +238,53 @@ def transitions(
     successor_ids[PAD_TOKEN_ID] = popular.where(popularity > 0, 0).int()
     successor_scores[PAD_TOKEN_ID] = popularity.log1p()
     return successor_ids, successor_scores, next_item_scores
+
+
+def conversion_scores(histories: AnyHistories, num_event_types: int, *, seed: int = 0) -> torch.Tensor:
+    """How often an item is the next target, by what was last done with it.
+
+    Before each event of a target type in the training part, the items of the history are divided by three things:
+    whether the history has the item with this target type, the type of the newest event of the item, and the number of
+    newer events of that type, up to `NUM_NEWEST_EVENTS`. The score is ln(1 + `NEXT_ITEM_SCALE` p), where p is the
+    share of these items that are the target, with `UNCONVERTED_CASES` more items that are not.
+
+    Args:
+        histories: Histories from `read_prepared`, or `StreamedHistories`, with event types.
+        num_event_types: Number T of event types.
+        seed: Seed of the sampled histories.
+
+    Returns:
+        (T + 1, 2, T + 1, `NUM_NEWEST_EVENTS`) float32, indexed by the target type, whether the history has the item
+        with it, the type of the newest event, and the number of newer events of that type. 0 where nothing was counted.
+    """
+    sample = sampled_histories(histories, seed)
+    assert sample.event_type_ids is not None  # for the type checker
+    kept = sample.is_trained()
+    items, types = sample.item_ids[kept], sample.event_type_ids[kept]
+    users = np.repeat(np.arange(len(sample)), np.diff(sample.offsets))[kept]
+    starts = np.searchsorted(users, users)  # where the history of an event starts
+    order = np.lexsort((items, users))  # stable, so the events of an item stay in their order
+    is_again = (np.diff(users[order], prepend=-1) == 0) & (np.diff(items[order], prepend=-1) == 0)
+    following = np.full(len(items), len(items))  # the next event of the same item
+    following[order[:-1][is_again[1:]]] = order[1:][is_again[1:]]
+    first_of_item = np.maximum.accumulate(np.where(is_again, 0, np.arange(len(items))))
+    scores = np.zeros((num_event_types + 1, 2, num_event_types + 1, NUM_NEWEST_EVENTS), np.float32)
+    for target in sample.target_event_type_ids:
+        is_target = types == target
+        places = np.flatnonzero(is_target)
+        before = np.append(0, is_target[order].cumsum())
+        was_target = np.zeros(len(items), np.int64)  # whether the history has the item with the type, up to the event
+        was_target[order] = before[1:] > before[first_of_item]
+        for kind in range(num_event_types + 1):
+            events = np.flatnonzero(types == kind)
+            newest = np.searchsorted(events, places) - 1
+            for age in range(NUM_NEWEST_EVENTS if len(events) else 0):
+                event = events[np.maximum(newest - age, 0)]
+                is_case = (newest >= age) & (event >= starts[places]) & (following[event] >= places)
+                cases = np.bincount(was_target[event[is_case]], minlength=2)
+                hits = np.bincount(was_target[event[is_case & (following[event] == places)]], minlength=2)
+                scores[target, :, kind, age] = np.log1p(NEXT_ITEM_SCALE * hits / (cases + UNCONVERTED_CASES))
+    return torch.from_numpy(scores)
 
 
 def popularity_of_items(histories: AnyHistories, num_items: int, seed: int) -> np.ndarray:

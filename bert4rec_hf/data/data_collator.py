@@ -226,7 +226,10 @@ class DataCollatorForMaskedItemPrediction:
         self._check_ids(np.where(batch["labels"] == IGNORE_INDEX, 0, batch["labels"]))
         if "event_type_ids" in features[0]:
             batch["event_type_ids"] = _pad([np.asarray(row["event_type_ids"], np.int64) for row in features], 0)
-        for name in ("history_ids", "exclude_ids", "candidate_ids", "same_type_ids"):
+        if "history_type_ids" in features[0]:
+            batch["history_type_ids"] = _pad([np.asarray(row["history_type_ids"], np.int64) for row in features], 0)
+            batch["target_type_ids"] = np.array([row["target_type_ids"] for row in features])
+        for name in ("history_ids", "exclude_ids", "candidate_ids"):
             if name not in features[0]:
                 continue
             batch[name] = _pad([np.asarray(feature[name], dtype=np.int64) for feature in features], 0)

@@ -168,6 +168,12 @@ def prepare(
                 "user from the log", user, f"{longest:,}", f"{statistics['num_events']:,}",
             )  # fmt: skip
         if options.split != "none" and statistics["num_validation_targets"] + statistics["num_test_targets"] == 0:
+            if types is not None:
+                raise ValueError(
+                    f"none of the {statistics['num_users']} users has a target: expected a user with an event of the "
+                    f"target types {', '.join(types)} after {1 + options.validation} others; name other "
+                    "--target_event_types"
+                )
             raise ValueError(
                 f"none of the {statistics['num_users']} users has a target: leave-one-out needs "
                 f"{2 + options.validation} events of a user, the longest history has {longest}; loosen --min_rating, "
@@ -376,13 +382,14 @@ def _target_types(events: ir.Table, options: PrepareOptions) -> list[str] | None
 def _check_weights(events: ir.Table, column: str) -> None:
     """Raise if a weight is negative. `source_statistics` has found weights that are null or not finite."""
     wrong = events.filter(events.weight < 0)
-    if "_tie" in events.columns:
-        wrong = wrong.order_by("_tie")
-    found = wrong.select("user_id", "item_id", "weight").limit(1).to_pyarrow().to_pylist()
+    has_rows = events._tie.type().is_integer()  # `_normalize` has taken the rows of the source
+    names = ["user_id", "item_id", "weight", *["_tie"] * has_rows]
+    found = wrong.order_by("_tie").select(names).limit(1).to_pyarrow().to_pylist()
     if found:
+        row = f" in row {found[0]['_tie'] + 1}" if has_rows else ""
         raise ValueError(
-            f"column {column!r} (--weight_column) has {found[0]['weight']} for item {found[0]['item_id']!r} of user "
-            f"{found[0]['user_id']!r}; expected finite numbers of at least 0"
+            f"column {column!r} (--weight_column) has {found[0]['weight']}{row}, for item {found[0]['item_id']!r} of "
+            f"user {found[0]['user_id']!r}; expected finite numbers of at least 0: leave such events out with --where"
         )
 
 

@@ -174,6 +174,7 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
     Attributes:
         sizes: (parts,) the number of rows of each part of the histories. Rows are numbered in the order of the parts.
         lengths: (rows,) the length of each row, at most `max_length`. They are in a temporary file.
+        share_of_targets: The share of the events of the rows that are of a type that is predicted.
 
     Raises:
         ValueError: As `training_rows`.
@@ -184,18 +185,24 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
     ):
         self.histories = histories
         self.options = (max_length, windows, window_step)
-        sizes = []
+        sizes, num_events, num_targets = [], 0, 0
         with tempfile.TemporaryFile() as file:
             for part in histories.parts():
                 columns, offsets = _training_part(part)
                 _, starts, ends = _with_targets(part, columns, *_cuts(offsets, *self.options))
                 sizes.append(len(starts))
+                is_target = np.ones(len(columns["input_ids"]), bool)
+                if "event_type_ids" in columns:
+                    is_target = np.isin(columns["event_type_ids"], part.target_event_type_ids)
+                before = np.append(0, is_target.cumsum())
+                num_events += int((ends - starts).sum())
+                num_targets += int((before[ends] - before[starts]).sum())
                 np.minimum(ends - starts, max_length).astype(np.int32).tofile(file)
             if not any(sizes):
-                raise ValueError(NOTHING_TRAINS)
+                raise ValueError(NO_TARGET_TRAINS if histories.tokenizer.event_types else NOTHING_TRAINS)
             file.flush()
             self.lengths: np.ndarray = np.memmap(file, np.int32, "r")
-        self.sizes = np.array(sizes)
+        self.sizes, self.share_of_targets = np.array(sizes), num_targets / num_events
         self.ends = self.sizes.cumsum()
         self.buffer_size = SHUFFLE_BUFFER_SIZE
         # The rows of a buffer lie in at most so many parts: all of the smallest ones, and the ends of two others.
@@ -237,31 +244,37 @@ class StreamedTrainingRows(torch.utils.data.Dataset):
         return self.read[part]
 
 
-def stream_training_rows(files: str | Path | Sequence[str], tokenizer: Bert4RecTokenizer) -> IterableDataset:
+def stream_training_rows(
+    files: str | Path | Sequence[str], tokenizer: Bert4RecTokenizer, *, has_weights: bool = False
+) -> IterableDataset:
     """Training rows that are read from disk as they are needed, for histories that do not fit into memory.
 
     Args:
         files: Parquet files of histories, as `prepare` writes them: paths or glob patterns. Processes and data-loader
             workers share the files. With at least as many files as workers, each worker reads only its own files.
         tokenizer: The catalogue.
+        has_weights: Whether the column weight has weights of labels, as after `prepare --weight_column`.
 
     Returns:
-        Column input_ids (list<int32>), and event_type_ids as in `training_rows`, but no loss_weights. Histories without
-        a training part, or without a target in it, are left out.
+        Columns input_ids (list<int32>), event_type_ids and loss_weights as in `training_rows`. Histories without a
+        training part, or without a target in it, are left out.
     """
     files = str(files) if isinstance(files, Path) else files
     rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     # Data-loader workers can pickle functions of a module, but no lambdas.
-    rows = rows.map(_tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows.column_names)
+    given = {"tokenizer": tokenizer, "has_weights": has_weights}
+    rows = rows.map(_tokenize, fn_kwargs=given, remove_columns=rows.column_names)
     return rows.filter(_has_targets, fn_kwargs={"target_event_type_ids": tokenizer.target_event_type_ids})
 
 
-def _tokenize(row: Mapping[str, Any], tokenizer: Bert4RecTokenizer) -> dict[str, list[Any]]:
+def _tokenize(row: Mapping[str, Any], tokenizer: Bert4RecTokenizer, has_weights: bool) -> dict[str, list[Any]]:
     token_ids = tokenizer.item_ids_to_token_ids(row["item_id"][: row["train_end"]])
     columns: dict[str, list[Any]] = {"input_ids": token_ids}
     if tokenizer.event_types is not None:
         known = {name: number for number, name in enumerate(tokenizer.event_types, start=1)}
         columns["event_type_ids"] = [known.get(name, 0) for name in row["event_type"][: row["train_end"]]]
+    if has_weights:
+        columns["loss_weights"] = row["weight"][: row["train_end"]]
     is_known = [token_id != UNK_TOKEN_ID for token_id in token_ids]
     return {name: list(compress(values, is_known)) for name, values in columns.items()}
 
@@ -296,8 +309,8 @@ def ranking_rows(
         of events before the target.
 
         With event types, also event_type_ids (list<int32>), the types beside input_ids, where the type of the [MASK] is
-        that of the target; and same_type_ids (list<int32>), history_ids with 0 in place of events that are not of the
-        target's type. The excluded items are then those of same_type_ids.
+        that of the target; history_type_ids (list<int32>), the types beside history_ids; and target_type_ids (int32),
+        the type of the target. The excluded items are then those that the history has with the target's type.
 
     Raises:
         ValueError: If `part` is neither "validation" nor "test".
@@ -309,7 +322,7 @@ def ranking_rows(
     starts = histories.offsets[users]
     targets = histories.item_ids[starts + positions]
     types = histories.event_type_ids
-    rows, history_ids, exclude_ids, event_type_ids, same_type_ids = [], [], [], [], []
+    rows, history_ids, exclude_ids, event_type_ids, history_type_ids = [], [], [], [], []
     for start, position in zip(starts, positions, strict=True):
         past = histories.item_ids[start : start + position]
         is_known = past != UNK_TOKEN_ID
@@ -323,7 +336,7 @@ def ranking_rows(
             event_type_ids.append(
                 np.array(tokenizer.append_mask_type(past_types.tolist(), target_type, max_length), np.int32)
             )
-            same_type_ids.append(np.where(past_types == target_type, past, 0).astype(np.int32))
+            history_type_ids.append(past_types)
             seen = past[past_types == target_type]
         exclude_ids.append(np.unique(seen) if filter_seen_items else np.zeros(0, np.int32))
     input_ids = _lists(rows)
@@ -339,7 +352,11 @@ def ranking_rows(
         "history_length": pa.array(positions, pa.int32()),
     }
     if types is not None:
-        table |= {"event_type_ids": _lists(event_type_ids), "same_type_ids": _lists(same_type_ids)}
+        table |= {
+            "event_type_ids": _lists(event_type_ids),
+            "history_type_ids": _lists(history_type_ids),
+            "target_type_ids": pa.array(types[starts + positions], pa.int32()),
+        }
     return Dataset(pa.table(table))
 
 
@@ -444,10 +461,17 @@ def _lists(rows: Sequence[np.ndarray]) -> pa.ListArray:
 def has_earlier_event(rows: Dataset) -> np.ndarray:
     """(users,) whether the history has the target's item with another type, as an item in the cart that is bought."""
     history_ids, lengths = list_values(rows, "history_ids")
-    same_type_ids, _ = list_values(rows, "same_type_ids")
     users = np.repeat(np.arange(len(rows)), lengths)
-    is_earlier = (history_ids == target_ids_of(rows)[users]) & (same_type_ids == 0)
+    is_earlier = (history_ids == target_ids_of(rows)[users]) & ~is_of_type_of_target(rows)
     return np.bincount(users[is_earlier], minlength=len(rows)) > 0
+
+
+def is_of_type_of_target(rows: Dataset) -> np.ndarray:
+    """(events,) whether each event of history_ids has the type of its row's target. Without event types, all have."""
+    if "history_type_ids" not in rows.column_names:
+        return np.ones(len(list_values(rows, "history_ids")[0]), bool)
+    types, lengths = list_values(rows, "history_type_ids")
+    return types == np.repeat(rows.with_format("numpy")["target_type_ids"][:], lengths)
 
 
 def target_ids_of(rows: Dataset) -> np.ndarray:

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..data.counting import item_counts, recent_item_counts, sampled_histories, transitions
+from ..data.counting import conversion_scores, item_counts, recent_item_counts, sampled_histories, transitions
 from ..data.histories import AnyHistories, Histories
-from ..data.rows import list_values, target_ids_of
+from ..data.rows import is_of_type_of_target, list_values, target_ids_of
 from ..defaults import default_num_transitions
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.history_scores import HistoryScores, Pairs, values_of
@@ -46,6 +46,7 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, se
         - "last-item co-occurrence": how often an item directly follows the history's last item in the training part.
         - "transitions": see `transition_ranks`. Left out for catalogues for which the defaults count no transitions.
         - "personal popularity": how often the user's whole history has an item. Left out if seen items are filtered.
+        - "conversion": see `conversion_ranks`. Only with event types.
         - "session kNN": see `history_knn`.
         - "item kNN" and "EASE": see `item_knn` and `ease`. Left out for more than 15,000 items.
     """
@@ -76,6 +77,8 @@ def baseline_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, se
         ranks["transitions"] = transition_ranks(rows, histories, num_items, seed=seed)
     if not len(list_values(rows, "exclude_ids")[0]):  # seen items are kept
         ranks["personal popularity"] = personal_popularity_ranks(rows, histories, num_items)
+    if "history_type_ids" in rows.column_names:
+        ranks["conversion"] = conversion_ranks(rows, histories, num_items, seed=seed)
     sample = sampled_histories(histories, seed)
     ranks["session kNN"] = _history_ranks(rows, histories, num_items, history_knn(sample, num_items))
     if num_items <= MAX_ITEMS_OF_A_MATRIX:
@@ -115,8 +118,37 @@ def transition_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, 
 def personal_popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
     """(users,) ranks of the baseline "personal popularity" only; see `baseline_ranks`."""
     scores = HistoryScores(Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, repeat_weight=1.0))
-    column = "same_type_ids" if "same_type_ids" in rows.column_names else "history_ids"
-    return _history_ranks(rows, histories, num_items, scores, column)
+    history_ids, lengths = list_values(rows, "history_ids")
+    of_target_type = torch.from_numpy(np.where(is_of_type_of_target(rows), history_ids, 0)).long()
+    return _history_ranks(rows, histories, num_items, scores, list(of_target_type.split(lengths.tolist())))
+
+
+def conversion_ranks(rows: Dataset, histories: AnyHistories, num_items: int, *, seed: int = 0) -> np.ndarray:
+    """Rank the targets by how often what was last done with an item led to a target; see `counting.conversion_scores`.
+
+    Args:
+        rows: Rows from `ranking_rows`, with event types.
+        histories: The histories of the rows. The scores are counted in their training part.
+        num_items: Number of items in the catalogue.
+        seed: Seed of `conversion_scores`.
+
+    Returns:
+        (users,) ranks; ties are broken by popularity.
+    """
+    sample, targets = sampled_histories(histories, seed), rows.with_format("numpy")["target_type_ids"][:]
+    assert sample.event_type_ids is not None  # for the type checker
+    used = np.concatenate((sample.event_type_ids, list_values(rows, "history_type_ids")[0], targets))
+    num_types = int(used.max(initial=1))
+    config = Bert4RecConfig(vocab_size=num_items + FIRST_ITEM_ID, num_event_types=num_types, recency_weight=1.0)
+    scores = HistoryScores(config)
+    scores.conversion_scores = conversion_scores(sample, num_types, seed=seed)
+
+    def scored(history_ids: torch.Tensor, type_ids: torch.Tensor, target_type_ids: torch.Tensor) -> Pairs:
+        return scores(history_ids, None, type_ids, target_type_ids[:, 0])
+
+    of_rows = [_tensors(rows, name) for name in ("history_ids", "history_type_ids")]
+    of_targets = list(torch.from_numpy(targets).long().unsqueeze(1))
+    return _history_ranks(rows, histories, num_items, scored, *of_rows, of_targets)
 
 
 def popularity_ranks(rows: Dataset, histories: AnyHistories, num_items: int) -> np.ndarray:
@@ -128,8 +160,8 @@ def _history_ranks(
     rows: Dataset,
     histories: AnyHistories,
     num_items: int,
-    scores: Callable[[torch.Tensor], Pairs],
-    history_column: str = "history_ids",
+    scores: Callable[..., Pairs],
+    *read: list[torch.Tensor],
 ) -> np.ndarray:
     """(users,) ranks of the targets by scores that a history gives to some items; ties are broken by popularity.
 
@@ -137,19 +169,19 @@ def _history_ranks(
     take hours for a million users and items.
 
     Args:
-        scores: Maps histories (batch, length), padded with 0 on the left, to `Pairs`.
-        history_column: The column of the rows that has the histories.
+        scores: Maps tensors (batch, length), padded with 0 on the left, to `Pairs`.
+        read: What is given to `scores` for each row. Nothing: the histories of the rows.
     """
     counts = item_counts(histories, num_items)
     popularity = torch.from_numpy(counts / (counts.max() + 1))  # below 1, and less than the value of any pair
     ascending = popularity[FIRST_ITEM_ID:].sort().values
-    columns = [_tensors(rows, name) for name in (history_column, "exclude_ids")]
+    read = read or (_tensors(rows, "history_ids"),)
+    excluded = _tensors(rows, "exclude_ids")
     targets, ranks = torch.from_numpy(target_ids_of(rows)).long(), []
     for start in range(0, len(rows), ROWS_PER_BATCH):
         part = slice(start, start + ROWS_PER_BATCH)
-        history_ids, exclude_ids = (_padded(column[part]) for column in columns)
-        target_ids = targets[part].clamp(min=0).unsqueeze(1)
-        paired_ids, values = scores(history_ids)
+        exclude_ids, target_ids = _padded(excluded[part]), targets[part].clamp(min=0).unsqueeze(1)
+        paired_ids, values = scores(*(_padded(column[part]) for column in read))
         pairs = paired_ids, SCALE_OVER_POPULARITY * values.double()
 
         def score(item_ids: torch.Tensor, pairs: Pairs = pairs) -> torch.Tensor:

@@ -105,7 +105,8 @@ def compare_targets(
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:MAX_CALIBRATED_USERS]))
     rows = rows.select(np.argsort(rows["history_length"], kind="stable"))  # rows of similar length need little padding
     collate = DataCollatorForMaskedItemPrediction(tokenizer)
-    names = ["input_ids", "labels", "history_ids", "exclude_ids", "event_type_ids", "same_type_ids"]
+    names = ["input_ids", "labels", "history_ids", "exclude_ids", "event_type_ids"]
+    names += ["history_type_ids", "target_type_ids"]
     columns = rows.select_columns([name for name in names if name in rows.column_names])
     found: list[tuple[np.ndarray, ...]] = []
     with _weights(model.config, dict.fromkeys(WEIGHT_FIELDS, 0.0)):
@@ -248,7 +249,8 @@ def _compare(model: Any, batch: Mapping[str, torch.Tensor]) -> tuple[np.ndarray,
     states = model.mask_states(batch["input_ids"], batch["attention_mask"], batch.get("event_type_ids"))
     # The weights are 0, so these are the top ten of the network.
     _, _, nearest = model.search(states, history_ids, top_k=CUTOFF, exclude_ids=exclude_ids)
-    features = model.history_scores.features(history_ids, same_type_ids=batch.get("same_type_ids"))
+    types = batch.get("history_type_ids"), batch.get("target_type_ids")
+    features = model.history_scores.features(history_ids, None, *types)
     others = torch.cat((nearest, *(item_ids for item_ids, _ in features.values())), dim=1).sort(dim=1).values
     is_first = others.diff(dim=1, prepend=others.new_zeros(len(others), 1)) > 0
     excluded = exclude_ids, torch.ones(exclude_ids.shape, device=exclude_ids.device)

@@ -48,7 +48,7 @@ class TargetSets:
     def expanded_rows(self) -> Dataset:
         """One row per target, for `baseline_ranks`."""
         labels = pa.array(self.token_ids.astype(np.int32)[:, None].tolist(), pa.list_(pa.int32()))
-        names = ["user_id", "history_ids", "exclude_ids", "same_type_ids"]
+        names = ["user_id", "history_ids", "exclude_ids", "history_type_ids", "target_type_ids"]
         columns = self.rows.select_columns([name for name in names if name in self.rows.column_names])
         columns = columns.with_format("arrow")
         return Dataset(columns[self.users].append_column("labels", labels))

@@ -53,6 +53,11 @@ COUNTED_TERMS = {
     "repeat_weight": "{} times ln(1 + n) for an item that the history has n times",
     "recency_weight": "{} / 2 ** n for an item that the history last had n items before its newest",
 }
+# What recency is with event types.
+CONVERSION_TERM = (
+    "{} times ln(1 + 20 p) for an item with which the same was last done as with items that were the next target with "
+    "probability p"
+)
 # Number of evaluations in the card's table of a run, beside the chosen one. training.json has all evaluations.
 SHOWN_EVALUATIONS = 10
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
@@ -204,9 +209,10 @@ def _introduction(
         f"{config['max_position_embeddings'] - 1} items of a history. By default, items that a user has had are "
         f"{'not ' if config['filter_seen_items'] else ''}recommended again."
     )
+    counted = COUNTED_TERMS | ({"recency_weight": CONVERSION_TERM} if config.get("num_event_types") else {})
     terms = [
         text.format(f"{config[field]:.3g}")
-        for field, text in COUNTED_TERMS.items()
+        for field, text in counted.items()
         if config.get(field) and (config.get("num_transitions") or field in ("repeat_weight", "recency_weight"))
     ]
     if terms:

@@ -96,7 +96,8 @@ class Bert4RecConfig(PreTrainedConfig):
         recency_weight (`float`, defaults to 0.0):
             Weight of the recency of repeats in the scores: an item that the history last had n items before its newest
             item scores `recency_weight` / 2 ** n more. 0, as in the paper, adds nothing. With event types, repeats
-            count events of the type that is recommended for, and recency events of all types.
+            count events of the type that is recommended for, and an item scores `recency_weight` * ln(1 + 20 p) more
+            if items with which the same was last done were the next target with probability p.
         num_item_features (`int`, defaults to 0):
             Number of numbers that the tokenizer's `item_features` makes of an item; 0 for a catalogue without features.
             From them, the model makes vectors of items that it has not been trained on; see `add_items`.

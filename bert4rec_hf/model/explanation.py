@@ -140,17 +140,17 @@ class ExplanationMixin(RecommendationMixin):
         sources = [torch.tensor(list(dict.fromkeys(reversed(history))), dtype=torch.long) for history in histories]
         source_ids = nn.utils.rnn.pad_sequence(sources, batch_first=True) if sources else torch.zeros(0, 0).long()
         source_ids = source_ids.to(history_ids.device)
-        same_type_ids, types, targets = None, None, [0] * len(histories)
+        types, targets = None, [0] * len(histories)
         if history_type_ids is not None:
             if target_type_ids is None:
                 raise ValueError("history_type_ids need target_type_ids, the types that are recommended for; got none")
-            same_type_ids = history_ids.where(history_type_ids == target_type_ids.unsqueeze(1), 0)
             types = [
                 [kind for item, kind in zip(*row, strict=True) if item >= FIRST_ITEM_ID]
                 for row in zip(history_ids.tolist(), history_type_ids.tolist(), strict=True)
             ]
             targets = target_type_ids.tolist()
-        contributions = self.history_scores.contributions(history_ids, item_ids, source_ids, same_type_ids)
+        of_types = history_type_ids, target_type_ids
+        contributions = self.history_scores.contributions(history_ids, item_ids, source_ids, *of_types)
         catalogue = range(FIRST_ITEM_ID, self.config.vocab_size)
         total = self._sum_of_vectors(catalogue if candidate_ids is None else range(0))
         for row, history in enumerate(histories):

@@ -9,6 +9,8 @@ from .configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID, Bert4RecConfig
 # Number of newest items whose successors are scored. Each counts half as much as the one after it, so all older items
 # together would have a share of less than half a percent.
 NUM_NEWEST_ITEMS = 8
+# Number of newest events of each type whose items have a conversion score.
+NUM_NEWEST_EVENTS = 16
 # Upper limit of the number of pairs of a history, before pairs of the same item are summed.
 MAX_PAIRS = 2**20
 
@@ -39,19 +41,23 @@ class HistoryScores(nn.Module):
     - `recency` (`config.recency_weight`): 1 / 2 ** n for an item that the history last had n items before its newest.
     - `popularity` (`config.popularity_weight`): the popularity of an item, for a history without items.
 
-    With event types, transitions start from the events of all types, and recency reads the events of all types, so that
-    what was just put into the cart can score high. Repeats count only the events of the type that is recommended for,
-    `same_type_ids`.
+    With event types, transitions start from the events of all types. Repeats count only the events of the type that is
+    recommended for. Recency is the conversion score of what was last done with the item: of the type of its newest
+    event, the number of newer events of this type, and whether the history has the item with the type that is
+    recommended for. So an item in the cart that has not been bought scores as high as such items were bought next, and
+    an item that was just bought as high as such items were bought again.
 
     The counts are buffers, which FSDP never shards. `successor_ids` (vocab size, K) int32 has the token ids of each
     item's successors, each once and padded with 0. `successor_scores` and `next_item_scores` (vocab size, K) float32
     have their scores; see `counting.transitions`. K is `config.num_transitions`. The row of [PAD] holds the popular
-    items. All three are None if K is 0.
+    items. All three are None if K is 0. `conversion_scores` (T + 1, 2, T + 1, `NUM_NEWEST_EVENTS`) float32, for T event
+    types, has those of `counting.conversion_scores`; None without event types.
     """
 
     successor_ids: torch.Tensor | None
     successor_scores: torch.Tensor
     next_item_scores: torch.Tensor
+    conversion_scores: torch.Tensor | None
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
@@ -64,6 +70,10 @@ class HistoryScores(nn.Module):
             ("next_item_scores", torch.float32),
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype) if config.num_transitions else None)
+        num_types = config.num_event_types + 1
+        shape_of_types = num_types, 2, num_types, NUM_NEWEST_EVENTS
+        scores = torch.zeros(shape_of_types, dtype=torch.float32) if config.num_event_types else None
+        self.register_buffer("conversion_scores", scores)
 
     @property
     def is_empty(self) -> bool:
@@ -81,15 +91,17 @@ class HistoryScores(nn.Module):
         self,
         history_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
+        target_type_ids: torch.Tensor | None = None,
     ) -> Pairs:
         """The pairs of items and values to add to the network's scores.
 
         Args:
             history_ids: (batch, length) token ids, oldest first. Special tokens are left out.
             attention_mask: (batch, length), 0 for positions that do not count. None: all count.
-            same_type_ids: (batch, H) token ids of the events of the type that is recommended for, 0 elsewhere, oldest
-                first. None: all events are of that type.
+            history_type_ids: (batch, length) the types of the events. None: all are of the type that is recommended
+                for, or the model has no event types.
+            target_type_ids: (batch,) the type that is recommended for. None: the first target type.
 
         Returns:
             item_ids (batch, K) int64, unique and ascending in each row, and values (batch, K) float32. Padding,
@@ -107,9 +119,8 @@ class HistoryScores(nn.Module):
             found.append((self.successor_ids[newest_ids].flatten(1).long(), values.flatten(1)))
             most += NUM_NEWEST_ITEMS
         if config.repeat_weight or config.recency_weight:
-            occurrences = self._occurrences(item_ids, attention_mask, same_type_ids)
-            found += occurrences
-            most += len(occurrences)
+            found.append(self._weighted_repeats(item_ids, history_type_ids, target_type_ids))
+            most += 1
         if not found:
             return item_ids[:, :0], torch.zeros(item_ids.shape[0], 0, device=item_ids.device)
         paired_ids, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
@@ -119,16 +130,13 @@ class HistoryScores(nn.Module):
         self,
         history_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
+        target_type_ids: torch.Tensor | None = None,
     ) -> dict[str, Pairs]:
         """The unweighted pairs of each feature by name. Arguments and shapes are those of `forward`."""
         item_ids = _items(history_ids, attention_mask)
-        recent_ids, counts, ages = item_occurrences(item_ids)
-        features = {"recency": _sum_pairs(recent_ids, _recency(counts, ages), 1)}
-        repeated_ids = recent_ids
-        if same_type_ids is not None:
-            repeated_ids, counts, _ = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
-        features["repeats"] = _sum_pairs(repeated_ids, counts.log1p(), 1)
+        paired_ids, repeats, recency = self._repeats(item_ids, history_type_ids, target_type_ids)
+        features = {"recency": _sum_pairs(paired_ids, recency, 1), "repeats": _sum_pairs(paired_ids, repeats, 1)}
         if self.successor_ids is not None:
             newest_ids, shares, is_start = newest_items(item_ids)
             ids = self.successor_ids[newest_ids].long()
@@ -145,7 +153,8 @@ class HistoryScores(nn.Module):
         history_ids: torch.Tensor,
         item_ids: torch.Tensor,
         source_ids: torch.Tensor,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
+        target_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The part of each item of a history in the values that `forward` has for some items.
 
@@ -157,15 +166,15 @@ class HistoryScores(nn.Module):
             history_ids: (batch, length) token ids, oldest first. Special tokens are left out.
             item_ids: (batch, k) token ids whose values are divided.
             source_ids: (batch, M) distinct token ids of each history, padded with 0.
-            same_type_ids: See `forward`.
+            history_type_ids: See `forward`.
+            target_type_ids: See `forward`.
 
         Returns:
             (batch, k, M) float32. If `source_ids` has all items of a history, the parts of an item sum to its value.
         """
         history_ids, config = _items(history_ids, None), self.config
-        occurrences = self._occurrences(history_ids, None, same_type_ids)
-        paired_ids, values = (torch.cat(parts, dim=1) for parts in zip(*occurrences, strict=True))
-        values = values_of(_sum_pairs(paired_ids, values, len(occurrences)), item_ids)
+        paired_ids, values = self._weighted_repeats(history_ids, history_type_ids, target_type_ids)
+        values = values_of(_sum_pairs(paired_ids, values, 1), item_ids)
         is_itself = (source_ids.unsqueeze(1) == item_ids.unsqueeze(2)) & (source_ids > 0).unsqueeze(1)
         parts = values.unsqueeze(2) * is_itself
         if self.successor_ids is not None:
@@ -179,17 +188,45 @@ class HistoryScores(nn.Module):
                 parts = parts + values.unsqueeze(2) * is_source.unsqueeze(1)
         return parts
 
-    def _occurrences(
-        self, item_ids: torch.Tensor, attention_mask: torch.Tensor | None, same_type_ids: torch.Tensor | None
-    ) -> list[Pairs]:
-        """Pairs for repeats and recency, weighted: together, or apart if they count different events."""
-        config = self.config
+    def _weighted_repeats(
+        self, item_ids: torch.Tensor, type_ids: torch.Tensor | None, target_type_ids: torch.Tensor | None
+    ) -> Pairs:
+        """The token ids of `_repeats`, and the sums of the two features times their weights."""
+        item_ids, repeats, recency = self._repeats(item_ids, type_ids, target_type_ids)
+        return item_ids, repeats * self.config.repeat_weight + recency * self.config.recency_weight
+
+    def _repeats(
+        self, item_ids: torch.Tensor, type_ids: torch.Tensor | None, target_type_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids (batch, length) in ascending order, and their repeats and recency at the first place of an item."""
         ids, counts, ages = item_occurrences(item_ids)
-        recency = _recency(counts, ages) * config.recency_weight
-        if same_type_ids is None:
-            return [(ids, counts.log1p() * config.repeat_weight + recency)]
-        repeated_ids, counts, _ = item_occurrences(_of_same_type(item_ids, attention_mask, same_type_ids))
-        return [(ids, recency), (repeated_ids, counts.log1p() * config.repeat_weight)]
+        is_newest = counts > 0
+        if self.conversion_scores is None:
+            return ids, counts.log1p(), torch.pow(0.5, ages.float()) * is_newest
+        if target_type_ids is None:
+            target_type_ids = item_ids.new_full((item_ids.shape[0],), (self.config.target_event_type_ids or [1])[0])
+        target_type_ids = target_type_ids.unsqueeze(1)
+        type_ids = target_type_ids.expand_as(item_ids) if type_ids is None else type_ids
+        is_item = item_ids > 0
+        num_newer = torch.zeros_like(item_ids)  # events of the same type
+        for kind in range(self.config.num_event_types + 1):
+            is_kind = is_item & (type_ids == kind)
+            num_newer = num_newer.where(~is_kind, is_kind.flip(1).cumsum(1).flip(1) - 1)
+        # Values of the events are put into the order of `ids`, through the number of items that are newer.
+        columns = (is_item.flip(1).cumsum(1).flip(1) - 1).where(is_item, item_ids.shape[1])
+
+        def in_order(values: torch.Tensor) -> torch.Tensor:
+            by_age = values.new_zeros(values.shape[0], values.shape[1] + 1).scatter(1, columns, values)
+            return by_age.gather(1, ages) * (ids > 0)
+
+        _, number = _runs(ids)
+        counts = in_order((type_ids == target_type_ids).to(counts.dtype))
+        counts = torch.zeros_like(counts).scatter_add(1, number, counts).gather(1, number) * is_newest
+        age, kind_ids = in_order(num_newer), in_order(type_ids)
+        scores = self.conversion_scores[
+            target_type_ids, (counts > 0).long(), kind_ids, age.clamp(max=NUM_NEWEST_EVENTS - 1)
+        ].float()
+        return ids, counts.log1p(), scores * (is_newest & (age < NUM_NEWEST_EVENTS))
 
     def successors(self, item_ids: torch.Tensor) -> Pairs:
         """The successors of items (batch,), with their successor scores as shares of the highest of the catalogue."""
@@ -245,11 +282,6 @@ def item_occurrences(item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return item_ids, counts * (is_first & (item_ids > 0)), keys - item_ids * MAX_PAIRS
 
 
-def _recency(counts: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
-    """The feature `recency` from the results of `item_occurrences`."""
-    return torch.pow(0.5, ages.float()) * (counts > 0)
-
-
 def add_to_scores(scores: torch.Tensor, pairs: Pairs, start: int = 0) -> torch.Tensor:
     """Add the values of pairs in place to scores (batch, C) of the token ids `start` to `start + C - 1`.
 
@@ -278,13 +310,6 @@ def _items(history_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> to
     if attention_mask is not None and attention_mask.dim() == 2:
         is_item = is_item & (attention_mask != 0)
     return history_ids.where(is_item, 0).long()
-
-
-def _of_same_type(
-    item_ids: torch.Tensor, attention_mask: torch.Tensor | None, same_type_ids: torch.Tensor
-) -> torch.Tensor:
-    """The items of `same_type_ids`, whose repeats count, without special tokens."""
-    return _items(same_type_ids, attention_mask if same_type_ids.shape == item_ids.shape else None)
 
 
 def _runs(in_order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

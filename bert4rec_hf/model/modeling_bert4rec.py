@@ -314,6 +314,8 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.successor_ids)
             initialization.zeros_(module.successor_scores)
             initialization.zeros_(module.next_item_scores)
+        if isinstance(module, HistoryScores) and module.conversion_scores is not None:
+            initialization.zeros_(module.conversion_scores)
         if isinstance(module, ItemProjection) and module.weight is not None:
             initialization.zeros_(module.weight)
         if isinstance(module, ItemBias):

@@ -262,17 +262,14 @@ class SequentialRecommendationPipeline(Pipeline):
             lacking += [str(item) for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
         if lacking and len(unknown) < UNKNOWN_SHOWN:
             unknown[:] = list(dict.fromkeys([*unknown, *lacking]))[:UNKNOWN_SHOWN]
-        is_typed = self.tokenizer.event_types is not None
-        same_type_ids = [
-            token_id if kind == target_type else 0 for token_id, kind in zip(history, type_ids, strict=True)
-        ]
-        excluded = {*exclude_ids, *same_type_ids} - {0} if filter_seen_items else set(exclude_ids)
+        excluded = set(exclude_ids)
+        if filter_seen_items:
+            excluded |= {token_id for token_id, kind in zip(history, type_ids, strict=True) if kind == target_type}
         of_types = {}
-        if is_typed:
+        if self.tokenizer.event_types is not None:
             length = self.model.config.max_position_embeddings
             of_types = {
                 "event_type_ids": torch.tensor([self.tokenizer.append_mask_type(type_ids, target_type, length)]),
-                "same_type_ids": torch.tensor([same_type_ids or [0]]),
                 "history_type_ids": torch.tensor([type_ids or [0]]),
                 "target_type_ids": torch.tensor([target_type]),
             }
@@ -338,7 +335,6 @@ class SequentialRecommendationPipeline(Pipeline):
         """Recommend for a batch. `exclude_ids` (1, E) and `candidate_ids` (C,) are those of the call."""
         inputs = dict(model_inputs)
         num_unknown = inputs.pop("num_unknown")
-        of_explanation = [inputs.pop(name, None) for name in ("history_type_ids", "target_type_ids")]
         device = num_unknown.device
         top_k = min(top_k, self.model.config.vocab_size)
         if exclude_ids is not None:
@@ -359,19 +355,19 @@ class SequentialRecommendationPipeline(Pipeline):
                     part["candidate_ids"] = candidates[0] if (candidates == candidates[:1]).all() else candidates
                 elif candidate_ids is not None:
                     part["candidate_ids"] = candidate_ids.to(device)
+                of_target = {name: part.pop(name) for name in ("target_type_ids",) if name in part}
                 if rules is None:
                     found_scores, found_ids = self.model.recommend(**part, top_k=top_k, index=index)
                 else:
                     read = part.pop("input_ids"), part.pop("attention_mask"), part.pop("event_type_ids", None)
                     states = self.model.mask_states(*read)
                     found_scores, found_ids, num_eligible[rows] = self.model.search_by_rules(
-                        states, **part, rules=rules, top_k=top_k, index=index
+                        states, **part, **of_target, rules=rules, top_k=top_k, index=index
                     )
                 scores[rows, : found_scores.shape[1]] = found_scores
                 item_ids[rows, : found_ids.shape[1]] = found_ids
                 if explain:
-                    types = [None if values is None else values[rows] for values in of_explanation]
-                    found_sources, found_contributions = self._strongest_sources(found_ids, part, rules, *types)
+                    found_sources, found_contributions = self._strongest_sources(found_ids, part | of_target, rules)
                     shape = (rows, slice(found_ids.shape[1]), slice(found_sources.shape[2]))
                     source_ids[shape], contributions[shape] = found_sources, found_contributions
         outputs = {"scores": scores, "item_ids": item_ids, "num_unknown": num_unknown}
@@ -383,8 +379,6 @@ class SequentialRecommendationPipeline(Pipeline):
         item_ids: torch.Tensor,
         part: dict[str, Any],
         rules: Any,
-        history_type_ids: torch.Tensor | None,
-        target_type_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The strongest items of the histories behind recommended items (batch, k), and their contributions.
 
@@ -403,8 +397,8 @@ class SequentialRecommendationPipeline(Pipeline):
             item_ids,
             candidate_ids=candidate_ids,
             exclude_ids=part["exclude_ids"],
-            history_type_ids=history_type_ids,
-            target_type_ids=target_type_ids,
+            history_type_ids=part.get("history_type_ids"),
+            target_type_ids=part.get("target_type_ids"),
         )
         # Of equal contributions, that of the newest item comes first.
         contributions, places = contributions.sort(dim=2, descending=True, stable=True)

@@ -50,7 +50,7 @@ class RecommendationMixin:
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
         event_type_ids: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
         index: Any = None,
         rules: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,8 +65,8 @@ class RecommendationMixin:
             candidate_ids: (C,) or (batch, C) token ids to choose from, each once, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
             event_type_ids: (batch, length) types of the events beside `input_ids`; see `forward`.
-            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for,
-                with 0 in place of the others. None: all events have that type.
+            history_type_ids: (batch, H) types of the events of `history_ids`. None: those of `event_type_ids` if there
+                are no `history_ids`, otherwise all are of the type that is recommended for, that of the [MASK].
             index: An `ItemIndex` of the model, for approximate search. It is not used with candidates. The items that
                 it finds, and the items that the history adds scores to, are scored exactly.
             rules: `Rules` of the catalogue; see `search_by_rules`. None: the items with the highest scores.
@@ -81,12 +81,13 @@ class RecommendationMixin:
                 is NaN; if the index or the rules have another number of items.
         """
         states = self.mask_states(input_ids, attention_mask, event_type_ids)
+        types = self._types_of(input_ids, history_ids, event_type_ids, history_type_ids)
         history_ids = _uncut(input_ids, attention_mask, history_ids)
         if rules is not None:
-            limits = {"candidate_ids": candidate_ids, "exclude_ids": exclude_ids, "same_type_ids": same_type_ids}
+            limits = {"candidate_ids": candidate_ids, "exclude_ids": exclude_ids, **types}
             return self.search_by_rules(states, history_ids, rules=rules, top_k=top_k, index=index, **limits)[:2]
         if index is not None and candidate_ids is None and len(states):
-            candidate_ids = self._nearest(index, states, history_ids, top_k, exclude_ids, same_type_ids)
+            candidate_ids = self._nearest(index, states, history_ids, top_k, exclude_ids, **types)
         candidate_ids, allowed = self._limits(candidate_ids, None)
         _, scores, item_ids = self.search(
             states,
@@ -94,8 +95,8 @@ class RecommendationMixin:
             top_k=top_k,
             candidate_ids=candidate_ids,
             exclude_ids=exclude_ids,
-            same_type_ids=same_type_ids,
             allowed=allowed,
+            **types,
         )
         return scores, item_ids
 
@@ -110,7 +111,7 @@ class RecommendationMixin:
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
         event_type_ids: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The rank of each target in the list of `recommend`, from 1. A tie counts against the target.
 
@@ -123,8 +124,8 @@ class RecommendationMixin:
                 one of them. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
             event_type_ids: (batch, length) types of the events beside `input_ids`; see `forward`.
-            same_type_ids: (batch, H) the items of `history_ids` whose events have the type that is recommended for,
-                with 0 in place of the others. None: all events have that type.
+            history_type_ids: (batch, H) types of the events of `history_ids`. None: those of `event_type_ids` if there
+                are no `history_ids`, otherwise all are of the type that is recommended for, that of the [MASK].
 
         Returns:
             (batch,) int64 ranks; 0 for a target that is excluded or outside the catalogue.
@@ -134,13 +135,14 @@ class RecommendationMixin:
                 another shape.
         """
         states = self.mask_states(input_ids, attention_mask, event_type_ids)
+        types = self._types_of(input_ids, history_ids, event_type_ids, history_type_ids)
         ranks, _, _ = self.search(
             states,
             _uncut(input_ids, attention_mask, history_ids),
             target_ids=target_ids,
             candidate_ids=candidate_ids,
             exclude_ids=exclude_ids,
-            same_type_ids=same_type_ids,
+            **types,
         )
         return ranks
 
@@ -154,7 +156,8 @@ class RecommendationMixin:
         top_k: int | None = None,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
+        target_type_ids: torch.Tensor | None = None,
         allowed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`rank` and `recommend` from encoded histories, in one pass over the catalogue.
@@ -167,7 +170,9 @@ class RecommendationMixin:
             top_k: Number of items. None: no items.
             candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
-            same_type_ids: (batch, H) the items of `history_ids` of the type that is recommended for; see `recommend`.
+            history_type_ids: (batch, H) types of the events of `history_ids`. None: all are of the type that is
+                recommended for.
+            target_type_ids: (batch,) the type that is recommended for. None: the first target type.
             allowed: (vocab size,) bool, the token ids that may be recommended. None: all.
 
         Returns:
@@ -180,7 +185,8 @@ class RecommendationMixin:
                 is NaN, or `history_ids` is missing.
         """
         device, batch_size = prediction_states.device, len(prediction_states)
-        pairs, exclude_ids = self._checked(batch_size, history_ids, top_k, candidate_ids, exclude_ids, same_type_ids)
+        types = history_type_ids, target_type_ids
+        pairs, exclude_ids = self._checked(batch_size, history_ids, top_k, candidate_ids, exclude_ids, *types)
         ranks = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         target_scores = torch.full((batch_size, 1), -torch.inf, device=device)
         scores = torch.empty(batch_size, 0, device=device)
@@ -225,7 +231,8 @@ class RecommendationMixin:
         top_k: int = 10,
         candidate_ids: torch.Tensor | None = None,
         exclude_ids: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
+        target_type_ids: torch.Tensor | None = None,
         index: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The answers of `recommend` under the rules of a business, from encoded histories.
@@ -241,7 +248,9 @@ class RecommendationMixin:
             top_k: Number of items.
             candidate_ids: (C,) or (batch, C) token ids to choose from, padded with 0. None: the catalogue.
             exclude_ids: (batch, E) token ids never to recommend, padded with 0, or (1, E) for all rows.
-            same_type_ids: (batch, H) the items of `history_ids` of the type that is recommended for; see `recommend`.
+            history_type_ids: (batch, H) types of the events of `history_ids`. None: all are of the type that is
+                recommended for.
+            target_type_ids: (batch,) the type that is recommended for. None: the first target type.
             index: An `ItemIndex` of the model.
 
         Returns:
@@ -259,7 +268,8 @@ class RecommendationMixin:
                 "the tokenizer of this model"
             )
         states, size = prediction_states, rules.pool_size(top_k)
-        pairs, exclude_ids = self._checked(len(states), history_ids, top_k, candidate_ids, exclude_ids, same_type_ids)
+        types = history_type_ids, target_type_ids
+        pairs, exclude_ids = self._checked(len(states), history_ids, top_k, candidate_ids, exclude_ids, *types)
         allowed, boosts = (
             None if values is None else values.to(states.device) for values in (rules.allowed, rules.boost_values)
         )
@@ -267,7 +277,7 @@ class RecommendationMixin:
         pool = None
         if index is not None and candidate_ids is None and boosts is None and share >= LEAST_SHARE_OF_A_LONG_LIST:
             number = math.ceil(size / share)
-            nearest = self._nearest(index, states, history_ids, number, exclude_ids, same_type_ids)
+            nearest = self._nearest(index, states, history_ids, number, exclude_ids, *types)
             pool = self._pool(states, pairs, size, nearest, exclude_ids, allowed)
             if pool[0].shape[1] < size or pool[0].isneginf().any():
                 pool = None
@@ -377,7 +387,8 @@ class RecommendationMixin:
         history_ids: torch.Tensor,
         top_k: int,
         exclude_ids: torch.Tensor | None,
-        same_type_ids: torch.Tensor | None,
+        history_type_ids: torch.Tensor | None,
+        target_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """(batch, C) candidates, each once: the items that an index finds, and those in the history's pairs."""
         num_items = self.config.vocab_size - FIRST_ITEM_ID
@@ -386,10 +397,25 @@ class RecommendationMixin:
         # The index is asked for more items, so that enough are left after the exclusions.
         num_excluded = 0 if exclude_ids is None else exclude_ids.shape[1]
         _, found = index.search(_with_one(states), top_k + num_excluded)
-        paired, _ = self.history_scores(history_ids, same_type_ids=same_type_ids)
+        paired, _ = self.history_scores(history_ids, None, history_type_ids, target_type_ids)
         candidates = torch.cat((found.to(states.device), paired), dim=1).sort(dim=1).values
         is_first = candidates.diff(dim=1, prepend=candidates.new_zeros(len(candidates), 1)) > 0
         return candidates * is_first
+
+    def _types_of(
+        self,
+        input_ids: torch.Tensor,
+        history_ids: torch.Tensor | None,
+        event_type_ids: torch.Tensor | None,
+        history_type_ids: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """`history_type_ids` and `target_type_ids` of `search`, from the types beside the input."""
+        if history_type_ids is None and history_ids is None:
+            history_type_ids = event_type_ids
+        target_type_ids = None
+        if event_type_ids is not None:
+            target_type_ids = event_type_ids.gather(1, _mask_positions(input_ids)).squeeze(1)
+        return {"history_type_ids": history_type_ids, "target_type_ids": target_type_ids}
 
     def _pool(
         self,
@@ -450,17 +476,33 @@ class RecommendationMixin:
         top_k: int | None,
         candidate_ids: torch.Tensor | None,
         exclude_ids: torch.Tensor | None,
-        same_type_ids: torch.Tensor | None,
+        history_type_ids: torch.Tensor | None,
+        target_type_ids: torch.Tensor | None,
     ) -> tuple[Pairs | None, torch.Tensor | None]:
         """Check the arguments of a search. Returns the pairs of the histories, and `exclude_ids` for each row."""
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {top_k}")
-        for ids in (exclude_ids, candidate_ids, history_ids, same_type_ids):
+        for ids in (exclude_ids, candidate_ids, history_ids):
             self._check_ids(ids)
         if history_ids is None and not self.history_scores.is_empty:
             raise ValueError("the model has transitions or repeats: give history_ids, whose items add to the scores")
+        if history_type_ids is not None and (history_ids is None or history_type_ids.shape != history_ids.shape):
+            shape = None if history_ids is None else tuple(history_ids.shape)
+            raise ValueError(
+                f"history_type_ids must have the shape of history_ids, {shape}; got {tuple(history_type_ids.shape)}"
+            )
+        num_types = self.config.num_event_types
+        for types in (history_type_ids, target_type_ids):
+            if types is not None and types.numel() and not 0 <= int(types.min()) <= int(types.max()) <= num_types:
+                raise ValueError(
+                    f"types of events must lie between 0 and num_event_types = {num_types}; got {int(types.min())} to "
+                    f"{int(types.max())}: the tokenizer must be the one of the model's folder"
+                )
         gather_weights(self)
-        pairs = None if history_ids is None else self.history_scores(history_ids, same_type_ids=same_type_ids)
+        if history_ids is None:
+            pairs = None
+        else:
+            pairs = self.history_scores(history_ids, None, history_type_ids, target_type_ids)
         return pairs, None if exclude_ids is None else exclude_ids.expand(batch_size, -1)
 
     def _check_ids(self, ids: torch.Tensor | None) -> None:

@@ -19,7 +19,7 @@ from ..hub.model_card import CALIBRATION_FILE, EVALUATION_FILE, RECIPE_FILE, wri
 from ..hub.publish_code import publish_code as publish_code_into
 from ..model.history_scores import WEIGHT_FIELDS, HistoryScores
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
-from ..training.initialization import keep_transitions
+from ..training.initialization import keep_conversion_scores, keep_transitions
 from .model_and_data import check_catalogue, read_histories, rows_for
 
 
@@ -71,6 +71,8 @@ def calibrate_prepared(
         loaded.history_scores = HistoryScores(config)
     if config.num_transitions:
         keep_transitions(loaded, histories, tokenizer.num_items, weight=config.transition_weight)
+    if config.num_event_types:
+        keep_conversion_scores(loaded, histories)
     if not use_cpu and torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
     comparisons = compare_targets(loaded, rows, tokenizer, batch_size=per_device_eval_batch_size)

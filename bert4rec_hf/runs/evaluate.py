@@ -150,7 +150,7 @@ def evaluate_prepared(
     }
     has_past = np.asarray(rows["history_length"]) > 0
     divisions = [("users {} a past", has_past)]
-    if "same_type_ids" in rows.column_names:
+    if "history_type_ids" in rows.column_names:
         divisions.append(("targets {} an earlier event of another type", has_earlier_event(rows)))
     groups = {
         f"{int(users.sum())} {title.format(word)}": {name: measure(ranks[users]) for name, ranks in rankings.items()}

@@ -20,7 +20,7 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..training.arguments import Bert4RecTrainingArguments
-from ..training.initialization import keep_transitions, start_from_cooccurrence, start_new_items
+from ..training.initialization import keep_conversion_scores, keep_transitions, start_from_cooccurrence, start_new_items
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ def model_and_data(
         # A model that is trained further gets the transitions of its new log.
         weight = model.config.transition_weight
         keep_transitions(model, histories, tokenizer.num_items, weight=weight, seed=args.seed)
+    if model.config.num_event_types:
+        keep_conversion_scores(model, histories, seed=args.seed)
     return model, tokenizer, histories, preparation
 
 

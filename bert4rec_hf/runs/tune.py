@@ -19,7 +19,7 @@ from ..evaluation.plotting import BLUE, GREY, ORANGE, png
 from ..files import folder_beside, write_file
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.resume import check_output
-from ..training.sampler import mean_length
+from ..training.sampler import mean_number_of_targets
 from .train import train_prepared
 
 logger = logging.getLogger(__name__)
@@ -170,13 +170,16 @@ def _defaults(data: str | os.PathLike) -> dict[str, Any]:
     if not histories.num_targets("validation"):
         raise ValueError(f"{data} has no validation targets to search on; prepare with another --split")
     given = {"filter_seen_items": preparation["filter_seen_items"]}
+    targets = tokenizer.target_event_type_ids
     chosen = default_architecture(histories.num_training_events(), tokenizer.num_items, given)
     length = preparation["max_length"]
     rows = training_rows(histories, max_length=length, windows="proportional")
     return {
         "hidden_size": chosen["hidden_size"],
         "hidden_dropout_prob": chosen["hidden_dropout_prob"],
-        "mask_ratio": default_mask_ratio(mean_length(rows, length), len(rows), chosen["causal_attention"]),
+        "mask_ratio": default_mask_ratio(
+            mean_number_of_targets(rows, length, targets), len(rows), chosen["causal_attention"]
+        ),
         "num_train_epochs": int(default_num_train_epochs(histories.num_training_events(), tokenizer.num_items)),
     }
 

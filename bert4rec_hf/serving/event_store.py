@@ -1,7 +1,8 @@
 """The histories of users in a database, for the server: SQLite, or any database that SQLAlchemy connects to."""
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from sqlalchemy import (
     event,
     exc,
     insert,
+    inspect,
     select,
+    text,
 )
 from sqlalchemy.engine import make_url
 
-from ..data.histories import check_prepared, histories_files
+from ..data.histories import PREPARATION_FILE, check_prepared, histories_files
 
 # Number of events that are written at once when a store is filled.
 EVENTS_PER_INSERT = 50_000
@@ -38,6 +41,7 @@ _EVENTS = Table(
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("user_id", String, nullable=False),
     Column("item_id", String, nullable=False),
+    Column("event_type", String),
     Index("bert4rec_events_of_user", "user_id", "id"),
 )
 _FILLED = Table("bert4rec_filled_from", _METADATA, Column("source", String, primary_key=True))
@@ -46,7 +50,8 @@ _FILLED = Table("bert4rec_filled_from", _METADATA, Column("source", String, prim
 class EventStore:
     """Events of users in a database. An event is stored durably when `add` returns.
 
-    The order of a user's events is the order in which they were added. Calls from several threads are safe.
+    The order of a user's events is the order in which they were added. Calls from several threads are safe. A store of
+    an earlier release gets a column for the types of events; its events stay, without types.
 
     Args:
         url: A URL of SQLAlchemy, such as sqlite:///events.db or postgresql+psycopg://user:password@host/name. SQLite
@@ -80,46 +85,74 @@ class EventStore:
             event.listen(self.engine, "connect", _durable_sqlite)
         try:
             _METADATA.create_all(self.engine)
+            self._add_column_of_types()
             with self.engine.begin() as connection:  # this fails if the database cannot be read or written
                 connection.execute(select(_EVENTS).limit(1)).all()
                 connection.execute(delete(_FILLED).where(_FILLED.c.source == ""))
         except exc.SQLAlchemyError as error:
             raise ValueError(f"cannot use the database {self.name}: {_reason(error)}") from error
 
-    def add(self, user_id: str, item_ids: Sequence[str]) -> None:
+    def _add_column_of_types(self) -> None:
+        """Add the column event_type to the table of an earlier release, which has none."""
+
+        def is_missing() -> bool:
+            names = {column["name"] for column in inspect(self.engine).get_columns(_EVENTS.name)}
+            return {"user_id", "item_id"} <= names and "event_type" not in names  # otherwise the table is no store
+
+        if not is_missing():
+            return
+        try:
+            with self.engine.begin() as connection:
+                connection.execute(text(f"ALTER TABLE {_EVENTS.name} ADD COLUMN event_type VARCHAR"))
+        except exc.DBAPIError:
+            if is_missing():  # another server may have added it in the meantime
+                raise
+
+    def add(self, user_id: str, item_ids: Sequence[str], event_types: Sequence[str | None] | None = None) -> None:
         """Append events to the history of a user.
 
         Args:
             user_id: The user, who may be new.
             item_ids: The items, oldest first. The catalogue of the model may lack some.
+            event_types: The type of each event, None for an event without one. None: no event has a type.
 
         Raises:
             OSError: If the database does not take them.
         """
-        rows = [{"user_id": user_id, "item_id": item_id} for item_id in item_ids]
+        types = [None] * len(item_ids) if event_types is None else event_types
+        rows = [
+            {"user_id": user_id, "item_id": item_id, "event_type": event_type}
+            for item_id, event_type in zip(item_ids, types, strict=True)
+        ]
         try:
             with self.engine.begin() as connection:
                 connection.execute(insert(_EVENTS), rows)
         except exc.SQLAlchemyError as error:
             raise OSError(f"the database does not take events: {_reason(error)}") from error
 
-    def history(self, user_id: str, max_events: int) -> list[str]:
-        """The newest items of a user, oldest first. An unknown user has none.
+    def history(self, user_id: str, max_events: int) -> list[tuple[str, str | None]]:
+        """The newest items of a user with the types of the events, oldest first. An unknown user has none.
 
         Args:
             user_id: The user.
-            max_events: Largest number of items.
+            max_events: Largest number of events.
 
         Raises:
             OSError: If the database does not answer.
         """
-        query = select(_EVENTS.c.item_id).where(_EVENTS.c.user_id == user_id)
+        query = select(_EVENTS.c.item_id, _EVENTS.c.event_type).where(_EVENTS.c.user_id == user_id)
         try:
             with self.engine.connect() as connection:
-                found = connection.execute(query.order_by(_EVENTS.c.id.desc()).limit(max_events)).scalars().all()
+                found = connection.execute(query.order_by(_EVENTS.c.id.desc()).limit(max_events)).all()
         except exc.SQLAlchemyError as error:
             raise OSError(f"the database does not answer: {_reason(error)}") from error
-        return list(reversed(found))
+        return [(item_id, event_type) for item_id, event_type in reversed(found)]
+
+    def starts_without_types(self) -> bool:
+        """Whether the oldest event has no type, as in a store of an earlier release."""
+        with self.engine.connect() as connection:
+            oldest = connection.execute(select(_EVENTS.c.event_type).order_by(_EVENTS.c.id).limit(1)).first()
+        return oldest is not None and oldest[0] is None
 
     def fill(self, data: str | os.PathLike) -> int:
         """Add all histories of a prepared folder, held-out targets included, to an empty store.
@@ -144,7 +177,7 @@ class EventStore:
                     return 0
                 # If two servers start at the same time, the second one waits here for the first one, and then fails.
                 connection.execute(insert(_FILLED), [{"source": "histories"}])
-                for rows in _batches(histories_files(Path(data))):
+                for rows in _batches(Path(data)):
                     connection.execute(insert(_EVENTS), rows)
                     number += len(rows)
         except exc.IntegrityError:
@@ -166,12 +199,19 @@ def _durable_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _batches(paths: Iterable[Path]) -> Iterator[list[dict[str, str]]]:
-    rows: list[dict[str, str]] = []
-    for path in paths:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=["user_id", "item_id"]):
-            for user, items in zip(batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), strict=True):
-                rows += [{"user_id": str(user), "item_id": item} for item in items]
+def _batches(data: Path) -> Iterator[list[dict[str, str | None]]]:
+    preparation = json.loads((data / PREPARATION_FILE).read_text("utf-8"))
+    # Without event types, a column of this name is one that was only copied.
+    has_types = preparation.get("columns", {}).get("event_type_column") is not None
+    columns = ["user_id", "item_id", *["event_type"] * has_types]
+    rows: list[dict[str, str | None]] = []
+    for path in histories_files(data):
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=columns):
+            for user, items, *types in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+                rows += [
+                    {"user_id": str(user), "item_id": item, "event_type": event_type}
+                    for item, event_type in zip(items, types[0] if types else [None] * len(items), strict=True)
+                ]
                 if len(rows) >= EVENTS_PER_INSERT:
                     yield rows
                     rows = []

@@ -40,7 +40,7 @@ class Recommender(nn.Module):
         exclude_ids: torch.Tensor,
         candidate_ids: torch.Tensor,
         event_type_ids: torch.Tensor | None = None,
-        same_type_ids: torch.Tensor | None = None,
+        history_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend items.
 
@@ -53,7 +53,7 @@ class Recommender(nn.Module):
                 from the whole catalogue.
             event_type_ids: (batch, length) types of the events, for a model of event types; the type of the [MASK] is
                 the target type. None: the model has no types.
-            same_type_ids: (batch, H) history_ids with 0 in place of events of another type than the target type.
+            history_type_ids: (batch, H) types of the events of history_ids.
 
         Returns:
             scores (batch, top_k) float32, in descending order, -inf where no item is left; and item_ids
@@ -67,7 +67,9 @@ class Recommender(nn.Module):
             masked_positions=positions,
             event_type_ids=event_type_ids,
         ).logits.squeeze(1)
-        scores = add_to_scores(scores, self.model.history_scores(history_ids, same_type_ids=same_type_ids))
+        target_type_ids = None if event_type_ids is None else event_type_ids.gather(1, positions).squeeze(1)
+        pairs = self.model.history_scores(history_ids, None, history_type_ids, target_type_ids)
+        scores = add_to_scores(scores, pairs)
         chosen = torch.zeros_like(scores).scatter(1, candidate_ids, 1.0)
         anything = candidate_ids.amax(dim=1, keepdim=True) == 0
         allowed = (chosen > 0) | anything
@@ -85,7 +87,7 @@ def export_onnx(
     """Write a model as an ONNX file, for any batch size and any length up to the model's maximum.
 
     The inputs are input_ids, attention_mask, history_ids, exclude_ids and candidate_ids (int64), as in
-    `Recommender.forward`, and event_type_ids and same_type_ids for a model of event types. The outputs are scores
+    `Recommender.forward`, and event_type_ids and history_type_ids for a model of event types. The outputs are scores
     (float32) and item_ids (int64).
 
     Args:
@@ -121,7 +123,7 @@ def export_onnx(
         {0: batch, 1: num_candidates},
     ]  # fmt: skip
     if model.config.num_event_types:
-        names += ["event_type_ids", "same_type_ids"]
+        names += ["event_type_ids", "history_type_ids"]
         inputs += [torch.ones_like(input_ids), nothing.clone()]
         shapes += [{0: batch, 1: length}, {0: batch, 1: history}]
     was_training = model.training

@@ -190,7 +190,7 @@ class Events(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"user_id": "7", "item_ids": ["50", "172"]}]}
     )
     user_id: UserId
-    item_ids: Annotated[Items, Field(min_length=1)]
+    item_ids: Annotated[History, Field(min_length=1, description="Item ids, or items with an event_type.")]
 
 
 class EventsAnswer(BaseModel):
@@ -228,6 +228,9 @@ class Server:
             logger.warning(
                 "%s: %s", self.store.name, f"filled with {number:,} events" if number else "has events; not filled"
             )
+        targets = self.models["model"].pipe.tokenizer.target_event_types
+        if targets is not None and self.store.starts_without_types():
+            logger.warning("%s has events without a type, which count as %s", self.store.name, targets[0])
         self.log = None if settings.served_log is None else ServedLog(Path(settings.served_log))
         self.registry = CollectorRegistry()
         self.requests = Counter("bert4rec_requests", "Answered requests.", ["path", "status"], registry=self.registry)
@@ -273,6 +276,20 @@ class Server:
         if not self.settings.allow_where:
             raise ValueError("this server allows no where; name rules of its configuration instead")
         return Rules(served.items, where=where)
+
+    def check_types(self, event_types: Sequence[str | None]) -> None:
+        """Raise HTTPException if events have a type that no served model knows, as a misspelt one.
+
+        A server whose models have no event types stores all types, for a later model.
+        """
+        known = {name for served in self.models.values() for name in served.pipe.tokenizer.event_types or ()}
+        for number, event_type in enumerate(event_types):
+            if known and event_type is not None and event_type not in known:
+                raise HTTPException(
+                    400,
+                    f"the model does not know the event type {event_type!r:.80} of event {number}; expected one of "
+                    f"{', '.join(sorted(known))}",
+                )
 
     def model_of(self, user_id: str | None) -> ServedModel:
         """The model for a user. The share of users that get the challenger is always the same users."""
@@ -401,13 +418,18 @@ def create_app(server: Server) -> FastAPI:
         history: Sequence[Any] = [
             event.model_dump() if isinstance(event, HistoryEvent) else event for event in body.history or ()
         ]
-        if body.user_id is not None:
-            history = await _stored(server.store.history, body.user_id, MAX_ITEMS)
         served = server.model_of(body.user_id)
-        if body.user_id is not None and served.pipe.tokenizer.event_types is not None:
-            raise HTTPException(
-                400, "the events of POST /events have no types, which this model reads: give history with event_type"
-            )
+        num_events = len(history)
+        if body.user_id is not None:
+            stored = await _stored(server.store.history, body.user_id, MAX_ITEMS)
+            num_events, known_types = len(stored), served.pipe.tokenizer.event_types
+            history = [item_id for item_id, _ in stored]
+            if known_types is not None:  # events of other types are left out, as items are that the catalogue lacks
+                history = [
+                    {"item_id": item_id, "event_type": event_type}
+                    for item_id, event_type in stored
+                    if event_type is None or event_type in known_types
+                ]
         request = {"history": history, "candidates": body.candidates, "exclude": body.exclude}
         with _bad_request():
             rules = None
@@ -433,16 +455,18 @@ def create_app(server: Server) -> FastAPI:
                 "request_id": request_id,
                 "model_version": served.version,
                 "items": answer,
-                "num_events": len(history),
+                "num_events": num_events,
                 "num_unknown_items": num_unknown,
             }
         )
 
-    @app.post("/events", status_code=201, responses={status: errors[status] for status in (408, 413, 422, 503)})
+    @app.post("/events", status_code=201, responses={status: errors[status] for status in (400, 408, 413, 422, 503)})
     async def add_events(body: Events) -> EventsAnswer:
         """Add events to the history of a user."""
-        item_ids = [str(item) for item in body.item_ids]
-        await _stored(server.store.add, body.user_id, item_ids)
+        events = [event if isinstance(event, HistoryEvent) else HistoryEvent(item_id=event) for event in body.item_ids]
+        item_ids, types = [str(event.item_id) for event in events], [event.event_type for event in events]
+        server.check_types(types)
+        await _stored(server.store.add, body.user_id, item_ids, types)
         server.events.inc(len(item_ids))
         token_ids = server.models["model"].pipe.tokenizer.item_ids_to_token_ids(item_ids)
         return EventsAnswer(num_events=len(item_ids), num_unknown_items=token_ids.count(UNK_TOKEN_ID))

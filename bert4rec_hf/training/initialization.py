@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.counting import cooccurrence_vectors, item_counts, neighbours, transitions
+from ..data.counting import conversion_scores, cooccurrence_vectors, item_counts, neighbours, transitions
 from ..data.histories import AnyHistories
 from ..defaults import default_transition_weight
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID
@@ -126,3 +126,18 @@ def keep_transitions(
     kept: Any = model.history_scores
     for buffer, values in zip((kept.successor_ids, kept.successor_scores, kept.next_item_scores), found, strict=True):
         buffer[counted.to(buffer.device)] = values[counted].to(buffer)
+
+
+@torch.no_grad()
+def keep_conversion_scores(model: Bert4RecForMaskedItemPrediction, histories: AnyHistories, *, seed: int = 0) -> None:
+    """Count conversion scores and store them in a model with event types; see `counting.conversion_scores`.
+
+    Args:
+        model: The model, which is changed in place. A target type without events in these histories keeps its scores.
+        histories: Histories from `read_prepared`, or `StreamedHistories`, with event types.
+        seed: Seed of the sampled histories.
+    """
+    found = conversion_scores(histories, model.config.num_event_types, seed=seed)
+    kept: Any = model.history_scores.conversion_scores
+    is_counted = found.flatten(1).any(dim=1)
+    kept[is_counted.to(kept.device)] = found[is_counted].to(kept)

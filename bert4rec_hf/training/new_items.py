@@ -117,7 +117,8 @@ def trade_new_items(
         batch = {name: values.to(model.device) for name, values in batch.items()}
         states = model.mask_states(batch["input_ids"], batch["attention_mask"], batch.get("event_type_ids"))
         targets = batch["labels"].amax(dim=1)
-        limits = {name: batch[name] for name in ("history_ids", "exclude_ids", "same_type_ids") if name in batch}
+        names = "history_ids", "exclude_ids", "history_type_ids", "target_type_ids"
+        limits = {name: batch[name] for name in names if name in batch}
         best = []
         for allowed in (~is_new, is_new):
             ranks, scores, _ = model.search(states, target_ids=targets, top_k=CUTOFF, allowed=allowed, **limits)

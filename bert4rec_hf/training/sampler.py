@@ -1,7 +1,7 @@
 """The order of training rows: batches of rows of similar length, in memory or streamed."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,11 +128,25 @@ def row_lengths(rows: Dataset | StreamedTrainingRows) -> np.ndarray:
     return pc.list_value_length(rows.with_format("arrow")["input_ids"][:]).to_numpy(zero_copy_only=False)
 
 
-def mean_length(rows: Dataset | StreamedTrainingRows, max_length: int) -> float:
-    """The mean length of rows that are cut to `max_length`."""
+def mean_number_of_targets(
+    rows: Dataset | StreamedTrainingRows, max_length: int, target_event_type_ids: Sequence[int]
+) -> float:
+    """The mean number of events that may be predicted in rows that are cut to `max_length`.
+
+    Args:
+        rows: The training rows.
+        max_length: Longest input of the model.
+        target_event_type_ids: The types that are predicted. Only events of these types count, if rows have types.
+    """
     lengths = row_lengths(rows)
     chunks = (lengths[start : start + CHUNK_SIZE] for start in range(0, len(lengths), CHUNK_SIZE))
-    return sum(int(np.minimum(chunk, max_length).sum()) for chunk in chunks) / len(lengths)
+    mean = sum(int(np.minimum(chunk, max_length).sum()) for chunk in chunks) / len(lengths)
+    if isinstance(rows, StreamedTrainingRows):
+        return mean * rows.share_of_targets
+    if "event_type_ids" not in rows.column_names:
+        return mean
+    types = pc.list_flatten(rows.with_format("arrow")["event_type_ids"][:]).to_numpy()
+    return mean * float(np.isin(types, target_event_type_ids).mean())
 
 
 def by_length(rows: Dataset) -> np.ndarray:

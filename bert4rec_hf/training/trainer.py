@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
@@ -55,7 +54,14 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import Bert4RecTrainingArguments
 from .learning_curve import training_record, write_training
 from .new_items import write_new_items
-from .sampler import SimilarLengthSampler, StreamedRowSampler, by_length, has_lengths, mean_length, row_lengths
+from .sampler import (
+    SimilarLengthSampler,
+    StreamedRowSampler,
+    by_length,
+    has_lengths,
+    mean_number_of_targets,
+    row_lengths,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +72,7 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
     "greater_is_better", "eval_on_start",
 }  # fmt: skip
 # Columns of evaluation rows that `search` takes, not `forward`.
-RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids", "same_type_ids")
+RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids", "history_type_ids", "target_type_ids")
 # Under rules that change the order, a target is looked for in lists of this length, that of the longest metrics.
 SERVED_LIST_LENGTH = CUTOFFS[-1]
 # Arguments that only `train_prepared` reads.
@@ -581,12 +587,10 @@ def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) 
     """Set the arguments that were left out, from the model and the training rows."""
     if args.mask_ratio is None:
         are_stored = has_lengths(rows) and len(rows)
-        length = mean_length(rows, config.max_position_embeddings) if are_stored else np.inf
-        if are_stored and config.num_event_types and "event_type_ids" in getattr(rows, "column_names", ()):
-            types = pc.list_flatten(rows.with_format("arrow")["event_type_ids"][:])
-            # Only events of target types are predicted.
-            length *= float(np.isin(types.to_numpy(), config.target_event_type_ids or []).mean())
-        args.mask_ratio = default_mask_ratio(length, len(rows) if are_stored else 1, config.causal_attention)
+        number = np.inf
+        if are_stored:
+            number = mean_number_of_targets(rows, config.max_position_embeddings, config.target_event_type_ids or ())
+        args.mask_ratio = default_mask_ratio(number, len(rows) if are_stored else 1, config.causal_attention)
     if args.is_left_out("learning_rate"):
         args.learning_rate = default_learning_rate(config.hidden_size)
     if args.is_left_out("per_device_train_batch_size"):

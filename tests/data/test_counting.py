@@ -16,11 +16,19 @@ from bert4rec_hf.data.counting import (
     NEIGHBOUR_POWER,
     NEIGHBOUR_WINDOW,
     SUCCESSOR_WINDOW,
+    UNCONVERTED_CASES,
     VECTOR_RMS,
+    conversion_scores,
     cooccurrence_vectors,
 )
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
-from bert4rec_hf.training.initialization import keep_transitions, start_from_cooccurrence, start_new_items
+from bert4rec_hf.model.history_scores import NUM_NEWEST_EVENTS
+from bert4rec_hf.training.initialization import (
+    keep_conversion_scores,
+    keep_transitions,
+    start_from_cooccurrence,
+    start_new_items,
+)
 
 
 def histories_of(rows: list[str], held_out: int = 0):
@@ -335,3 +343,61 @@ def test_many_items_are_factorised_another_way_to_the_same_products(monkeypatch,
     assert "takes about a minute" in caplog.text
     torch.testing.assert_close(found @ found.T, expected @ expected.T, atol=1e-5, rtol=1e-3)
     assert torch.equal(found, cooccurrence_vectors(histories, num_items, 16, seed=1))
+
+
+def typed_histories(rows: list[str], targets: str):
+    """Histories of events such as "av", item a viewed. The last event of each is not for training."""
+    events = [row.split() for row in rows]
+    types = sorted({kind for row in events for _, kind in row})
+    tokenizer = Bert4RecTokenizer.from_items(
+        sorted({item for row in events for item, _ in row}), event_types=types, target_event_types=[*targets]
+    )
+    table = pa.table({
+        "user_id": [str(number) for number in range(len(rows))],
+        "item_id": [[item for item, _ in row] for row in events],
+        "event_type": [[kind for _, kind in row] for row in events],
+        "train_end": pa.array([len(row) - 1 for row in events], pa.int32()),
+        "validation_position": pa.array([None] * len(rows), pa.int32()),
+        "test_position": pa.array([None] * len(rows), pa.int32()),
+    })  # fmt: skip
+    return tokenize_histories(table, tokenizer), tokenizer
+
+
+def test_conversion_scores_are_the_shares_of_items_in_a_state_that_are_the_next_target():
+    random = np.random.default_rng(0)
+    rows = [
+        " ".join(f"{'abcdefgh'[item]}{'bcv'[kind]}" for item, kind in random.integers([8, 3], size=(length, 2)))
+        for length in (1, 2, 30, 40, 50, 90)
+    ]
+    histories, tokenizer = typed_histories(rows, "bc")
+    cases, hits = Counter(), Counter()
+    for row in rows:
+        events = row.split()[:-1]
+        for place, (item, target) in enumerate(events):
+            if target not in "bc":
+                continue
+            past = events[:place]
+            for other in {name for name, _ in past}:
+                newest = max(number for number, (name, _) in enumerate(past) if name == other)
+                kind = past[newest][1]
+                state = other + target in past, kind, sum(type_ == kind for _, type_ in past[newest + 1 :])
+                cases[target, *state] += 1
+                hits[target, *state] += other == item
+    expected = torch.zeros(4, 2, 4, NUM_NEWEST_EVENTS)
+    for (target, had, kind, age), number in cases.items():
+        if age < NUM_NEWEST_EVENTS:
+            share = hits[target, had, kind, age] / (number + UNCONVERTED_CASES)
+            expected["?bcv".index(target), int(had), "?bcv".index(kind), age] = math.log1p(20 * share)
+    found = conversion_scores(histories, 3)
+    torch.testing.assert_close(found, expected)
+    assert (found > 0).sum() > 50
+    config = Bert4RecConfig(vocab_size=len(tokenizer), num_event_types=3, target_event_type_ids=[1, 2])
+    model = Bert4RecForMaskedItemPrediction(config)
+    keep_conversion_scores(model, histories)
+    assert torch.equal(model.history_scores.conversion_scores, found)
+    # A target type that a later log lacks keeps its scores.
+    later, _ = typed_histories(["ab ab ab ac", "cv cb"], "bc")
+    assert not conversion_scores(later, 3)[2].any()
+    keep_conversion_scores(model, later)
+    assert torch.equal(model.history_scores.conversion_scores[2], found[2])
+    assert not torch.equal(model.history_scores.conversion_scores[1], found[1])

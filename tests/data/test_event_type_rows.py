@@ -104,7 +104,7 @@ def test_seen_items_are_filtered_by_default_if_few_target_events_repeat(tmp_path
         ({}, {"event_type_column": None}, "target_event_types need an event_type_column"),
         ({}, {"event_type_column": "kind"}, "no column 'kind'.*--event_type_column"),
         ({}, {"target_event_types": ["buy", "buy"]}, "differ from each other"),
-        ({"weight": -1.0}, {"weight_column": "weight"}, "'weight'.*has -1.0 for item 'x' of user 'a'"),
+        ({"weight": -1.0}, {"weight_column": "weight"}, "'weight'.*has -1.0 in row 1, for item 'x' of user 'a'"),
         ({"weight": float("nan")}, {"weight_column": "weight"}, "not finite in 1 of 14 rows"),
     ],
 )
@@ -146,7 +146,8 @@ def test_ranking_rows_have_types_and_exclude_items_of_the_target_type(data):
     assert row["input_ids"] == [x, x, y, z, y, MASK]
     assert row["event_type_ids"] == [3, 1, 3, 1, 2, 1]
     assert row["history_ids"] == [x, x, y, z, y]
-    assert row["same_type_ids"] == [0, x, 0, z, 0]
+    assert row["history_type_ids"] == [3, 1, 3, 1, 2]
+    assert row["target_type_ids"] == 1
     assert row["exclude_ids"] == [x, z]  # y is in the cart, and can still be bought
     assert ranking_rows(histories, tokenizer, "test", filter_seen_items=False)[0]["exclude_ids"] == []
 

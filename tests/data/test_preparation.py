@@ -274,7 +274,7 @@ def test_a_memory_limit_is_that_of_duckdb(tmp_path, monkeypatch, saved_catalogue
         monkeypatch.setattr(bert4rec_hf.data.preparation, name, observed)
 
     observe("source_statistics")
-    observe("_statistics")
+    observe("history_statistics")
     log = write_csv(tmp_path / "log.csv", TEMPORAL)
     prepare(log, tmp_path / "out", memory_limit="2GiB")
     assert limits == ["2.0 GiB", "2.0 GiB"]

@@ -1,5 +1,7 @@
 """Models of event types: what the types change, and what they must not change."""
 
+import math
+
 import pytest
 import torch
 from small_models import ARCHITECTURES, FIRST, MASK, NUM_ITEMS, PAD, make_model
@@ -10,12 +12,18 @@ from bert4rec_hf import (
     Bert4RecTokenizer,
     DataCollatorForMaskedItemPrediction,
 )
+from bert4rec_hf.model.history_scores import NUM_NEWEST_EVENTS
 from bert4rec_hf.model.losses import mask_seen
 
 BUY, CART, VIEW = 1, 2, 3
 TYPES = {"num_event_types": 3, "target_event_type_ids": [BUY]}
 IDS = torch.tensor([[5, 9, 17, 9, MASK], [11, 3, MASK, PAD, PAD]])
 KINDS = torch.tensor([[VIEW, VIEW, BUY, CART, BUY], [BUY, VIEW, BUY, 0, 0]])
+
+
+def by_item(pairs) -> dict[int, float]:
+    """The values that are not 0 of the first row, by item."""
+    return {item: value for item, value in zip(*(part[0].tolist() for part in pairs), strict=True) if value}
 
 
 def make_tokenizer() -> Bert4RecTokenizer:
@@ -138,35 +146,64 @@ def test_weights_scale_the_losses_of_labels(name):
     assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_repeats_count_events_of_the_type_that_is_recommended_and_recency_those_of_all_types():
-    scores = make_model(repeat_weight=2.0, recency_weight=1.0).history_scores
-    history, bought = torch.tensor([[5, 9, 5, 9, 7]]), torch.tensor([[5, 9, 5, 0, 0]])
-    items, values = scores(history, same_type_ids=bought)
-    found = {item: value for item, value in zip(items[0].tolist(), values[0].tolist(), strict=True) if item}
-    # 7 was last had 0, 9 was last had 1, and 5 was last had 2 items before the newest.
-    log = torch.log1p(torch.tensor([1.0, 2.0])).tolist()
-    assert found == pytest.approx({5: 2 * log[1] + 0.25, 7: 1.0, 9: 2 * log[0] + 0.5})
-    features = scores.features(history, same_type_ids=bought)
-    assert {name: values[values > 0].tolist() for name, (_, values) in features.items()} == {
-        "repeats": pytest.approx([log[1], log[0]]),
-        "recency": pytest.approx([0.25, 1.0, 0.5]),
+def test_repeats_count_events_of_the_target_type_and_recency_says_what_was_last_done_with_an_item():
+    scores = make_model(repeat_weight=2.0, recency_weight=3.0, **TYPES).history_scores
+    table = torch.arange(4.0 * 2 * 4 * NUM_NEWEST_EVENTS).view(4, 2, 4, NUM_NEWEST_EVENTS)
+    scores.conversion_scores.copy_(table)
+    # 5 is bought and then viewed, 9 bought after it was in the cart, 7 viewed twice, 6 put into the cart.
+    history = torch.tensor([[5, 9, 9, 7, 6, 7, 5, 0]])
+    kinds = torch.tensor([[BUY, CART, BUY, VIEW, CART, VIEW, VIEW, 0]])
+    recency = {
+        5: table[BUY, 1, VIEW, 0],
+        9: table[BUY, 1, BUY, 0],
+        7: table[BUY, 0, VIEW, 1],
+        6: table[BUY, 0, CART, 0],
     }
-    parts = scores.contributions(history, torch.tensor([[5, 7]]), torch.tensor([[5, 9, 7]]), bought)
-    torch.testing.assert_close(parts, torch.tensor([[[found[5], 0, 0], [0, 0, found[7]]]]))
+    repeats = {5: math.log(2), 9: math.log(2)}
+    features = scores.features(history, None, kinds, torch.tensor([BUY]))
+    assert by_item(features["recency"]) == {item: value.item() for item, value in recency.items()}
+    assert by_item(features["repeats"]) == pytest.approx(repeats)
+    expected = {item: 3 * value.item() + 2 * repeats.get(item, 0) for item, value in recency.items()}
+    assert by_item(scores(history, None, kinds, torch.tensor([BUY]))) == pytest.approx(expected)
+    assert by_item(scores(history.flip(1), torch.ones(1, 8), kinds.flip(1))) != pytest.approx(expected)
+    padded = torch.nn.functional.pad(history, (3, 2)), torch.nn.functional.pad(kinds, (3, 2))
+    assert by_item(scores(padded[0], None, padded[1])) == pytest.approx(expected)  # BUY is the first target type
+    parts = scores.contributions(history, torch.tensor([[6, 5]]), torch.tensor([[5, 7, 6]]), kinds)
+    torch.testing.assert_close(parts, torch.tensor([[[0, 0, expected[6]], [expected[5], 0, 0]]]))
+    # For another target type, the same history has other repeats and other scores. Without types, all are targets.
+    of_carts = scores.features(history, None, kinds, torch.tensor([CART]))
+    assert by_item(of_carts["repeats"]) == pytest.approx({9: math.log(2), 6: math.log(2)})
+    assert by_item(of_carts["recency"])[6] == table[CART, 1, CART, 0]
+    assert by_item(scores.features(history)["recency"])[9] == table[BUY, 1, BUY, 4]
+
+
+def test_older_events_than_are_counted_have_no_conversion_score():
+    scores = make_model(recency_weight=1.0, **TYPES).history_scores
+    scores.conversion_scores.fill_(1.0)
+    history = torch.arange(3, 3 + NUM_NEWEST_EVENTS + 1).unsqueeze(0)
+    kinds = torch.full_like(history, VIEW)
+    assert set(by_item(scores(history, None, kinds))) == set(range(4, 3 + NUM_NEWEST_EVENTS + 1))
 
 
 def test_recommendations_rank_and_explanations_read_types():
-    model, tokenizer = make_model(repeat_weight=0.5, num_transitions=4, **TYPES), make_tokenizer()
+    model, tokenizer = make_model(repeat_weight=0.5, recency_weight=2.0, num_transitions=4, **TYPES), make_tokenizer()
     history, kinds = [5, 9, 17, 9], [VIEW, VIEW, BUY, CART]
-    same = torch.tensor([[0, 0, 17, 0]])
+    of_history = {"history_type_ids": torch.tensor([kinds]), "target_type_ids": torch.tensor([BUY])}
+    model.history_scores.conversion_scores.uniform_(generator=torch.Generator().manual_seed(0))
     ids, types = IDS[:1], KINDS[:1]
-    scores, items = model.recommend(ids, event_type_ids=types, same_type_ids=same, top_k=NUM_ITEMS)
+    scores, items = model.recommend(ids, event_type_ids=types, top_k=NUM_ITEMS)
     plain = model(input_ids=ids, event_type_ids=types).logits[0, -1]
-    for item, value in zip(*model.history_scores(torch.tensor([history]), same_type_ids=same), strict=True):
+    for item, value in zip(*model.history_scores(torch.tensor([history]), **of_history), strict=True):
         plain = plain.index_add(0, item[0] if item.dim() > 1 else item, value[0] if value.dim() > 1 else value)
     torch.testing.assert_close(scores[0], plain[items[0]])
-    ranks = model.rank(ids, items[:, 2], event_type_ids=types, same_type_ids=same)
+    ranks = model.rank(ids, items[:, 2], event_type_ids=types)
     assert ranks.tolist() == [3]
+    given = {"history_ids": torch.tensor([history]), "history_type_ids": torch.tensor([kinds])}
+    assert torch.equal(model.recommend(ids, event_type_ids=types, top_k=NUM_ITEMS, **given)[0], scores)
+    states = model.mask_states(ids, event_type_ids=types)
+    assert torch.equal(model.search(states, given["history_ids"], top_k=NUM_ITEMS, **of_history)[1], scores)
+    with pytest.raises(ValueError, match=r"shape of history_ids, \(1, 4\); got \(1, 3\)"):
+        model.search(states, given["history_ids"], history_type_ids=torch.tensor([kinds[1:]]), top_k=1)
     sources, contributions = model.explain(
         tokenizer, torch.tensor([history]), items[:, :3], history_type_ids=torch.tensor([kinds]),
         target_type_ids=torch.tensor([BUY]),
@@ -178,5 +215,5 @@ def test_recommendations_rank_and_explanations_read_types():
     )
     vectors = model.get_input_embeddings().weight
     network = (vectors[items[0, :3]] - vectors[FIRST:].mean(0)) @ change[0, 0]
-    counted = model.history_scores.contributions(torch.tensor([history]), items[:, :3], sources, same)
+    counted = model.history_scores.contributions(torch.tensor([history]), items[:, :3], sources, **of_history)
     torch.testing.assert_close(contributions[0, :, 0], network + counted[0, :, 0])

@@ -39,8 +39,23 @@ def test_two_servers_fill_a_store_once(folders, url):
     histories = pq.read_table(folders[0] / "histories.parquet").to_pylist()
     assert sorted(numbers) == [0, sum(len(row["item_id"]) for row in histories)]
     for row in histories[:20]:
-        assert stores[0].history(row["user_id"], 10_000) == row["item_id"]
-        assert stores[0].history(row["user_id"], 3) == row["item_id"][-3:]
+        assert stores[0].history(row["user_id"], 10_000) == [(item, None) for item in row["item_id"]]
+        assert stores[0].history(row["user_id"], 3) == [(item, None) for item in row["item_id"][-3:]]
+
+
+def test_two_servers_add_the_types_to_a_store_of_an_earlier_release(url):
+    EventStore(url).close()
+    with psycopg.connect(url.replace("postgresql+psycopg://", "postgresql://")) as connection:
+        connection.execute("alter table bert4rec_events drop column event_type")
+        connection.execute("insert into bert4rec_events (user_id, item_id) values ('u', 'a'), ('u', 'b')")
+    stores = []
+    threads = [threading.Thread(target=lambda: stores.append(EventStore(url))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stores[0].add("u", ["c"], ["cart"])
+    assert stores[1].history("u", 10) == [("a", None), ("b", None), ("c", "cart")]
 
 
 def test_no_acknowledged_event_is_lost_by_a_kill(folders, url, tmp_path):
@@ -66,7 +81,7 @@ def test_no_acknowledged_event_is_lost_by_a_kill(folders, url, tmp_path):
             thread.join()
     store = EventStore(url)
     for user, items in acknowledged.items():
-        stored = store.history(user, 10**6)
+        stored = [item for item, _ in store.history(user, 10**6)]
         assert len(items) > 10
         assert stored[: len(items)] == items
         assert len(stored) - len(items) in (0, 3)

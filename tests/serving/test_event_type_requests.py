@@ -2,6 +2,7 @@
 
 import json
 import random
+import sqlite3
 
 import numpy as np
 import pyarrow as pa
@@ -146,8 +147,9 @@ def test_the_input_of_serving_is_that_of_evaluation(folders, recommend):
         types = [tokenizer.event_types[kind - 1] for kind in histories.event_type_ids[past]]
         target = tokenizer.event_types[histories.event_type_ids[start + position] - 1]
         found = recommend.preprocess({"history": items, "event_type": types}, event_type=target)
-        for name in ("input_ids", "event_type_ids", "history_ids", "same_type_ids", "exclude_ids"):
+        for name in ("input_ids", "event_type_ids", "history_ids", "history_type_ids", "exclude_ids"):
             assert found[name][0].tolist() == rows[number][name]
+        assert found["target_type_ids"].tolist() == [rows[number]["target_type_ids"]]
 
 
 def test_explanations_leave_out_events_with_their_types(recommend):
@@ -245,7 +247,7 @@ def test_the_graph_takes_types_and_answers_like_the_pipeline(recommend, tmp_path
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     inputs = recommend.preprocess(EVENTS)
     names = [found.name for found in session.get_inputs()]
-    assert set(names) >= {"event_type_ids", "same_type_ids"}
+    assert set(names) >= {"event_type_ids", "history_type_ids"}
     scores, item_ids = session.run(None, {name: inputs[name].numpy() for name in names})
     answer = recommend(EVENTS, top_k=5)
     assert recommend.tokenizer.token_ids_to_item_ids(item_ids[0].tolist()) == ids(answer)
@@ -264,9 +266,67 @@ def test_the_server_takes_events_and_a_target_type(folders, tmp_path):
         wrong = client.post("/recommend", json={"history": EVENTS, "event_type": "view"})
         assert wrong.status_code == 400
         assert "expected one of purchase, cart" in wrong.json()["detail"]
-        by_user = client.post("/recommend", json={"user_id": "u1"})
-        assert by_user.status_code == 400
-        assert "have no types" in by_user.json()["detail"]
+
+
+def test_the_server_stores_the_types_of_events(folders, recommend, tmp_path):
+    testclient = pytest.importorskip("fastapi.testclient")
+    from bert4rec_hf.serving.server import Server, ServerSettings, create_app
+
+    url = f"sqlite:///{tmp_path}/events.db"
+    settings = ServerSettings(str(folders / "model"), store=url, device="cpu", histories=str(folders / "data"))
+    row = pq.read_table(folders / "data" / "histories.parquet").to_pylist()[0]
+    with testclient.TestClient(create_app(Server(settings))) as client:
+
+        def answer(**request):
+            found = client.post("/recommend", json={"top_k": 5, **request})
+            assert found.status_code == 200, found.text
+            return found.json()["items"]
+
+        filled = [
+            {"item_id": item, "event_type": kind} for item, kind in zip(row["item_id"], row["event_type"], strict=True)
+        ]
+        assert answer(user_id=row["user_id"]) == answer(history=filled)
+        events = [{"item_id": "i01", "event_type": "cart"}, "i02", {"item_id": "i03", "event_type": "view"}]
+        assert client.post("/events", json={"user_id": "new", "item_ids": events[:2]}).status_code == 201
+        assert client.post("/events", json={"user_id": "new", "item_ids": events[2:]}).status_code == 201
+        assert answer(user_id="new") == answer(history=events)
+        assert answer(user_id="new") != answer(history=["i01", "i02", "i03"])
+        assert answer(user_id="new", event_type="cart") == answer(history=events, event_type="cart")
+        wrong = client.post(
+            "/events", json={"user_id": "new", "item_ids": ["i01", {"item_id": "i02", "event_type": "x"}]}
+        )
+        assert wrong.status_code == 400
+        assert wrong.json()["detail"] == (
+            "the model does not know the event type 'x' of event 1; expected one of cart, purchase, view"
+        )
+        assert client.post("/recommend", json={"user_id": "new"}).json()["num_events"] == 3
+
+
+def test_a_store_of_an_earlier_release_keeps_its_events_and_gets_types(folders, tmp_path, caplog):
+    testclient = pytest.importorskip("fastapi.testclient")
+    from bert4rec_hf.serving.event_store import EventStore
+    from bert4rec_hf.serving.server import Server, ServerSettings, create_app
+
+    with sqlite3.connect(tmp_path / "events.db") as old:
+        old.execute("create table bert4rec_events (id integer primary key, user_id varchar, item_id varchar)")
+        old.execute("insert into bert4rec_events (user_id, item_id) values ('u', 'i01'), ('u', 'i02')")
+    url = f"sqlite:///{tmp_path}/events.db"
+    EventStore(url).add("u", ["i03", "i04"], ["view", "gone"])
+    stored = [("i01", None), ("i02", None), ("i03", "view"), ("i04", "gone")]
+    assert EventStore(url).history("u", 10) == stored
+    assert EventStore(url).history("u", 2) == stored[2:]
+    with testclient.TestClient(create_app(Server(ServerSettings(str(folders / "model"), store=url)))) as client:
+        assert "has events without a type, which count as purchase" in caplog.text
+        found = client.post("/recommend", json={"user_id": "u"})  # the model does not know the type of i04
+        given = client.post("/recommend", json={"history": ["i01", "i02", {"item_id": "i03", "event_type": "view"}]})
+        assert found.json()["items"] == given.json()["items"]
+        assert found.json()["num_events"] == 4
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("create table bert4rec_events (name varchar)")
+    with pytest.raises(ValueError, match="no such column"):
+        EventStore(f"sqlite:///{tmp_path}/other.db")
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        assert [row[1] for row in other.execute("pragma table_info(bert4rec_events)")] == ["name"]
 
 
 def test_the_card_names_the_types(folders):
