@@ -97,7 +97,7 @@ def format_evaluation(record: Mapping[str, Any], others: Mapping[str, Mapping[st
         others: The records of all models by name, if there are several. They have the same protocol.
     """
     widths = {name: max(13, len(name) + 2) for name in shown_metrics(record["metrics"])}
-    protocol = Protocol(**record["protocol"])
+    protocol = Protocol.from_dict(record["protocol"])
     models = others or {"model": record}
     tables = {"": {name: model["metrics"] for name, model in models.items()} | record["baselines"]}
     for heading, group in record.get("groups", {}).items():

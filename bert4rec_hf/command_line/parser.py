@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from copy import copy
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..files import read_yaml
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -66,13 +67,12 @@ class Parser(HfArgumentParser):
         if found.config is None:
             return rest
         try:
-            text = Path(found.config).read_text("utf-8")
-            recipe = yaml.safe_load(text) or {}
-            as_written = yaml.load(text, Loader=yaml.BaseLoader) or {}  # YAML reads the item id 010 as the number 8
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            recipe = read_yaml(found.config)
+            as_written = read_yaml(found.config, yaml.BaseLoader)  # YAML reads the item id 010 as the number 8
+        except OSError as error:
             self.error(f"cannot read the recipe {found.config}: {one_line(error)}")
-        if not isinstance(recipe, dict):
-            self.error(f"the recipe {found.config} must be a mapping of options to values; got {recipe!r}")
+        except ValueError as error:
+            self.error(f"the recipe {one_line(error)}")
         words = []
         for key, value in recipe.items():
             if key in ("config", "help"):

@@ -5,18 +5,20 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.histories import PREPARATION_FILE
+from ..data.histories import PREPARATION_FILE, read_preparation
 from ..data.named_datasets import NAMED_DATASETS
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import COVERAGE_CUTOFF, shown_metrics
-from ..evaluation.protocol import Protocol
-from ..files import write_file
+from ..evaluation.protocol import PROTOCOL_FORM, Protocol
+from ..files import read_json, read_yaml, write_file
+from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
 EVALUATION_FILE = "evaluation.json"
@@ -46,6 +48,34 @@ COUNTED_TERMS = {
     "repeat_weight": "{} times ln(1 + n) for an item that the history has n times",
     "recency_weight": "{} / 2 ** n for an item that the history last had n items before its newest",
 }
+METRICS = {"*": float}
+# What the JSON files hold; see `read_json`.
+EVALUATIONS_FORM = [
+    {
+        "source?": str,
+        "protocol": PROTOCOL_FORM,
+        "metrics": METRICS,
+        "baselines?": {"*": METRICS},
+        "groups?": {"*": {"model": METRICS, "*": METRICS}},
+    }
+]
+CALIBRATION_FORM = {
+    "adopted": bool,
+    "were_chosen?": bool,
+    "source?": str,
+    "num_users?": int,
+    "NDCG@10?": {"start": float, "cross_fitted": float},
+}
+TRAINING_FORM = {
+    "protocol": PROTOCOL_FORM,
+    "step": int,
+    "max_steps": int,
+    "chosen_step": int,
+    "evaluations": [
+        {"epoch": float, "step": int, "training_loss?": float, "loss?": float, "HR@10?": float, "NDCG@10?": float}
+    ],
+    "warnings": [str],
+}
 # Number of evaluations in the card's table of a run, beside the chosen one. training.json has all evaluations.
 SHOWN_EVALUATIONS = 10
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
@@ -61,16 +91,13 @@ def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
         ValueError: If the file is damaged.
     """
     path = Path(folder) / EVALUATION_FILE
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and evaluate again") from error
+    return read_json(path, EVALUATIONS_FORM, hint="remove it, and evaluate again") if path.is_file() else []
 
 
 def read_calibration(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Read calibration.json of a model folder. None if the weights of its counted scores were not chosen on a log."""
     path = Path(folder) / CALIBRATION_FILE
-    record = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    record = read_json(path, CALIBRATION_FORM, hint="remove it") if path.is_file() else None
     return record if record and record["adopted"] else None
 
 
@@ -104,19 +131,14 @@ def write_model_card(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         return
-    old_text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
-    if old_text and MARK not in old_text:
+    files = read_card_files(folder)
+    if files is None:
         return
-    old = ModelCard(old_text, ignore_metadata_errors=True).data if old_text else ModelCardData()
-    shown_id = SNIPPET_MODEL.search(old_text)
-    repo_id = repo_id or (shown_id[1] if shown_id else THIS_FOLDER)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    recipe_path, preparation_path = folder / RECIPE_FILE, folder / PREPARATION_FILE
-    recipe = yaml.safe_load(recipe_path.read_text("utf-8")) if recipe_path.is_file() else {}
-    preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
+    old, repo_id = files.old, repo_id or files.repo_id
+    config, recipe, preparation, records = files.config, files.recipe, files.preparation, files.records
+    calibration = files.calibration
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    records, calibration = read_evaluations(folder), read_calibration(folder)
 
     kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}
     given = {name: value for name, value in metadata.items() if value is not None}
@@ -144,9 +166,8 @@ def write_model_card(
     if records:
         parts.append("## Metrics")
         parts += [_metrics_table(record, preparation) for record in records]
-    if (folder / TRAINING_FILE).is_file():
-        training = json.loads((folder / TRAINING_FILE).read_text("utf-8"))
-        parts.append(_training(training, is_calibrated=calibration is not None))
+    if files.training is not None:
+        parts.append(_training(files.training, is_calibrated=calibration is not None))
     parts.append(_limits(config, tokenizer, records))
     if recipe:
         parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
@@ -157,13 +178,68 @@ def write_model_card(
     write_file(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
 
 
+@dataclass(frozen=True)
+class CardFiles:
+    """What the files of a model folder say for its card.
+
+    Attributes:
+        old: The metadata of the card that is there.
+        repo_id: The model's name in that card, or a placeholder.
+        config: The values of config.json and the defaults of the others.
+        recipe: The content of recipe.yaml. Empty without the file.
+        preparation: The content of preparation.json. None without the file.
+        records: See `read_evaluations`.
+        calibration: See `read_calibration`.
+        training: The content of training.json. None without the file.
+    """
+
+    old: Any
+    repo_id: str
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    preparation: dict[str, Any] | None
+    records: list[dict[str, Any]]
+    calibration: dict[str, Any] | None
+    training: dict[str, Any] | None
+
+
+def read_card_files(folder: str | os.PathLike) -> CardFiles | None:
+    """Read the files that a model card is written from.
+
+    Returns:
+        Their content. None if the card that is there is the user's own.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
+        if text and MARK not in text:
+            return None
+        old = ModelCard(text, ignore_metadata_errors=True).data if text else ModelCardData()
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / 'README.md'} is damaged ({' '.join(str(error).split())}): remove it") from error
+    shown_id, training = SNIPPET_MODEL.search(text), folder / TRAINING_FILE
+    return CardFiles(
+        old=old,
+        repo_id=shown_id[1] if shown_id else THIS_FOLDER,
+        config=Bert4RecConfig.from_dict(read_json(folder / "config.json", {})).to_dict(),
+        recipe=read_yaml(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else {},
+        preparation=read_preparation(folder) if (folder / PREPARATION_FILE).is_file() else None,
+        records=read_evaluations(folder),
+        calibration=read_calibration(folder),
+        training=read_json(training, TRAINING_FORM, hint="remove it") if training.is_file() else None,
+    )
+
+
 def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | None) -> list[EvalResult]:
     """Every stored metric of the model, for the Hub's model-index."""
     trained_on = preparation["source"] if preparation else "interactions"
     results = []
     for record in records:
         data_name = Path(record.get("source") or trained_on).stem
-        protocol = Protocol(**record["protocol"])
+        protocol = Protocol.from_dict(record["protocol"])
         groups = record.get("groups", {})
         parts = {"": record["metrics"]} | {f"; {group}": ranked["model"] for group, ranked in groups.items()}
         results += [
@@ -205,7 +281,7 @@ def _introduction(
             " A score is the sum of the Transformer's score and of scores that were counted in the log: "
             f"{'; '.join(terms)}."
         )
-    if calibration is not None:
+    if calibration is not None and calibration.get("NDCG@10") and calibration.get("num_users") is not None:
         metrics = calibration["NDCG@10"]
         text += (
             f" The weights of the counted scores were chosen on {calibration['num_users']:,} validation users "
@@ -331,7 +407,7 @@ def _reproduction(
 
 
 def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
-    protocol, source = Protocol(**record["protocol"]), record.get("source")
+    protocol, source = Protocol.from_dict(record["protocol"]), record.get("source")
     is_other = source and preparation and source != os.path.basename(preparation["source"])
     other = f"Evaluated on `{source}`: " if is_other else ""
     rows = {"**this model**": record["metrics"]} | record.get("baselines", {})
@@ -347,7 +423,7 @@ def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | N
 
 def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
     evaluations, step = record["evaluations"], record["chosen_step"]
-    protocol = Protocol(**record["protocol"])
+    protocol = Protocol.from_dict(record["protocol"])
     before = " Here, the weights of the counted scores are those before calibration."
     lines = [
         f"The weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
