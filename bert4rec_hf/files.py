@@ -5,6 +5,7 @@ import os
 import signal
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 # Number of values that a YAML file may have, each counted as often as it is referred to. Aliases of aliases would make
 # a short file endless.
 MAX_YAML_VALUES = 100_000
+JOINERS = "\u200c\u200d"
 
 
 def read_json(path: str | os.PathLike, form: Any = object, *, hint: str = "copy or write it again") -> Any:
@@ -62,6 +64,20 @@ def read_yaml(path: str | os.PathLike, loader: Any = yaml.SafeLoader) -> dict[st
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} must be a mapping of names to values; got {content!r:.100}")
     return content
+
+
+def inert(text: str) -> str:
+    """A text whose control characters are spelled out, so that it does nothing but be read.
+
+    These are the escape sequences of a terminal, line ends of any kind, and marks that change the direction of what
+    follows. The joiners of emoji and of Persian and Indic scripts stay.
+    """
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
+        else character
+        for character in text
+    )
 
 
 def _check_form(value: Any, form: Any, place: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from ..files import read_yaml
+from ..files import inert, read_yaml
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,7 +36,7 @@ class Parser(HfArgumentParser):
                 action.help = f"The same as --{action.option_strings[0].removeprefix('--no_')} false."
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -107,5 +107,5 @@ def true_or_false(value: str) -> bool:
 
 
 def one_line(text: BaseException | str) -> str:
-    """A text without line breaks."""
-    return " ".join(str(text).split())
+    """A text without line breaks, and inert in a terminal; see `inert`."""
+    return inert(" ".join(str(text).split()))

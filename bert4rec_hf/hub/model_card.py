@@ -17,7 +17,7 @@ from ..data.named_datasets import NAMED_DATASETS
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import COVERAGE_CUTOFF, shown_metrics
 from ..evaluation.protocol import PROTOCOL_FORM, Protocol
-from ..files import read_json, read_yaml, write_file
+from ..files import inert, read_json, read_yaml, write_file
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
@@ -159,7 +159,7 @@ def write_model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         MARK,
-        f"# {written['model_name']}",
+        f"# {_plain(written['model_name'])}",
         _introduction(config, recipe, preparation, calibration),
     ]
     parts += [_usage(repo_id, tokenizer)]
@@ -291,19 +291,19 @@ def _introduction(
         statistics, source = preparation["statistics"], preparation["source"]
         text += (
             f" It was trained on {statistics['num_training_events']:,} events of "
-            f"{statistics['num_training_users']:,} users in `{source}`."
+            f"{statistics['num_training_users']:,} users in {_code(source)}."
         )
         targets = preparation.get("filters", {}).get("target_event_types")
         if targets and statistics.get("events_per_type"):
             text += (
-                f" It reads events of the types {', '.join(f'`{name}`' for name in statistics['events_per_type'])}, "
-                f"and recommends for {', '.join(f'`{name}`' for name in targets)}."
+                f" It reads events of the types {', '.join(map(_code, statistics['events_per_type']))}, "
+                f"and recommends for {', '.join(map(_code, targets))}."
             )
         if preparation.get("trained_period"):
             first, last = preparation["trained_period"]
-            text += f" The events that it has seen are from {first} to {last}."
+            text += f" The events that it has seen are from {_plain(first)} to {_plain(last)}."
         if "model_name_or_path" in recipe:
-            text += f" Training continued from the model `{recipe['model_name_or_path']}`."
+            text += f" Training continued from the model {_code(recipe['model_name_or_path'])}."
         if _holds_nothing_out(preparation):
             text += " No events were held out, so the model cannot be evaluated on this log."
         if source in NAMED_DATASETS:
@@ -325,17 +325,15 @@ def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
         titles = [" ".join((tokenizer.title(item) or "").split()) for item in items]
         comment = f"  # {'; '.join(titles)}" if all(titles) else ""
     history = json.dumps(items, ensure_ascii=False)
-    return f"""With the Python package `bert4rec_hf` installed:
-
-```python
-import bert4rec_hf  # registers the pipeline
+    code = f"""import bert4rec_hf  # registers the pipeline
 from transformers import pipeline
 
-recommend = pipeline("sequential-recommendation", model="{repo_id}")
-history = {history}{comment}
+recommend = pipeline("sequential-recommendation", model="{inert(repo_id)}")
+history = {inert(history)}{inert(comment)}
 for item in recommend(history, top_k=5):  # oldest item first; unknown items are left out
     print(item)
-```"""
+"""
+    return f"With the Python package `bert4rec_hf` installed:\n\n{_fenced(code, 'python')}"
 
 
 def _limits(config: Mapping[str, Any], tokenizer: Bert4RecTokenizer | None, records: list[dict[str, Any]]) -> str:
@@ -399,26 +397,26 @@ def _reproduction(
     names = SHOWN_RECIPE + (SAMPLED_LOSS_RECIPE if recipe.get("item_loss", "softmax") != "softmax" else ())
     shown = {name: recipe[name] for name in names if name in recipe}
     return (
-        "## Reproduce\n\n```bash\n"
-        + "\n".join(commands)
-        + f"\n```\n\n`{RECIPE_FILE}` has all arguments. The main ones are:\n\n```yaml\n"
-        + f"{yaml.safe_dump(shown, sort_keys=False)}```"
+        f"## Reproduce\n\n{_fenced(''.join(f'{inert(command)}{chr(10)}' for command in commands), 'bash')}\n\n"
+        f"`{RECIPE_FILE}` has all arguments. The main ones are:\n\n"
+        f"{_fenced(yaml.safe_dump(shown, sort_keys=False), 'yaml')}"
     )
 
 
 def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
     protocol, source = Protocol.from_dict(record["protocol"]), record.get("source")
     is_other = source and preparation and source != os.path.basename(preparation["source"])
-    other = f"Evaluated on `{source}`: " if is_other else ""
+    other = f"Evaluated on {_code(source)}: " if is_other else ""
     rows = {"**this model**": record["metrics"]} | record.get("baselines", {})
     for group, ranked in record.get("groups", {}).items():
         rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
     names = shown_metrics(record["metrics"])
-    lines = [f"| | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    lines = [f"| | {' | '.join(map(_plain, names))} |", f"|---{'|---' * len(names)}|"]
     for title, metrics in rows.items():
         cells = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return f"{other}{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
+        shown = title if title == "**this model**" else _plain(title)
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return f"{other}{_plain(protocol)}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
 
 
 def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
@@ -427,10 +425,10 @@ def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
     before = " Here, the weights of the counted scores are those before calibration."
     lines = [
         f"The weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
-        f"Validation protocol: {protocol}.{before if is_calibrated and not protocol.calibrated else ''} "
+        f"Validation protocol: {_plain(protocol)}.{before if is_calibrated and not protocol.calibrated else ''} "
         f"`{TRAINING_FILE}` has all metrics of all evaluations."
     ]
-    lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
+    lines += [f"> **Warning**: {_plain(warning)}." for warning in record["warnings"]]
     lines.append(f"![Learning curve]({CURVE_FILE})")
     stride = -(-len(evaluations) // SHOWN_EVALUATIONS)
     shown = [
@@ -447,3 +445,25 @@ def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
         bold = "**" if evaluation["step"] == step else ""
         table.append("".join(f"| {bold}{cell}{bold if cell else ''} " for cell in cells) + "|")
     return "## Training\n\n" + "\n\n".join([*lines, "\n".join(table)])
+
+
+def _plain(value: Any) -> str:
+    """A value as Markdown that shows it and does nothing else."""
+    return re.sub(r"([\\`*\[\]<|~])", r"\\\1", inert(" ".join(str(value).split())))
+
+
+def _code(value: Any) -> str:
+    """A value as a code span."""
+    text = inert(" ".join(str(value).split()))
+    fence = "`" * (_longest_fence(text) + 1)
+    return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Lines as a code block, which no line of them ends."""
+    fence = "`" * max(3, _longest_fence(text) + 1)
+    return f"{fence}{language}\n{text}{fence}"
+
+
+def _longest_fence(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

@@ -251,6 +251,6 @@ class Bert4RecConfig(PreTrainedConfig):
             raise ValueError(f"quantization_config must be a mapping; got {given['quantization_config']!r:.80}")
         try:
             return super().from_dict(given, **kwargs)
-        except (StrictDataclassError, AttributeError, TypeError) as error:
+        except (StrictDataclassError, AttributeError, LookupError, TypeError) as error:
             problem = " ".join(str(error).split())
             raise ValueError(f"expected the content of a config.json of this package; {problem}") from error

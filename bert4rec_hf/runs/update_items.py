@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..data.histories import check_prepared
-from ..data.item_tables import ITEM_TABLE_FILE, read_item_table
+from ..data.item_tables import ITEM_TABLE_FILE, read_item_table, read_stored_table
 from ..data.rows import ranking_rows, users_with_targets
 from ..data.text_encoder import with_text_vectors
 from ..evaluation.seen_targets import json_of_model
@@ -156,7 +156,7 @@ def _merged(path: Path, table: pa.Table) -> pa.Table:
     """The item table of the folder, with the rows and columns of the new one in place of its own."""
     if not path.is_file():
         return table
-    old = pq.read_table(path)
+    old = read_stored_table(path)
     given = set(table["item_id"].to_pylist())
     is_kept = pa.array([item not in given for item in old["item_id"].to_pylist()])
     lacking = [name for name in old.column_names if name not in table.column_names]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from ..data.histories import PREPARATION_FILE, read_preparation
 from ..data.histories import histories_files as prepared_files
-from ..data.logs import open_log
+from ..data.logs import LIBRARY_ERRORS, open_log
 from ..model.pipeline import IGNORED_KEYS, check_keys, described, events_of, is_event
 
 # Number of histories that are read at once.
@@ -187,7 +187,10 @@ def read_item_ids(path: str | os.PathLike) -> list[str]:
     kind = table.item_id.type()
     if not (kind.is_string() or kind.is_integer()):
         raise ValueError(f"item_id of {path} must be text or integers, one id per row; got {kind}")
-    items = table.select(item_id=table.item_id.cast("string")).to_pyarrow()["item_id"].to_pylist()
+    try:
+        items = table.select(item_id=table.item_id.cast("string")).to_pyarrow()["item_id"].to_pylist()
+    except LIBRARY_ERRORS as error:
+        raise log.error(error) from error
     if None in items:
         raise ValueError(f"{path}, row {items.index(None)} (the first is 0): item_id is empty; {expected}")
     return items
