@@ -121,7 +121,7 @@ def _load(file: IO[bytes]) -> Any:
         if operation.name.startswith("EXT"):
             raise pickle.UnpicklingError("it has an extension code, which no checkpoint of RecBole or hopwise needs")
         # Python would take memory for all places of the memo up to this one.
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > number:
             raise pickle.UnpicklingError(f"it has the place {argument} in a memo of at most {number}")
     content.seek(0)
     return InertUnpickler(content).load()

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import struct
@@ -26,7 +27,7 @@ from bert4rec_hf.data.item_tables import read_item_table
 from bert4rec_hf.data.log_files import find_files
 from bert4rec_hf.files import inert, read_yaml
 from bert4rec_hf.hub.load import load_model
-from bert4rec_hf.hub.model_card import write_model_card
+from bert4rec_hf.hub.model_card import MARK, write_model_card
 from bert4rec_hf.serving.item_table import ItemTable
 
 DEEP = "[" * 100_000
@@ -106,7 +107,7 @@ def test_weights_are_no_pickle_and_are_in_the_folder(model, tmp_path):
 def test_lengths_in_safetensors_are_checked(model, length):
     content = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(struct.pack("<Q", length) + content[8:])
-    with pytest.raises(ValueError, match="the weights of .* cannot be read: SafetensorError"):
+    with pytest.raises(ValueError, match=r"the weights of .* cannot be read: SafetensorError"):
         load_model(model)
 
 
@@ -121,7 +122,7 @@ def test_a_link_out_of_the_folder_is_refused(model, tmp_path, name):
         Bert4RecTokenizer.from_pretrained,
         lambda folder: pipeline("sequential-recommendation", model=str(folder)),
     ):
-        with pytest.raises(ValueError, match="is a link out of the folder|Could not load model"):
+        with pytest.raises(ValueError, match=r"is a link out of the folder|Could not load model"):
             load(model)
 
 
@@ -147,8 +148,8 @@ def test_links_of_the_hubs_cache_and_to_a_folder_are_no_links_out(model, tmp_pat
         ("items.json", DEEP, "tokenizer of .* cannot be read"),
         ("items.json", "[]", "tokenizer of .* cannot be read"),
         ("items.json", '{"counts": [1], "titles": null}', "counts of items.json must be a list of 24 values"),
-        ("items.json", json.dumps({"titles": [[1]] * 24}), r"titles of items.json must be texts; got \[1\]"),
-        ("items.json", json.dumps({"counts": [None] * 24}), "counts of items.json must be integers"),
+        ("items.json", json.dumps({"titles": [[1]] * 24}), r"titles of items.json has \[1\]; expected text"),
+        ("items.json", json.dumps({"counts": [None] * 24}), "counts of items.json has None; expected integers"),
         ("item_features.json", DEEP, "tokenizer of .* cannot be read"),
         ("item_features.json", '{"columns": [{"kind": "number", "name": "price"}]}', "no column of the kind number"),
         ("item_features.json", json.dumps({"columns": [{"name": "x", "kind": "vector", "width": 2**40, "scale": 1}]}),
@@ -161,18 +162,14 @@ def test_links_of_the_hubs_cache_and_to_a_folder_are_no_links_out(model, tmp_pat
         ("training.json", "{}", "training.json is damaged"),
         ("recipe.yaml", "[1]", "recipe.yaml must be a mapping"),
         ("recipe.yaml", "x: !!python/object/apply:os.system [true]", "recipe.yaml is no YAML that can be read"),
-        ("README.md", f"---\n{'[' * 5000}\n---\n<!-- Rewritten by bert4rec at every evaluation. Delete this line to keep a "
-         "text of your own. -->", "README.md is damaged"),
+        ("README.md", f"---\n{'[' * 5000}\n---\n{MARK}", "README.md is damaged"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(trained, model, name, content, message):
     (model / name).write_text(content)
     status, _, text = run("evaluate", model, "--data", trained[0], "--use_cpu", "true")
     assert (status, len(text.splitlines())) == (2, 1)
-    with pytest.raises(AssertionError, match=message) if False else pytest.MonkeyPatch.context():
-        import re
-
-        assert re.search(message, text), text
+    assert re.search(message, text), text
 
 
 def test_aliases_of_aliases_in_yaml_are_bounded(tmp_path):
@@ -240,9 +237,8 @@ def test_titles_and_names_are_inert_in_the_model_card(model):
     records[0] |= {"source": f"other{hostile}", "groups": {hostile: {"model": records[0]["metrics"]}}}
     records[0]["protocol"]["split"] = hostile
     (model / "evaluation.json").write_text(json.dumps(records))
-    (model / "recipe.yaml").write_text(
-        json.dumps({"learning_rate": f"1\n\n```\n\n{hostile}", "model_name_or_path": hostile})
-    )
+    recipe = {"learning_rate": f"1\n\n```\n\n{hostile}", "model_name_or_path": hostile}
+    (model / "recipe.yaml").write_text(json.dumps(recipe))
     write_model_card(model)
     text = (model / "README.md").read_text("utf-8").partition("<!-- Rewritten")[2]
     assert not {"\x1b", "\u202e"} & set(text)
@@ -256,7 +252,7 @@ def test_titles_and_names_are_inert_in_the_model_card(model):
 def test_an_error_of_a_condition_has_no_advice_on_duckdb(tmp_path):
     items = ItemTable(pa.table({"item_id": ["a"], "price": [1], "category": ["x"]}), "items.parquet")
     for condition in ("price % 0 = 1", "category + 1 = 2", "lower(price) = 'a'"):
-        with pytest.raises(ValueError, match="does not fit the columns of items.parquet") as found:
+        with pytest.raises(ValueError, match=r"does not fit the columns of items\.parquet") as found:
             items.mask(condition)
         for advice in ("SET ", "TRY", "Candidate", "cast", "LINE", "SELECT"):
             assert advice not in str(found.value)
@@ -275,6 +271,6 @@ def test_no_file_of_a_model_folder_names_this_machine(trained, monkeypatch):
     secrets = [secret for secret in secrets if len(secret) > 4]
     assert len(secrets) > 1
     for path in model.rglob("*"):
-        if path.is_file() and path.name != "training_args.bin" and not path.name.startswith(("optimizer", "rng_state")):
+        if path.is_file() and path.name != "training_args.bin" and path.name != "trainer_state.json":
             content = path.read_bytes()
             assert not [secret for secret in secrets if secret.encode() in content], path
