@@ -148,8 +148,13 @@ class Fuzzer:
         self.items = ItemTable.read(self.folder / "items.csv", self.tokenizer)
         self.pipe: Any = pipeline("sequential-recommendation", model=load_model(self.model), tokenizer=str(self.model))
         store = f"sqlite:///{self.folder / 'events.db'}"
-        self.client = TestClient(create_app(Server(ServerSettings(str(self.model), store=store, allow_where=True))))
+        self.server = Server(ServerSettings(str(self.model), store=store, allow_where=True))
+        self.client = TestClient(create_app(self.server))
         self.readers = {reader.name: reader for reader in [*self._tables(), *self._words(), *self._folders()]}
+
+    def close(self) -> None:
+        """Stop the thread of the server, which would keep the process alive."""
+        self.server.close()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[Path]:

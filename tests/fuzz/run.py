@@ -37,6 +37,7 @@ def main(number: int, start: int, names: list[str]) -> int:
             for kind, value in result.faults.items():
                 found = True
                 print(f"{kind}\n    {value!r:.2000}", file=sys.stderr, flush=True)
+        fuzzer.close()
         print(f"| all | {sums[0]:,.0f} | {sums[1]:,.0f} | {sums[0] - sums[1]:,.0f} | {sums[2]:.0f} | | |")
     return int(found)
 
