@@ -42,5 +42,5 @@ def test_what_fuzzing_has_found_is_refused_in_one_line(fuzzer, name):
 
 
 def test_a_few_new_inputs_for_each_reader(fuzzer):
-    faults = {reader.name: fuzzer.run(reader, 5).faults for reader in fuzzer.readers.values()}
+    faults = {reader.name: fuzzer.run(reader, 2).faults for reader in fuzzer.readers.values()}
     assert not any(faults.values()), {name: kinds for name, kinds in faults.items() if kinds}
