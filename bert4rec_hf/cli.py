@@ -48,9 +48,11 @@ from .command_line.output import (
     print_features,
     print_item,
     print_preparation,
+    show,
 )
 from .command_line.parser import Parser, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
+from .files import inert
 from .model.configuration_bert4rec import UNK_TOKEN_ID
 from .model.pipeline import events_of
 from .version import __version__
@@ -79,7 +81,7 @@ def prepare(arguments: Sequence[str]) -> None:
     if (rest.log is None) == (where.sql is None):
         parser.error("expected a log, or --sql and --database; got " + ("both" if rest.log else "neither"))
     _prepare(rest.log or (where.sql, where.database), where.output, options, where.memory_limit)
-    print(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
+    show(f"wrote {where.output}; next: bert4rec train --data {shlex.quote(where.output)} --output_dir MODEL")
 
 
 def _prepare(log: str | tuple[str, str], output: str, options: PrepareOptions, memory_limit: str | None = None) -> None:
@@ -142,7 +144,7 @@ def train(arguments: Sequence[str]) -> None:
                     raise FileNotFoundError(f"{error}, or a prepared folder") from error
                 except ValueError as error:
                     raise ValueError(f"{error} (for options of bert4rec prepare, run that first)") from error
-                print(f"wrote {data}")
+                show(f"wrote {data}")
     trainer = train_prepared(
         data,
         training_arguments,
@@ -152,13 +154,13 @@ def train(arguments: Sequence[str]) -> None:
     )
     if trainer.is_world_process_zero():
         if trainer.calibration is not None and training_arguments.calibrate:
-            print(format_calibration(trainer.calibration))
+            show(format_calibration(trainer.calibration))
         if trainer.new_items is not None:
-            print(describe_new_items(trainer.new_items))
+            show(describe_new_items(trainer.new_items))
         folder, data = shlex.quote(output_dir), shlex.quote(data)
         held_out = trainer.preparation is None or trainer.preparation["split"]["name"] != "none"
         following = f"evaluate {folder} --data {data}" if held_out else f"recommend {folder} ITEM_ID ITEM_ID …"
-        print(f"wrote {output_dir}; next: bert4rec {following}")
+        show(f"wrote {output_dir}; next: bert4rec {following}")
 
 
 def tune(arguments: Sequence[str]) -> None:
@@ -175,9 +177,9 @@ def tune(arguments: Sequence[str]) -> None:
         parser.error(f"{error}: pip install 'bert4rec_hf[tune]'")
     folder, data = shlex.quote(options.output_dir), shlex.quote(options.data)
     best = ", ".join(f"{name} {value:g}" for name, value in found["best"].items())
-    print(f"best of {len(found['trials'])} trials: {best}")
-    print(f"wrote {options.output_dir}: recipe.yaml, trials.json and tuning.png")
-    print(f"next: bert4rec train --config {folder}/recipe.yaml --data {data} --output_dir MODEL")
+    show(f"best of {len(found['trials'])} trials: {best}")
+    show(f"wrote {options.output_dir}: recipe.yaml, trials.json and tuning.png")
+    show(f"next: bert4rec train --config {folder}/recipe.yaml --data {data} --output_dir MODEL")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -202,22 +204,22 @@ def evaluate(arguments: Sequence[str]) -> None:
     of_sets = {model: record.pop("all_targets") for model, record in records.items() if "all_targets" in record}
     for found in filter(None, (records, of_sets)):
         if len({json.dumps(record["protocol"]) for record in found.values()}) == 1 < len(found):
-            print(format_evaluation(next(iter(found.values())), found))
+            show(format_evaluation(next(iter(found.values())), found))
             continue
         for model, record in found.items():
-            print(format_evaluation(record) if len(found) == 1 else f"{model}\n{format_evaluation(record)}")
+            show(format_evaluation(record) if len(found) == 1 else f"{model}\n{format_evaluation(record)}")
     stored = [model for model in records if Path(model).is_dir()]
     stored = [model for model in stored if records[model] in read_evaluations(model)]
     if options.report is not None:
-        print(f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json, report.png and ranks.parquet")
+        show(f"wrote {Path(options.report) / 'report.md'} and, beside it, report.json, report.png and ranks.parquet")
     if len(records) > 1:
         if stored:
-            print(f"wrote evaluation.json and the model card of {', '.join(stored)}")
+            show(f"wrote evaluation.json and the model card of {', '.join(stored)}")
         old, new = (shlex.quote(model) for model in rest.models[:2])
-        print(f"next: bert4rec compare {old} {new} --data {shlex.quote(options.data)}")
+        show(f"next: bert4rec compare {old} {new} --data {shlex.quote(options.data)}")
         return
     place = f"wrote {Path(stored[0]) / 'evaluation.json'} and the model card; " if stored else ""
-    print(f"{place}next: bert4rec recommend {shlex.quote(rest.models[0])} ITEM_ID ITEM_ID …")
+    show(f"{place}next: bert4rec recommend {shlex.quote(rest.models[0])} ITEM_ID ITEM_ID …")
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -236,11 +238,11 @@ def compare(arguments: Sequence[str]) -> int:
     record = compare_prepared(rest.old, rest.new, **given)
     is_met = requirement is None or meets(record, requirement)
     if PartialState().is_main_process:
-        print(format_differences(record))
+        show(format_differences(record))
         if options.report is not None:
-            print(f"wrote {Path(options.report) / 'comparison.md'} and, beside it, comparison.json and comparison.png")
+            show(f"wrote {Path(options.report) / 'comparison.md'} and, beside it, comparison.json and comparison.png")
         if requirement is not None:
-            print(f"required: {requirement.replace('-', ' ')}; {'met' if is_met else 'not met, exit status 1'}")
+            show(f"required: {requirement.replace('-', ' ')}; {'met' if is_met else 'not met, exit status 1'}")
     return 0 if is_met else 1
 
 
@@ -254,9 +256,9 @@ def calibrate(arguments: Sequence[str]) -> None:
     from .runs.calibrate import calibrate_prepared
 
     record = calibrate_prepared(rest.model, **vars(options))
-    print(format_calibration(record))
+    show(format_calibration(record))
     following = f"bert4rec evaluate {shlex.quote(rest.model)} --data {shlex.quote(options.data)}"
-    print(f"{f'wrote {rest.model}' if record['adopted'] else f'{rest.model} stays as it was'}; next: {following}")
+    show(f"{f'wrote {rest.model}' if record['adopted'] else f'{rest.model} stays as it was'}; next: {following}")
 
 
 def update_items(arguments: Sequence[str]) -> None:
@@ -272,12 +274,12 @@ def update_items(arguments: Sequence[str]) -> None:
     if not given.keys() & {"items", "data", "new_item_offset"}:
         parser.error("nothing to do: give --items, --data or --new_item_offset")
     record = update(rest.model, given.pop("items", None), **given)
-    print(
+    show(
         f"{record['num_new']:,} items added, {record['num_changed']:,} changed; {record['num_withdrawn']:,} are "
         f"withdrawn; offset of new items {record['offset']:g}"
     )
     output = options.output or rest.model
-    print(f"wrote {output}; next: bert4rec recommend {shlex.quote(output)} ITEM_ID ITEM_ID …")
+    show(f"wrote {output}; next: bert4rec recommend {shlex.quote(output)} ITEM_ID ITEM_ID …")
 
 
 def recommend(arguments: Sequence[str]) -> None:
@@ -353,7 +355,7 @@ def recommend(arguments: Sequence[str]) -> None:
     if options.histories is not None:
         num_users = recommend_file(pipe, options.histories, options.output, batch_size=options.batch_size)
         if number == 0:
-            print(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
+            show(f"wrote {options.output}: user_id, item_id, rank and score for {num_users:,} histories")
         return
     history = _history(rest.item_ids) if pipe.tokenizer.event_types is not None else list(rest.item_ids)
     rest.item_ids, _ = events_of(history)
@@ -367,7 +369,7 @@ def recommend(arguments: Sequence[str]) -> None:
         for item in rest.item_ids:
             print_item("had", item, pipe.tokenizer.title(item))
     if not answer:
-        print(
+        show(
             "no item is left to recommend: every item is excluded, seen, not a candidate or does not meet --where"
             if rules is not None and rules.where is not None
             else "no item is left to recommend: every item is excluded, seen or not a candidate"
@@ -424,13 +426,13 @@ def serve(arguments: Sequence[str]) -> None:
         except (AssertionError, RuntimeError) as error:
             parser.error(f"cannot use the device {options.device!r}: {one_line(error)}")
 
-    def show(url: str, server: Server) -> None:
+    def announce(url: str, server: Server) -> None:
         versions = ", ".join(served.version for served in server.models.values())
         print(f"serving {versions} at {url}; events in {server.store.name}; API at {url}/docs", flush=True)
 
     # The server stops by itself on SIGTERM and Ctrl-C when all answers are sent, and then raises the signal again.
     with contextlib.suppress(KeyboardInterrupt):
-        serve_until_stopped(ServerSettings(rest.model, **vars(options)), show)
+        serve_until_stopped(ServerSettings(rest.model, **vars(options)), announce)
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -445,7 +447,7 @@ def demo(arguments: Sequence[str]) -> None:
     try:
         if options.space is not None:
             write_space(rest.model, options.space, options.items)
-            print(f"wrote {options.space}; next: hf upload YOU/NAME {shlex.quote(options.space)} --repo-type space")
+            show(f"wrote {options.space}; next: hf upload YOU/NAME {shlex.quote(options.space)} --repo-type space")
             return
         page = build(rest.model, options.items)
     except ImportError as error:
@@ -467,7 +469,7 @@ def export(arguments: Sequence[str]) -> None:
         export_onnx(load_model(rest.model), options.output, top_k=options.top_k)
     except ImportError as error:
         parser.error(f"{error}: pip install 'bert4rec_hf[export]'")
-    print(f"wrote {options.output}; its token ids are those of tokenizer.json in {rest.model}")
+    show(f"wrote {options.output}; its token ids are those of tokenizer.json in {rest.model}")
 
 
 def export_vectors(arguments: Sequence[str]) -> None:
@@ -482,7 +484,7 @@ def export_vectors(arguments: Sequence[str]) -> None:
     from .serving.vectors import export_vectors as write_vectors
 
     numbers = write_vectors(rest.model, **vars(options))
-    print(f"wrote {options.output}: {', '.join(f'{name} ({number:,} rows)' for name, number in numbers.items())}")
+    show(f"wrote {options.output}: {', '.join(f'{name} ({number:,} rows)' for name, number in numbers.items())}")
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -498,7 +500,7 @@ def convert(arguments: Sequence[str]) -> None:
 
     if options.to == "recbole":
         convert_to_recbole(rest.checkpoint, options.output)
-        print(f'wrote {options.output}; next: model.load_state_dict(torch.load("{options.output}")["state_dict"])')
+        show(f'wrote {options.output}; next: model.load_state_dict(torch.load("{options.output}")["state_dict"])')
         return
     if options.items is None:
         parser.error("the following arguments are required: --items, since a checkpoint has no raw item ids")
@@ -509,8 +511,8 @@ def convert(arguments: Sequence[str]) -> None:
         drop_oldest_item=options.drop_oldest_item,
         titles=options.item_titles,
     )
-    print(f"wrote {options.output}: {model.config.vocab_size - 3:,} items, {model.num_parameters():,} parameters")
-    print(f"next: bert4rec recommend {options.output} ITEM_ID ITEM_ID …")
+    show(f"wrote {options.output}: {model.config.vocab_size - 3:,} items, {model.num_parameters():,} parameters")
+    show(f"next: bert4rec recommend {options.output} ITEM_ID ITEM_ID …")
 
 
 def convert_config(arguments: Sequence[str]) -> None:
@@ -529,8 +531,8 @@ def convert_config(arguments: Sequence[str]) -> None:
         print(text, end="")
         return
     write_file(Path(options.output), text)
-    print(f"wrote {options.output}; its first lines say how to prepare the log; next:")
-    print(f"bert4rec train --config {options.output} --data DATA --output_dir MODEL")
+    show(f"wrote {options.output}; its first lines say how to prepare the log; next:")
+    show(f"bert4rec train --config {options.output} --data DATA --output_dir MODEL")
 
 
 COMMANDS = {
@@ -582,6 +584,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] != "train" and threading.current_thread() is threading.main_thread():
         # SIGTERM ends a command like Ctrl-C, without half-written files. The Trainer's workers handle it themselves.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if logging.lastResort is not None:  # it shows the warnings, which may quote data
+        logging.lastResort.setFormatter(_InertFormatter())
     # Reading and writing weights is too short for a progress bar. Downloads keep theirs.
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
@@ -595,6 +599,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+class _InertFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(inert, super().format(record).split("\n")))
 
 
 def _overview() -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import shown_metrics
 from ..evaluation.protocol import Protocol
+from ..files import inert
 from .parser import one_line
 
 # The verdicts of `compare_ranks` in a sentence.
@@ -20,6 +21,11 @@ VERDICTS = {
 EVENTS_A_MINUTE_OF_A_PERSON = 60
 
 
+def show(text: str) -> None:
+    """Print lines whose names and titles, which come from data, are inert in a terminal."""
+    print("\n".join(map(inert, text.split("\n"))))
+
+
 def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> None:
     """Print the statistics of a log, and the defaults that were chosen for it.
 
@@ -29,13 +35,13 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
     """
     statistics = prepared["statistics"]
     lengths = statistics["history_length"]
-    print(
+    show(
         f"{statistics['num_users']:,} users, {statistics['num_items']:,} items, "
         f"{statistics['num_events']:,} events; history lengths: median {lengths['median']:g}, "
         f"three quarters up to {lengths['p75']:g}, longest {lengths['max']:,}"
     )
     tied, order = statistics["share_tied_times"], prepared["columns"]["sequence_column"]
-    print(
+    show(
         f"repeated events {statistics['share_repeated_events']:.1%}, "
         f"{f'tied times {tied:.1%}' if tied is not None else f'no times: in the order of {order}'}, "
         f"cold targets {statistics['share_cold_targets']:.1%}"
@@ -43,13 +49,13 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
     if "events_per_type" in statistics:
         targets = prepared["filters"]["target_event_types"]
         counts = ", ".join(f"{name} {number:,}" for name, number in statistics["events_per_type"].items())
-        print(
+        show(
             f"events by type: {counts}; targets are of the type{'s' if len(targets) > 1 else ''} {', '.join(targets)}, "
             f"of which {statistics['share_repeated_target_events']:.1%} are repeats"
         )
     identical = statistics["num_duplicate_rows"]
     if identical and options.duplicates == "keep":
-        print(
+        show(
             f"{identical:,} rows repeat the user, item and time of another row: if these are duplicates by mistake, "
             "--duplicates drop_identical keeps one of each"
         )
@@ -60,14 +66,14 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
         if (user["most_in_a_minute"] or 0) > EVENTS_A_MINUTE_OF_A_PERSON
     ]
     if busy:
-        print(
+        show(
             f"users that look like no persons: {', '.join(busy)}; --max_user_events leaves out users with more events, "
             "--where those that you name"
         )
     if prepared["split"]["name"] == "none":
-        print("no targets are held out: all events train")
+        show("no targets are held out: all events train")
     else:
-        print(
+        show(
             f"{prepared['split']['name']}: {statistics['num_validation_targets']:,} validation and "
             f"{statistics['num_test_targets']:,} test targets"
         )
@@ -77,7 +83,7 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
         reason = "the shortest of 50, 100, 200 that three quarters of the histories fit into"
     else:
         reason = "the longest of 50, 100, 200; more than a quarter of the histories are longer"
-    print(f"history length {prepared['max_length']} ({reason})")
+    show(f"history length {prepared['max_length']} ({reason})")
     if options.filter_seen_items is not None:
         reason = "as given"
     elif prepared["filter_seen_items"]:
@@ -86,7 +92,7 @@ def print_preparation(prepared: Mapping[str, Any], options: PrepareOptions) -> N
         reason = "5 % of events or more are repeats"
     policy = "are not recommended again" if prepared["filter_seen_items"] else "may be recommended again"
     filtered = prepared["filter_seen_items"] and prepared["filters"].get("min_rating") is not None
-    print(f"seen items {policy} ({reason})" + ("; events rated lower do not count as seen" if filtered else ""))
+    show(f"seen items {policy} ({reason})" + ("; events rated lower do not count as seen" if filtered else ""))
 
 
 def format_evaluation(record: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]] | None = None) -> str:
@@ -97,7 +103,7 @@ def format_evaluation(record: Mapping[str, Any], others: Mapping[str, Mapping[st
         others: The records of all models by name, if there are several. They have the same protocol.
     """
     widths = {name: max(13, len(name) + 2) for name in shown_metrics(record["metrics"])}
-    protocol = Protocol(**record["protocol"])
+    protocol = Protocol.from_dict(record["protocol"])
     models = others or {"model": record}
     tables = {"": {name: model["metrics"] for name, model in models.items()} | record["baselines"]}
     for heading, group in record.get("groups", {}).items():
@@ -145,7 +151,7 @@ def print_features(data: str) -> None:
 
     features = Bert4RecTokenizer.from_pretrained(data).item_features
     assert features is not None  # for the type checker
-    print("item features: " + "\n               ".join(describe(features, pq.read_table(Path(data) / ITEM_TABLE_FILE))))
+    show("item features: " + "\n               ".join(describe(features, pq.read_table(Path(data) / ITEM_TABLE_FILE))))
 
 
 def format_calibration(record: Mapping[str, Any]) -> str:
@@ -173,7 +179,7 @@ def format_calibration(record: Mapping[str, Any]) -> str:
 
 def print_item(heading: str, item_id: str, title: str | None, value: str = "") -> None:
     """Print a line with a rank or word, an item id, a value and a title."""
-    print(f"{heading:>5}  {item_id:>8}  {value:>8}  {one_line(title or '')}".rstrip())
+    show(f"{heading:>5}  {inert(item_id):>8}  {value:>8}  {one_line(title or '')}".rstrip())
 
 
 def print_entries(entries: Iterable[Mapping[str, Any]]) -> None:
@@ -186,4 +192,4 @@ def print_entries(entries: Iterable[Mapping[str, Any]]) -> None:
         print_item(str(rank), entry["item_id"], entry.get("title"), f"{entry['score']:.3f}")
         if entry.get("because"):
             names = [one_line(source.get("title") or source["item_id"]) for source in entry["because"]]
-            print(f"{'':5}  because you had {', '.join(names)}")
+            show(f"{'':5}  because you had {', '.join(names)}")

@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from copy import copy
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+from ..files import inert, read_yaml
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -35,7 +36,7 @@ class Parser(HfArgumentParser):
                 action.help = f"The same as --{action.option_strings[0].removeprefix('--no_')} false."
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -66,13 +67,12 @@ class Parser(HfArgumentParser):
         if found.config is None:
             return rest
         try:
-            text = Path(found.config).read_text("utf-8")
-            recipe = yaml.safe_load(text) or {}
-            as_written = yaml.load(text, Loader=yaml.BaseLoader) or {}  # YAML reads the item id 010 as the number 8
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            recipe = read_yaml(found.config)
+            as_written = read_yaml(found.config, yaml.BaseLoader)  # YAML reads the item id 010 as the number 8
+        except OSError as error:
             self.error(f"cannot read the recipe {found.config}: {one_line(error)}")
-        if not isinstance(recipe, dict):
-            self.error(f"the recipe {found.config} must be a mapping of options to values; got {recipe!r}")
+        except ValueError as error:
+            self.error(f"the recipe {one_line(error)}")
         words = []
         for key, value in recipe.items():
             if key in ("config", "help"):
@@ -107,5 +107,5 @@ def true_or_false(value: str) -> bool:
 
 
 def one_line(text: BaseException | str) -> str:
-    """A text without line breaks."""
-    return " ".join(str(text).split())
+    """A text without line breaks, and inert in a terminal; see `inert`."""
+    return inert(" ".join(str(text).split()))

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..evaluation.metrics import ranking_metrics
+from ..files import read_yaml
 from ..model.configuration_bert4rec import Bert4RecConfig
 
 # Settings of RecBole, and the fields of `Bert4RecConfig` with the same meaning.
@@ -84,13 +85,8 @@ def config_recipe(path: str | os.PathLike) -> str:
 
 def _converted(path: str | os.PathLike) -> tuple[dict[str, Any], list[str], list[str], dict[str, list[str]]]:
     """The recipe, the prepare command, the remarks, and the keys that were left out by reason."""
-    try:
-        given = yaml.load(Path(path).read_text("utf-8"), Loader=_Loader)
-    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {path} as YAML: {error}") from error
-    if not isinstance(given, dict | None):
-        raise ValueError(f"{path} must be a mapping of settings to values; got {type(given).__name__}")
-    given = {key: value for key, value in (given or {}).items() if value is not None or key not in DEFAULTS}
+    given = read_yaml(path, _Loader)
+    given = {key: value for key, value in given.items() if value is not None or key not in DEFAULTS}
     settings = DEFAULTS | given
     recipe: dict[str, Any] = ARCHITECTURE | {"item_initialization": "random", "calibrate": False}
     prepare: dict[str, Any] = {}

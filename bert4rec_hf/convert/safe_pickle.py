@@ -1,5 +1,6 @@
 """Reading pickles of RecBole and hopwise without executing or importing anything that they name."""
 
+import io
 import math
 import os
 import pickle
@@ -47,6 +48,9 @@ STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64,
 }  # fmt: skip
+
+# How much larger the tensors may be than their file, since several may share what is stored, as tied weights do.
+MAX_COPIES = 16
 
 
 class InertUnpickler(pickle.Unpickler):
@@ -97,8 +101,12 @@ def read_pickle(path: str | os.PathLike) -> Any:
             with archive.open(name) as file:
                 content = _load(file)
             if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-                state = content["state_dict"].items()
-                content["state_dict"] = {name: _tensor(value, archive, folder) for name, value in state}
+                left = MAX_COPIES * os.path.getsize(path)  # tensors may share what is stored
+                for name, value in content["state_dict"].items():
+                    content["state_dict"][name] = _tensor(value, archive, folder)
+                    left -= content["state_dict"][name].nbytes
+                    if left < 0:
+                        raise pickle.UnpicklingError(f"its tensors are {MAX_COPIES} times as large as the file")
             return content
     except FileNotFoundError:
         raise
@@ -107,11 +115,16 @@ def read_pickle(path: str | os.PathLike) -> Any:
 
 
 def _load(file: IO[bytes]) -> Any:
-    # An extension code may name an object that this process has loaded, which `find_class` would not see.
-    if any(operation.name.startswith("EXT") for operation, _, _ in pickletools.genops(file)):
-        raise pickle.UnpicklingError("it has an extension code, which no checkpoint of RecBole or hopwise needs")
-    file.seek(0)
-    return InertUnpickler(file).load()
+    content = io.BytesIO(file.read())  # a length in the pickle cannot be above that of these bytes
+    for number, (operation, argument, _) in enumerate(pickletools.genops(content)):
+        # An extension code may name an object that this process has loaded, which `find_class` would not see.
+        if operation.name.startswith("EXT"):
+            raise pickle.UnpicklingError("it has an extension code, which no checkpoint of RecBole or hopwise needs")
+        # Python would take memory for all places of the memo up to this one.
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > number:
+            raise pickle.UnpicklingError(f"it has the place {argument} in a memo of at most {number}")
+    content.seek(0)
+    return InertUnpickler(content).load()
 
 
 def _tensor(stored: Any, archive: zipfile.ZipFile, folder: str) -> torch.Tensor:

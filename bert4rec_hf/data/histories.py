@@ -1,6 +1,5 @@
 """Reading a prepared folder: its histories as arrays of token ids."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..files import read_json
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
 HISTORIES_FILE = "histories.parquet"
 PREPARATION_FILE = "preparation.json"
 PARTS = ("validation", "test")
+TIME = int | float | str
+# What preparation.json holds, of prepared folders and of model folders; see `read_json`.
+PREPARATION_FORM = {
+    "source": str,
+    "columns": {"event_columns?": [str], "weight_column?": str, "item_features?": [str]},
+    "filters": {"target_event_types?": [str]},
+    "split": {"name": str, "validation?": bool, "validation_cut?": TIME, "test_cut?": TIME},
+    "max_length": int,
+    "filter_seen_items": bool,
+    "statistics": {"num_training_events": int, "num_training_users": int, "events_per_type?": {"*": int}},
+    "trained_period?": [TIME],
+    "checksum?": str,
+}
 # Share of the training events, counted from the newest, that the baseline "recent popularity" uses.
 RECENT_SHARE = 0.1
 
@@ -258,7 +271,7 @@ def _catalogue_and_preparation(
     check_prepared(folder)
     if tokenizer is None:
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    preparation = json.loads((Path(folder) / PREPARATION_FILE).read_text("utf-8"))
+    preparation = read_preparation(folder)
     targets = preparation.get("filters", {}).get("target_event_types") or []
     if tokenizer.event_types is not None and targets:
         unknown = [name for name in targets if name not in (tokenizer.target_event_types or ())]
@@ -268,6 +281,24 @@ def _catalogue_and_preparation(
                 f"{', '.join(tokenizer.target_event_types or ())}: prepare the log with these --target_event_types"
             )
     return tokenizer, preparation
+
+
+def read_preparation(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read preparation.json of a prepared folder or a model folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
+    """
+    return check_period(read_json(Path(folder) / PREPARATION_FILE, PREPARATION_FORM, hint="prepare the log again"))
+
+
+def check_period(preparation: dict[str, Any]) -> dict[str, Any]:
+    """The content of preparation.json. Raises ValueError if its period is not a first and a last time of one kind."""
+    period = preparation.get("trained_period")
+    if period is not None and (len(period) != 2 or len({isinstance(time, str) for time in period}) > 1):
+        raise ValueError(f"trained_period of {PREPARATION_FILE} must be two times of one kind; got {period!r:.80}")
+    return preparation
 
 
 def _has_weights(preparation: dict[str, Any]) -> bool:

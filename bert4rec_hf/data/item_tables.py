@@ -11,6 +11,7 @@ import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ..model.item_features import KINDS, ItemFeatures
 from .logs import LIBRARY_ERRORS, SOURCE_ROW, open_log
@@ -33,6 +34,9 @@ COUNTS_OF_PEOPLE = re.compile(
 )
 # A column of numbers whose ranks agree with those of the training events to this degree is suspected of the same.
 MAX_RANK_CORRELATION = 0.7
+# Most rows, and characters and elements of lists, that a table may have for each byte of its file, and beyond that.
+ROWS_PER_BYTE, MORE_ROWS = 8, 10_000_000
+LENGTH_PER_BYTE, MORE_LENGTH = 100, 2**32
 
 
 def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa.Table:
@@ -61,6 +65,7 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
         raise ValueError(f"{path} has a column item_id beside {item_column}, which holds the ids: rename or drop it")
     try:
         rows = log.table(log.columns)
+        _check_size(rows, path)
         rows = _typed(rows, names) if log.is_text else rows
         rows = rows.mutate(item_id=as_id(rows, item_column, path)).order_by(SOURCE_ROW)
         table = rows.select("item_id", *names).to_pyarrow()
@@ -79,6 +84,39 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
             table = table.set_column(number, table.column_names[number], column)
     return table
+
+
+def read_stored_table(path: str | os.PathLike) -> pa.Table:
+    """The item table of a prepared folder or a model folder, as it was written. It may be a stranger's.
+
+    Raises:
+        ValueError: If the file cannot be read, or its values are far larger than the file.
+    """
+    log = open_log(os.fspath(path))
+    try:
+        _check_size(log.table(log.columns), os.fspath(path))
+        return pq.read_table(path)
+    except LIBRARY_ERRORS as error:
+        raise log.error(error) from error
+
+
+def _check_size(rows: ir.Table, path: str) -> None:
+    """Raise ValueError if a table has far more values, or longer ones, than its file has bytes.
+
+    Repeated values take nearly no place in Parquet, so a small file may have a billion rows, while ids differ.
+    """
+    found = {"number": rows.count()}
+    for place, name in enumerate(rows.columns):
+        if rows[name].type().is_string() or rows[name].type().is_array():
+            found[f"length_{place}"] = rows[name].length().cast("float64").sum()
+    row = rows.aggregate(**found).to_pyarrow().to_pylist()[0]
+    size, number = os.path.getsize(path), row.pop("number")
+    length = sum(value or 0 for value in row.values())
+    if number > ROWS_PER_BYTE * size + MORE_ROWS or length > LENGTH_PER_BYTE * size + MORE_LENGTH:
+        raise ValueError(
+            f"{path} has {number:,} rows, and {length:,.0f} characters and elements of lists, in {size:,} bytes, as no "
+            "item table has: write it with one row per item"
+        )
 
 
 def feature_columns(table: pa.Table, wanted: Sequence[str], source: str) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ REFUSED = {
     b"\xfe\xff": "UTF-16: convert it to UTF-8",
 }
 CHUNK_SIZE = 1 << 22
+# A compressed file may have this number of times its size in it, and this number of bytes more.
+MAX_UNPACKED_RATIO, MAX_UNPACKED_BYTES = 100, 1 << 30
 
 
 @dataclass
@@ -167,7 +169,15 @@ def _unpacked(path: str, spelled: str, folder: str) -> str:
     handle, plain = tempfile.mkstemp(dir=folder)
     try:
         with open(path, "rb") as packed, os.fdopen(handle, "wb") as target, OPENERS[kind](packed) as reader:
-            shutil.copyfileobj(reader, target, CHUNK_SIZE)
+            left = MAX_UNPACKED_RATIO * os.path.getsize(path) + MAX_UNPACKED_BYTES
+            while content := reader.read(CHUNK_SIZE):
+                left -= len(content)
+                if left < 0:
+                    raise ValueError(
+                        f"it has more than {MAX_UNPACKED_RATIO} times its size in it, as no log has: unpack it "
+                        "yourself, if you trust it"
+                    )
+                target.write(content)
     except (EOFError, OSError, zlib.error, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{spelled} is damaged: it cannot be unpacked with {kind} to its end ({error}); copy or write it again"

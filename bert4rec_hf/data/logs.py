@@ -34,6 +34,10 @@ DELIMITERS = (",", "\t", ";", "|")
 # Column names of RecBole's atomic files name the type as well, as in item_id:token.
 ATOMIC_NAME = re.compile(r"(.+):(token|token_seq|float|float_seq)")
 MESSAGE_LENGTH = 500  # of a library's message, which may quote a row
+# Where DuckDB begins to advise on its own options and functions, or to quote a query.
+ADVICE = re.compile(
+    r"(?<=\S)\s*(?:Possible [Ff]ix|Possible [Ss]olution|Candidate |Did you mean|Use TRY|You might need to|LINE \d+:)"
+)
 ROWS_AT_ONCE = 100_000
 FILE = "__file__"  # column of the file that a row is from, while partitions are read
 LIBRARY_ERRORS = (duckdb.Error, pa.ArrowException, OSError, UnicodeDecodeError)
@@ -607,11 +611,9 @@ def _group(kind: pa.DataType) -> str:
 
 def damaged(files: LogFiles, kind: str, error: Exception) -> ValueError:
     """The error of a library as one that names the file."""
-    text = first_lines(error)
+    text = without_advice(error)
     for path, spelled in files.spelled.items():
         text = text.replace(path, spelled)
-    # Without DuckDB's advice on its own options.
-    text = re.split(r"(?<=\S) *(?:Possible [Ff]ix|Possible [Ss]olution|LINE \d+:)", text)[0]
     if "state machine reached an invalid state" in text:
         text = "its line ends are mixed or a quote is not closed; expected one kind of line end, and quotes doubled"
     if len(text) > MESSAGE_LENGTH:
@@ -680,6 +682,11 @@ def read_titles(
     if len(found) < len(catalogue):
         logger.warning("%d of %d items have no title", len(catalogue) - len(found), len(catalogue))
     return found
+
+
+def without_advice(error: BaseException) -> str:
+    """The first lines of an error of DuckDB, without its advice on its own options and functions."""
+    return first_lines(ValueError(ADVICE.split(str(error))[0]))
 
 
 def first_lines(error: BaseException) -> str:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import sqlglot
 
 from ..defaults import default_filter_seen_items, default_max_length
-from ..files import folder_beside
+from ..files import folder_beside, read_json
 from ..model.item_features import ItemFeatures
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .histories import PREPARATION_FILE, histories_file, histories_files
@@ -577,8 +577,8 @@ def _own_files(folder: Path) -> set[str] | None:
     if not histories_files(folder):
         return None
     try:
-        return set(json.loads((folder / PREPARATION_FILE).read_text("utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return set(read_json(folder / PREPARATION_FILE, {"files": [str]})["files"])
+    except (OSError, ValueError):
         return None
 
 

@@ -1,7 +1,7 @@
 """The evaluation protocol as data, which is stored with every metric."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,20 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID
 
 # The targets of the metrics HR@k, NDCG@k and MRR.
 ONE_TARGET = "the next event of each user"
+
+# A protocol in a JSON file; see `read_json`.
+PROTOCOL_FORM = {
+    "split": str,
+    "part": str,
+    "candidates": str,
+    "filter_seen_items": bool,
+    "num_users": int,
+    "num_users_without_past": int,
+    "share_seen_targets": float,
+    "share_unknown_targets": float,
+    "calibrated?": bool,
+    "targets?": str,
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,11 @@ class Protocol:
             share_seen_targets=num_seen / max(1, len(users)),
             share_unknown_targets=float(np.mean(targets < FIRST_ITEM_ID)) if len(users) else 0.0,
         )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Protocol":
+        """A protocol of a JSON file, which has been read with `PROTOCOL_FORM`. Other keys are left out."""
+        return cls(**{field.name: content[field.name] for field in fields(cls) if content.get(field.name) is not None})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

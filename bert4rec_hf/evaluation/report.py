@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.counting import item_counts
 from ..data.histories import AnyHistories
 from ..data.rows import list_values, target_ids_of
-from ..files import write_file
+from ..files import read_json, write_file
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.losses import IGNORE_INDEX
 from .metrics import COVERAGE_CUTOFF, ranking_metrics, user_metrics
@@ -354,7 +354,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _has_keys(path: Path, keys: Collection[str]) -> bool:
     """Whether a file is a JSON object with some keys."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        return bool(read_json(path, dict.fromkeys(keys, object)))
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and set(keys) <= content.keys()

@@ -1,31 +1,40 @@
 """Checks whether a model may have trained on the targets that it is evaluated on."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from transformers.utils import cached_file
 
-from ..data.histories import PREPARATION_FILE, time_type
+from ..data.histories import PREPARATION_FILE, PREPARATION_FORM, check_period, time_type
+from ..files import read_json
 
 logger = logging.getLogger(__name__)
 
 
-def json_of_model(model: str | os.PathLike, name: str) -> dict[str, Any] | None:
-    """A JSON file of a model folder or Hub id. None without the file."""
+def json_of_model(model: str | os.PathLike, name: str, form: Any) -> dict[str, Any] | None:
+    """A JSON file of a model folder or Hub id. None without the file.
+
+    Args:
+        model: The model folder or Hub id.
+        name: The name of the file.
+        form: What it holds; see `read_json`.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     problems = ("gated_repo", "missing_entries", "connection_errors")
     path = cached_file(model, name, **{f"_raise_exceptions_for_{problem}": False for problem in problems})
-    return json.loads(Path(path).read_text("utf-8")) if path is not None else None
+    return read_json(path, form) if path is not None else None
 
 
 def trained_preparation(model: str | os.PathLike) -> dict[str, Any] | None:
     """preparation.json of a model folder or Hub id. None without the file, as for a converted model."""
-    return json_of_model(model, PREPARATION_FILE)
+    preparation = json_of_model(model, PREPARATION_FILE, PREPARATION_FORM)
+    return None if preparation is None else check_period(preparation)
 
 
 def last_trained_time(model: str | os.PathLike, data: str | os.PathLike) -> float | None:

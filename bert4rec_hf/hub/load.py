@@ -1,6 +1,5 @@
 """Loading a model from a folder or the Hub, with errors that name the problem."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
+from ..files import read_json
 from ..model.configuration_bert4rec import Bert4RecConfig
+from ..model.folder_checks import check_links
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -22,20 +23,30 @@ def load_model(model: str | os.PathLike) -> Bert4RecForMaskedItemPrediction:
         model: A model folder or Hub id.
 
     Raises:
-        ValueError: If the folder is not a BERT4Rec model folder, or the Hub has no such model.
+        ValueError: If the folder is not a BERT4Rec model folder, or the Hub has no such model; or if the weights are
+            damaged or are not those of config.json.
     """
     check_model(model)
     try:
-        return Bert4RecForMaskedItemPrediction.from_pretrained(model)
+        loaded, found = Bert4RecForMaskedItemPrediction.from_pretrained(model, output_loading_info=True)
     except OSError as error:
         raise ValueError(f"{model} is neither a model folder nor a model on the Hub: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {model} do not fit its config.json: {error}") from error
+    for problem in ("missing", "unexpected"):
+        if names := sorted(found[f"{problem}_keys"]):
+            raise ValueError(
+                f"the weights of {model} do not fit its config.json: {len(names)} are {problem}, such as {names[0]}"
+            )
+    return loaded
 
 
 def check_model(model: str | os.PathLike) -> None:
     """Raise ValueError if a name is neither a BERT4Rec model folder nor a model on the Hub."""
     if os.path.isdir(model):
+        check_links(model)
         config = Path(model) / "config.json"
-        kind = json.loads(config.read_text("utf-8")).get("model_type") if config.is_file() else None
+        kind = read_json(config, {"model_type?": object}).get("model_type") if config.is_file() else None
         if kind != Bert4RecConfig.model_type:
             found = f"its config.json says model_type {kind!r}" if kind else "it has no config.json with a model_type"
             raise ValueError(f"{model} is not a BERT4Rec model folder ({found}): make one with bert4rec train")

@@ -5,20 +5,21 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data.histories import PREPARATION_FILE
-from ..data.item_tables import ITEM_TABLE_FILE, describe
+from ..data.histories import PREPARATION_FILE, read_preparation
+from ..data.item_tables import ITEM_TABLE_FILE, describe, read_stored_table
 from ..data.named_datasets import NAMED_DATASETS
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import COVERAGE_CUTOFF, shown_metrics
-from ..evaluation.protocol import Protocol
-from ..files import write_file
+from ..evaluation.protocol import PROTOCOL_FORM, Protocol
+from ..files import inert, read_json, read_yaml, write_file
+from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
 EVALUATION_FILE = "evaluation.json"
@@ -58,6 +59,41 @@ CONVERSION_TERM = (
     "{} times ln(1 + 20 p) for an item with which the same was last done as with items that were the next target with "
     "probability p"
 )
+METRICS = {"*": float}
+# What the JSON files hold; see `read_json`.
+EVALUATIONS_FORM = [
+    {
+        "source?": str,
+        "protocol": PROTOCOL_FORM,
+        "metrics": METRICS,
+        "baselines?": {"*": METRICS},
+        "groups?": {"*": {"model": METRICS, "*": METRICS}},
+    }
+]
+CALIBRATION_FORM = {
+    "adopted": bool,
+    "were_chosen?": bool,
+    "source?": str,
+    "num_users?": int,
+    "NDCG@10?": {"start": float, "cross_fitted": float},
+}
+TRAINING_FORM = {
+    "protocol": PROTOCOL_FORM,
+    "step": int,
+    "max_steps": int,
+    "chosen_step": int,
+    "evaluations": [
+        {"epoch": float, "step": int, "training_loss?": float, "loss?": float, "HR@10?": float, "NDCG@10?": float}
+    ],
+    "warnings": [str],
+}
+NEW_ITEMS_FORM = {
+    "offset": float,
+    "num_new_items?": int,
+    "explained?": float,
+    "num_targets?": int,
+    "trades?": [{"offset?": float, "ndcg": float, "new_item_hit_rate": float}],
+}
 # Number of evaluations in the card's table of a run, beside the chosen one. training.json has all evaluations.
 SHOWN_EVALUATIONS = 10
 SAMPLED_LOSS_RECIPE = ("num_negatives", "negative_sampling", "gbce_calibration")
@@ -73,16 +109,13 @@ def read_evaluations(folder: str | os.PathLike) -> list[dict[str, Any]]:
         ValueError: If the file is damaged.
     """
     path = Path(folder) / EVALUATION_FILE
-    try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and evaluate again") from error
+    return read_json(path, EVALUATIONS_FORM, hint="remove it, and evaluate again") if path.is_file() else []
 
 
 def read_calibration(folder: str | os.PathLike) -> dict[str, Any] | None:
     """Read calibration.json of a model folder. None if the weights of its counted scores were not chosen on a log."""
     path = Path(folder) / CALIBRATION_FILE
-    record = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    record = read_json(path, CALIBRATION_FORM, hint="remove it") if path.is_file() else None
     return record if record and record["adopted"] else None
 
 
@@ -116,19 +149,14 @@ def write_model_card(
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         return
-    old_text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
-    if old_text and MARK not in old_text:
+    files = read_card_files(folder)
+    if files is None:
         return
-    old = ModelCard(old_text, ignore_metadata_errors=True).data if old_text else ModelCardData()
-    shown_id = SNIPPET_MODEL.search(old_text)
-    repo_id = repo_id or (shown_id[1] if shown_id else THIS_FOLDER)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    recipe_path, preparation_path = folder / RECIPE_FILE, folder / PREPARATION_FILE
-    recipe = yaml.safe_load(recipe_path.read_text("utf-8")) if recipe_path.is_file() else {}
-    preparation = json.loads(preparation_path.read_text("utf-8")) if preparation_path.is_file() else None
+    old, repo_id = files.old, repo_id or files.repo_id
+    config, recipe, preparation, records = files.config, files.recipe, files.preparation, files.records
+    calibration = files.calibration
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = Bert4RecTokenizer.from_pretrained(folder)
-    records, calibration = read_evaluations(folder), read_calibration(folder)
 
     kept = {name: value for name, value in old.to_dict().items() if name != "model-index"}
     given = {name: value for name, value in metadata.items() if value is not None}
@@ -149,18 +177,17 @@ def write_model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         MARK,
-        f"# {written['model_name']}",
+        f"# {_plain(written['model_name'])}",
         _introduction(config, recipe, preparation, calibration),
     ]
     parts += [_usage(repo_id, tokenizer)]
     if records:
         parts.append("## Metrics")
         parts += [_metrics_table(record, preparation) for record in records]
-    if (folder / TRAINING_FILE).is_file():
-        training = json.loads((folder / TRAINING_FILE).read_text("utf-8"))
-        parts.append(_training(training, is_calibrated=calibration is not None))
+    if files.training is not None:
+        parts.append(_training(files.training, is_calibrated=calibration is not None))
     if tokenizer is not None and tokenizer.item_features is not None:
-        parts.append(_new_items(folder, tokenizer))
+        parts.append(_new_items(folder, tokenizer, files.new_items))
     parts.append(_limits(config, tokenizer, records))
     if recipe:
         parts.append(_reproduction(repo_id, recipe, preparation, tokenizer))
@@ -171,13 +198,72 @@ def write_model_card(
     write_file(folder / "README.md", str(ModelCard("\n\n".join(parts) + "\n")))
 
 
+@dataclass(frozen=True)
+class CardFiles:
+    """What the files of a model folder say for its card.
+
+    Attributes:
+        old: The metadata of the card that is there.
+        repo_id: The model's name in that card, or a placeholder.
+        config: The values of config.json and the defaults of the others.
+        recipe: The content of recipe.yaml. Empty without the file.
+        preparation: The content of preparation.json. None without the file.
+        records: See `read_evaluations`.
+        calibration: See `read_calibration`.
+        training: The content of training.json. None without the file.
+        new_items: The content of new_items.json. None without the file.
+    """
+
+    old: Any
+    repo_id: str
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    preparation: dict[str, Any] | None
+    records: list[dict[str, Any]]
+    calibration: dict[str, Any] | None
+    training: dict[str, Any] | None
+    new_items: dict[str, Any] | None
+
+
+def read_card_files(folder: str | os.PathLike) -> CardFiles | None:
+    """Read the files that a model card is written from.
+
+    Returns:
+        Their content. None if the card that is there is the user's own.
+
+    Raises:
+        ValueError: If a file is damaged.
+    """
+    folder = Path(folder)
+    try:
+        text = (folder / "README.md").read_text("utf-8") if (folder / "README.md").is_file() else ""
+        if text and MARK not in text:
+            return None
+        old = ModelCard(text, ignore_metadata_errors=True).data if text else ModelCardData()
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder / 'README.md'} is damaged ({' '.join(str(error).split())}): remove it") from error
+    shown_id = SNIPPET_MODEL.search(text)
+    training, new_items = folder / TRAINING_FILE, folder / NEW_ITEMS_FILE
+    return CardFiles(
+        old=old,
+        repo_id=shown_id[1] if shown_id else THIS_FOLDER,
+        config=Bert4RecConfig.from_dict(read_json(folder / "config.json", {})).to_dict(),
+        recipe=read_yaml(folder / RECIPE_FILE) if (folder / RECIPE_FILE).is_file() else {},
+        preparation=read_preparation(folder) if (folder / PREPARATION_FILE).is_file() else None,
+        records=read_evaluations(folder),
+        calibration=read_calibration(folder),
+        training=read_json(training, TRAINING_FORM, hint="remove it") if training.is_file() else None,
+        new_items=read_json(new_items, NEW_ITEMS_FORM, hint="remove it") if new_items.is_file() else None,
+    )
+
+
 def _results(records: list[dict[str, Any]], preparation: Mapping[str, Any] | None) -> list[EvalResult]:
     """Every stored metric of the model, for the Hub's model-index."""
     trained_on = preparation["source"] if preparation else "interactions"
     results = []
     for record in records:
         data_name = Path(record.get("source") or trained_on).stem
-        protocol = Protocol(**record["protocol"])
+        protocol = Protocol.from_dict(record["protocol"])
         groups = record.get("groups", {})
         parts = {"": record["metrics"]} | {f"; {group}": ranked["model"] for group, ranked in groups.items()}
         results += [
@@ -220,7 +306,7 @@ def _introduction(
             " A score is the sum of the Transformer's score and of scores that were counted in the log: "
             f"{'; '.join(terms)}."
         )
-    if calibration is not None:
+    if calibration is not None and calibration.get("NDCG@10") and calibration.get("num_users") is not None:
         metrics = calibration["NDCG@10"]
         text += (
             f" The weights of the counted scores were chosen on {calibration['num_users']:,} validation users "
@@ -230,19 +316,19 @@ def _introduction(
         statistics, source = preparation["statistics"], preparation["source"]
         text += (
             f" It was trained on {statistics['num_training_events']:,} events of "
-            f"{statistics['num_training_users']:,} users in `{source}`."
+            f"{statistics['num_training_users']:,} users in {_code(source)}."
         )
         targets = preparation.get("filters", {}).get("target_event_types")
         if targets and statistics.get("events_per_type"):
             text += (
-                f" It reads events of the types {', '.join(f'`{name}`' for name in statistics['events_per_type'])}, "
-                f"and recommends for {', '.join(f'`{name}`' for name in targets)}."
+                f" It reads events of the types {', '.join(map(_code, statistics['events_per_type']))}, "
+                f"and recommends for {', '.join(map(_code, targets))}."
             )
         if preparation.get("trained_period"):
             first, last = preparation["trained_period"]
-            text += f" The events that it has seen are from {first} to {last}."
+            text += f" The events that it has seen are from {_plain(first)} to {_plain(last)}."
         if "model_name_or_path" in recipe:
-            text += f" Training continued from the model `{recipe['model_name_or_path']}`."
+            text += f" Training continued from the model {_code(recipe['model_name_or_path'])}."
         if _holds_nothing_out(preparation):
             text += " No events were held out, so the model cannot be evaluated on this log."
         if source in NAMED_DATASETS:
@@ -264,28 +350,25 @@ def _usage(repo_id: str, tokenizer: Bert4RecTokenizer | None) -> str:
         titles = [" ".join((tokenizer.title(item) or "").split()) for item in items]
         comment = f"  # {'; '.join(titles)}" if all(titles) else ""
     history = json.dumps(items, ensure_ascii=False)
-    return f"""With the Python package `bert4rec_hf` installed:
-
-```python
-import bert4rec_hf  # registers the pipeline
+    code = f"""import bert4rec_hf  # registers the pipeline
 from transformers import pipeline
 
-recommend = pipeline("sequential-recommendation", model="{repo_id}")
-history = {history}{comment}
+recommend = pipeline("sequential-recommendation", model="{inert(repo_id)}")
+history = {inert(history)}{inert(comment)}
 for item in recommend(history, top_k=5):  # oldest item first; unknown items are left out
     print(item)
-```"""
+"""
+    return f"With the Python package `bert4rec_hf` installed:\n\n{_fenced(code, 'python')}"
 
 
-def _new_items(folder: Path, tokenizer: Bert4RecTokenizer) -> str:
+def _new_items(folder: Path, tokenizer: Bert4RecTokenizer, record: Mapping[str, Any] | None) -> str:
     """Which features the items have, and what recommending new items costs."""
     features, lines = tokenizer.item_features, ["## Item features and new items"]
     assert features is not None  # for the type checker
     if (folder / ITEM_TABLE_FILE).is_file():
-        table = pq.read_table(folder / ITEM_TABLE_FILE)
-        lines.append("\n".join(f"- `{line}`" for line in describe(features, table)))
-    record = json.loads((folder / NEW_ITEMS_FILE).read_text("utf-8")) if (folder / NEW_ITEMS_FILE).is_file() else {}
-    if "num_new_items" in record:
+        table = read_stored_table(folder / ITEM_TABLE_FILE)
+        lines.append("\n".join(f"- {_code(line)}" for line in describe(features, table)))
+    if record is not None and "num_new_items" in record:
         lines.append(f"{describe_new_items(record)}.")
     if (folder / NEW_ITEMS_CURVE_FILE).is_file():
         lines.append(
@@ -379,38 +462,38 @@ def _reproduction(
     names = SHOWN_RECIPE + (SAMPLED_LOSS_RECIPE if recipe.get("item_loss", "softmax") != "softmax" else ())
     shown = {name: recipe[name] for name in names if name in recipe}
     return (
-        "## Reproduce\n\n```bash\n"
-        + "\n".join(commands)
-        + f"\n```\n\n`{RECIPE_FILE}` has all arguments. The main ones are:\n\n```yaml\n"
-        + f"{yaml.safe_dump(shown, sort_keys=False)}```"
+        f"## Reproduce\n\n{_fenced(''.join(f'{inert(command)}{chr(10)}' for command in commands), 'bash')}\n\n"
+        f"`{RECIPE_FILE}` has all arguments. The main ones are:\n\n"
+        f"{_fenced(yaml.safe_dump(shown, sort_keys=False), 'yaml')}"
     )
 
 
 def _metrics_table(record: Mapping[str, Any], preparation: Mapping[str, Any] | None) -> str:
-    protocol, source = Protocol(**record["protocol"]), record.get("source")
+    protocol, source = Protocol.from_dict(record["protocol"]), record.get("source")
     is_other = source and preparation and source != os.path.basename(preparation["source"])
-    other = f"Evaluated on `{source}`: " if is_other else ""
+    other = f"Evaluated on {_code(source)}: " if is_other else ""
     rows = {"**this model**": record["metrics"]} | record.get("baselines", {})
     for group, ranked in record.get("groups", {}).items():
         rows |= {f"{name}, {group}": metrics for name, metrics in ranked.items()}
     names = shown_metrics(record["metrics"])
-    lines = [f"| | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    lines = [f"| | {' | '.join(map(_plain, names))} |", f"|---{'|---' * len(names)}|"]
     for title, metrics in rows.items():
         cells = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return f"{other}{protocol}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
+        shown = title if title == "**this model**" else _plain(title)
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return f"{other}{_plain(protocol)}. {protocol.describe_misses()}\n\n" + "\n".join(lines)
 
 
 def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
     evaluations, step = record["evaluations"], record["chosen_step"]
-    protocol = Protocol(**record["protocol"])
+    protocol = Protocol.from_dict(record["protocol"])
     before = " Here, the weights of the counted scores are those before calibration."
     lines = [
         f"The weights are those of step {step:,}; the run was at step {record['step']:,} of {record['max_steps']:,}. "
-        f"Validation protocol: {protocol}.{before if is_calibrated and not protocol.calibrated else ''} "
+        f"Validation protocol: {_plain(protocol)}.{before if is_calibrated and not protocol.calibrated else ''} "
         f"`{TRAINING_FILE}` has all metrics of all evaluations."
     ]
-    lines += [f"> **Warning**: {warning}." for warning in record["warnings"]]
+    lines += [f"> **Warning**: {_plain(warning)}." for warning in record["warnings"]]
     lines.append(f"![Learning curve]({CURVE_FILE})")
     stride = -(-len(evaluations) // SHOWN_EVALUATIONS)
     shown = [
@@ -427,3 +510,25 @@ def _training(record: Mapping[str, Any], *, is_calibrated: bool) -> str:
         bold = "**" if evaluation["step"] == step else ""
         table.append("".join(f"| {bold}{cell}{bold if cell else ''} " for cell in cells) + "|")
     return "## Training\n\n" + "\n\n".join([*lines, "\n".join(table)])
+
+
+def _plain(value: Any) -> str:
+    """A value as Markdown that shows it and does nothing else."""
+    return re.sub(r"([\\`*\[\]<|~])", r"\\\1", inert(" ".join(str(value).split())))
+
+
+def _code(value: Any) -> str:
+    """A value as a code span."""
+    text = inert(" ".join(str(value).split()))
+    fence = "`" * (_longest_fence(text) + 1)
+    return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Lines as a code block, which no line of them ends."""
+    fence = "`" * max(3, _longest_fence(text) + 1)
+    return f"{fence}{language}\n{text}{fence}"
+
+
+def _longest_fence(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

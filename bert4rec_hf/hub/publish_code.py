@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import write_file
+from ..files import read_json, write_file
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.handler import PUBLISHED_TASK
 
@@ -66,4 +66,4 @@ def publish_code(folder: str | os.PathLike) -> None:
 def _read(path: Path, written_by: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}; write it with {written_by}. Nothing was published")
-    return json.loads(path.read_text("utf-8"))
+    return read_json(path, {})

@@ -17,12 +17,14 @@ logger = logging.getLogger(__name__)
 
 # Files that are never uploaded: a pickle that holds paths of the training machine.
 PRIVATE_FILES = ["training_args.bin"]
+# Events of TensorBoard, whose names hold the name of the training machine.
+EVENT_FILES = ["runs/*", "*tfevents*"]
 # Files of a checkpoint that only the Trainer reads.
 RESUMING_FILES = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json"]
 
 
 def push_folder(folder: str | os.PathLike, repo_id: str, **options: Any) -> Any:
-    """Upload a model folder without its checkpoints, hidden files and `PRIVATE_FILES`.
+    """Upload a model folder without its checkpoints, hidden files, `PRIVATE_FILES` and `EVENT_FILES`.
 
     Args:
         folder: The model folder.
@@ -32,7 +34,7 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **options: Any) -> Any:
     Returns:
         The return value of `huggingface_hub.upload_folder`.
     """
-    ignored = ["_*", "checkpoint-*", *PRIVATE_FILES]
+    ignored = ["_*", "checkpoint-*", *PRIVATE_FILES, *EVENT_FILES]
     return upload_folder(repo_id=repo_id, folder_path=Path(folder), ignore_patterns=ignored, **options)
 
 

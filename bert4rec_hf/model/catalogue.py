@@ -57,6 +57,7 @@ class CatalogueMixin:
             token_ids = tokenizer.item_ids_to_token_ids(items)
             new = [item for item, token_id in zip(items, token_ids, strict=True) if token_id == UNK_TOKEN_ID]
             if self.config.num_item_features and new:  # values that do not fit are found before anything changes
+                self._check_features(tokenizer)
                 tokenizer.feature_rows(columns, new)
         num_new = tokenizer.add_items(items, titles)
         if num_new:
@@ -79,6 +80,7 @@ class CatalogueMixin:
         places = torch.as_tensor(list(token_ids))
         if not len(places):
             return
+        self._check_features(tokenizer)
         vectors, biases = self.item_projection(
             tokenizer.feature_rows(table, tokenizer.token_ids_to_item_ids(places.tolist()))
         )
@@ -87,3 +89,12 @@ class CatalogueMixin:
             (self.item_bias.weight, biases + self.config.new_item_offset),
         ):
             parameter[places.to(parameter.device)] = values.to(parameter)
+
+    def _check_features(self, tokenizer: Any) -> None:
+        """Raise ValueError if the features of a tokenizer are not those of the model."""
+        features = tokenizer.item_features
+        if features is not None and features.size != self.config.num_item_features:
+            raise ValueError(
+                f"the item features of the tokenizer make {features.size} numbers of an item, the model reads "
+                f"{self.config.num_item_features}: give the tokenizer of the model's folder"
+            )

@@ -1,9 +1,11 @@
 # Copyright 2026 The bert4rec_hf authors. Licensed under the Apache License, Version 2.0.
 """`Bert4RecConfig`: the architecture, the item loss, the weights of counted scores, and the serving policy."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -21,6 +23,24 @@ DERIVED_FIELDS = (
     "num_event_types",
     "target_event_type_ids",
 )
+# Largest values. Token ids are stored in 32 bits. The others are far above any useful value, and so small that a
+# config.json from a stranger costs no more than its weights; see folder_checks.py.
+LARGEST = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 2**16,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**20,
+    "num_transitions": 2**16,
+    "num_item_features": 2**31 - 1,
+    "num_event_types": 2**16,
+}
+# Keys that Transformers never writes into config.json. There, they would name code that Transformers fetches and runs.
+CODE_KEYS = (
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal",
+)  # fmt: skip
 
 
 @strict
@@ -166,6 +186,9 @@ class Bert4RecConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name, largest in LARGEST.items():
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name} must be at most {largest:,}; got {getattr(self, name)}")
         for name, fixed in (("pad", PAD_TOKEN_ID), ("mask", MASK_TOKEN_ID), ("unk", UNK_TOKEN_ID)):
             given = getattr(self, f"{name}_token_id")
             if given not in (fixed, None):
@@ -212,3 +235,23 @@ class Bert4RecConfig(PreTrainedConfig):
             # the folder may lack. Only classes that were loaded from this code, by `trust_remote_code`, need them.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """A config from the content of config.json. Keys that name code to run are left out; see `CODE_KEYS`.
+
+        Args:
+            config_dict: The content.
+            kwargs: As in Transformers.
+
+        Raises:
+            ValueError: If a value has another type, or does not fit the others.
+        """
+        given = {name: value for name, value in config_dict.items() if name not in CODE_KEYS}
+        if not isinstance(given.get("quantization_config", {}), Mapping):
+            raise ValueError(f"quantization_config must be a mapping; got {given['quantization_config']!r:.80}")
+        try:
+            return super().from_dict(given, **kwargs)
+        except (StrictDataclassError, AttributeError, LookupError, TypeError) as error:
+            problem = " ".join(str(error).split())
+            raise ValueError(f"expected the content of a config.json of this package; {problem}") from error

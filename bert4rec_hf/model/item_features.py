@@ -22,6 +22,8 @@ MIN_ITEMS_OF_A_VALUE = 2
 SKEWED_ABOVE = 2.0
 # Standardised numbers are cut to this size, so that a typing error in a price has no vector of its own.
 LARGEST_NUMBER = 5.0
+# Longest vector of an item, far above those of text encoders.
+LARGEST_WIDTH = 2**16
 
 # An item with so many events has half the weight of one with many when the projection is learned.
 EVENTS_OF_HALF_A_WEIGHT = 5.0
@@ -52,7 +54,10 @@ class ItemFeatures:
         self.columns = [dict(column) for column in columns]
         for column in self.columns:
             if column.get("kind") not in KINDS:
-                raise ValueError(f"item features: expected a kind of {', '.join(KINDS)}; got {column.get('kind')!r}")
+                raise ValueError(
+                    f"item features: expected a kind of {', '.join(KINDS)}; got {column.get('kind')!r:.80}"
+                )
+            _check_fitted(column)
 
     @property
     def size(self) -> int:
@@ -69,7 +74,11 @@ class ItemFeatures:
 
     @classmethod
     def from_json(cls, text: str) -> "ItemFeatures":
-        return cls(json.loads(text)["columns"])
+        content = json.loads(text)
+        columns = content.get("columns") if isinstance(content, dict) else None
+        if not isinstance(columns, list) or not all(isinstance(column, dict) for column in columns):
+            raise ValueError(f"item features: expected an object with columns, a list of objects; got {text:.80}")
+        return cls(columns)
 
     @classmethod
     def fit(cls, columns: Sequence[Mapping[str, Any]], values: Mapping[str, Sequence[Any]]) -> "ItemFeatures":
@@ -252,6 +261,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str) and not value.strip():
         return None
     return value
+
+
+def _check_fitted(column: Mapping[str, Any]) -> None:
+    """Raise ValueError if a column lacks what was fitted, as in a damaged file."""
+    kind = column["kind"]
+    is_right = isinstance(column.get("name"), str) and isinstance(column.get("separator") or "", str)
+    if kind in ("category", "categories"):
+        values = column.get("values")
+        is_right &= isinstance(values, list) and all(isinstance(value, str) for value in values)
+    elif kind == "number":
+        is_right &= _is_finite(column.get("mean")) and _is_finite(column.get("deviation"))
+        is_right &= isinstance(column.get("logarithm"), bool) and column["deviation"] != 0
+    elif kind in ("vector", "text"):
+        width = column.get("width")
+        is_right &= type(width) is int and 1 <= width <= LARGEST_WIDTH
+        is_right &= _is_finite(column.get("scale")) and column["scale"] != 0
+    if not is_right:
+        raise ValueError(f"item features: {column!r:.200} is no column of the kind {kind} that was fitted")
+
+
+def _is_finite(value: Any) -> bool:
+    # An integer of JSON may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _width(column: Mapping[str, Any]) -> int:

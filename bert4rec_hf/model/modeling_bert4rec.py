@@ -3,11 +3,13 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, initialization
 from transformers.activations import ACT2FN
@@ -21,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .catalogue import CatalogueMixin
 from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
 from .explanation import ExplanationMixin
+from .folder_checks import check_links, check_weight_files
 from .history_scores import HistoryScores
 from .item_features import ItemProjection
 from .losses import IGNORE_INDEX, item_loss
@@ -303,6 +306,39 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Bert4RecLayer, "attentions": Bert4RecAttention}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, use_safetensors: bool | None = True, **kwargs: Any
+    ) -> Any:
+        """Load a model, as in Transformers. A folder is data: nothing in it runs, and nothing leads out of it.
+
+        Args:
+            pretrained_model_name_or_path: A folder or Hub id.
+            model_args: As in Transformers.
+            use_safetensors: Whether only safetensors are read. None: also pickles, by PyTorch's `weights_only` loader.
+            kwargs: As in Transformers.
+
+        Raises:
+            OSError: If there are no weights.
+            ValueError: If a file is damaged, if files do not belong together, or if a path leads out of the folder.
+        """
+        name = pretrained_model_name_or_path
+        if name is not None and os.path.isdir(name):
+            check_links(name)
+        try:
+            return super().from_pretrained(name, *model_args, use_safetensors=use_safetensors, **kwargs)
+        except (SafetensorError, AttributeError, KeyError, RecursionError) as error:
+            raise ValueError(f"the weights of {name} cannot be read: {type(error).__name__}: {error}") from error
+
+    # This private method is overridden, since Transformers calls it when the files are known and no memory is taken.
+    @staticmethod
+    def _load_pretrained_model(
+        model: "Bert4RecPreTrainedModel", state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if checkpoint_files:
+            check_weight_files(model, checkpoint_files, model.config.name_or_path)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -104,6 +104,11 @@ class SequentialRecommendationPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model.eval()  # a model that has just been trained is in training mode
+        if not hasattr(self.tokenizer, "item_ids_to_token_ids"):
+            raise ValueError(
+                f"expected a Bert4RecTokenizer; got {type(self.tokenizer).__name__}: give the tokenizer of the model's "
+                "folder, whose tokenizer_config.json names it"
+            )
         if len(self.tokenizer) != self.model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(self.tokenizer)} token ids, the model {self.model.config.vocab_size}: give "

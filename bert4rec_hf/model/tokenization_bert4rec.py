@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, UNK_TOKEN_ID
+from .folder_checks import check_links
 from .item_features import ItemFeatures, SparseRows, as_columns
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,27 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         if item_features_file:
             self.item_features = ItemFeatures.from_json(Path(item_features_file).read_text("utf-8"))
         self._read_vocabulary()
+        _check_values("counts", self._counts, self.num_items, int)
+        _check_values("titles", self._titles, self.num_items, str | None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a tokenizer, as in Transformers.
+
+        Raises:
+            OSError: If there is no tokenizer.
+            ValueError: If a file is damaged, or is a link out of the folder.
+        """
+        name = pretrained_model_name_or_path
+        if os.path.isdir(name):
+            check_links(name)
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # Transformers and tokenizers have errors of many types for damaged files
+            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"the tokenizer of {name} cannot be read: {problem}") from error
 
     @classmethod
     def from_items(
@@ -473,6 +495,14 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
     def _read_vocabulary(self) -> None:
         first = FIRST_ITEM_ID
         vocabulary = sorted(self._tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        expected = [*SPECIAL_TOKENS.values()]
+        if [token for token, _ in vocabulary[:first]] != expected or any(
+            number != place for place, (_, number) in enumerate(vocabulary)
+        ):
+            raise ValueError(
+                f"token ids must be the numbers from 0 on, and the first {first} {', '.join(expected)}; got "
+                f"{vocabulary[:4]!r:.80}"
+            )
         self._raw_ids = [_from_token(token) for token, _ in vocabulary[first:]]
         self._token_ids = {raw_id: token_id for token_id, raw_id in enumerate(self._raw_ids, start=first)}
 
@@ -487,8 +517,25 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
             self._titles = [named.get(raw_id, title) for raw_id, title in zip(self._raw_ids, old, strict=True)]
 
 
+def _check_values(name: str, values: Any, num_items: int, kind: Any) -> None:
+    """Raise ValueError if a list of items.json is not one of a value for each item."""
+    if values is None:
+        return
+    if not isinstance(values, list) or len(values) != num_items:
+        got = f"{len(values)} values" if isinstance(values, list) else f"{values!r:.80}"
+        raise ValueError(f"{name} of items.json must be a list of {num_items} values, one for each item; got {got}")
+    wrong = next((value for value in values if not isinstance(value, kind) or isinstance(value, bool)), None)
+    if wrong is not None or (kind is int and None in values):
+        raise ValueError(
+            f"{name} of items.json has {wrong!r:.80}; expected {'text' if kind is not int else 'integers'}"
+        )
+
+
 def _checked_types(event_types: Sequence[str], targets: Sequence[str] | None) -> dict[str, list[str]]:
     """The arguments of the tokenizer about event types. Raises if a target is not among the types."""
+    for names in (event_types, () if targets is None else targets):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"event types must be a list of texts; got {names!r:.80}")
     types = list(event_types)
     targets = types if targets is None else list(targets)
     missing = [name for name in targets if name not in types]

@@ -13,9 +13,9 @@ from ..data.rows import users_with_targets
 from ..defaults import default_num_transitions
 from ..evaluation.calibration import choose_weights, compare_targets, set_weights, weights_of
 from ..evaluation.seen_targets import check_targets, json_of_model
-from ..files import files_beside, write_file
+from ..files import files_beside, read_json, read_yaml, write_file
 from ..hub.load import load_model
-from ..hub.model_card import CALIBRATION_FILE, EVALUATION_FILE, RECIPE_FILE, write_model_card
+from ..hub.model_card import CALIBRATION_FILE, CALIBRATION_FORM, EVALUATION_FILE, RECIPE_FILE, write_model_card
 from ..hub.publish_code import publish_code as publish_code_into
 from ..model.history_scores import WEIGHT_FIELDS, HistoryScores
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
@@ -76,18 +76,18 @@ def calibrate_prepared(
     if not use_cpu and torch.accelerator.is_available():
         loaded.to(torch.accelerator.current_accelerator())
     comparisons = compare_targets(loaded, rows, tokenizer, batch_size=per_device_eval_batch_size)
-    before = (json_of_model(model, CALIBRATION_FILE) or {}).get("were_chosen", False)
+    before = (json_of_model(model, CALIBRATION_FILE, CALIBRATION_FORM) or {}).get("were_chosen", False)
     record = choose_weights(comparisons, weights_of(config), were_chosen=before)
     record |= {"source": os.path.basename(preparation["source"])}
     if record["adopted"]:
         set_weights(config, record["weights"])
         folder = Path(model)
-        has_code = "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
+        has_code = "auto_map" in read_json(folder / "config.json", {})
         (folder / EVALUATION_FILE).unlink(missing_ok=True)
         with files_beside(folder, last_file="config.json") as beside:
             loaded.save_pretrained(beside)
             if (folder / RECIPE_FILE).is_file():
-                recipe = yaml.safe_load((folder / RECIPE_FILE).read_text("utf-8"))
+                recipe = read_yaml(folder / RECIPE_FILE)
                 recipe |= {name: getattr(config, name) for name in ("num_transitions", *WEIGHT_FIELDS.values())}
                 text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
                 (beside / RECIPE_FILE).write_text(text, "utf-8")

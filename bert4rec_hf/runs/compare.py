@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 
 from ..data.counting import item_counts
-from ..data.histories import PREPARATION_FILE, check_prepared, histories_files
+from ..data.histories import check_prepared, histories_files, read_preparation
 from ..data.rows import target_ids_of
 from ..evaluation.compare import (
     COMPARISON_FILES,
@@ -125,7 +125,7 @@ def _columns(
     """For each column, its value for each item of a model's catalogue, or None for an event column of the data."""
     if items is not None and not slice_by:
         raise ValueError(f"--items is for --slice_by; got {items} alone: leave it out, or name columns")
-    event_columns = json.loads((Path(data) / PREPARATION_FILE).read_text("utf-8"))["columns"].get("event_columns", [])
+    event_columns = read_preparation(data)["columns"].get("event_columns") or []
     table, of_items = None, [column for column in slice_by if column not in event_columns]
     if of_items:
         check_model(model)

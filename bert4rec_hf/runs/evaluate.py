@@ -16,7 +16,7 @@ from ..evaluation.baselines import baseline_ranks
 from ..evaluation.metrics import ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.report import check_report_folder, evaluation_report, write_report
 from ..evaluation.target_sets import set_metrics, target_sets
-from ..hub.model_card import add_evaluation, read_calibration, read_evaluations, write_model_card
+from ..hub.model_card import add_evaluation, read_calibration, read_card_files, write_model_card
 from ..model.losses import IGNORE_INDEX
 from ..serving.rules import Rules
 from ..training.trainer import SERVED_LIST_LENGTH
@@ -97,7 +97,7 @@ def evaluate_prepared(
         model, data, part, streaming=streaming, max_eval_samples=max_eval_samples, timestamps=targets == "all"
     )
     if os.path.isdir(model):
-        read_evaluations(model)  # raises before the ranking if evaluation.json is damaged
+        read_card_files(model)  # raises before the ranking if a file is damaged
     rows, histories, preparation, num_items = task.rows, task.histories, task.preparation, task.tokenizer.num_items
     sets = None
     if targets == "all":

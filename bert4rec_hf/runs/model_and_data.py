@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
 from ..data.histories import AnyHistories, Histories, read_prepared, stream_prepared
-from ..data.item_tables import ITEM_TABLE_FILE
+from ..data.item_tables import ITEM_TABLE_FILE, read_stored_table
 from ..data.rows import ranking_rows
 from ..defaults import default_architecture, default_start_with_mean
 from ..evaluation.seen_targets import check_targets, with_period_of
@@ -107,7 +106,7 @@ def _continued_model(
     table = item_table(data, folder)
     if model.config.num_item_features and table is not None:
         # New items without events in the log keep the vectors of their features; see `start_new_items` for the others.
-        columns = pq.read_table(table).to_pydict()
+        columns = read_stored_table(table).to_pydict()
         known = dict(zip(columns["item_id"], range(len(columns["item_id"])), strict=True))
         places = [known.get(item) for item in catalogue.items]
         items = {

@@ -4,8 +4,7 @@ import logging
 import os
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from ..data.item_tables import read_stored_table
 from ..data.rows import users_with_targets
 from ..evaluation.protocol import Protocol
 from ..training.new_items import learn_item_projection, offer_new_items
@@ -37,7 +36,7 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
             "the vectors of new items are made without FSDP: bert4rec update-items %s --data %s", args.output_dir, data
         )
         return None
-    record = learn_item_projection(model, tokenizer, pq.read_table(trainer.item_table).to_pydict())
+    record = learn_item_projection(model, tokenizer, read_stored_table(trainer.item_table).to_pydict())
     histories, _, preparation = read_histories(data, args.streaming, tokenizer)
     record |= {"offset": model.config.new_item_offset}
     if record["num_new_items"] and trainer.protocol is not None:

@@ -24,7 +24,7 @@ from ..evaluation.baselines import baseline_ranks
 from ..evaluation.calibration import set_weights, weights_of
 from ..evaluation.protocol import Protocol
 from ..evaluation.seen_targets import json_of_model, last_trained_time
-from ..hub.model_card import CALIBRATION_FILE
+from ..hub.model_card import CALIBRATION_FILE, CALIBRATION_FORM
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.progress import BriefProgress
@@ -149,7 +149,7 @@ def train_prepared(
     for callback in callbacks:
         trainer.add_callback(callback)
     if model_name_or_path is not None:
-        calibration = json_of_model(model_name_or_path, CALIBRATION_FILE) or {}
+        calibration = json_of_model(model_name_or_path, CALIBRATION_FILE, CALIBRATION_FORM) or {}
         trainer.weights_were_chosen = calibration.get("were_chosen", False)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(BriefProgress)

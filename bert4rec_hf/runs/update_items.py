@@ -1,6 +1,5 @@
 """`bert4rec update-items` as a function."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,13 +11,13 @@ import pyarrow.parquet as pq
 import yaml
 
 from ..data.histories import check_prepared
-from ..data.item_tables import ITEM_TABLE_FILE, read_item_table
+from ..data.item_tables import ITEM_TABLE_FILE, read_item_table, read_stored_table
 from ..data.rows import users_with_targets
 from ..data.text_encoder import with_text_vectors
 from ..evaluation.seen_targets import json_of_model
-from ..files import folder_beside
+from ..files import folder_beside, read_json, read_yaml
 from ..hub.load import load_model
-from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, RECIPE_FILE, write_model_card
+from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, NEW_ITEMS_FORM, RECIPE_FILE, write_model_card
 from ..hub.publish_code import publish_code as publish_code_into
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
@@ -94,7 +93,7 @@ def update_items(
     titles = dict(zip(columns["item_id"], columns.get("title", ()), strict=False))
     before = list(tokenizer.titles or [None] * tokenizer.num_items)
     record: dict[str, Any] = {"num_new": tokenizer.num_items}
-    new_items: dict[str, Any] | None = json_of_model(source, NEW_ITEMS_FILE)
+    new_items: dict[str, Any] | None = json_of_model(source, NEW_ITEMS_FILE, NEW_ITEMS_FORM)
     if data is not None:
         new_items = learn_item_projection(loaded, tokenizer, merged.to_pydict())
     loaded.add_items(tokenizer, columns, titles)
@@ -150,7 +149,7 @@ def _merged(path: Path, table: pa.Table) -> pa.Table:
     """The item table of the folder, with the rows and columns of the new one in place of its own."""
     if not path.is_file():
         return table
-    old = pq.read_table(path)
+    old = read_stored_table(path)
     given = set(table["item_id"].to_pylist())
     is_kept = pa.array([item not in given for item in old["item_id"].to_pylist()])
     lacking = [name for name in old.column_names if name not in table.column_names]
@@ -180,7 +179,7 @@ def _write(
     names = {path.name for path in source.iterdir() if path.is_file()}
     if destination.resolve() != source.resolve() and destination.is_dir() and any(destination.iterdir()):
         raise ValueError(f"{destination} is not empty; choose another --output")
-    has_code = "auto_map" in json.loads((source / "config.json").read_text("utf-8"))
+    has_code = "auto_map" in read_json(source / "config.json", {})
     with folder_beside(destination, last_file="config.json", own_files=lambda folder: names) as folder:
         for name in names:
             if not name.endswith(".safetensors") and name not in (EVALUATION_FILE, "model.safetensors.index.json"):
@@ -189,7 +188,7 @@ def _write(
         tokenizer.save_pretrained(folder)
         pq.write_table(table, folder / ITEM_TABLE_FILE, compression="zstd")
         if (folder / RECIPE_FILE).is_file():
-            recipe = yaml.safe_load((folder / RECIPE_FILE).read_text("utf-8"))
+            recipe = read_yaml(folder / RECIPE_FILE)
             recipe["new_item_offset"] = loaded.config.new_item_offset
             (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True), "utf-8")
         if new_items is not None:

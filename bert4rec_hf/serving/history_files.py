@@ -14,15 +14,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..data.histories import PREPARATION_FILE
+from ..data.histories import PREPARATION_FILE, read_preparation
 from ..data.histories import histories_files as prepared_files
-from ..data.logs import open_log
+from ..data.logs import LIBRARY_ERRORS, open_log
 from ..model.pipeline import IGNORED_KEYS, check_keys, described, events_of, is_event
 
 # Number of histories that are read at once.
 ROWS_PER_BATCH = 8192
 # Number of histories of a Parquet file in one part.
 ROWS_PER_PART = 16 * ROWS_PER_BATCH
+# Longest line of JSON lines, in characters.
+MAX_LINE_LENGTH = 2**27
 EXAMPLE = '{"user_id": "7", "item_id": ["50", "172"]}'
 
 Request = dict[str, list[str | int]]
@@ -185,7 +187,10 @@ def read_item_ids(path: str | os.PathLike) -> list[str]:
     kind = table.item_id.type()
     if not (kind.is_string() or kind.is_integer()):
         raise ValueError(f"item_id of {path} must be text or integers, one id per row; got {kind}")
-    items = table.select(item_id=table.item_id.cast("string")).to_pyarrow()["item_id"].to_pylist()
+    try:
+        items = table.select(item_id=table.item_id.cast("string")).to_pyarrow()["item_id"].to_pylist()
+    except LIBRARY_ERRORS as error:
+        raise log.error(error) from error
     if None in items:
         raise ValueError(f"{path}, row {items.index(None)} (the first is 0): item_id is empty; {expected}")
     return items
@@ -215,9 +220,9 @@ def _event_columns(path: str) -> list[str]:
     preparation = Path(path).with_name(PREPARATION_FILE)
     if not preparation.is_file() or Path(path) not in prepared_files(Path(path).parent):
         return []
-    columns = json.loads(preparation.read_text("utf-8"))["columns"]
+    columns = read_preparation(preparation.parent)["columns"]
     weights = ["weight"] if columns.get("weight_column") is not None else []
-    return columns.get("event_columns", []) + weights
+    return (columns.get("event_columns") or []) + weights
 
 
 def _columns(names: Sequence[str], source: str, event_columns: Collection[str] = ()) -> list[str]:
@@ -273,7 +278,7 @@ def _json_batches(path: str, user_type: pa.DataType | None) -> Iterator[Batch]:
         place = f"{path}, line {number}"
         try:
             row = json.loads(line, object_pairs_hook=_object)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: expected a JSON object, as in {EXAMPLE}; {error}") from error
         keys = tuple(row)
         if keys not in names:
@@ -306,7 +311,10 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
         is_gzipped = file.read(2) == b"\x1f\x8b"
     with (gzip.open if is_gzipped else open)(path, "rt", encoding="utf-8-sig") as text:
         try:
-            for number, line in enumerate(text, start=1):
+            # A line may be endless in a compressed file of a few bytes.
+            for number, line in enumerate(iter(lambda: text.readline(MAX_LINE_LENGTH), ""), start=1):
+                if len(line) == MAX_LINE_LENGTH:
+                    raise ValueError(f"{path}, line {number}: a line may have {MAX_LINE_LENGTH:,} characters")
                 if line.strip() and not line.lstrip().startswith("{"):
                     raise ValueError(
                         f"{path} is neither a Parquet file nor JSON lines, as in {EXAMPLE}: line {number} is "

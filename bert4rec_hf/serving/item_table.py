@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..data.item_tables import read_item_table
-from ..data.logs import first_lines
+from ..data.logs import without_advice
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .conditions import condition_sql
@@ -135,8 +135,7 @@ class ItemTable:
             ) from error
         except duckdb.Error as error:
             raise ValueError(
-                f"condition {condition!r:.100} does not fit the columns of {self.source}: "
-                f"{first_lines(error).partition(' LINE 1:')[0]}"
+                f"condition {condition!r:.100} does not fit the columns of {self.source}: {without_advice(error)}"
             ) from error
         finally:
             timer.cancel()

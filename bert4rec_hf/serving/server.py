@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-import yaml
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..files import read_yaml
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..version import __version__
 from .event_store import EventStore
@@ -653,12 +653,9 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
 
 def _read_rules_file(path: str) -> dict[str, Any]:
     try:
-        rules = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return read_yaml(path)
+    except OSError as error:
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(rules, dict) or not all(isinstance(name, str) for name in rules):
-        raise ValueError(f"{path} must be a mapping of names to rules; got {rules!r:.100}")
-    return rules
 
 
 def _listen(host: str, port: int) -> socket.socket:

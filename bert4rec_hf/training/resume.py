@@ -1,17 +1,16 @@
 """The start of a run: whether it may write into a folder, whether it can resume, and its start as a checkpoint."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.histories import PREPARATION_FILE
+from ..data.histories import PREPARATION_FILE, read_preparation
+from ..files import read_yaml
 from ..hub.model_card import RECIPE_FILE
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.history_scores import WEIGHT_FIELDS
@@ -54,8 +53,7 @@ def check_resumable(
     if Bert4RecTokenizer.from_pretrained(checkpoint).items != tokenizer.items:
         other = ["another catalogue"]
     else:
-        own = Path(checkpoint) / PREPARATION_FILE
-        trained = json.loads(own.read_text("utf-8")) if own.is_file() else preparation
+        trained = read_preparation(checkpoint) if (Path(checkpoint) / PREPARATION_FILE).is_file() else preparation
         other = [f"other {name}" for name in ("split", "filters", "statistics") if trained[name] != preparation[name]]
     if other:
         raise ValueError(
@@ -74,7 +72,7 @@ def check_resumable(
             f"{checkpoint} has {'; '.join(other)}: a resumed run keeps its architecture; leave these options out"
         )
     recipe = Path(checkpoint) / RECIPE_FILE
-    recorded = yaml.safe_load(recipe.read_text("utf-8")) if recipe.is_file() else {}
+    recorded = read_yaml(recipe) if recipe.is_file() else {}
     asked = args.to_dict()
     other = [
         f"{name}={recorded[name]}, not {asked[name]}"

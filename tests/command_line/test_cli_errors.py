@@ -298,8 +298,8 @@ def test_a_file_of_histories_that_is_no_parquet_leaves_nothing_behind(model, log
     [
         ("mask_rato: 0.3\n", r"unknown key 'mask_rato' in .*recipe\.yaml; did you mean mask_ratio\?"),
         ("hidden-size: 3\n", r"did you mean hidden.size\?|hidden_size must be a multiple"),
-        ("- mask_ratio\n", r"must be a mapping of options to values; got \['mask_ratio'\]"),
-        ("mask_ratio: [\n", r"cannot read the recipe .*recipe\.yaml"),
+        ("- mask_ratio\n", r"must be a mapping of names to values; got \['mask_ratio'\]"),
+        ("mask_ratio: [\n", r"the recipe .*recipe\.yaml is no YAML that can be read"),
         ("mask_ratio: much\n", r"--mask_ratio.*invalid float value: 'much'"),
         ("config: other.yaml\n", r"config in .*recipe\.yaml is for the command line only"),
     ],
@@ -315,7 +315,7 @@ def test_a_bad_recipe_is_one_line_that_names_the_nearest_known_key(data, tmp_pat
 def test_a_recipe_that_is_missing_or_no_text_is_named(tmp_path):
     assert "cannot read the recipe nowhere.yaml" in fail("train", "--config", "nowhere.yaml")
     (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\xfd")
-    assert "cannot read the recipe" in fail("train", "--config", tmp_path / "recipe.yaml")
+    assert "recipe.yaml is no YAML that can be read" in fail("train", "--config", tmp_path / "recipe.yaml")
     assert "--config: expected one argument" in fail("train", "--config")
 
 

@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 import yaml
+from folder_files import preparation_of
 from huggingface_hub import ModelCard
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, prepare
@@ -110,8 +111,7 @@ def test_groups_of_users_stand_in_the_table_and_in_the_metadata(folder):
     ("source", "datasets", "kind"), [("ml-100k", ["ml-100k"], "ml-100k"), ("my lög (1).csv", None, "my-l-g-1")]
 )
 def test_only_a_named_dataset_is_in_the_metadata(folder, source, datasets, kind):
-    preparation = {"source": source, "statistics": {"num_training_events": 5, "num_training_users": 2}}
-    (folder / "preparation.json").write_text(json.dumps(preparation))
+    (folder / "preparation.json").write_text(json.dumps(preparation_of(source)))
     add_evaluation(folder, {"protocol": PROTOCOL, "metrics": {"HR@10": 0.5}})
     write_model_card(folder)
     data = read(folder).data
@@ -154,8 +154,7 @@ def test_the_printed_command_prepares_the_same_data(folder, tmp_path, monkeypatc
 
 def test_numbers_of_another_log_stand_under_its_name(folder):
     record = {"source": "old.csv", "protocol": PROTOCOL, "metrics": {"HR@10": 0.5}}
-    statistics = {"num_training_events": 5, "num_training_users": 2}
-    (folder / "preparation.json").write_text(json.dumps({"source": "old.csv", "statistics": statistics}))
+    (folder / "preparation.json").write_text(json.dumps(preparation_of("old.csv")))
     add_evaluation(folder, record)
     add_evaluation(folder, record | {"source": "newer.parquet"})
     add_evaluation(folder, record | {"source": "newer.parquet", "metrics": record["metrics"] | {"HR@10": 0.125}})

@@ -9,6 +9,7 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from folder_files import preparation_of
 
 from bert4rec_hf.serving import history_files
 from bert4rec_hf.serving.history_files import divide, read_frame, read_item_ids, read_part
@@ -259,7 +260,7 @@ def test_what_prepare_writes_is_no_unknown_column(tmp_path):
     with pytest.raises(ValueError, match="unknown key 'device'"):
         read(tmp_path / "histories.parquet")
     # Event columns may have any name. The file beside the histories says which they are.
-    preparation = {"columns": {"event_columns": ["device", "exclude"]}}
+    preparation = preparation_of(columns={"event_columns": ["device", "exclude"]})
     (tmp_path / "preparation.json").write_text(json.dumps(preparation))
     (tmp_path / "items.json").write_text("{}")
     assert read(tmp_path / "histories.parquet") == read(tmp_path) == (["a"], [{"history": ["10"]}])

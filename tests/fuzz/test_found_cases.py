@@ -1,0 +1,46 @@
+"""Inputs that fuzzing has found faults with, and a few new ones for each reader. `make test-fuzz` has many."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from readers import Fuzzer
+
+DEEP = b'{"a":' * 100_000
+# For each reader, inputs that once left it with another error than those that the command line shows as one line.
+FOUND = {
+    "files of item ids": [b"item_id,x\ni1,,2\ni2,3", b"item_id,x\ni1,2\ni2", b"item_id,x\ni\xcf7,2\n"],
+    "histories files: values": [DEEP],
+    "config.json": [b"null", DEEP, b'{"model_type": "bert4rec", "dtype": []}'],
+    "items.json": [b"null", DEEP, b'{"counts": {}, "titles": {"+": 1}}'],
+    "item_features.json": [DEEP, b"[]", b'{"columns": [{"kind": "category"}]}'],
+    "preparation.json, for the card": [b"{}", DEEP],
+    "evaluation.json, for the card": [b"[1]", b"{}", DEEP],
+    "training.json, for the card": [b"{}", DEEP],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    fuzzer = Fuzzer(tmp_path_factory.mktemp("fuzz"))
+    yield fuzzer
+    fuzzer.close()
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_fuzzing_has_found_is_refused_in_one_line(fuzzer, name):
+    for content in FOUND[name]:
+        with pytest.raises(ValueError) as found:  # noqa: PT011 - the messages are those of many readers
+            fuzzer.readers[name].read(content)
+        assert type(found.value) is ValueError
+
+
+def test_a_few_new_inputs_for_each_reader(fuzzer):
+    faults = {reader.name: fuzzer.run(reader, 2).faults for reader in fuzzer.readers.values()}
+    assert not any(faults.values()), {name: kinds for name, kinds in faults.items() if kinds}
