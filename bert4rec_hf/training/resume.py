@@ -129,7 +129,7 @@ def _check_rows_a_step(checkpoint: Path, recorded: Mapping[str, Any], args: Trai
         return
     advice = f"set --per_device_train_batch_size {before // others}"
     if before % others:
-        advice = f"start a number of processes that divides {before}"
+        advice = f"choose a number of processes, times --gradient_accumulation_steps, that divides {before}"
     raise ValueError(
         f"{checkpoint} was trained with {before} rows a step over {processes} process{'es' if processes > 1 else ''}; "
         f"got {now} over {args.world_size}: a resumed run keeps its rows a step; {advice}"

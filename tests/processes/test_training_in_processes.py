@@ -38,27 +38,29 @@ def train(data: Path, output: Path, num_processes: int, *words: str, fsdp: bool 
     return launch(num_processes, words, output.parent, fsdp, **variables).stderr
 
 
-def metrics(folder: Path, said: str) -> dict[str, float]:
+def last_step(folder: Path, said: str) -> tuple[dict[str, float], dict]:
+    """Metrics and weights of the last step. An earlier one may be the best, which would show nothing."""
+    last = folder / "checkpoint-20"
     assert (folder / "evaluation.json").is_file(), said[-3000:]
-    (record,) = json.loads((folder / "evaluation.json").read_text())
-    return record["metrics"]
+    (record,) = json.loads((last / "evaluation.json").read_text())
+    return record["metrics"], load_file(last / "model.safetensors")
 
 
 def assert_equal_runs(one: Path, other: Path, said: str) -> None:
     """Weights and loss are equal up to rounding. Rounding may exchange a target and an item of nearly equal score."""
-    expected, found = metrics(one, said), metrics(other, said)
-    assert found["loss"] == pytest.approx(expected["loss"], abs=2e-4)
+    (expected, weights), (found, of_other) = last_step(one, said), last_step(other, said)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
     for name in ("HR@10", "NDCG@10", "MRR"):
         assert found[name] == pytest.approx(expected[name], abs=1 / NUM_USERS)
-    weights, of_other = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert max(float((weights[name] - of_other[name]).abs().max()) for name in weights) < 5e-3
+    # From step 5 to step 20, they change by up to .07.
+    assert max(float((weights[name] - of_other[name]).abs().max()) for name in weights) < 1e-3
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory) -> Path:
     """The model of an unbroken run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "model"
-    metrics(folder, train(data, folder, 1))
+    last_step(folder, train(data, folder, 1))
     return folder
 
 

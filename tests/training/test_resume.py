@@ -105,12 +105,9 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(
         data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*: increase", num_train_epochs=0.5
     )
-    resume(
-        data,
-        "was trained with 32 rows a step over 1 process; got 16 over 1: .* size 32$",
-        per_device_train_batch_size=16,
-    )
-    resume(data, "got 64 over 1: .* start a number of processes that divides 32$", gradient_accumulation_steps=64)
+    rows = "was trained with 32 rows a step over 1 process; got {} over 1: a resumed run keeps its rows a step; {}$"
+    resume(data, rows.format(16, "set --per_device_train_batch_size 32"), per_device_train_batch_size=16)
+    resume(data, rows.format(2048, "choose a number .* that divides 32"), gradient_accumulation_steps=64)
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     model_only = tmp_path / "checkpoint-10"
     shutil.copytree(tmp_path / "run" / "checkpoint-10", model_only, ignore=shutil.ignore_patterns("optimizer*"))
