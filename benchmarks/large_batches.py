@@ -243,7 +243,7 @@ def main() -> None:
         f"{named_seeds(options.seeds)}, {options.epochs:g} epochs; {machine(torch.get_num_threads())}; "
         f"`benchmarks/large_batches.py {given}{' --test' if options.test else ''}`",
         "",
-        "| way | changes of the defaults | steps | validation NDCG@10 | beside batches of 32 | test NDCG@10 | minutes |",
+        "| way | changes of the defaults | steps | validation NDCG@10 | beside 32 | test NDCG@10 | minutes |",
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
