@@ -475,7 +475,8 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         f"- **Preparation.** In proportion to the last two points, {events:,} events would take one core "
         f"{prepared[0] / 3600:.1f} hours and {prepared[1]:,.0f} GiB: with a memory limit, 100 million events took 2.7 "
         "GiB ([Logs larger than memory](prepare_large.md), `benchmarks/prepare_large.py`). `prepare` takes a table of "
-        "Spark or a warehouse as well; `make test-spark` shows that the result is equal on two workers, and its speed has "
+        "Spark or a warehouse as well; `make test-spark` shows that the result is equal on two "
+        "workers, and its speed has "
         f"not been measured. The tokenizer, which every process has, would take {tokenizer[0]:.0f} seconds and "
         f"{tokenizer[1]:.0f} GiB.",
         f"- **Ranking all users once.** Exactly, {num_users * ranking_seconds(num_items) / 3600:.0f} GPU hours. By "
