@@ -455,9 +455,9 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         "",
         f"- **GPUs.** By memory, the fewest at hidden size {', '.join(map(str, widths))}: {fewest}. Where one holds "
         "it, `recipes/accelerate/one_gpu.yaml`, nothing is sharded. Every step moves the whole table, so that an epoch "
-        "is shortened by larger batches first, and by more GPUs only with these. Batches above 1,024 histories, the "
-        "most that the package chooses itself, need their learning rate found. Between nodes a link is some ten times "
-        "slower.",
+        "is shortened by larger batches first, and by more GPUs only with these. Batches above 1,024 histories are "
+        "more than the package chooses itself; [what large batches cost](large_batches.md) in quality is measured on a "
+        "small log only (`benchmarks/large_batches.py`). Several nodes have not been measured.",
         "- **Loss.** The sampled softmax. The full one makes so few labels' logits at a time that moving the table's "
         "gradient costs most; `losses.MAX_LOGITS_PER_CHUNK` is what to raise on a GPU with the memory for it.",
         f"- **Optimizer.** With AdamW the item table takes {adamw:.0f} bytes a number, 8 of them moments. A second "
@@ -465,18 +465,26 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         f"Transformers has that. Above two million items take `--optim adafactor`, {factored:.1f} bytes: a second "
         "moment of one number a row and one a column, and no first. It runs on one GPU and under DDP, not on a table "
         f"that FSDP2 shards; there `--optim rmsprop`, a second moment alone, takes {second_moment:.0f}. What either "
-        "costs in quality has not been measured.",
+        "costs in quality has not been measured. The numbers an optimizer keeps are counted in "
+        "`tests/test_benchmarks.py` from a step of the Trainer.",
         f"- **Batches.** An epoch in {epoch / 3600:.2f} hours, on 8 GPUs, reads {num_users / epoch:,.0f} rows a "
         f"second; a process of `stream_training_rows` gives {rate:,.0f}: {math.ceil(num_users / epoch / rate):,} "
-        "data-loader workers, and as many Parquet files.",
+        'data-loader workers, and as many Parquet files. The rate is that of the last row of "By users". On 100 '
+        "million events in 6 Parquet files, `benchmarks/prepare_large.py` measured 20,823 ([Logs larger than "
+        "memory](prepare_large.md)).",
         f"- **Preparation.** In proportion to the last two points, {events:,} events would take one core "
-        f"{prepared[0] / 3600:.1f} hours and {prepared[1]:,.0f} GiB: take Spark or a warehouse, whose table `prepare` "
-        f"takes as well. The tokenizer, which every process has, would take {tokenizer[0]:.0f} seconds and "
+        f"{prepared[0] / 3600:.1f} hours and {prepared[1]:,.0f} GiB: with a memory limit, 100 million events took 2.7 "
+        "GiB ([Logs larger than memory](prepare_large.md), `benchmarks/prepare_large.py`). `prepare` takes a table of "
+        "Spark or a warehouse as well; `make test-spark` shows that the result is equal on two "
+        "workers, and its speed has "
+        f"not been measured. The tokenizer, which every process has, would take {tokenizer[0]:.0f} seconds and "
         f"{tokenizer[1]:.0f} GiB.",
         f"- **Ranking all users once.** Exactly, {num_users * ranking_seconds(num_items) / 3600:.0f} GPU hours. By "
         f"`ItemIndex`, {num_users * searched / 3600:,.0f} core hours after {num_items * built / 3.6e6:,.0f} to build "
         f"it, and {num_items * index_bytes / GIB:.0f} GiB, if each goes on growing with the power between its last two "
-        "points, and in proportion to the width.",
+        "points, and in proportion to the width. `bert4rec recommend` divides the files of histories among processes; "
+        "`tests/serving/test_bulk_processes.py` shows that two write what one writes, and their speed-up has not been "
+        "measured.",
     ]
 
 

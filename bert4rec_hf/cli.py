@@ -595,6 +595,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {one_line(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from .training.resume import is_of_lost_process
+
+        if not is_of_lost_process(error):
+            raise
+        print(
+            f"bert4rec {arguments[0]}: another process has ended early or cannot be reached: run the command again",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)
         return 130

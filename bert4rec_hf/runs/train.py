@@ -28,7 +28,14 @@ from ..hub.model_card import CALIBRATION_FILE, CALIBRATION_FORM
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.progress import BriefProgress
-from ..training.resume import BestCheckpointHere, StartIsCheckpoint, check_output, check_resumable, last_checkpoint
+from ..training.resume import (
+    BestCheckpointHere,
+    StartIsCheckpoint,
+    check_output,
+    check_resumable,
+    last_checkpoint,
+    named_if_lost,
+)
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import item_table, model_and_data, rows_for
 from .new_items import make_new_items
@@ -69,6 +76,7 @@ def train_prepared(
 
     Raises:
         TypeError: If a name in `architecture` is not a field of `Bert4RecConfig`.
+        ConnectionError: If another process of the run ends early.
         ValueError: If a folder is not a prepared folder or a model folder, if `output_dir` holds other files, if the
             checkpoint does not fit the run, or if the architecture differs from that of the model to train further, or
             that model has trained on the targets.
@@ -159,7 +167,7 @@ def train_prepared(
             checkpoint = last_checkpoint(Path(args.output_dir))
             if trainer.is_world_process_zero():
                 logger.warning("resuming from %s", checkpoint)
-        check_resumable(checkpoint, trainer.args, config, tokenizer, preparation)
+        check_resumable(checkpoint, trainer.args, config, tokenizer, preparation, trainer.is_fsdp_enabled)
         began = weights_of(Bert4RecConfig.from_pretrained(checkpoint))
         if began != weights_of(config):
             # The checkpoint's evaluations were under these weights. Those of a recipe may be calibrated already.
@@ -168,14 +176,15 @@ def train_prepared(
         trainer.add_callback(BestCheckpointHere)
     if args.eval_on_start:
         trainer.add_callback(StartIsCheckpoint(trainer))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if len(validation):
-        trainer.calibrate()
-    make_new_items(trainer, data)
-    if len(validation) and trainer.evaluated_step != trainer.state.global_step:
-        trainer.evaluate()
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # only the main process writes the folder; callers may read it at once
+    with named_if_lost(args):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if len(validation):
+            trainer.calibrate()
+        make_new_items(trainer, data)
+        if len(validation) and trainer.evaluated_step != trainer.state.global_step:
+            trainer.evaluate()
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()  # only the main process writes the folder; callers may read it at once
     training = trainer.training_record()
     if training is not None and trainer.is_world_process_zero():
         for warning in training["warnings"]:

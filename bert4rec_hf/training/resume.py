@@ -1,10 +1,12 @@
 """The start of a run: whether it may write into a folder, whether it can resume, and its start as a checkpoint."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,6 +20,8 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
 # Arguments that must not change in a resumed run, since its optimizer and scheduler were created with them.
 OPTIMIZER_ARGUMENTS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Weights and optimizer of a checkpoint that FSDP saved whole. Accelerate chooses these names.
+FSDP_WEIGHTS, FSDP_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -33,12 +37,13 @@ def check_resumable(
     config: Bert4RecConfig,
     tokenizer: Bert4RecTokenizer,
     preparation: Mapping[str, Any],
+    is_sharded: bool = False,
 ) -> None:
     """Raise ValueError if a run cannot resume from a checkpoint.
 
     The checkpoint must be complete, of the same architecture, catalogue and log, before the end of the run, and with
-    the same optimizer arguments as the run. The weights of counted scores may differ, as in the recipe of a run that
-    was calibrated.
+    the same optimizer arguments and rows a step as the run. The number of processes may differ, and so may the weights
+    of counted scores, as in the recipe of a run that was calibrated.
 
     Args:
         checkpoint: The folder of the checkpoint.
@@ -46,6 +51,7 @@ def check_resumable(
         config: The config of the run's model.
         tokenizer: The tokenizer of the run.
         preparation: The content of preparation.json of the run's data.
+        is_sharded: Whether FSDP shards the weights of the run.
     """
     if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
         found = f"{checkpoint} is no checkpoint" if checkpoint else f"{args.output_dir} has no checkpoint"
@@ -89,6 +95,12 @@ def check_resumable(
             f"{checkpoint} has the model only (save_only_model), not the optimizer to resume with: give the checkpoint "
             "as --model_name_or_path, and another --output_dir"
         )
+    if is_sharded and (Path(checkpoint) / "optimizer.pt").is_file():
+        raise ValueError(
+            f"{checkpoint} was saved without FSDP, which cannot resume from it: resume without FSDP, or give the "
+            "checkpoint as --model_name_or_path, and another --output_dir"
+        )
+    _check_rows_a_step(Path(checkpoint), recorded, args)
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     # At exactly max_steps, the Trainer would still take one more step.
     is_beyond = state.global_step >= args.max_steps if args.max_steps > 0 else state.epoch > args.num_train_epochs
@@ -98,6 +110,52 @@ def check_resumable(
             f"(num_train_epochs={args.num_train_epochs:g}, max_steps={args.max_steps}): increase --num_train_epochs or "
             "--max_steps"
         )
+
+
+def _check_rows_a_step(checkpoint: Path, recorded: Mapping[str, Any], args: TrainingArguments) -> None:
+    """Raise ValueError if a step of a run has other rows than one of the checkpoint.
+
+    The Trainer finds its place in an epoch by the number of steps.
+    """
+    processes = len(list(checkpoint.glob("rng_state*.pth")))  # each process saves its own
+    if not processes or "per_device_train_batch_size" not in recorded:
+        return
+    before = processes * recorded["per_device_train_batch_size"] * recorded.get("gradient_accumulation_steps", 1)
+    others = args.world_size * args.gradient_accumulation_steps
+    now = others * args.per_device_train_batch_size
+    if now == before:
+        return
+    advice = f"set --per_device_train_batch_size {before // others}"
+    if before % others:
+        advice = f"choose a number of processes, times --gradient_accumulation_steps, that divides {before}"
+    raise ValueError(
+        f"{checkpoint} was trained with {before} rows a step over {processes} process{'es' if processes > 1 else ''}; "
+        f"got {now} over {args.world_size}: a resumed run keeps its rows a step; {advice}"
+    )
+
+
+def is_of_lost_process(error: RuntimeError) -> bool:
+    """Whether PyTorch raised the error because another process of the run has ended or cannot be reached."""
+    # Gloo has no class of errors of its own.
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+
+
+@contextlib.contextmanager
+def named_if_lost(args: TrainingArguments) -> Iterator[None]:
+    """Raise a ConnectionError that says how to go on, if another process of the run ends early."""
+    try:
+        yield
+    except RuntimeError as error:
+        if args.world_size == 1 or not is_of_lost_process(error):
+            raise
+        assert args.output_dir is not None  # for the type checker
+        last = last_checkpoint(Path(args.output_dir))
+        advice = f"go on from {Path(last).name} with --resume_from_checkpoint last" if last else "start the run again"
+        raise ConnectionError(
+            f"process {args.process_index} of {args.world_size} has lost another one, which has ended or cannot be "
+            f"reached (without a message of its own, it was killed, for example for want of memory): {advice}; the "
+            "number of processes may change"
+        ) from error
 
 
 def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:

@@ -17,8 +17,10 @@ import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
     EvalLoopOutput,
@@ -54,6 +56,7 @@ from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import Bert4RecTrainingArguments
 from .learning_curve import training_record, write_training
 from .new_items import write_new_items
+from .resume import FSDP_OPTIMIZER, FSDP_WEIGHTS
 from .sampler import (
     SimilarLengthSampler,
     StreamedRowSampler,
@@ -224,6 +227,24 @@ class Bert4RecTrainer(Trainer):
         if self.args.load_best_model_at_end and self.state.best_global_step != self.evaluated_step:
             self.evaluated_step = None
         return output
+
+    # These private methods are overridden, since the Trainer refuses a checkpoint of FSDP in a run without it.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        weights = Path(resume_from_checkpoint) / FSDP_WEIGHTS
+        if self.is_fsdp_enabled or not weights.is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        whole = torch.load(weights, map_location="cpu", weights_only=True)
+        (self.model if model is None else model).load_state_dict(whole)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or not (Path(checkpoint) / FSDP_OPTIMIZER).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        by_name = torch.load(Path(checkpoint) / FSDP_OPTIMIZER, map_location="cpu", weights_only=True)
+        model, optimizer = self.accelerator.unwrap_model(self.model), self.optimizer.optimizer
+        set_optimizer_state_dict(model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.args.learning_rate is None:

@@ -12,34 +12,10 @@ import torch
 import yaml
 from chain_runs import free_port
 from log_and_model import HIDDEN_SIZE, answers, trainer_inputs, write_log_and_model
+from process_runs import FSDP, shard_without_gpus
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTrainer, Bert4RecTrainingArguments
 from bert4rec_hf.training.resume import StartIsCheckpoint
-
-RECIPE = Path(__file__).parent.parent.parent / "recipes" / "accelerate" / "fsdp.yaml"
-
-
-def shard_without_gpus() -> None:
-    """Let Accelerate shard over CPU processes.
-
-    AcceleratorState accepts FSDP on accelerators only. On CPUs it silently uses DDP instead. This function makes the
-    same settings for CPUs as AcceleratorState for GPUs. The plugin and `prepare` are those of Accelerate.
-    """
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    original = AcceleratorState.__init__
-
-    def as_on_gpus(self, *args, fsdp_plugin=None, **kwargs) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            assert self.distributed_type == DistributedType.MULTI_CPU
-            if self.mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self.mixed_precision)
-            self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = as_on_gpus
 
 
 def arguments(folder: Path) -> Bert4RecTrainingArguments:
@@ -92,7 +68,7 @@ def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp
     output, config = tmp_path / "output", tmp_path / "fsdp.yaml"
     data, start, model = write_log_and_model(tmp_path)
     on_two_cpus = {"num_processes": 2, "use_cpu": True, "mixed_precision": precision}
-    config.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | on_two_cpus))
+    config.write_text(yaml.safe_dump(yaml.safe_load(FSDP.read_text()) | on_two_cpus))
     # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
     outcome = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),

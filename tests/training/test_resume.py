@@ -3,9 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from chain_runs import SMALL, arguments, assert_equal_weights
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import TrainerCallback, pipeline, set_seed
 
 from bert4rec_hf import (
@@ -20,6 +24,7 @@ from bert4rec_hf import (
 )
 from bert4rec_hf.data.histories import stream_prepared
 from bert4rec_hf.data.rows import StreamedTrainingRows
+from bert4rec_hf.training.resume import FSDP_OPTIMIZER, FSDP_WEIGHTS, check_resumable, named_if_lost
 
 
 def test_a_checkpoint_is_a_full_model_folder(chain, tmp_path):
@@ -100,6 +105,9 @@ def test_a_run_is_resumed_only_as_what_it_was(chain, tmp_path):
     resume(
         data, r"is at epoch 1, step 10, at or beyond the end .*num_train_epochs=0.5.*: increase", num_train_epochs=0.5
     )
+    rows = "was trained with 32 rows a step over 1 process; got {} over 1: a resumed run keeps its rows a step; {}$"
+    resume(data, rows.format(16, "set --per_device_train_batch_size 32"), per_device_train_batch_size=16)
+    resume(data, rows.format(2048, "choose a number .* that divides 32"), gradient_accumulation_steps=64)
     resume(data, "is no checkpoint to resume from", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     model_only = tmp_path / "checkpoint-10"
     shutil.copytree(tmp_path / "run" / "checkpoint-10", model_only, ignore=shutil.ignore_patterns("optimizer*"))
@@ -159,3 +167,52 @@ def test_where_no_checkpoint_is_kept_the_last_step_is_the_model(chain, tmp_path)
     trainer = train_prepared(data, arguments(tmp_path / "run", max_steps=20, save_strategy="no"), **SMALL)
     assert trainer.evaluated_step == 20 == json.loads((tmp_path / "run" / "training.json").read_text())["chosen_step"]
     assert list((tmp_path / "run").glob("checkpoint-*")) == []
+
+
+def test_a_run_without_fsdp_goes_on_from_a_checkpoint_of_fsdp(chain, tmp_path):
+    data, _ = chain
+    options = {"num_train_epochs": 2, "save_strategy": "epoch", "eval_strategy": "no", "load_best_model_at_end": False}
+    options |= {"save_total_limit": None}
+    trainer = train_prepared(data, arguments(tmp_path / "whole", **options), **SMALL)
+    checkpoint = tmp_path / "resumed" / "checkpoint-10"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", checkpoint)
+    # FSDP saves weights under other names, and the state of the optimizer by the names of the weights.
+    model, optimizer = trainer.model, trainer.optimizer.optimizer
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    whole = StateDictOptions(full_state_dict=True)
+    torch.save(get_optimizer_state_dict(model, optimizer, options=whole), checkpoint / FSDP_OPTIMIZER)
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / FSDP_WEIGHTS)
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "model.safetensors").unlink()
+    train_prepared(data, arguments(tmp_path / "resumed", resume_from_checkpoint="last", **options), **SMALL)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_a_checkpoint_saved_without_fsdp_is_not_for_a_sharded_run(chain, tmp_path):
+    data, _ = chain
+    trainer = train_prepared(data, arguments(tmp_path / "run", num_train_epochs=1), **SMALL)
+    given = trainer.model.config, trainer.processing_class, trainer.preparation
+    with pytest.raises(ValueError, match="was saved without FSDP, which cannot resume from it: resume without FSDP"):
+        check_resumable(str(tmp_path / "run" / "checkpoint-10"), trainer.args, *given, is_sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "advice"),
+    [("checkpoint-7", "go on from checkpoint-7 with --resume_from_checkpoint last"), (None, "start the run again")],
+)
+def test_a_lost_process_is_named_with_what_to_do(tmp_path, checkpoint, advice):
+    if checkpoint is not None:
+        (tmp_path / checkpoint).mkdir()
+        (tmp_path / checkpoint / "trainer_state.json").write_text("{}")
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer")
+    args = SimpleNamespace(world_size=4, process_index=2, output_dir=str(tmp_path))
+    with (
+        pytest.raises(ConnectionError, match=f"process 2 of 4 has lost another one, .*: {advice}; "),
+        named_if_lost(args),
+    ):
+        raise lost
+    for error, processes in ((lost, 1), (RuntimeError("out of memory"), 4)):
+        args.world_size = processes
+        with pytest.raises(RuntimeError) as raised, named_if_lost(args):
+            raise error
+        assert raised.value is error
