@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import sqlglot
 
 from ..defaults import default_filter_seen_items, default_max_length
-from ..files import folder_beside
+from ..files import finished, folder_beside
 from ..model.item_features import ItemFeatures
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .histories import PARTS, PREPARATION_FILE, histories_file, histories_files, units_per_second
@@ -723,7 +723,7 @@ def _save_catalogue(
 def _check_output(output: Path) -> None:
     """Raise unless the folder is missing, empty, or from an earlier call."""
     if output.is_dir():
-        names = sorted(path.name for path in output.iterdir())
+        names = [path.name for path in finished(output)]
         # A model folder has a copy of preparation.json and a tokenizer, so it could be taken for a prepared folder.
         if any(name == "config.json" or name.endswith(".safetensors") for name in names):
             raise ValueError(f"{output} is a model folder; choose another --output")

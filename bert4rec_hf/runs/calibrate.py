@@ -13,10 +13,9 @@ from ..data.rows import ranking_rows, users_with_targets
 from ..defaults import default_num_transitions
 from ..evaluation.calibration import choose_weights, compare_targets, set_weights, weights_of
 from ..evaluation.seen_targets import check_targets, json_of_model
-from ..files import files_beside, write_file
+from ..hub.change import changed_model
 from ..hub.load import load_model
-from ..hub.model_card import CALIBRATION_FILE, EVALUATION_FILE, RECIPE_FILE, write_model_card
-from ..hub.publish_code import publish_code as publish_code_into
+from ..hub.model_card import CALIBRATION_FILE, RECIPE_FILE
 from ..model.history_scores import WEIGHT_FIELDS, HistoryScores
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..training.initialization import keep_transitions
@@ -85,18 +84,12 @@ def calibrate_prepared(
     record |= {"source": os.path.basename(preparation["source"])}
     if record["adopted"]:
         set_weights(config, record["weights"])
-        folder = Path(model)
-        has_code = "auto_map" in json.loads((folder / "config.json").read_text("utf-8"))
-        (folder / EVALUATION_FILE).unlink(missing_ok=True)
-        with files_beside(folder, last_file="config.json") as beside:
-            loaded.save_pretrained(beside)
+        with changed_model(Path(model), Path(model)) as folder:
+            loaded.save_pretrained(folder)
             if (folder / RECIPE_FILE).is_file():
                 recipe = yaml.safe_load((folder / RECIPE_FILE).read_text("utf-8"))
                 recipe |= {name: getattr(config, name) for name in ("num_transitions", *WEIGHT_FIELDS.values())}
                 text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
-                (beside / RECIPE_FILE).write_text(text, "utf-8")
-        if has_code:
-            publish_code_into(folder)
-        write_file(folder / CALIBRATION_FILE, json.dumps(record, indent=2) + "\n")
-        write_model_card(folder)
+                (folder / RECIPE_FILE).write_text(text, "utf-8")
+            (folder / CALIBRATION_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     return record

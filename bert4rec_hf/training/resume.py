@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.histories import PREPARATION_FILE
+from ..files import finished
 from ..hub.model_card import RECIPE_FILE
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.history_scores import WEIGHT_FIELDS
@@ -109,7 +110,7 @@ def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) 
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --output_dir")
-    names = sorted(path.name for path in folder.iterdir())
+    names = [path.name for path in finished(folder)]
     checkpoints = [name for name in names if name.startswith("checkpoint-")]
     if not names or (resume_from_checkpoint and checkpoints):
         return
