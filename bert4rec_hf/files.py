@@ -22,13 +22,22 @@ from uuid import uuid4
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".{name}.{random}.new"
+# In an unfinished folder: the new folder, and a file with the names of what moves from it into a folder that was empty.
+NEW, MOVING = "new", "moving"
 # Arguments of Linux's renameat2: paths are relative to the working folder, and the two paths change places.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def finished(folder: Path) -> list[Path]:
     """The entries of a folder, sorted by name, without what a process that was killed left unfinished."""
-    return sorted(path for path in folder.iterdir() if not _is_unfinished(path.name))
+    left, moved = [], set()
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") and path.name.endswith(".new"):
+            if (path / MOVING).is_file() and any((path / NEW).iterdir()):
+                moved.update((path / MOVING).read_text("utf-8").split("/"))
+        else:
+            left.append(path)
+    return [path for path in left if path.name not in moved]
 
 
 def unfinished_folder(path: Path) -> Path:
@@ -42,14 +51,7 @@ def name_unfinished(parent: Path, name: str) -> None:
     They stay, since they may also be of another process that writes at the same time, maybe on another machine.
     """
     for path in sorted(parent.glob(UNFINISHED.format(name=glob.escape(name), random="*"))):
-        logger.warning(
-            "%s is unfinished: another process writes it now, or was killed; if none writes %s, remove it",
-            path, parent / name,
-        )  # fmt: skip
-
-
-def _is_unfinished(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".new")
+        logger.warning("%s is unfinished: another process writes it now, or was killed; in that case, remove it", path)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -111,7 +113,7 @@ def folder_beside(
     is_fixed = destination.is_dir() and (destination.is_mount() or not os.access(destination.parent, os.W_OK))
     beside = destination if is_empty or is_fixed else destination.parent
     with _temporary_folder(beside, destination.name) as temporary:
-        folder = temporary / "new"
+        folder = temporary / NEW
         folder.mkdir()
         yield folder
         if not destination.exists():
@@ -120,6 +122,11 @@ def folder_beside(
             others = [path.name for path in finished(destination)]
             if others:
                 raise ValueError(f"{destination} was empty before and now holds {others[0]}: choose another --output")
+            earlier = list(destination.glob(f".*.new/{MOVING}"))
+            # Where the process is killed between two moves, the next one finds the list and fills the folder anew.
+            (temporary / MOVING).write_text("/".join(path.name for path in folder.iterdir()), "utf-8")
+            for path in earlier:
+                path.unlink()
             _move_entries(folder, destination, last_file)
         else:
             names = own_files(destination)

@@ -145,5 +145,6 @@ class StartIsCheckpoint(TrainerCallback):
         if state.global_step == 0 and state.best_metric is None and args.load_best_model_at_end:
             # These private methods are what the Trainer calls after each later evaluation.
             self.trainer._determine_best_metric(metrics, trial=None)
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            # This comes before saving, since the run may be resumed from this very checkpoint.
             state.best_model_checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-0")
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
