@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-require-hashe
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo test-daily-job lint notebooks docs release clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo test-daily-job test-faults lint notebooks docs release clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -71,6 +71,12 @@ test-demo: $(VENV)/demo/installed
 # Ten days of examples/daily_job.py, with a server.
 test-daily-job: $(VENV)/installed-dev
 	TEST_DAILY_JOB=1 $(BIN)/python -m pytest tests/daily_job
+
+# Commands that are killed, starved of disk, memory and permission, and long runs; needs root for its small file systems.
+test-faults: $(VENV)/installed-dev
+	$(BIN)/python tests/faults/killed.py
+	$(BIN)/python tests/faults/starved.py
+	$(BIN)/python tests/faults/soak.py
 
 # Mistakes, made one after another in a copy of the package: a test must notice each.
 test-mutations: $(VENV)/installed-dev

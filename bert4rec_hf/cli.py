@@ -50,7 +50,7 @@ from .command_line.output import (
     print_item,
     print_preparation,
 )
-from .command_line.parser import Parser, one_line, true_or_false
+from .command_line.parser import Parser, is_out_of_memory, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
 from .model.configuration_bert4rec import UNK_TOKEN_ID
 from .model.pipeline import events_of
@@ -590,6 +590,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OverflowError, OSError, ImportError, SafetensorError, yaml.YAMLError) as error:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.debug("traceback of the error", exc_info=True)
+        print(f"bert4rec {arguments[0]}: not enough memory: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)

@@ -109,3 +109,9 @@ def true_or_false(value: str) -> bool:
 def one_line(text: BaseException | str) -> str:
     """A text without line breaks."""
     return " ".join(str(text).split())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, or room for a further thread, is lacking. PyTorch says so by RuntimeError."""
+    texts = ("allocate memory", "out of memory", "bad_alloc", "start new thread", "bad allocation")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)

@@ -691,7 +691,10 @@ def _most_in_a_minute(times: pa.Array) -> int:
 
 def _write_parquet(table: ir.Table, path: Path) -> None:
     if table.get_backend().name == "duckdb":
-        table.to_parquet(path, compression="zstd", row_group_size=ROW_GROUP_SIZE)
+        try:
+            table.to_parquet(path, compression="zstd", row_group_size=ROW_GROUP_SIZE)
+        except duckdb.Error as error:
+            raise OSError(f"cannot write {path}: {first_lines(error)}") from error
         return
     schema = table.schema().to_pyarrow()
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:

@@ -440,6 +440,7 @@ class Bert4RecTrainer(Trainer):
         stale: set[str] = set()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_without_tokens(self.args))
+            stack.enter_context(_writing(folder))
             new, old_weights = folder, _weights_digest(folder) if self.args.should_save else None
             # Without DeepSpeed, one process writes. With it, all do, into the same folder.
             if self.args.should_save and not self.is_deepspeed_enabled:
@@ -465,7 +466,8 @@ class Bert4RecTrainer(Trainer):
             if self.args.should_save and self.unfinished.exists():
                 shutil.rmtree(self.unfinished)  # of a run that was killed
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            with _writing(place):
+                super()._save_checkpoint(model, trial)
             made = self.unfinished / place.name
             if self.state.best_model_checkpoint == str(made):
                 self.state.best_model_checkpoint = str(place)
@@ -671,6 +673,17 @@ def _without_tokens(args: TrainingArguments) -> Iterator[None]:
     finally:
         for name, value in tokens.items():
             setattr(args, name, value)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raise OSError where torch.save could not write, which says so by RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "file write" in str(error):
+            raise OSError(f"cannot write {folder}: {error}") from error
+        raise
 
 
 def _collator(

@@ -1,6 +1,6 @@
 """Commands without disk space, permission or memory, and with files that vanish or change while they run.
 
-`python tests/faults/starved.py [NAME]` prints a line for each run and ends with status 1 if one had no clear error or
+`python tests/faults/starved.py [FAULT [COMMAND]]` prints a line for each run and ends with status 1 if one had no clear error or
 lost what was there before. `make test-faults` runs it, as root, since it mounts small file systems in memory.
 
 A clear error is exit status 2, with one line of standard error that begins with "bert4rec COMMAND: " and comes last,
@@ -286,12 +286,13 @@ def little_memory(base: Path, report: Report, commands: list[Scenario]) -> None:
             shutil.rmtree(folder)
 
 
-def main(only: str = "") -> int:
+def main(only: str = "", command: str = "") -> int:
     begun = time.monotonic()
     import_everything()
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary).resolve()
-        commands = [scenario for scenario in scenarios(base) if scenario.name != "prepare, empty folder"]
+        commands = [scenario for scenario in scenarios(base) if scenario.name.startswith(command)]
+        commands = [scenario for scenario in commands if scenario.name != "prepare, empty folder"]
         large = write_log(base / "large.csv", 40_000, 500)
         report = Report(base)
         tests: dict[str, Callable[[], None]] = {
