@@ -5,6 +5,7 @@ process that is killed leaves it, and the next one that writes NAME tells the us
 """
 
 import ctypes
+import errno
 import glob
 import logging
 import os
@@ -66,7 +67,8 @@ def file_beside(path: Path) -> Iterator[Path]:
     name_unfinished(path.parent, path.name)
     beside = path.with_name(UNFINISHED.format(name=path.name, random=uuid4().hex))
     try:
-        yield beside
+        with _names_full_disk(path):
+            yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -219,10 +221,22 @@ def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     prefix, suffix = UNFINISHED.format(name=name, random="/").split("/")
     temporary = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, suffix=suffix)
     try:
-        yield Path(temporary.name)
+        with _names_full_disk(parent):
+            yield Path(temporary.name)
     finally:
         with _signals_held():
             temporary.cleanup()
+
+
+@contextmanager
+def _names_full_disk(path: Path) -> Iterator[None]:
+    """Add the place to the error of a full disk, which names none where it comes from writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bert4rec_hf.files import files_beside, finished, folder_beside
+from bert4rec_hf.files import file_beside, files_beside, finished, folder_beside
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -216,3 +216,10 @@ def test_a_volume_is_filled_and_not_replaced(tmp_path, monkeypatch):
     write_folder(tmp_path / "out", "new")
     assert contents(tmp_path / "out") == {"a": "new", "b": "new", "mine": "mine"}
     assert (tmp_path / "out").stat().st_ino == number
+
+
+@pytest.mark.parametrize("beside", [file_beside, files_beside])
+def test_an_error_of_a_full_disk_names_the_place(tmp_path, beside):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"), beside(tmp_path / "out"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"1")
+    assert not list(tmp_path.rglob(".*"))

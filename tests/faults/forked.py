@@ -74,7 +74,7 @@ def run(
     kill: Kill | None = None,
     watched: Path | None = None,
     before: Callable[[], None] | None = None,
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Callable[[Callable[[], bool]], None] | None = None,
 ) -> Ended:
     """Run a command in a forked process.
 
@@ -85,7 +85,7 @@ def run(
         watched: The folder whose changes are counted. A change is a call that makes, moves or removes something, or
             opens a file to write. Writing by native code in between is not counted.
         before: Called in the new process first, for example to limit its memory.
-        meanwhile: Called in this process while the other one runs.
+        meanwhile: Called in this process while the other one runs, with a function that says whether it has ended.
     """
     paths = {name: scratch / f"{name}.txt" for name in ("out", "err", "changes")}
     for path in paths.values():
@@ -114,7 +114,7 @@ def run(
             sys.stderr.flush()
             os._exit(status)
     if meanwhile is not None:
-        meanwhile()
+        meanwhile(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
     if kill is not None and kill.change is None:
         time.sleep(max(0.0, kill.seconds - (time.monotonic() - begun)))
         os.kill(child, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Commands without disk space, permission or memory, and with files that vanish or change while they run.
 
-`python tests/faults/starved.py [FAULT [COMMAND]]` prints a line for each run and ends with status 1 if one had no clear error or
-lost what was there before. `make test-faults` runs it, as root, since it mounts small file systems in memory.
+`python tests/faults/starved.py [FAULT [COMMAND]]` prints a line for each run and ends with status 1 if one had no clear
+error or lost what was there before. `make test-faults` runs it, as root, since it mounts small file systems in memory.
 
 A clear error is exit status 2, with one line of standard error that begins with "bert4rec COMMAND: " and comes last,
 and no traceback. Warnings may come before.
@@ -62,8 +62,8 @@ def judged(command: str, ended: Ended, *, may_end_well: bool = False) -> tuple[s
     return last, problems
 
 
-def after(seconds: float, change: Callable[[], Any]) -> Callable[[], None]:
-    def wait_and_change() -> None:
+def after(seconds: float, change: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
+    def wait_and_change(has_ended: Callable[[], bool]) -> None:
         time.sleep(seconds)
         change()
 
@@ -124,14 +124,12 @@ def disk_full(base: Path, report: Report, commands: list[Scenario]) -> None:
             at_start = space_used(disk)
             highest = at_start
 
-            def watch() -> None:
+            def watch(has_ended: Callable[[], bool]) -> None:
                 nonlocal highest
-                until = time.monotonic() + 15
-                while time.monotonic() < until and not (base / "out.txt").stat().st_size:
+                while not has_ended():
                     highest = max(highest, space_used(disk))
                     time.sleep(0.005)
 
-            (base / "out.txt").write_text("")
             assert run(words_in(disk, scenario.words), base, meanwhile=watch).status == 0
             needed = max(highest, space_used(disk)) - at_start
         for share in SHARES_OF_SPACE:
@@ -180,10 +178,9 @@ def no_permission(base: Path, report: Report, commands: list[Scenario]) -> None:
 def vanishing(base: Path, report: Report, commands: list[Scenario], large: Path) -> None:
     """The folder with the output, or the input, is removed as soon as the run has begun to write, or has read some."""
 
-    def when_begun(folder: Path, removed: Path) -> Callable[[], None]:
-        def remove() -> None:
-            until = time.monotonic() + 60
-            while time.monotonic() < until and not unfinished(folder) and not list(folder.rglob("checkpoint-*")):
+    def when_begun(folder: Path, removed: Path) -> Callable[[Callable[[], bool]], None]:
+        def remove(has_ended: Callable[[], bool]) -> None:
+            while not has_ended() and not unfinished(folder) and not list(folder.rglob("checkpoint-*")):
                 time.sleep(0.001)
             while removed.exists():
                 shutil.rmtree(removed, ignore_errors=True)
@@ -228,6 +225,15 @@ def vanishing(base: Path, report: Report, commands: list[Scenario], large: Path)
             shutil.rmtree(base / "out", ignore_errors=True)
 
 
+def kinds_of_items(folder: Path) -> list[str]:
+    """The first words of the item ids of a prepared folder."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    items = pc.unique(pc.list_flatten(pq.read_table(folder / "histories.parquet")["item_id"]))
+    return sorted({item.split()[0] for item in items.to_pylist()})
+
+
 def changing(base: Path, report: Report, large: Path) -> None:
     """A log grows, shrinks or is replaced while it is prepared: the folder is of a log that was there, or an error."""
     folder = base / "changing"
@@ -254,11 +260,10 @@ def changing(base: Path, report: Report, large: Path) -> None:
             ended = run(["prepare", log, "--output", folder / "data"], base, meanwhile=after(seconds, change))
             line, problems = judged("prepare", ended, may_end_well=True)
             if ended.status == 0:
-                items = json.loads((folder / "data" / "items.json").read_text("utf-8"))["items"]
                 record = json.loads((folder / "data" / "preparation.json").read_text("utf-8"))
                 num_events = record["statistics"]["num_source_events"]
                 line = f"prepared {num_events:,} of {len(lines) - 1:,} events"
-                if len({item.split()[0] for item in items}) > 1:
+                if len(ask(kinds_of_items, folder / "data")) > 1:
                     problems.append("items of the former and of the later log")
                 if num_events not in whole:
                     problems.append("neither the former log nor the later one")
