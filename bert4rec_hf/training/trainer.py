@@ -681,8 +681,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "file write" in str(error):
-            raise OSError(f"cannot write {folder}: {error}") from error
+        if any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error")):
+            raise OSError(f"cannot write {folder}, maybe since the disk is full: {error}") from error
         raise
 
 

@@ -431,6 +431,7 @@ def test_where_pytorch_cannot_write_the_error_names_the_folder(tmp_path, monkeyp
 )  # fmt: skip
 def test_too_little_memory_is_an_error_in_one_line(monkeypatch, error):
     def raise_it(arguments):
+        """A command."""
         raise error
 
     monkeypatch.setitem(COMMANDS, "prepare", raise_it)
@@ -439,6 +440,7 @@ def test_too_little_memory_is_an_error_in_one_line(monkeypatch, error):
 
 def test_an_error_of_the_program_itself_is_no_error_of_memory(monkeypatch):
     def raise_it(arguments):
+        """A command."""
         raise RuntimeError("the shapes differ")
 
     monkeypatch.setitem(COMMANDS, "prepare", raise_it)

@@ -74,7 +74,7 @@ def run(
     kill: Kill | None = None,
     watched: Path | None = None,
     before: Callable[[], None] | None = None,
-    meanwhile: Callable[[Callable[[], bool]], None] | None = None,
+    meanwhile: Callable[[int], None] | None = None,
 ) -> Ended:
     """Run a command in a forked process.
 
@@ -85,7 +85,7 @@ def run(
         watched: The folder whose changes are counted. A change is a call that makes, moves or removes something, or
             opens a file to write. Writing by native code in between is not counted.
         before: Called in the new process first, for example to limit its memory.
-        meanwhile: Called in this process while the other one runs, with a function that says whether it has ended.
+        meanwhile: Called in this process while the other one runs, with its number.
     """
     paths = {name: scratch / f"{name}.txt" for name in ("out", "err", "changes")}
     for path in paths.values():
@@ -114,7 +114,7 @@ def run(
             sys.stderr.flush()
             os._exit(status)
     if meanwhile is not None:
-        meanwhile(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
+        meanwhile(child)
     if kill is not None and kill.change is None:
         time.sleep(max(0.0, kill.seconds - (time.monotonic() - begun)))
         os.kill(child, signal.SIGKILL)
@@ -122,6 +122,19 @@ def run(
     seconds = time.monotonic() - begun
     texts = {name: path.read_text("utf-8", "replace") if path.exists() else "" for name, path in paths.items()}
     return Ended(status, seconds, len(texts["changes"]), texts["out"], texts["err"])
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process that `run` started has ended."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def has_open(process: int, path: Path) -> bool:
+    """Whether a process that `run` started has a file open."""
+    try:
+        return any(os.readlink(link) == str(path) for link in Path(f"/proc/{process}/fd").iterdir())
+    except OSError:
+        return False
 
 
 def _count_changes(folder: str, kill: Kill | None, path: Path) -> None:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forked import Ended, ask, import_everything, limit, run
+from forked import Ended, ask, has_ended, has_open, import_everything, limit, run
 from killed import OPTIONS, Scenario, half_written, scenarios, unfinished, words_in, write_log
 
 SHARES_OF_SPACE = (0.0, 0.3, 0.6, 0.9)  # of what an unbroken run needs
@@ -62,8 +62,12 @@ def judged(command: str, ended: Ended, *, may_end_well: bool = False) -> tuple[s
     return last, problems
 
 
-def after(seconds: float, change: Callable[[], Any]) -> Callable[[Callable[[], bool]], None]:
-    def wait_and_change(has_ended: Callable[[], bool]) -> None:
+def after(seconds: float, change: Callable[[], Any], opened: Path | None = None) -> Callable[[int], None]:
+    """Change something after some seconds, counted from the start or from the moment when a file is opened."""
+
+    def wait_and_change(process: int) -> None:
+        while opened is not None and not has_open(process, opened) and not has_ended(process):
+            pass
         time.sleep(seconds)
         change()
 
@@ -124,9 +128,9 @@ def disk_full(base: Path, report: Report, commands: list[Scenario]) -> None:
             at_start = space_used(disk)
             highest = at_start
 
-            def watch(has_ended: Callable[[], bool]) -> None:
+            def watch(process: int) -> None:
                 nonlocal highest
-                while not has_ended():
+                while not has_ended(process):
                     highest = max(highest, space_used(disk))
                     time.sleep(0.005)
 
@@ -178,9 +182,9 @@ def no_permission(base: Path, report: Report, commands: list[Scenario]) -> None:
 def vanishing(base: Path, report: Report, commands: list[Scenario], large: Path) -> None:
     """The folder with the output, or the input, is removed as soon as the run has begun to write, or has read some."""
 
-    def when_begun(folder: Path, removed: Path) -> Callable[[Callable[[], bool]], None]:
-        def remove(has_ended: Callable[[], bool]) -> None:
-            while not has_ended() and not unfinished(folder) and not list(folder.rglob("checkpoint-*")):
+    def when_begun(folder: Path, removed: Path) -> Callable[[int], None]:
+        def remove(process: int) -> None:
+            while not has_ended(process) and not unfinished(folder) and not list(folder.rglob("checkpoint-*")):
                 time.sleep(0.001)
             while removed.exists():
                 shutil.rmtree(removed, ignore_errors=True)
@@ -247,17 +251,17 @@ def changing(base: Path, report: Report, large: Path) -> None:
         "grows": lambda: log.open("a").write(half.partition("\n")[2]),
         "is cut": lambda: os.truncate(log, len(half)),
         "is cut in a row": lambda: os.truncate(log, len(half) - 7),
-        "is rewritten in place": lambda: log.write_text(text.replace("item", "thing")),
+        "is rewritten in place": lambda: log.write_text(text.replace(",item ", ",thing ")),
         "is replaced": lambda: (
-            (folder / "other").write_text(text.replace("item", "thing")),
+            (folder / "other").write_text(text.replace(",item ", ",thing ")),
             os.replace(folder / "other", log),
         ),
     }
     for name, change in changes.items():
-        for seconds in (0.02, 0.1, 0.3):
+        for seconds in (0.0, 0.02, 0.2):
             log.write_text(text)
 
-            ended = run(["prepare", log, "--output", folder / "data"], base, meanwhile=after(seconds, change))
+            ended = run(["prepare", log, "--output", folder / "data"], base, meanwhile=after(seconds, change, log))
             line, problems = judged("prepare", ended, may_end_well=True)
             if ended.status == 0:
                 record = json.loads((folder / "data" / "preparation.json").read_text("utf-8"))
