@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-require-hashe
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo test-daily-job test-fuzz test-processes lint notebooks docs release clean
+.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo test-daily-job test-fuzz test-processes test-faults lint notebooks docs release clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -79,6 +79,12 @@ test-fuzz: $(VENV)/installed-dev
 # Training in two and four processes, DDP and FSDP2, killed and resumed with other numbers of processes.
 test-processes: $(VENV)/installed-dev
 	TEST_PROCESSES=1 $(BIN)/python -m pytest tests/processes
+
+# Commands that are killed, starved of disk, memory and permission, and long runs; needs root for its small file systems.
+test-faults: $(VENV)/installed-dev
+	$(BIN)/python tests/faults/killed.py
+	$(BIN)/python tests/faults/starved.py
+	$(BIN)/python tests/faults/soak.py
 
 # Mistakes, made one after another in a copy of the package: a test must notice each.
 test-mutations: $(VENV)/installed-dev

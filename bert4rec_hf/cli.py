@@ -50,11 +50,11 @@ from .command_line.output import (
     print_preparation,
     show,
 )
-from .command_line.parser import Parser, one_line, true_or_false
+from .command_line.parser import Parser, is_out_of_memory, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
-from .files import inert
 from .model.configuration_bert4rec import UNK_TOKEN_ID
 from .model.pipeline import events_of
+from .reading import inert
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -595,15 +595,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {one_line(error)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         from .training.resume import is_of_lost_process
 
-        if not is_of_lost_process(error):
+        if is_out_of_memory(error):
+            problem = f"not enough memory: {one_line(error)}"
+        elif isinstance(error, RuntimeError) and is_of_lost_process(error):
+            problem = "another process has ended early or cannot be reached: run the command again"
+        else:
             raise
-        print(
-            f"bert4rec {arguments[0]}: another process has ended early or cannot be reached: run the command again",
-            file=sys.stderr,
-        )
+        logger.debug("traceback of the error", exc_info=True)
+        print(f"bert4rec {arguments[0]}: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)

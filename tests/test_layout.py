@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bert4rec_hf"
 # Each entry may import only the entries above it.
 ORDER = [
-    {"version", "files", "defaults"},
+    {"version", "files", "reading", "defaults"},
     {"model"},
     {"data"},
     {"evaluation"},

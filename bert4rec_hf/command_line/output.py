@@ -7,7 +7,7 @@ from typing import Any
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import shown_metrics
 from ..evaluation.protocol import Protocol
-from ..files import inert
+from ..reading import inert
 from .parser import one_line
 
 # The verdicts of `compare_ranks` in a sentence.

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from ..files import inert, read_yaml
+from ..reading import inert, read_yaml
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -109,3 +109,9 @@ def true_or_false(value: str) -> bool:
 def one_line(text: BaseException | str) -> str:
     """A text without line breaks, and inert in a terminal; see `inert`."""
     return inert(" ".join(str(text).split()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, or room for a further thread, is lacking. PyTorch says so by RuntimeError."""
+    texts = ("allocate memory", "out of memory", "bad_alloc", "start new thread", "bad allocation")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)

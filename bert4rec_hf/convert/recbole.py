@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..data.logs import LIBRARY_ERRORS, SOURCE_ROW, open_log, read_titles
-from ..files import files_beside, folder_beside
+from ..files import files_beside, finished, folder_beside
 from ..hub.load import load_model
 from ..hub.model_card import write_model_card
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID, Bert4RecConfig
@@ -66,7 +66,7 @@ def convert_from_recbole(
         ValueError: If a file is damaged, of another kind or holds code, or if the number of items does not match.
     """
     output = Path(output).resolve()  # follows a link to an empty folder
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or finished(output)):
         raise ValueError(f"{output} exists and is not an empty folder; choose another --output")
     state, settings = read_checkpoint(checkpoint)
     has_head = BIAS in state

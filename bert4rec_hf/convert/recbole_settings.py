@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..evaluation.metrics import ranking_metrics
-from ..files import read_yaml
 from ..model.configuration_bert4rec import Bert4RecConfig
+from ..reading import read_yaml
 
 # Settings of RecBole, and the fields of `Bert4RecConfig` with the same meaning.
 SETTINGS = {

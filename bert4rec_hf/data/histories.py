@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import read_json
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..reading import read_json
 
 HISTORIES_FILE = "histories.parquet"
 PREPARATION_FILE = "preparation.json"

@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 import sqlglot
 
 from ..defaults import default_filter_seen_items, default_max_length
-from ..files import folder_beside, read_json
+from ..files import finished, folder_beside
 from ..model.item_features import ItemFeatures
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..reading import read_json
 from .histories import PREPARATION_FILE, histories_file, histories_files
 from .item_tables import ITEM_TABLE_FILE, feature_columns, fit_features, read_item_table, spelled_feature
 from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
@@ -521,7 +522,10 @@ def _drop_duplicates(events: ir.Table, duplicates: str) -> ir.Table:
 
 def _write_parquet(table: ir.Table, path: Path) -> None:
     if table.get_backend().name == "duckdb":
-        table.to_parquet(path, compression="zstd", row_group_size=ROW_GROUP_SIZE)
+        try:
+            table.to_parquet(path, compression="zstd", row_group_size=ROW_GROUP_SIZE)
+        except duckdb.Error as error:
+            raise OSError(f"cannot write {path}: {first_lines(error)}") from error
         return
     schema = table.schema().to_pyarrow()
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -553,7 +557,7 @@ def _save_catalogue(
 def _check_output(output: Path) -> None:
     """Raise unless the folder is missing, empty, or from an earlier call."""
     if output.is_dir():
-        names = sorted(path.name for path in output.iterdir())
+        names = [path.name for path in finished(output)]
         # A model folder has a copy of preparation.json and a tokenizer, so it could be taken for a prepared folder.
         if any(name == "config.json" or name.endswith(".safetensors") for name in names):
             raise ValueError(f"{output} is a model folder; choose another --output")

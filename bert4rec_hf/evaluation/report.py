@@ -17,9 +17,10 @@ from datasets import Dataset
 from ..data.counting import item_counts
 from ..data.histories import AnyHistories
 from ..data.rows import list_values, target_ids_of
-from ..files import read_json, write_file
+from ..files import finished, write_file
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.losses import IGNORE_INDEX
+from ..reading import read_json
 from .metrics import COVERAGE_CUTOFF, ranking_metrics, user_metrics
 from .plotting import BLUE, GREEN, ORANGE, VERMILION, png
 from .protocol import Protocol
@@ -52,7 +53,7 @@ def check_report_folder(
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose a folder for --report")
-    names = sorted(path.name for path in folder.iterdir())
+    names = [path.name for path in finished(folder)]
     # Temporary files of `write_file` may remain from a run that was killed.
     starts = tuple(f".{Path(name).stem}." for name in files)
     others = [name for name in names if name not in files and not (name.startswith(starts) and name.endswith(".new"))]

@@ -10,7 +10,7 @@ import pyarrow as pa
 from transformers.utils import cached_file
 
 from ..data.histories import PREPARATION_FILE, PREPARATION_FORM, check_period, time_type
-from ..files import read_json
+from ..reading import read_json
 
 logger = logging.getLogger(__name__)
 

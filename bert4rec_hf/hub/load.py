@@ -7,10 +7,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
-from ..files import read_json
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.folder_checks import check_links
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
+from ..reading import read_json
 
 REPOSITORY_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 HUB_TIMEOUT_SECONDS = 10

@@ -18,9 +18,10 @@ from ..data.named_datasets import NAMED_DATASETS
 from ..data.prepare_options import PrepareOptions
 from ..evaluation.metrics import COVERAGE_CUTOFF, shown_metrics
 from ..evaluation.protocol import PROTOCOL_FORM, Protocol
-from ..files import inert, read_json, read_yaml, write_file
+from ..files import write_file
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..reading import inert, read_json, read_yaml
 
 EVALUATION_FILE = "evaluation.json"
 TRAINING_FILE = "training.json"

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_file
+from ..files import write_file
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.handler import PUBLISHED_TASK
+from ..reading import read_json
 
 MODEL_CODE = Path(__file__).parent.parent / "model"
 # All files of the folder are copied. They import only one another and libraries.

@@ -34,7 +34,7 @@ def push_folder(folder: str | os.PathLike, repo_id: str, **options: Any) -> Any:
     Returns:
         The return value of `huggingface_hub.upload_folder`.
     """
-    ignored = ["_*", "checkpoint-*", *PRIVATE_FILES, *EVENT_FILES]
+    ignored = ["_*", ".*.new*", "checkpoint-*", *PRIVATE_FILES, *EVENT_FILES]
     return upload_folder(repo_id=repo_id, folder_path=Path(folder), ignore_patterns=ignored, **options)
 
 

@@ -13,12 +13,12 @@ from ..data.rows import users_with_targets
 from ..defaults import default_num_transitions
 from ..evaluation.calibration import choose_weights, compare_targets, set_weights, weights_of
 from ..evaluation.seen_targets import check_targets, json_of_model
-from ..files import files_beside, read_json, read_yaml, write_file
+from ..hub.change import changed_model
 from ..hub.load import load_model
-from ..hub.model_card import CALIBRATION_FILE, CALIBRATION_FORM, EVALUATION_FILE, RECIPE_FILE, write_model_card
-from ..hub.publish_code import publish_code as publish_code_into
+from ..hub.model_card import CALIBRATION_FILE, CALIBRATION_FORM, RECIPE_FILE
 from ..model.history_scores import WEIGHT_FIELDS, HistoryScores
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..reading import read_yaml
 from ..training.initialization import keep_conversion_scores, keep_transitions
 from .model_and_data import check_catalogue, read_histories, rows_for
 
@@ -81,18 +81,12 @@ def calibrate_prepared(
     record |= {"source": os.path.basename(preparation["source"])}
     if record["adopted"]:
         set_weights(config, record["weights"])
-        folder = Path(model)
-        has_code = "auto_map" in read_json(folder / "config.json", {})
-        (folder / EVALUATION_FILE).unlink(missing_ok=True)
-        with files_beside(folder, last_file="config.json") as beside:
-            loaded.save_pretrained(beside)
+        with changed_model(Path(model), Path(model)) as folder:
+            loaded.save_pretrained(folder)
             if (folder / RECIPE_FILE).is_file():
                 recipe = read_yaml(folder / RECIPE_FILE)
                 recipe |= {name: getattr(config, name) for name in ("num_transitions", *WEIGHT_FIELDS.values())}
                 text = yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True)
-                (beside / RECIPE_FILE).write_text(text, "utf-8")
-        if has_code:
-            publish_code_into(folder)
-        write_file(folder / CALIBRATION_FILE, json.dumps(record, indent=2) + "\n")
-        write_model_card(folder)
+                (folder / RECIPE_FILE).write_text(text, "utf-8")
+            (folder / CALIBRATION_FILE).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     return record

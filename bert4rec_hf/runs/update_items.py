@@ -1,7 +1,6 @@
 """`bert4rec update-items` as a function."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from ..data.item_tables import ITEM_TABLE_FILE, read_item_table, read_stored_tab
 from ..data.rows import users_with_targets
 from ..data.text_encoder import with_text_vectors
 from ..evaluation.seen_targets import json_of_model
-from ..files import folder_beside, read_json, read_yaml
+from ..files import finished
+from ..hub.change import changed_model
 from ..hub.load import load_model
-from ..hub.model_card import EVALUATION_FILE, NEW_ITEMS_FILE, NEW_ITEMS_FORM, RECIPE_FILE, write_model_card
-from ..hub.publish_code import publish_code as publish_code_into
+from ..hub.model_card import NEW_ITEMS_FILE, NEW_ITEMS_FORM, RECIPE_FILE
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..reading import read_yaml
 from ..training.new_items import learn_item_projection, offer_new_items, set_offset, write_new_items
 from .model_and_data import item_table, read_histories, rows_for
 
@@ -176,14 +176,9 @@ def _write(
     new_items: dict[str, Any] | None,
 ) -> None:
     """Write the folder in one step. Checkpoints and files of the user's own stay where they are."""
-    names = {path.name for path in source.iterdir() if path.is_file()}
-    if destination.resolve() != source.resolve() and destination.is_dir() and any(destination.iterdir()):
+    if destination.resolve() != source.resolve() and destination.is_dir() and finished(destination):
         raise ValueError(f"{destination} is not empty; choose another --output")
-    has_code = "auto_map" in read_json(source / "config.json", {})
-    with folder_beside(destination, last_file="config.json", own_files=lambda folder: names) as folder:
-        for name in names:
-            if not name.endswith(".safetensors") and name not in (EVALUATION_FILE, "model.safetensors.index.json"):
-                shutil.copy2(source / name, folder / name)
+    with changed_model(source, destination) as folder:
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         pq.write_table(table, folder / ITEM_TABLE_FILE, compression="zstd")
@@ -193,6 +188,3 @@ def _write(
             (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True), "utf-8")
         if new_items is not None:
             write_new_items(folder, new_items)
-        if has_code:
-            publish_code_into(folder)
-        write_model_card(folder)

@@ -19,7 +19,7 @@ from torch import distributed
 from tqdm.auto import tqdm
 from transformers import pipeline
 
-from ..files import file_beside, folder_beside
+from ..files import file_beside, finished, folder_beside
 from ..hub.load import load_model
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..model.pipeline import UNKNOWN_SHOWN, SequentialRecommendationPipeline, check_count, item_list, warn_unknown
@@ -304,7 +304,7 @@ def _check_output(output: Path, histories: str | os.PathLike, files: Sequence[st
 
 def _earlier_parts(folder: Path) -> Collection[str]:
     """The names of the files of an earlier output. Raises ValueError if the folder has other files."""
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in finished(folder)}
     for name in sorted(names):
         if not PART_NAME.fullmatch(name) or not _is_output(folder / name):
             raise ValueError(

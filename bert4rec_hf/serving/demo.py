@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import pipeline
 
-from ..files import folder_beside
+from ..files import finished, folder_beside
 from ..hub.load import check_model, load_model
 from ..hub.model_card import CURVE_FILE, read_evaluations
 from ..hub.push import PRIVATE_FILES
@@ -249,7 +249,7 @@ def write_space(model: str | os.PathLike, output: str | os.PathLike, items: str 
     needed = [name for name in names if "extra ==" not in name]
     with folder_beside(Path(output), last_file="app.py", own_files=_own_files) as folder:
         (folder / "model").mkdir()
-        for path in Path(model).iterdir():  # folders are checkpoints and logs
+        for path in finished(Path(model)):  # folders are checkpoints and logs
             if path.is_file() and path.name not in PRIVATE_FILES and not path.name.startswith((".", "_")):
                 shutil.copyfile(path, folder / "model" / path.name)
         if items is not None:
@@ -267,7 +267,7 @@ def write_space(model: str | os.PathLike, output: str | os.PathLike, items: str 
 
 def _own_files(folder: Path) -> list[str]:
     """The entries of an earlier Space. Raises ValueError if the folder has others."""
-    names = sorted(path.name for path in folder.iterdir())
+    names = [path.name for path in finished(folder)]
     others = [name for name in names if name not in SPACE_FILES and not name.startswith(".git")]
     if others or (folder / "app.py").read_text("utf-8") != APP:
         raise ValueError(f"{folder} holds {(others or ['another app.py'])[0]}, which is no file of a Space that "

@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..files import read_yaml
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
+from ..reading import read_yaml
 from ..version import __version__
 from .event_store import EventStore
 from .model_thread import MAX_BATCH_SIZE, ModelThread

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..files import folder_beside
+from ..files import finished, folder_beside
 from ..hub.load import load_model
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, PAD_TOKEN_ID, UNK_TOKEN_ID
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
@@ -148,7 +148,7 @@ def _lists(vectors: torch.Tensor) -> pa.ListArray:
 
 def _own_files(folder: Path) -> list[str]:
     """The files of an earlier export. Raises ValueError if the folder has other files."""
-    names = sorted(path.name for path in folder.iterdir())
+    names = [path.name for path in finished(folder)]
     others = [name for name in names if name not in VECTOR_FILES]
     if others:
         raise ValueError(f"{folder} holds {others[0]}, which is no file of an export; choose another --output")

@@ -12,11 +12,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.histories import PREPARATION_FILE, read_preparation
-from ..files import read_yaml
+from ..files import finished
 from ..hub.model_card import RECIPE_FILE
 from ..model.configuration_bert4rec import Bert4RecConfig
 from ..model.history_scores import WEIGHT_FIELDS
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
+from ..reading import read_yaml
 
 # Arguments that must not change in a resumed run, since its optimizer and scheduler were created with them.
 OPTIMIZER_ARGUMENTS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -165,7 +166,7 @@ def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) 
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --output_dir")
-    names = sorted(path.name for path in folder.iterdir())
+    names = [path.name for path in finished(folder)]
     checkpoints = [name for name in names if name.startswith("checkpoint-")]
     if not names or (resume_from_checkpoint and checkpoints):
         return
@@ -200,5 +201,6 @@ class StartIsCheckpoint(TrainerCallback):
         if state.global_step == 0 and state.best_metric is None and args.load_best_model_at_end:
             # These private methods are what the Trainer calls after each later evaluation.
             self.trainer._determine_best_metric(metrics, trial=None)
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            # This comes before saving, since the run may be resumed from this very checkpoint.
             state.best_model_checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-0")
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sized
 from copy import copy
 from dataclasses import replace
@@ -20,15 +21,17 @@ from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     HubStrategy,
     IntervalStrategy,
     PredictionOutput,
     TrainOutput,
     has_length,
+    rotate_checkpoints,
 )
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
@@ -39,7 +42,7 @@ from ..defaults import default_batch_size, default_learning_rate, default_mask_r
 from ..evaluation.calibration import choose_weights, compare_targets, compare_with_baselines, set_weights, weights_of
 from ..evaluation.metrics import COVERAGE_CUTOFF, CUTOFFS, ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.protocol import Protocol
-from ..files import write_file
+from ..files import files_beside, replace_folder, unfinished_folder, write_file
 from ..hub.model_card import (
     CALIBRATION_FILE,
     FILES_OF_WEIGHTS,
@@ -74,6 +77,7 @@ ARGUMENTS_LEFT_OUT_OF_RECIPES = {
     "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
     "greater_is_better", "eval_on_start",
 }  # fmt: skip
+WEIGHT_FILES = "*model*.safetensors"
 # Columns of evaluation rows that `search` takes, not `forward`.
 RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids", "history_type_ids", "target_type_ids")
 # Under rules that change the order, a target is looked for in lists of this length, that of the longest metrics.
@@ -167,6 +171,8 @@ class Bert4RecTrainer(Trainer):
         self.collates_by_args = data_collator is None
         if data_collator is None:
             data_collator = _collator(args, config, processing_class)
+        # Where a checkpoint is made. None: none is made at present.
+        self.unfinished: Path | None = None
         super().__init__(
             model,
             args,
@@ -453,15 +459,64 @@ class Bert4RecTrainer(Trainer):
             output_dir: The folder. None: that of the training arguments.
         """
         folder = Path(output_dir or self.args.output_dir)
-        old_weights = _weights_digest(folder) if self.args.should_save else None
-        with _without_tokens(self.args):
-            super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:
-            self._complete_folder(folder, old_weights)
+        stale: set[str] = set()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_without_tokens(self.args))
+            stack.enter_context(_writing(folder))
+            new, old_weights = folder, _weights_digest(folder) if self.args.should_save else None
+            # Without DeepSpeed, one process writes. With it, all do, into the same folder.
+            if self.args.should_save and not self.is_deepspeed_enabled:
+                new = stack.enter_context(files_beside(folder, last_file="config.json", own_files=stale))
+            super().save_model(str(new), _internal_call=True)
+            if self.args.should_save:
+                if any(new.glob(WEIGHT_FILES)) and _weights_digest(new) != old_weights:
+                    stale |= {*FILES_OF_WEIGHTS, *(path.name for path in folder.glob(WEIGHT_FILES))}
+                for name in ("README.md", *FILES_OF_WEIGHTS):
+                    if name in stale:
+                        (new / name).unlink(missing_ok=True)
+                    elif new != folder and (folder / name).is_file():
+                        shutil.copy2(folder / name, new / name)
+                self._complete_folder(new)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _complete_folder(self, folder: Path, old_weights: str | None) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Make a checkpoint beside its place and move it there, so that a checkpoint is complete or not there."""
+        place = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.unfinished = unfinished_folder(place)
+        try:
+            if self.args.should_save and self.unfinished.exists():
+                shutil.rmtree(self.unfinished)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            with _writing(place):
+                super()._save_checkpoint(model, trial)
+            made = self.unfinished / place.name
+            if self.state.best_model_checkpoint == str(made):
+                self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(made / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+            if self.args.should_save:
+                if place.exists():
+                    replace_folder(made, place, self.unfinished / "old", {path.name for path in place.iterdir()})
+                else:
+                    os.rename(made, place)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(place.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.unfinished is None else str(self.unfinished)
+
+    def _complete_folder(self, folder: Path) -> None:
         """Write the files of a model folder that the Trainer itself does not write."""
         write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
         if self.preparation is not None:
@@ -469,9 +524,6 @@ class Bert4RecTrainer(Trainer):
             write_file(folder / PREPARATION_FILE, json.dumps(preparation, indent=2, ensure_ascii=False) + "\n")
         if self.item_table is not None and self.item_table.resolve() != (folder / ITEM_TABLE_FILE).resolve():
             write_file(folder / ITEM_TABLE_FILE, self.item_table.read_bytes())
-        if _weights_digest(folder) != old_weights:
-            for name in FILES_OF_WEIGHTS:  # they belong to the old weights
-                (folder / name).unlink(missing_ok=True)
         if self.calibration is not None:
             write_file(folder / CALIBRATION_FILE, json.dumps(self.calibration, indent=2) + "\n")
         if self.new_items is not None:
@@ -643,6 +695,17 @@ def _without_tokens(args: TrainingArguments) -> Iterator[None]:
             setattr(args, name, value)
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raise OSError where torch.save could not write, which says so by RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error")):
+            raise OSError(f"cannot write {folder}, maybe since the disk is full: {error}") from error
+        raise
+
+
 def _collator(
     args: TrainingArguments | None, config: Bert4RecConfig, tokenizer: Bert4RecTokenizer | None
 ) -> DataCollatorForMaskedItemPrediction:
@@ -680,7 +743,7 @@ def keep_inputs_and_outputs_in_float32(plugin: FullyShardedDataParallelPlugin) -
 def _weights_digest(folder: Path) -> str:
     """A digest of the weight files of a folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*model*.safetensors")):
+    for path in sorted(folder.glob(WEIGHT_FILES)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -2,15 +2,18 @@
 
 import json
 import re
+import resource
 import shutil
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
-from command_runs import fail, flags, run, succeed, train_flags
+from command_runs import fail, flags, random_rows, run, succeed, train_flags, write_log
 
 from bert4rec_hf.cli import COMMANDS
 from bert4rec_hf.serving.bulk import recommend_file
@@ -382,3 +385,64 @@ def test_an_evaluation_that_cannot_be_kept_is_printed_all_the_same(model, data, 
     assert "NDCG@10" in out
     assert "wrote" not in out
     assert f"the metrics could not be written into {copy}: No space left on device" in caplog.text
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A limit on the size of files, which is met like the end of a disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_is_an_error_and_what_was_there_stays(tmp_path):
+    log = write_log(tmp_path / "log.csv", random_rows([f"u{number}" for number in range(40)], "abcdefgh"))
+    succeed("prepare", log, "--output", tmp_path / "data")
+    before = contents(tmp_path)
+    with files_of_at_most(100):
+        message = fail("prepare", log, "--output", tmp_path / "data")
+    assert re.fullmatch(r"bert4rec prepare: cannot write .*histories.parquet: .*File too large.*", message)
+    assert contents(tmp_path) == before
+    with files_of_at_most(5000):
+        status, _, error = run("train", "--data", tmp_path / "data", *train_flags(output_dir=tmp_path / "model"))
+    assert status == 2
+    assert "File too large" in error.splitlines()[-1]
+    assert contents(tmp_path) == before
+
+
+def test_where_pytorch_cannot_write_the_error_names_the_folder(tmp_path, monkeypatch):
+    log = write_log(tmp_path / "log.csv", random_rows([f"u{number}" for number in range(40)], "abcdefgh"))
+    succeed("prepare", log, "--output", tmp_path / "data")
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, path: save(content, "/dev/full"))
+    status, _, error = run("train", "--data", tmp_path / "data", *train_flags(output_dir=tmp_path / "model"))
+    assert status == 2
+    assert error.splitlines()[-1].startswith(f"bert4rec train: cannot write {tmp_path / 'model'}")
+    assert not list((tmp_path / "model").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 8 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+     RuntimeError("can't start new thread")],
+)  # fmt: skip
+def test_too_little_memory_is_an_error_in_one_line(monkeypatch, error):
+    def raise_it(arguments):
+        """A command."""
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "prepare", raise_it)
+    assert fail("prepare") == f"bert4rec prepare: not enough memory: {error}"
+
+
+def test_an_error_of_the_program_itself_is_no_error_of_memory(monkeypatch):
+    def raise_it(arguments):
+        """A command."""
+        raise RuntimeError("the shapes differ")
+
+    monkeypatch.setitem(COMMANDS, "prepare", raise_it)
+    with pytest.raises(RuntimeError, match="the shapes differ"):
+        run("prepare")

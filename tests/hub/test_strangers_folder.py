@@ -25,9 +25,9 @@ from bert4rec_hf.convert.safe_pickle import read_pickle
 from bert4rec_hf.data import item_tables, log_files
 from bert4rec_hf.data.item_tables import read_item_table
 from bert4rec_hf.data.log_files import find_files
-from bert4rec_hf.files import inert, read_yaml
 from bert4rec_hf.hub.load import load_model
 from bert4rec_hf.hub.model_card import MARK, write_model_card
+from bert4rec_hf.reading import inert, read_yaml
 from bert4rec_hf.serving.item_table import ItemTable
 
 DEEP = "[" * 100_000

@@ -66,6 +66,50 @@ def test_the_last_checkpoint_is_the_newest_that_was_finished(chain, tmp_path, ca
     assert f"resuming from {tmp_path / 'run' / 'checkpoint-10'}" in caplog.text
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_next_run_makes_it(chain, tmp_path, monkeypatch):
+    data, _ = chain
+
+    def fail(trainer, output_dir):
+        assert (Path(output_dir) / "model.safetensors").is_file()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bert4RecTrainer, "_save_rng_state", fail)
+        with pytest.raises(OSError, match="no space left"):
+            train_prepared(data, arguments(tmp_path / "run"), **SMALL)
+    assert not [path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
+    shutil.rmtree(tmp_path / "run")
+    left = tmp_path / "run" / ".checkpoint-10.launch.new" / "checkpoint-10"  # by a run that was killed
+    left.mkdir(parents=True)
+    (left / "optimizer.pt").write_text("hal")
+    trainer = train_prepared(data, arguments(tmp_path / "run", save_total_limit=1), **SMALL)
+    assert not left.exists()
+    best = Path(trainer.state.best_model_checkpoint)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        assert json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert best.is_dir()
+    names = {path.name for path in best.iterdir()}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "evaluation.json"} <= names
+    assert not list((tmp_path / "run").glob("**/.*.new"))
+
+
+def test_a_run_resumed_from_its_start_goes_back_to_it_if_nothing_better_follows(chain, tmp_path):
+    data, _ = chain
+    train_prepared(data, arguments(tmp_path / "old", calibrate=False), **SMALL)
+    options = {
+        "num_train_epochs": 1, "learning_rate": 10.0, "update_rows": "all", "calibrate": False,
+        "metric_for_best_model": "loss",
+    }  # fmt: skip
+    train_prepared(data, arguments(tmp_path / "run", **options), model_name_or_path=tmp_path / "old")
+    assert_equal_weights(tmp_path / "run", tmp_path / "old")
+    shutil.copytree(tmp_path / "run" / "checkpoint-0", tmp_path / "resumed" / "checkpoint-0")
+    train_prepared(
+        data, arguments(tmp_path / "resumed", resume_from_checkpoint="last", **options),
+        model_name_or_path=tmp_path / "old",
+    )  # fmt: skip
+    assert_equal_weights(tmp_path / "resumed", tmp_path / "old")
+
+
 class RowsSeen(TrainerCallback):
     """A collator that also records the rows that it gets."""
 
