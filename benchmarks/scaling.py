@@ -456,8 +456,8 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         f"- **GPUs.** By memory, the fewest at hidden size {', '.join(map(str, widths))}: {fewest}. Where one holds "
         "it, `recipes/accelerate/one_gpu.yaml`, nothing is sharded. Every step moves the whole table, so that an epoch "
         "is shortened by larger batches first, and by more GPUs only with these. Batches above 1,024 histories are "
-        "more than the package chooses itself; [what large batches cost](large_batches.md) in quality is measured on a "
-        "small log only (`benchmarks/large_batches.py`). Several nodes have not been measured.",
+        "more than the package chooses itself; what larger ones cost in quality, and several nodes, have not been "
+        "measured.",
         "- **Loss.** The sampled softmax. The full one makes so few labels' logits at a time that moving the table's "
         "gradient costs most; `losses.MAX_LOGITS_PER_CHUNK` is what to raise on a GPU with the memory for it.",
         f"- **Optimizer.** With AdamW the item table takes {adamw:.0f} bytes a number, 8 of them moments. A second "

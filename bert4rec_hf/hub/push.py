@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import upload_folder
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class PushCheckpoints(TrainerCallback):
         for path, ignored in pushes:
             copied = tempfile.mkdtemp()
             shutil.copytree(checkpoint, copied, ignore=shutil.ignore_patterns(*ignored), dirs_exist_ok=True)
+            _shorten_paths(Path(copied) / TRAINER_STATE_NAME)
             upload = upload_folder(
                 repo_id=self.trainer.hub_model_id,
                 folder_path=copied,
@@ -93,3 +95,12 @@ class PushCheckpoints(TrainerCallback):
 
 def _remove(folder: str, _: Future[Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shorten_paths(path: Path) -> None:
+    """Leave only the name of the best checkpoint in a trainer_state.json. A resumed run finds it in its own folder."""
+    if path.is_file():
+        state = TrainerState.load_from_json(str(path))
+        if state.best_model_checkpoint is not None:
+            state.best_model_checkpoint = Path(state.best_model_checkpoint).name
+            state.save_to_json(str(path))

@@ -295,6 +295,8 @@ def test_the_command_trains_pushes_every_checkpoint_and_recommends_by_repo_id(hu
     saved = {"optimizer.pt", "scheduler.pt", "trainer_state.json", *MODEL_FILES}
     assert saved - {".gitattributes", "calibration.json"} <= resumable
     assert "training_args.bin" not in resumable
+    state = json.loads(repository.files()["last-checkpoint/trainer_state.json"])
+    assert re.fullmatch(r"checkpoint-\d+", state["best_model_checkpoint"])  # no path of this machine
     recipe = yaml.safe_load(repository.files()["recipe.yaml"])
     assert not [name for name in recipe if name.startswith(("hub", "push", "output"))]
 
