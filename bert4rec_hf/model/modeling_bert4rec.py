@@ -336,7 +336,8 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(
         model: "Bert4RecPreTrainedModel", state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if checkpoint_files:
+        # The files of an adapter, which PEFT loads into a model that has its weights, are the user's own.
+        if checkpoint_files and any(weight.is_meta for weight in model.parameters()):
             check_weight_files(model, checkpoint_files, model.config.name_or_path)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
