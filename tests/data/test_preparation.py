@@ -132,7 +132,7 @@ def test_a_preparation_that_is_told_to_end_leaves_nothing_behind(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")
     command = [sys.executable, "-m", "bert4rec_hf", "prepare", tmp_path / "log.parquet", "--output", tmp_path / "data"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob(".data-*")):
+        while process.poll() is None and not list(tmp_path.glob(".data.*.new")):
             time.sleep(0.01)
         process.terminate()
         _, errors = process.communicate()

@@ -158,7 +158,7 @@ def test_the_published_code_is_ours_and_imports_only_itself_and_the_stack(publis
         code = (published[0] / name).read_text("utf-8")
         assert code == (package / name).read_text("utf-8")
         assert "Apache License" in code.splitlines()[0]
-        stack = {"torch", "transformers", "tokenizers", "huggingface_hub"}
+        stack = {"torch", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
         assert set(get_imports(package / name)) <= stack | sys.stdlib_module_names
         assert {f"{module}.py" for module in get_relative_imports(package / name)} < set(CODE_FILES)
     plain_names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "items.json"}

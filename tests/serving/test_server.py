@@ -479,7 +479,7 @@ def test_wrong_rules_are_told_when_the_server_starts(folders, tmp_path, with_rul
         ("cheap: {boost: 0.5}", "rules 'cheap': boost must be a text"),
         ("cheap: {boost: '1e39: price < 5'}", "rules 'cheap': a boost must be a number of standard deviations"),
         ("[1]", "must be a mapping of names to values; got [1]"),
-        ("a: {b: [", "cannot read"),
+        ("a: {b: [", "is no YAML that can be read"),
     ):
         path.write_text(text)
         assert message in fail(*start)
