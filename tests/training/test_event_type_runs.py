@@ -233,7 +233,8 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
 
     dist.init_process_group("gloo")
     model = Bert4RecForMaskedItemPrediction.from_pretrained(start, distributed_config=DistributedConfig(fsdp_size=2))
-    given = arguments(output, num_train_epochs=1, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    # The learning rate of the first step is 0.
+    given = arguments(output, num_train_epochs=4, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
     trainer = Bert4RecTrainer(model, given, **sharded_inputs(data))
     trainer.train()
     metrics = trainer.evaluate()
