@@ -25,6 +25,7 @@ MODEL_FILES = {
     "learning_curve.png", "model.safetensors", "preparation.json", "recipe.yaml", "tokenizer.json",
     "tokenizer_config.json", "training.json",
 }  # fmt: skip
+USER_NAME, TEMPORARY = "somebody-here", "temporary-of-this-machine"
 LOADED_ALONE = {".gitattributes", "README.md", "config.json", "model.safetensors"}
 HISTORIES = [[], ["item 3"], ["item 3", "item 7", "item 1"]]
 TRAIN = {
@@ -63,9 +64,12 @@ def environment(hub: HubServer, folder: Path, token: str = TOKEN) -> dict[str, s
     # huggingface_hub reads the endpoint at import, so this process itself never uses it.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     package, programs = Path(__file__).parent.parent.parent, Path(sys.executable).parent
+    temporary = folder / TEMPORARY
+    temporary.mkdir(exist_ok=True)
     return inherited | {
         "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost",
+        "USER": USER_NAME, "LOGNAME": USER_NAME, "TMPDIR": str(temporary),
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(package), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
 
@@ -142,7 +146,8 @@ def test_the_trainer_pushes_the_whole_model_folder(hub, pushed, folder):
 def test_nothing_of_this_machine_and_no_token_is_pushed(hub, pushed, folder):
     for _, snapshot in hub.repositories[REPO].commits.values():
         for name, content in snapshot.items():
-            for secret in (str(folder), str(Path.home()), os.getcwd(), TOKEN, hub.endpoint, socket.gethostname()):
+            secrets = [str(folder), str(Path.home()), os.getcwd(), TOKEN, hub.endpoint, socket.gethostname()]
+            for secret in (*secrets, USER_NAME, TEMPORARY):
                 assert len(secret) < 4 or secret.encode() not in content, (name, secret)
 
 

@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -212,6 +213,31 @@ def test_no_history_is_in_the_output_of_the_process(server):
     server.ask("/recommend", {"history": [secret], "candidates": [secret]})
     assert "private" not in server.log.read_text()
     assert not any(b"private" in path.read_bytes() for path in (server.folder / "served").rglob("*") if path.is_file())
+
+
+def test_hostile_text_is_json_in_answers_and_not_in_the_output_of_the_process(server):
+    hostile = "<script>alert(1)</script>\x1b[2J\u202e\r\nforged"
+    bodies = [
+        ("/recommend", {"history": [hostile], "candidates": [hostile]}),
+        ("/recommend", {hostile: 1}),
+        ("/recommend", {"history": [], "rules": hostile}),
+        ("/events", {"user_id": hostile, "item_ids": [hostile]}),
+        ("/" + urllib.parse.quote(hostile), {}),
+    ]
+    for path, body in bodies:
+        request = urllib.request.Request(server.url + path, json.dumps(body).encode())
+        request.add_header("content-type", "application/json")
+        try:
+            answer = urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            content = answer.read()
+        assert answer.headers["content-type"] == "application/json", (path, body)
+        json.loads(content)
+        assert b"\x1b" not in content
+    output = server.log.read_text("utf-8")
+    assert not [part for part in ("\x1b", "\u202e", "<script>", "forged") if part in output]
 
 
 def test_no_acknowledged_event_is_lost_by_a_kill_and_the_store_is_filled_once(folders, tmp_path):
