@@ -383,8 +383,6 @@ MUTATIONS = {
     "training/trainer": [
         ("label smoothing counts special tokens", '["logits"][..., FIRST_ITEM_ID:]', '["logits"]',
          "training/test_trainer_features.py::test_label_smoothing_is_over_items_alone"),
-        ("metrics of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
-         "training/test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
         ("targets that the catalogue lacks lower the loss", "len(output.label_ids) / num_known", "1",
          "training/test_trainer.py::test_the_loss_is_the_mean_over_targets_that_the_catalogue_has_whatever_the_batches"),
         ("ranks do not leave out seen items", "top_k=COVERAGE_CUTOFF, **ranking",
@@ -394,10 +392,20 @@ MUTATIONS = {
          "training/test_trainer.py::test_weight_decay_is_not_of_the_item_table"),
         ("ranks stay in the order of evaluation", "np.argsort(by_length(test_dataset))", "np.arange(len(test_dataset))",
          "training/test_trainer.py::test_evaluation_ranks_are_the_places_in_the_pipelines_answers_user_by_user"),
-        ("a checkpoint lacks its preparation", "write_file(folder / PREPARATION_FILE,", "print(",
-         "training/test_resume.py::test_a_checkpoint_is_a_full_model_folder"),
         ("the negatives are split over GPUs", "if args.n_gpu > 1:", "if False:",
          "training/test_processes.py::test_of_several_gpus_without_a_launcher_one_is_used"),
+        ("a short last batch of users is not evaluated", "args.train_sampling_strategy = False,",
+         "args.train_sampling_strategy = given[0],",
+         "training/test_trainer_contract.py::"
+         "test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evaluation"),
+        ("a hyperparameter search keeps the first collator", "if self.collates_by_args:", "if False:",
+         "training/test_trainer_contract.py::test_optuna_searches_with_each_trainer[Bert4RecTrainer]"),
+    ],
+    "training/model_folder_trainer": [
+        ("metrics of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
+         "training/test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
+        ("a checkpoint lacks its preparation", "write_file(folder / PREPARATION_FILE,", "print(",
+         "training/test_resume.py::test_a_checkpoint_is_a_full_model_folder"),
         ("a checkpoint has no tokenizer", "super().save_model(str(new), _internal_call=True)",
          "super().save_model(str(new), _internal_call=True)\n"
          "            [path.unlink() for path in new.glob(\"tokenizer*\")]",
@@ -406,12 +414,6 @@ MUTATIONS = {
          "hub/test_push.py::test_test_numbers_come_along_until_the_weights_are_others"),
         ("the pickled arguments have the token", "setattr(args, name, None)", "pass",
          "training/test_trainer_contract.py::test_no_token_is_written_and_the_arguments_stay_as_they_were"),
-        ("a short last batch of users is not evaluated", "args.train_sampling_strategy = False,",
-         "args.train_sampling_strategy = given[0],",
-         "training/test_trainer_contract.py::"
-         "test_rows_of_a_last_short_batch_are_dropped_from_training_and_from_no_evaluation"),
-        ("a hyperparameter search keeps the first collator", "if self.collates_by_args:", "if False:",
-         "training/test_trainer_contract.py::test_optuna_searches_with_each_trainer[Bert4RecTrainer]"),
     ],
     "training/sampler": [
         ("every epoch of streamed rows has the same order", "(self.seed, self.epoch, *numbers)",

@@ -1,65 +1,42 @@
 """`Bert4RecTrainer`: the Transformers Trainer that evaluates by ranking and writes the model card."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sized
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     HubStrategy,
     IntervalStrategy,
     PredictionOutput,
     TrainOutput,
     has_length,
-    rotate_checkpoints,
 )
 
 from ..data.data_collator import DataCollatorForMaskedItemPrediction
-from ..data.histories import PREPARATION_FILE
-from ..data.item_tables import ITEM_TABLE_FILE
 from ..data.rows import StreamedTrainingRows
 from ..defaults import default_batch_size, default_learning_rate, default_mask_ratio
 from ..evaluation.calibration import choose_weights, compare_targets, compare_with_baselines, set_weights, weights_of
 from ..evaluation.metrics import COVERAGE_CUTOFF, CUTOFFS, ranking_metrics, result_metrics, sampled_metrics
 from ..evaluation.protocol import Protocol
-from ..files import files_beside, replace_folder, unfinished_folder, write_file
-from ..hub.model_card import (
-    CALIBRATION_FILE,
-    FILES_OF_WEIGHTS,
-    RECIPE_FILE,
-    add_evaluation,
-    read_evaluations,
-    write_model_card,
-)
-from ..hub.publish_code import publish_code as publish_code_into
-from ..hub.push import PushCheckpoints, push_folder
-from ..model.configuration_bert4rec import DERIVED_FIELDS, FIRST_ITEM_ID, Bert4RecConfig
+from ..hub.push import PushCheckpoints
+from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import Bert4RecTrainingArguments
-from .learning_curve import training_record, write_training
-from .new_items import write_new_items
-from .resume import FSDP_OPTIMIZER, FSDP_WEIGHTS
+from .model_folder_trainer import ModelFolderTrainer
 from .sampler import (
     SimilarLengthSampler,
     StreamedRowSampler,
@@ -71,21 +48,10 @@ from .sampler import (
 
 logger = logging.getLogger(__name__)
 
-# Arguments left out of recipes: specific to a machine or a run, or implied by others.
-ARGUMENTS_LEFT_OUT_OF_RECIPES = {
-    "output_dir", "run_name", "resume_from_checkpoint", "push_to_hub", "logging_dir", "local_rank", "deepspeed",
-    "use_cpu", "dataloader_pin_memory", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "project",
-    "greater_is_better", "eval_on_start",
-}  # fmt: skip
-WEIGHT_FILES = "*model*.safetensors"
 # Columns of evaluation rows that `search` takes, not `forward`.
 RANKING_INPUTS = ("history_ids", "exclude_ids", "candidate_ids", "history_type_ids", "target_type_ids")
 # Under rules that change the order, a target is looked for in lists of this length, that of the longest metrics.
 SERVED_LIST_LENGTH = CUTOFFS[-1]
-# Arguments that only `train_prepared` reads.
-ARGUMENTS_OF_TRAIN_PREPARED = {
-    "item_initialization", "train_windows", "window_step", "update_rows", "streaming", "max_eval_samples", "calibrate",
-}  # fmt: skip
 
 
 class ItemLabelSmoother(LabelSmoother):
@@ -97,7 +63,7 @@ class ItemLabelSmoother(LabelSmoother):
         return super().__call__(items, labels, *args, **kwargs)
 
 
-class Bert4RecTrainer(Trainer):
+class Bert4RecTrainer(ModelFolderTrainer):
     """The Transformers Trainer. It evaluates with `search`, the function that serving calls, and writes model folders.
 
     Evaluation rows come from `ranking_rows`. The metrics are those of `ranking_metrics`, and coverage@10, the share of
@@ -171,8 +137,6 @@ class Bert4RecTrainer(Trainer):
         self.collates_by_args = data_collator is None
         if data_collator is None:
             data_collator = _collator(args, config, processing_class)
-        # Where a checkpoint is made. None: none is made at present.
-        self.unfinished: Path | None = None
         super().__init__(
             model,
             args,
@@ -211,19 +175,8 @@ class Bert4RecTrainer(Trainer):
         self.preparation = preparation
         self.publish_code = publish_code
         self.rules = rules
-        self.evaluation: dict[str, Any] | None = None
-        # The record of `calibrate`.
-        self.calibration: dict[str, Any] | None = None
-        # The record of `make_new_items`.
-        self.new_items: dict[str, Any] | None = None
-        # The protocol of the learning curve, if new items have joined the catalogue since.
-        self.curve_protocol: Protocol | None = None
-        # The item table, which goes into every saved folder. None: the log has none.
-        self.item_table: Path | None = None
         # Whether the weights of the counted scores were chosen by the run that this one goes on from.
         self.weights_were_chosen = False
-        # The step of the weights that `evaluation` was computed with. None: the weights have changed since.
-        self.evaluated_step: int | None = None
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
         self.evaluated_step = None
@@ -233,24 +186,6 @@ class Bert4RecTrainer(Trainer):
         if self.args.load_best_model_at_end and self.state.best_global_step != self.evaluated_step:
             self.evaluated_step = None
         return output
-
-    # These private methods are overridden, since the Trainer refuses a checkpoint of FSDP in a run without it.
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        weights = Path(resume_from_checkpoint) / FSDP_WEIGHTS
-        if self.is_fsdp_enabled or not weights.is_file():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        whole = torch.load(weights, map_location="cpu", weights_only=True)
-        (self.model if model is None else model).load_state_dict(whole)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self.is_fsdp_enabled or not (Path(checkpoint) / FSDP_OPTIMIZER).is_file():
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        by_name = torch.load(Path(checkpoint) / FSDP_OPTIMIZER, map_location="cpu", weights_only=True)
-        model, optimizer = self.accelerator.unwrap_model(self.model), self.optimizer.optimizer
-        set_optimizer_state_dict(model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.args.learning_rate is None:
@@ -449,212 +384,6 @@ class Bert4RecTrainer(Trainer):
             return rows.select(by_length(rows))
         return rows
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a model folder: weights, configuration, catalogue, recipe, evaluations, learning curve and card.
-
-        The Trainer also writes training_args.bin, a pickle of the arguments with paths of this machine. It has no
-        tokens here, and is never pushed.
-
-        Args:
-            output_dir: The folder. None: that of the training arguments.
-        """
-        folder = Path(output_dir or self.args.output_dir)
-        stale: set[str] = set()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_without_tokens(self.args))
-            stack.enter_context(_writing(folder))
-            new, old_weights = folder, _weights_digest(folder) if self.args.should_save else None
-            # Without DeepSpeed, one process writes. With it, all do, into the same folder.
-            if self.args.should_save and not self.is_deepspeed_enabled:
-                new = stack.enter_context(files_beside(folder, last_file="config.json", own_files=stale))
-            super().save_model(str(new), _internal_call=True)
-            if self.args.should_save:
-                if any(new.glob(WEIGHT_FILES)) and _weights_digest(new) != old_weights:
-                    stale |= {*FILES_OF_WEIGHTS, *(path.name for path in folder.glob(WEIGHT_FILES))}
-                for name in ("README.md", *FILES_OF_WEIGHTS):
-                    if name in stale:
-                        (new / name).unlink(missing_ok=True)
-                    elif new != folder and (folder / name).is_file():
-                        shutil.copy2(folder / name, new / name)
-                self._complete_folder(new)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Make a checkpoint beside its place and move it there, so that a checkpoint is complete or not there."""
-        place = Path(super()._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.unfinished = unfinished_folder(place)
-        try:
-            if self.args.should_save and self.unfinished.exists():
-                shutil.rmtree(self.unfinished)  # of a run that was killed
-            self.accelerator.wait_for_everyone()
-            with _writing(place):
-                super()._save_checkpoint(model, trial)
-            made = self.unfinished / place.name
-            if self.state.best_model_checkpoint == str(made):
-                self.state.best_model_checkpoint = str(place)
-            if self.args.should_save:
-                self.state.save_to_json(str(made / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
-            if self.args.should_save:
-                if place.exists():
-                    replace_folder(made, place, self.unfinished / "old", {path.name for path in place.iterdir()})
-                else:
-                    os.rename(made, place)
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self.unfinished, ignore_errors=True)
-            self.unfinished = None
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(place.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self.unfinished is None else str(self.unfinished)
-
-    def _complete_folder(self, folder: Path) -> None:
-        """Write the files of a model folder that the Trainer itself does not write."""
-        write_file(folder / RECIPE_FILE, yaml.safe_dump(self.recipe(), sort_keys=True, allow_unicode=True))
-        if self.preparation is not None:
-            preparation = dict(self.preparation) | {"source": os.path.basename(self.preparation["source"])}
-            write_file(folder / PREPARATION_FILE, json.dumps(preparation, indent=2, ensure_ascii=False) + "\n")
-        if self.item_table is not None and self.item_table.resolve() != (folder / ITEM_TABLE_FILE).resolve():
-            write_file(folder / ITEM_TABLE_FILE, self.item_table.read_bytes())
-        if self.calibration is not None:
-            write_file(folder / CALIBRATION_FILE, json.dumps(self.calibration, indent=2) + "\n")
-        if self.new_items is not None:
-            write_new_items(folder, self.new_items)
-        protocols = [record["protocol"] for record in read_evaluations(folder)]
-        is_of_these_weights = self.evaluated_step == self.state.global_step
-        if self.evaluation is not None and is_of_these_weights and self.evaluation["protocol"] not in protocols:
-            add_evaluation(folder, self.evaluation)
-        training = self.training_record()
-        if training is not None:
-            write_training(folder, training)
-        if self.publish_code:
-            publish_code_into(folder)
-        write_model_card(folder, self.hub_model_id, self.processing_class)
-
-    def training_record(self) -> dict[str, Any] | None:
-        """The record of the run so far; see `learning_curve.training_record`. None without evaluations or protocol."""
-        if self.protocol is None:
-            return None
-        step = self.state.global_step
-        if self.args.load_best_model_at_end and not self.is_in_train and self.state.best_global_step is not None:
-            step = self.state.best_global_step
-        protocol = self.curve_protocol or self.protocol
-        if self.args.eval_strategy != IntervalStrategy.NO:
-            protocol = replace(protocol, calibrated=False)  # the curve was measured before `calibrate`
-        return training_record(self.state, self.args, protocol, self.baselines, step, self.calibration)
-
-    def recipe(self) -> dict[str, Any]:
-        """All training arguments and the architecture, in the form that `bert4rec train --config` reads.
-
-        Without a preparation, the user created model and rows, so arguments that only `train_prepared` reads are left
-        out.
-        """
-        left_out = (
-            ARGUMENTS_LEFT_OUT_OF_RECIPES
-            if self.preparation is not None
-            else ARGUMENTS_LEFT_OUT_OF_RECIPES | ARGUMENTS_OF_TRAIN_PREPARED
-        )
-        arguments = {
-            name: value
-            for name, value in self.args.to_dict().items()
-            if value is not None
-            and name not in left_out
-            and not name.startswith(("hub_", "_"))
-            and self.args.__dataclass_fields__.get(name) is not None
-            and self.args.__dataclass_fields__[name].init
-        }
-        config = self.model.config
-        architecture = {
-            name: getattr(config, name)
-            for name in Bert4RecConfig.__annotations__
-            if name not in DERIVED_FIELDS and hasattr(config, name)
-        }
-        precision = self.accelerator.mixed_precision  # an Accelerate configuration may have set it
-        arguments |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-        # TrainingArguments turn this option into "all" or "no", but the command line only accepts true or false.
-        arguments["include_num_input_tokens_seen"] = arguments["include_num_input_tokens_seen"] != "no"
-        # The Hub id of the model that was trained further. A local path would be another folder on another machine.
-        origin = config._name_or_path
-        if origin and not os.path.exists(origin):
-            arguments["model_name_or_path"] = origin
-        return json.loads(json.dumps(arguments | architecture, default=str))
-
-    def create_model_card(
-        self,
-        *,
-        model_name: str | None = None,
-        license: str | None = None,
-        language: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write README.md of the output folder from the files of the folder.
-
-        `push_to_hub` passes its further arguments to this function, as in `push_to_hub(license="mit")`.
-
-        Args:
-            model_name: Title of the card.
-            license: License of the model, for example "mit".
-            language: Language codes, for the metadata.
-            tags: Tags in addition to those of the package.
-        """
-        if self.is_world_process_zero():
-            metadata = {"model_name": model_name, "license": license, "language": language, "tags": tags}
-            write_model_card(self.args.output_dir, self.hub_model_id, self.processing_class, **metadata)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload the model folder, without checkpoints and training_args.bin.
-
-        Args:
-            commit_message: Message of the commit.
-            blocking: Whether to wait for the upload.
-            token: Access token. None: `hub_token` of the training arguments.
-            revision: Branch to push to. None: `hub_revision` of the training arguments.
-            private: Whether a repository that is created is private.
-            kwargs: Arguments of `create_model_card`.
-
-        Returns:
-            The return value of `huggingface_hub.upload_folder`; None on processes other than the main one.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = self.args.hub_token if token is None else token
-        if self.hub_model_id is None:
-            if private is not None:
-                self.args.hub_private_repo = private
-            self.init_hf_repo(token=token)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        tags = kwargs.pop("tags", None) or []
-        tags = [tags] if isinstance(tags, str) else list(tags)
-        model_tags = [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
-        name = (self.args.hub_model_id or os.path.abspath(self.args.output_dir)).rsplit("/", 1)[-1]
-        self.create_model_card(**{"model_name": name} | kwargs, tags=[*tags, *model_tags] or None)
-        self.checkpoint_pushes.finish()
-        return push_folder(
-            self.args.output_dir,
-            self.hub_model_id,
-            commit_message=commit_message,
-            token=token,
-            revision=self.args.hub_revision if revision is None else revision,
-            run_as_future=not blocking,
-        )
-
 
 def _choose(args: Bert4RecTrainingArguments, config: Bert4RecConfig, rows: Any) -> None:
     """Set the arguments that were left out, from the model and the training rows."""
@@ -680,30 +409,6 @@ def _for_evaluation(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.dataloader_drop_last, args.train_sampling_strategy = given
-
-
-@contextlib.contextmanager
-def _without_tokens(args: TrainingArguments) -> Iterator[None]:
-    """Remove tokens from the arguments while they are written to a file."""
-    tokens = {name: value for name, value in vars(args).items() if name.endswith("_token")}
-    try:
-        for name in tokens:
-            setattr(args, name, None)
-        yield
-    finally:
-        for name, value in tokens.items():
-            setattr(args, name, value)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raise OSError where torch.save could not write, which says so by RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(text in str(error) for text in ("PytorchStreamWriter", "inline_container", "iostream error")):
-            raise OSError(f"cannot write {folder}, maybe since the disk is full: {error}") from error
-        raise
 
 
 def _collator(
@@ -738,12 +443,3 @@ def keep_inputs_and_outputs_in_float32(plugin: FullyShardedDataParallelPlugin) -
     policy: Any = plugin.mixed_precision_policy
     if plugin.fsdp_version == 2 and policy is not None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
-
-
-def _weights_digest(folder: Path) -> str:
-    """A digest of the weight files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob(WEIGHT_FILES)):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
