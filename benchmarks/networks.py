@@ -1,7 +1,6 @@
 """Trains a network with one change at a time, and judges each by itself and by the sum with the counted scores.
 
     python benchmarks/networks.py LOG --changes residual residual+rdrop=1 … [--set NAME=VALUE …] [--output FOLDER]
-                                  [--items ITEMS --item_features NAME …]
 
 LOG has the forms that benchmarks/quality.py accepts. A plus joins changes. The changes, none of which is an option of
 the package, are:
@@ -13,8 +12,6 @@ the package, are:
 - contrast=.1: the states of two passes with other dropout must find each other among the states of the batch;
 - rdrop=1: the symmetric divergence of the predictions of two such passes is added to the loss (Liang et al. 2021);
 - counted=1: the loss is that of the sum: logits get the transitions, counted on other users, times this number;
-- features=.1: an item's vector is its own plus a projection of its features, which the training changes too. The vector
-  of its own is left out for this share of the items of a step. Needs --items;
 - bidirectional=.5: this share of the batches masks items in place, and all positions attend to all others;
 - peer=FOLDER: the scores of RecTools' SASRec in place of the network. FOLDER is that of a seed of benchmarks/peers.py,
   with --set vectors=true.
@@ -34,22 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from quality import log_name, named_values, prepared
 from tables import machine, write_section
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import TrainerCallback, set_seed
 
 from bert4rec_hf import (
     Bert4RecConfig,
     Bert4RecForMaskedItemPrediction,
-    Bert4RecTokenizer,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     keep_transitions,
-    prepare,
     ranking_rows,
     read_prepared,
     start_from_cooccurrence,
@@ -58,12 +51,10 @@ from bert4rec_hf import (
 from bert4rec_hf.data.counting import transitions
 from bert4rec_hf.data.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.data.histories import Histories
-from bert4rec_hf.data.item_tables import ITEM_TABLE_FILE
 from bert4rec_hf.defaults import default_architecture, default_num_train_epochs, default_start_with_mean
 from bert4rec_hf.evaluation import calibration
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
 from bert4rec_hf.model.history_scores import WEIGHT_FIELDS
-from bert4rec_hf.model.item_features import SparseRows, fit_projection
 from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen
 
 TABLE = Path(__file__).parent / "results" / "networks.md"
@@ -84,22 +75,14 @@ def main() -> None:
     parser.add_argument("log")
     parser.add_argument("--changes", nargs="*", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--items")
-    parser.add_argument("--item_features", nargs="*")
     parser.add_argument("--output", default="networks")
     options = parser.parse_args()
     calibration.MAX_CALIBRATED_USERS = 10**9
     settings = named_values(options.set)
-    if options.items:
-        data = Path(options.output) / "data-items"
-        if not data.exists():
-            prepare(options.log, data, items=options.items, item_features=options.item_features)
-    else:
-        data = prepared(options.log, Path(options.output), None)
+    data = prepared(options.log, Path(options.output), None)
     lines = [
         f"`benchmarks/networks.py {log_name(options.log)} --changes {' '.join(options.changes)}"
-        f"{' --set ' + ' '.join(options.set) if options.set else ''}"
-        f"{' --items items.parquet --item_features ' + ' '.join(options.item_features) if options.items else ''}`, "
+        f"{' --set ' + ' '.join(options.set) if options.set else ''}`, "
         f"{machine(torch.get_num_threads())}",
         "",
         "| change | validation, alone | sum | difference | test, alone | sum | difference | CPU minutes |",
@@ -148,8 +131,6 @@ def run(
     model = Bert4RecForMaskedItemPrediction(config)
     start_from_cooccurrence(model, histories, num_items, with_mean=default_start_with_mean(num_events, num_items))
     keep_transitions(model, histories, num_items)
-    if "features" in changes:
-        add_features(model, tokenizer, data, changes["features"])
     if "residual" in changes:
         add_residual(model)
 
@@ -242,8 +223,6 @@ class ChangedTrainer(Bert4RecTrainer):
         folds = inputs.pop("folds", None)
         is_bidirectional = inputs.pop("is_bidirectional", False)
         changes = self.changes
-        if model.training and "features" in changes:
-            draw_items_without_own_vectors(model, changes["features"])
         if model.training and "bidirectional" in changes:
             model.config.causal_attention = not is_bidirectional
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -371,47 +350,6 @@ def add_residual(model: Bert4RecForMaskedItemPrediction) -> None:
         return outputs
 
     model.model.forward = with_residual
-
-
-class WithFeatures(nn.Module):
-    """A parametrization of the item table: the vectors of the items' own plus a projection of their features."""
-
-    def __init__(self, rows: SparseRows, weight: torch.Tensor):
-        super().__init__()
-        self.rows, self.weight = rows, nn.Parameter(weight)
-        self.without_own: torch.Tensor | None = None
-
-    def projected(self) -> torch.Tensor:
-        places, values, starts = self.rows
-        found = nn.functional.embedding_bag(places, self.weight, starts[:-1], mode="sum", per_sample_weights=values)
-        return nn.functional.pad(found, (0, 0, FIRST_ITEM_ID, 0))
-
-    def forward(self, own: torch.Tensor) -> torch.Tensor:
-        if self.training and self.without_own is not None:
-            own = own.masked_fill(self.without_own, 0.0)
-        return own + self.projected()
-
-    def right_inverse(self, table: torch.Tensor) -> torch.Tensor:
-        return table - self.projected().detach()
-
-
-def add_features(
-    model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, data: Path, share: float
-) -> None:
-    """Start the projection with the ridge regression of the vectors that training starts from."""
-    rows = tokenizer.feature_rows(pq.read_table(data / ITEM_TABLE_FILE), tokenizer.items)
-    table = model.get_input_embeddings().weight.detach()
-    counts = torch.tensor(tokenizer.counts).float()
-    weight, penalty, explained = fit_projection(rows, table[FIRST_ITEM_ID:], counts)
-    print(f"features explain {explained:.0%} of the first vectors; penalty {penalty:g}")
-    parametrize.register_parametrization(model.get_input_embeddings(), "weight", WithFeatures(rows, weight))
-
-
-def draw_items_without_own_vectors(model: Bert4RecForMaskedItemPrediction, share: float) -> None:
-    table = model.get_input_embeddings().parametrizations.weight
-    chosen = torch.rand(len(table.original), 1) < share
-    chosen[:FIRST_ITEM_ID] = False
-    table[0].without_own = chosen
 
 
 def some_of(row: Sequence[int], share: float, random: np.random.Generator) -> np.ndarray:

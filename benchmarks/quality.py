@@ -1,7 +1,7 @@
 """Measures a recipe on a log, beside the baselines: leave-one-out, full ranking.
 
     python benchmarks/quality.py LOG [--recipe recipes/ml-1m.yaml] --seeds 3 [--without_validation] [--output FOLDER]
-                                 [--set NAME=VALUE …]
+                                 [--set NAME=VALUE …] [--items ITEMS --item_features NAME …]
 
 LOG is the name of a dataset, a file that `bert4rec prepare` accepts, or a prepared folder. The table names a log after
 its file, NAME.parquet, or after its folder, NAME/interactions.parquet; the sources of the files are given below the
@@ -16,11 +16,13 @@ of each model and of the baselines stay there too, in `ranks.parquet`, for bench
 import argparse
 import hashlib
 import json
+import shlex
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,15 +85,16 @@ def log_name(log: str) -> str:
     return path.parent.name or path.stem
 
 
-def prepared(log: str, folder: Path, length: int | None, validation: bool = True) -> Path:
+def prepared(log: str, folder: Path, length: int | None, validation: bool = True, **features: Any) -> Path:
     if (Path(log) / HISTORIES_FILE).is_file():
         preparation = json.loads((Path(log) / PREPARATION_FILE).read_text("utf-8"))
         if preparation["split"].get("validation", True) != validation:
             raise SystemExit(f"{log} was prepared {'without' if validation else 'with'} validation targets")
         return Path(log)
-    data = folder / "-".join(["data", *([str(length)] if length else []), *([] if validation else ["all-but-test"])])
+    words = ["data", *([str(length)] if length else []), *([] if validation else ["all-but-test"])]
+    data = folder / "-".join([*words, *(["with-features"] if features else [])])
     if not data.exists():
-        prepare(log, data, max_length=length, validation=validation)
+        prepare(log, data, max_length=length, validation=validation, **features)
     return data
 
 
@@ -204,6 +207,8 @@ def main() -> None:
     parser.add_argument("--recipe")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--without_validation", action="store_true")
+    parser.add_argument("--items", help="an item table")
+    parser.add_argument("--item_features", nargs="*", default=[])
     parser.add_argument("--output", default="quality")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="changes to the recipe")
     options = parser.parse_args()
@@ -212,13 +217,19 @@ def main() -> None:
     name = log_name(options.log)
     folder = Path(options.output) / name
     state = PartialState(cpu=not torch.accelerator.is_available())
+    features = {"items": options.items, "item_features": options.item_features} if options.item_features else {}
     with state.main_process_first():
-        data = prepared(options.log, folder, recipe.get("max_position_embeddings"), not options.without_validation)
+        length = recipe.get("max_position_embeddings")
+        data = prepared(options.log, folder, length, not options.without_validation, **features)
     seeds = range(42, 42 + options.seeds)
     title, stem = (f"`{options.recipe}`", Path(options.recipe).stem) if options.recipe else ("defaults", "defaults")
     given = f" --recipe {options.recipe}" if options.recipe else ""
     if options.without_validation:
         title, stem, given = f"{title}, all but test trains", f"{stem}-all-but-test", f"{given} --without_validation"
+    if features:
+        title, stem = f"{title}, item features {' '.join(options.item_features)}", f"{stem}-with-features"
+        table = f" --items {log_file(options.items)}" if options.items else ""
+        given += f"{table} --item_features {shlex.join(options.item_features)}"
     if options.set:
         named = " ".join(options.set)
         title, stem = f"{title}, `{named}`", "-".join([stem, *options.set]).replace("/", "_")

@@ -147,7 +147,7 @@ class ItemProjection(nn.Module):
         """Item vectors (items, hidden size) and biases (items,), float32, from the numbers of items."""
         if self.weight is None:
             raise ValueError("the model makes no vectors from item features: train it with an item table")
-        found = _product(rows, self.weight.float().cpu())
+        found = product(rows, self.weight.float().cpu())
         return found[:, :-1], found[:, -1]
 
 
@@ -181,7 +181,7 @@ def fit_projection(
         expected = (targets[is_left_out] - centre)[:, :-1]  # the vectors alone: a bias is not of their scale
         for penalty in PENALTIES:
             weights = _ridge(kept, targets[~is_left_out] - centre, shares[~is_left_out], penalty, num_numbers)
-            errors = (_product(left_out, weights)[:, :-1] - expected).square()
+            errors = (product(left_out, weights)[:, :-1] - expected).square()
             of_all = (expected.square() * shares[is_left_out]).sum().clamp(min=1e-12)
             best = max(best, (float(1 - (errors * shares[is_left_out]).sum() / of_all), penalty))
     explained, penalty = best
@@ -197,6 +197,12 @@ def select_rows(rows: SparseRows, is_wanted: torch.Tensor) -> SparseRows:
     sizes = starts.diff()
     kept = torch.repeat_interleave(is_wanted, sizes)
     return places[kept], values[kept], nn.functional.pad(sizes[is_wanted].cumsum(0), (1, 0))
+
+
+def product(rows: SparseRows, weights: torch.Tensor) -> torch.Tensor:
+    """The product (items, columns) of the numbers of items with weights (numbers, columns)."""
+    places, values, starts = rows
+    return nn.functional.embedding_bag(places, weights, starts[:-1], mode="sum", per_sample_weights=values)
 
 
 def as_columns(items: Any) -> dict[str, list[Any]] | None:
@@ -242,12 +248,6 @@ def _ridge(
         previous, energy = energy, (residual * preconditioned).sum(dim=0)
         direction = preconditioned + energy / previous.clamp(min=1e-20) * direction
     return weights
-
-
-def _product(rows: SparseRows, weights: torch.Tensor) -> torch.Tensor:
-    """(items, columns) the product of the numbers of items with weights (numbers, columns)."""
-    places, values, starts = rows
-    return nn.functional.embedding_bag(places, weights, starts[:-1], mode="sum", per_sample_weights=values)
 
 
 def _plain(value: Any) -> Any:

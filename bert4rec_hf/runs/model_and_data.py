@@ -20,6 +20,7 @@ from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..training.arguments import Bert4RecTrainingArguments
 from ..training.initialization import keep_conversion_scores, keep_transitions, start_from_cooccurrence, start_new_items
+from ..training.item_feature_training import fit_item_projection
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,9 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
     if args.item_initialization == "cooccurrence":
         with_mean = default_start_with_mean(num_events, num_items)
         start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
+    table = item_table(data)
+    if tokenizer.item_features is not None and table is not None:
+        fit_item_projection(model, tokenizer, read_stored_table(table).to_pydict())
     tokenizer.model_max_length = config.max_position_embeddings
     return model, tokenizer, histories, preparation
 
@@ -113,8 +117,11 @@ def _continued_model(
             name: [None if place is None else values[place] for place in places] for name, values in columns.items()
         } | {"item_id": catalogue.items}
     num_new = model.add_items(tokenizer, items, {item: title for item, title in titles.items() if title})
-    if catalogue.item_features is not None:
-        tokenizer.item_features = catalogue.item_features  # the projection is learned anew after training
+    new_features = catalogue.item_features
+    is_other = new_features is not None and (
+        tokenizer.item_features is None or new_features.to_json() != tokenizer.item_features.to_json()
+    )
+    tokenizer.item_features = new_features or tokenizer.item_features
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     if catalogue.event_types is not None:
         unknown = [name for name in catalogue.event_types if name not in (tokenizer.event_types or ())]
@@ -127,6 +134,8 @@ def _continued_model(
     histories, tokenizer, preparation = read_histories(data, args.streaming, tokenizer)
     if num_new:
         start_new_items(model, histories, tokenizer.num_items, num_new, seed=args.seed)
+    if is_other and table is not None:
+        fit_item_projection(model, tokenizer, read_stored_table(table).to_pydict())
     has_validation = preparation["split"].get("validation")
     check_targets(folder, preparation, "validation" if has_validation else "test", is_trained_further=True)
     preparation = with_period_of(preparation, folder)

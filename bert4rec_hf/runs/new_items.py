@@ -1,17 +1,14 @@
 """The end of a training run with item features: vectors of new items, and how often they are recommended."""
 
-import logging
 import os
 from typing import Any
 
 from ..data.item_tables import read_stored_table
 from ..data.rows import users_with_targets
 from ..evaluation.protocol import Protocol
-from ..training.new_items import learn_item_projection, offer_new_items
+from ..training.new_items import add_new_items, offer_new_items
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import read_histories, rows_for
-
-logger = logging.getLogger(__name__)
 
 
 def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[str, Any] | None:
@@ -31,15 +28,12 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
     if tokenizer.item_features is None or trainer.item_table is None:
         return None
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    if hasattr(model, "unshard"):
-        logger.warning(
-            "the vectors of new items are made without FSDP: bert4rec update-items %s --data %s", args.output_dir, data
-        )
+    if not model.config.num_item_features:  # the weights are sharded
         return None
-    record = learn_item_projection(model, tokenizer, read_stored_table(trainer.item_table).to_pydict())
+    num_new_items = add_new_items(model, tokenizer, read_stored_table(trainer.item_table).to_pydict())
+    record = {"num_new_items": num_new_items, "offset": model.config.new_item_offset}
     histories, _, preparation = read_histories(data, args.streaming, tokenizer)
-    record |= {"offset": model.config.new_item_offset}
-    if record["num_new_items"] and trainer.protocol is not None:
+    if num_new_items and trainer.protocol is not None:
         evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
         rows = rows_for(model.config, evaluated, tokenizer, "validation")
         record |= offer_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)

@@ -12,6 +12,7 @@ from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data.histories import AnyHistories, Histories, StreamedHistories, check_prepared
+from ..data.item_tables import read_stored_table
 from ..data.rows import StreamedTrainingRows, training_rows, update_rows, users_with_targets
 from ..defaults import (
     UPDATE_EPOCHS,
@@ -174,6 +175,8 @@ def train_prepared(
             logger.warning("the resumed run goes on with the weights of counted scores of %s", checkpoint)
             set_weights(config, began)
         trainer.add_callback(BestCheckpointHere)
+    if config.num_item_features and trainer.item_table is not None:
+        _train_item_features(trainer, trainer.item_table, checkpoint)
     if args.eval_on_start:
         trainer.add_callback(StartIsCheckpoint(trainer))
     with named_if_lost(args):
@@ -192,6 +195,19 @@ def train_prepared(
     # With model_init, each later call of `train` starts from the initial model, as a hyperparameter search needs.
     trainer.model_init = lambda: model_and_data(data, args, model_name_or_path, architecture)[0]
     return trainer
+
+
+def _train_item_features(trainer: Bert4RecTrainer, table: Path, checkpoint: str | None) -> None:
+    """Let the projection from item features train, unless the weights of this run or its checkpoint are sharded."""
+    is_sharded = trainer.is_fsdp_enabled or hasattr(trainer.model, "unshard")
+    if not is_sharded and (checkpoint is None or Bert4RecConfig.from_pretrained(checkpoint).num_item_features):
+        trainer.train_item_features(read_stored_table(table).to_pydict())
+        return
+    logger.warning(
+        "item features do not train with FSDP; bert4rec update-items %s --data DATA fits them to the trained model",
+        trainer.args.output_dir,
+    )
+    trainer.model.config.num_item_features, trainer.model.item_projection.weight = 0, None
 
 
 def _choose_for_update(args: Bert4RecTrainingArguments, config: Bert4RecConfig) -> None:

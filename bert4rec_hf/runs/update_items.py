@@ -21,7 +21,8 @@ from ..hub.model_card import NEW_ITEMS_FILE, NEW_ITEMS_FORM, RECIPE_FILE
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..reading import read_yaml
-from ..training.new_items import learn_item_projection, offer_new_items, set_offset, write_new_items
+from ..training.item_feature_training import fit_item_projection
+from ..training.new_items import add_new_items, offer_new_items, set_offset, write_new_items
 from .model_and_data import item_table, read_histories, rows_for
 
 # The column of an item table that says which items are not recommended any more.
@@ -95,7 +96,9 @@ def update_items(
     record: dict[str, Any] = {"num_new": tokenizer.num_items}
     new_items: dict[str, Any] | None = json_of_model(source, NEW_ITEMS_FILE, NEW_ITEMS_FORM)
     if data is not None:
-        new_items = learn_item_projection(loaded, tokenizer, merged.to_pydict())
+        everything = merged.to_pydict()
+        fitted = fit_item_projection(loaded, tokenizer, everything)
+        new_items = {"num_new_items": add_new_items(loaded, tokenizer, everything)} | fitted
     loaded.add_items(tokenizer, columns, titles)
     record["num_new"] = tokenizer.num_items - record["num_new"]
     num_old = tokenizer.num_items - record["num_new"]

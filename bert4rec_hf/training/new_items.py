@@ -21,7 +21,6 @@ from ..evaluation.plotting import BLUE, GREY, ORANGE, png
 from ..files import write_file
 from ..hub.model_card import NEW_ITEMS_CURVE_FILE, NEW_ITEMS_FILE
 from ..model.configuration_bert4rec import FIRST_ITEM_ID
-from ..model.item_features import fit_projection
 from ..model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 
@@ -37,37 +36,23 @@ ROOM_OF_A_NAME = 0.06
 
 
 @torch.no_grad()
-def learn_item_projection(
-    model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, table: Any
-) -> dict[str, Any]:
-    """Learn to make item vectors from features, and make those of the items without a training event.
+def add_new_items(model: Bert4RecForMaskedItemPrediction, tokenizer: Bert4RecTokenizer, table: Any) -> int:
+    """Give the items without a training event the vectors of their features.
 
-    The projection is a ridge regression from the features of the items that have trained to their vectors and biases.
     Items of the table that the catalogue lacks are added to it.
 
     Args:
-        model: A trained model, which is changed in place.
+        model: A model with a projection from item features, which is changed in place.
         tokenizer: Its tokenizer, with `item_features` and counts, which is changed in place.
         table: The item table.
 
     Returns:
-        num_new_items, the number of items whose vectors come from features; penalty; and explained, the share of the
-        variance of the vectors of items left out that the features explain.
+        The number of items whose vectors come from features.
     """
     counts = np.array(tokenizer.counts or [1] * tokenizer.num_items)
-    trained = np.flatnonzero(counts)
-    rows = tokenizer.feature_rows(table, [tokenizer.items[place] for place in trained])
-    vectors = model.item_vectors()[torch.from_numpy(trained)].cpu()
-    biases = model.item_bias(torch.from_numpy(trained + FIRST_ITEM_ID).to(model.device)).detach().float().cpu()
-    vectors[:, -1] = biases  # the bias of a withdrawn item too
-    weights, penalty, explained = fit_projection(rows, vectors, torch.from_numpy(counts[trained]).float())
-    size = tokenizer.item_features.size  # type: ignore[union-attr]
-    model.config.num_item_features = size
-    padded = torch.nn.functional.pad(weights, (0, 0, 0, size - len(weights)))
-    model.item_projection.weight = padded.to(model.device)
     model.set_vectors_from_features(tokenizer, table, (np.flatnonzero(counts == 0) + FIRST_ITEM_ID).tolist())
     num_added = model.add_items(tokenizer, table)
-    return {"num_new_items": int((counts == 0).sum()) + num_added, "penalty": penalty, "explained": explained}
+    return int((counts == 0).sum()) + num_added
 
 
 @dataclass

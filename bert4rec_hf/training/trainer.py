@@ -36,6 +36,7 @@ from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
 from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import Bert4RecTrainingArguments
+from .item_feature_training import ItemFeatureTraining
 from .model_folder_trainer import ModelFolderTrainer
 from .sampler import (
     SimilarLengthSampler,
@@ -175,6 +176,8 @@ class Bert4RecTrainer(ModelFolderTrainer):
         self.preparation = preparation
         self.publish_code = publish_code
         self.rules = rules
+        # Whether the projection from item features trains.
+        self.trains_item_features = False
         # Whether the weights of the counted scores were chosen by the run that this one goes on from.
         self.weights_were_chosen = False
 
@@ -190,7 +193,19 @@ class Bert4RecTrainer(ModelFolderTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.args.learning_rate is None:
             self.args.learning_rate = default_learning_rate(self.model.config.hidden_size)
-        return super().create_optimizer(*args, **kwargs)
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
+        if is_new and self.trains_item_features:
+            optimizer.add_param_group({"params": [self.model.item_projection.weight], "weight_decay": 0.0})
+        return optimizer
+
+    def train_item_features(self, table: Any) -> None:
+        """Train the projection from item features, where the model has one, together with the item vectors.
+
+        Args:
+            table: The item table. See `ItemFeatureTraining`.
+        """
+        self.trains_item_features = True
+        self.add_callback(ItemFeatureTraining(self.processing_class, table, seed=self.args.seed))
 
     def get_train_dataloader(self) -> DataLoader:
         if self.collates_by_args:  # a hyperparameter search may have changed the arguments

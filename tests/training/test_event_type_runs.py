@@ -1,4 +1,4 @@
-"""Runs of models of event types: streamed, resumed, on several processes, compared, tuned, under rules, published."""
+"""Runs of models of event types and item features: streamed, resumed, on several processes, tuned, published."""
 
 import json
 import random
@@ -54,7 +54,10 @@ def write_log(path: Path) -> None:
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("typed")
     write_log(folder / "log.csv")
-    prepare(folder / "log.csv", folder / "data", **TYPES)
+    items = [f"i{item:02}" for item in range(NUM_ITEMS)]
+    kinds = [f"k{item % 3}" for item in range(NUM_ITEMS)]
+    pd.DataFrame({"item_id": items, "kind": kinds}).to_csv(folder / "items.csv", index=False)
+    prepare(folder / "log.csv", folder / "data", items=folder / "items.csv", item_features=["kind"], **TYPES)
     return folder / "data"
 
 
