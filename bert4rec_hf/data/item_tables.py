@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..model.item_features import KINDS, ItemFeatures
+from .log_files import is_parquet
 from .logs import LIBRARY_ERRORS, SOURCE_ROW, open_log
 from .values import LOCAL_TIME, as_id, with_types
 
@@ -48,7 +49,8 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
         item_column: The column of the ids.
 
     Returns:
-        The columns of the file in the order of its rows. The ids are text, in a column item_id. NaN is null.
+        The columns of the file in the order of its rows, without those of bytes that are no text, such as pictures.
+        The ids are text, in a column item_id. NaN is null.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -60,11 +62,11 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
     log = open_log(path)
     if item_column not in log.columns:
         raise ValueError(f"{path} has the columns {', '.join(log.columns)}; expected {item_column} and others")
-    names = [name for name in log.columns if name != item_column]
+    names = [name for name in log.columns if name != item_column and not _is_no_text(path, name)]
     if item_column != "item_id" and "item_id" in names:
         raise ValueError(f"{path} has a column item_id beside {item_column}, which holds the ids: rename or drop it")
     try:
-        rows = log.table(log.columns)
+        rows = log.table([item_column, *names])
         _check_size(rows, path)
         rows = _typed(rows, names) if log.is_text else rows
         rows = rows.mutate(item_id=as_id(rows, item_column, path)).order_by(SOURCE_ROW)
@@ -84,6 +86,19 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
             table = table.set_column(number, table.column_names[number], column)
     return table
+
+
+def _is_no_text(path: str, name: str) -> bool:
+    """Whether a column has bytes that are no text, such as pictures. It is left out with a warning."""
+    kind = pq.read_schema(path).field(name).type if is_parquet(path) else pa.string()
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)):
+        return False
+    try:
+        pq.read_table(path, columns=[name])[name].cast(pa.string())
+    except pa.ArrowException:
+        logger.warning("%s: the column %s has bytes that are no text, and is left out", path, name)
+        return True
+    return False
 
 
 def read_stored_table(path: str | os.PathLike) -> pa.Table:

@@ -151,3 +151,16 @@ def test_wrong_tables_are_errors_and_write_nothing(log, tmp_path):
     with pytest.raises(ValueError, match="item feature title:text needs an encoder: name one with --text_encoder"):
         prepare(log, tmp_path / "data", items=text, item_features=["title:text"])
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(2)])
+def test_bytes_that_are_no_text_are_left_out(tmp_path, caplog, kind):
+    columns = {
+        "item_id": ["a", "b"],
+        "picture": pa.array([b"\xff\x00", b"xy"], kind),
+        "brand": pa.array([b"k1", "é".encode()], kind),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+    table = read_item_table(tmp_path / "items.parquet")
+    assert table.to_pydict() == {"item_id": ["a", "b"], "brand": ["k1", "é"]}
+    assert "the column picture has bytes that are no text, and is left out" in caplog.text
