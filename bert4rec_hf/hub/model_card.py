@@ -385,9 +385,10 @@ def describe_new_items(record: Mapping[str, Any]) -> str:
     Args:
         record: The content of new_items.json.
     """
-    text = f"{record['num_new_items']:,} new items have vectors from their features"
-    if "explained" in record:
-        text += f", which explain {max(0.0, record['explained']):.0%} of the vectors of items left out"
+    text = (
+        f"{record['num_new_items']:,} new items have vectors from their features, which explain "
+        f"{max(0.0, record['explained']):.0%} of the vectors of items left out"
+    )
     trades = record.get("trades", [])
     chosen = next((trade for trade in trades if trade["offset"] == record["offset"]), None)
     if chosen is None:

@@ -117,11 +117,7 @@ def _continued_model(
             name: [None if place is None else values[place] for place in places] for name, values in columns.items()
         } | {"item_id": catalogue.items}
     num_new = model.add_items(tokenizer, items, {item: title for item, title in titles.items() if title})
-    new_features = catalogue.item_features
-    is_other = new_features is not None and (
-        tokenizer.item_features is None or new_features.to_json() != tokenizer.item_features.to_json()
-    )
-    tokenizer.item_features = new_features or tokenizer.item_features
+    tokenizer.item_features = catalogue.item_features or tokenizer.item_features
     tokenizer.set_counts(dict(zip(catalogue.items, catalogue.counts, strict=True)))
     if catalogue.event_types is not None:
         unknown = [name for name in catalogue.event_types if name not in (tokenizer.event_types or ())]
@@ -134,7 +130,7 @@ def _continued_model(
     histories, tokenizer, preparation = read_histories(data, args.streaming, tokenizer)
     if num_new:
         start_new_items(model, histories, tokenizer.num_items, num_new, seed=args.seed)
-    if is_other and table is not None:
+    if tokenizer.item_features is not None and table is not None:
         fit_item_projection(model, tokenizer, read_stored_table(table).to_pydict())
     has_validation = preparation["split"].get("validation")
     check_targets(folder, preparation, "validation" if has_validation else "test", is_trained_further=True)

@@ -6,6 +6,7 @@ from typing import Any
 from ..data.item_tables import read_stored_table
 from ..data.rows import users_with_targets
 from ..evaluation.protocol import Protocol
+from ..training.item_feature_training import fit_item_projection
 from ..training.new_items import add_new_items, offer_new_items
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import read_histories, rows_for
@@ -30,10 +31,12 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     if not model.config.num_item_features:  # the weights are sharded
         return None
-    num_new_items = add_new_items(model, tokenizer, read_stored_table(trainer.item_table).to_pydict())
-    record = {"num_new_items": num_new_items, "offset": model.config.new_item_offset}
+    table = read_stored_table(trainer.item_table).to_pydict()
+    # A regression on the vectors serves new items better than the projection that has trained with them.
+    record: dict[str, Any] = dict(fit_item_projection(model, tokenizer, table))
+    record |= {"num_new_items": add_new_items(model, tokenizer, table), "offset": model.config.new_item_offset}
     histories, _, preparation = read_histories(data, args.streaming, tokenizer)
-    if num_new_items and trainer.protocol is not None:
+    if record["num_new_items"] and trainer.protocol is not None:
         evaluated = users_with_targets(histories, "validation", args.max_eval_samples)
         rows = rows_for(model.config, evaluated, tokenizer, "validation")
         record |= offer_new_items(model, tokenizer, rows, batch_size=args.per_device_eval_batch_size)

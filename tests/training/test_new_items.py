@@ -86,6 +86,7 @@ def test_new_items_are_recommended_to_those_who_like_their_group(shop):
 def test_the_folder_says_what_was_chosen(shop):
     record = json.loads((shop / "model" / "new_items.json").read_text())
     assert record["num_new_items"] == NUM_GROUPS * NEW_PER_GROUP + 1
+    assert record["explained"] > 0.5
     assert record["num_targets"] > 20
     assert pq.read_table(shop / "model" / "items.parquet").num_rows == NUM_GROUPS * 10 + 1
     offsets = [trade["offset"] for trade in record["trades"]]
