@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def main() -> None:
     run(tools / "python", "-m", "build", "--outdir", distributions, ROOT, stderr=subprocess.STDOUT)
     (wheel,), (source,) = distributions.glob("*.whl"), distributions.glob("*.tar.gz")
     print(run(tools / "twine", "check", "--strict", wheel, source))
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bert4rec_hf").rglob("*.py")}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == modules
 
     version = f"bert4rec {wheel.name.split('-')[1]}\n"
     from_source = environment(folder / "source", source)

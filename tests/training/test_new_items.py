@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chain_runs import arguments
+from command_runs import fail, succeed
 from transformers import pipeline
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, prepare, train_prepared
@@ -221,24 +220,16 @@ def test_a_model_that_is_trained_further_keeps_its_features(shop, model, tmp_pat
 
 
 def test_on_the_command_line(shop, model, tmp_path):
-    def run(*words):
-        words = [sys.executable, "-m", "bert4rec_hf", *map(str, words)]
-        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-
     words = ("--items", shop / "items.parquet", "--item_features", "group", "--split", "temporal")
-    prepared = run("prepare", shop / "log.parquet", "--output", tmp_path / "data", *words)
-    assert "item features: group: category, 6 values; 61 of 61 items have it" in prepared.stdout
+    prepared = succeed("prepare", shop / "log.parquet", "--output", tmp_path / "data", *words)
+    assert "item features: group: category, 6 values; 61 of 61 items have it" in prepared
     (tmp_path / "update.csv").write_text("item_id,group\n5-late,g5\n")
-    updated = run("update-items", model, "--items", tmp_path / "update.csv")
-    assert updated.stdout.startswith("1 items added, 0 changed; 0 are withdrawn; offset of new items ")
-    assert run("update-items", model).stderr.endswith("nothing to do: give --items, --data or --new_item_offset\n")
+    updated = succeed("update-items", model, "--items", tmp_path / "update.csv")
+    assert updated[0].startswith("1 items added, 0 changed; 0 are withdrawn; offset of new items ")
+    assert fail("update-items", model).endswith("nothing to do: give --items, --data or --new_item_offset")
     (tmp_path / "bad.csv").write_text("item_id,withdrawn\n1-1,perhaps\n")
-    failed = run("update-items", model, "--items", tmp_path / "bad.csv")
-    assert failed.returncode == 2
-    assert "the column withdrawn must be true or false in every row" in failed.stderr
-    failed = run("update-items", model, "--items", tmp_path / "typo.csv")
-    assert failed.returncode == 2
-    assert "there is no file" in failed.stderr  # the table of the folder does not stand in for it
-    failed = run("update-items", tmp_path / "nowhere", "--items", tmp_path / "update.csv")
-    assert failed.returncode == 2
-    assert len(failed.stderr.strip().splitlines()) == 1
+    failed = fail("update-items", model, "--items", tmp_path / "bad.csv")
+    assert "the column withdrawn must be true or false in every row" in failed
+    failed = fail("update-items", model, "--items", tmp_path / "typo.csv")
+    assert "there is no file" in failed  # the table of the folder does not stand in for it
+    fail("update-items", tmp_path / "nowhere", "--items", tmp_path / "update.csv")

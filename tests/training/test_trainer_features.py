@@ -26,6 +26,8 @@ from bert4rec_hf import (
 )
 
 TRAINERS = ["ours", "plain"]
+# For runs that are evaluated only when they have ended.
+AT_THE_END = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def evaluations(trainer) -> list[dict[str, float]]:
     ids=["default", "label_smoothing", "gradient_checkpointing", "workers", "bf16", "accumulation"],
 )
 def test_a_run_learns_as_well_with(data, tmp_path, which, options):
-    trainer = make_trainer(which, data, tmp_path, **options)
+    trainer = make_trainer(which, data, tmp_path, **options, **AT_THE_END)
     if which == "plain" and "label_smoothing_factor" in options:
         with pytest.raises(ValueError, match="with label_smoothing_factor use Bert4RecTrainer"):
             trainer.train()
@@ -98,7 +100,7 @@ def test_a_run_learns_as_well_with(data, tmp_path, which, options):
 @pytest.mark.skipif(sys.platform != "linux", reason="torch.compile is tested on Linux only")
 @pytest.mark.parametrize("which", TRAINERS)
 def test_a_compiled_model_learns_as_well(data, tmp_path, which):
-    trainer = make_trainer(which, data, tmp_path, torch_compile=True)
+    trainer = make_trainer(which, data, tmp_path, torch_compile=True, **AT_THE_END)
     trainer.train()
     assert trainer.evaluate()["eval_HR@1"] > 0.6
 

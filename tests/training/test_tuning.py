@@ -26,7 +26,7 @@ def quick(monkeypatch):
 
 def test_the_search_starts_from_the_defaults_and_ends_in_a_recipe_that_trains(chain, tmp_path, capsys, quick):
     begun = time.monotonic()
-    command = ["tune", "--data", str(chain[0]), "--output_dir", str(tmp_path / "search"), "--minutes", "0.5"]
+    command = ["tune", "--data", str(chain[0]), "--output_dir", str(tmp_path / "search"), "--minutes", "0.2"]
     assert main([*command, "--use_cpu", "true"]) == 0
     assert time.monotonic() - begun < 60
     assert {path.name for path in (tmp_path / "search").iterdir()} == {"recipe.yaml", "trials.json", "tuning.png"}
@@ -56,7 +56,7 @@ def test_a_bad_trial_is_pruned(chain, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(tune, "TRIALS_BEFORE_PRUNING", 1)
     monkeypatch.setattr(tune, "EVALUATIONS_BEFORE_PRUNING", 1)
     monkeypatch.setattr(tune, "SEARCHED", SEARCHED | {"hidden_size": [32], "num_train_epochs": [2]})
-    found = tune.tune_prepared(chain[0], tmp_path / "search", minutes=0.6, use_cpu=True)
+    found = tune.tune_prepared(chain[0], tmp_path / "search", minutes=0.25, use_cpu=True)
     pruned = [trial for trial in found["trials"] if trial["state"] == "pruned"]
     assert pruned
     assert all(len(trial["evaluations"]) < 10 for trial in pruned)
