@@ -596,13 +596,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bert4rec {arguments[0]}: {one_line(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        from .training.resume import is_of_lost_process
-
-        if is_out_of_memory(error):
-            problem = f"not enough memory: {one_line(error)}"
-        elif isinstance(error, RuntimeError) and is_of_lost_process(error):
-            problem = "another process has ended early or cannot be reached: run the command again"
-        else:
+        problem = _known_problem(error)
+        if problem is None:
             raise
         logger.debug("traceback of the error", exc_info=True)
         print(f"bert4rec {arguments[0]}: {problem}", file=sys.stderr)
@@ -611,6 +606,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _known_problem(error: Exception) -> str | None:
+    if is_out_of_memory(error):
+        return f"not enough memory: {one_line(error) or 'Python could not allocate any'}"
+    from .training.resume import is_of_lost_process  # only now, since an import needs memory
+
+    if isinstance(error, RuntimeError) and is_of_lost_process(error):
+        return "another process has ended early or cannot be reached: run the command again"
+    return None
 
 
 class _InertFormatter(logging.Formatter):

@@ -481,7 +481,13 @@ class Bert4RecTokenizer(PreTrainedTokenizerFast):
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        try:
+            file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        except Exception as error:
+            # The library tokenizers raises `Exception` itself for a full disk and the like.
+            if type(error) is Exception and "(os error " in str(error):
+                raise OSError(f"cannot write the tokenizer into {save_directory}: {error}") from error
+            raise
         content = {"counts": self._counts, "titles": self._titles}
         contents = {"items.json": json.dumps(content, ensure_ascii=False)}
         if self.item_features is not None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -219,8 +220,10 @@ def plot_training(record: Mapping[str, Any]) -> bytes:
     from matplotlib.figure import Figure  # imported here because matplotlib is slow to load
 
     evaluations, losses = record["evaluations"], record["training_losses"]
-    figure = Figure(figsize=(12.5, 3.6), layout="constrained")
-    figure.suptitle(str(Protocol(**record["protocol"])), fontsize=9, wrap=True)
+    # Fixed margins, since a layout that matplotlib finds draws everything twice, at every checkpoint.
+    figure = Figure(figsize=(12.5, 3.6))
+    figure.subplots_adjust(left=0.05, right=0.83, bottom=0.14, top=0.8, wspace=0.2)
+    figure.suptitle(textwrap.fill(str(Protocol(**record["protocol"])), 180), fontsize=9)
     panels = figure.subplots(1, 3, sharex=True)
     curves = (
         ("training loss", losses, "loss", GREY, ""),

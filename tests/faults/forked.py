@@ -51,6 +51,9 @@ class Ended:
 
 def import_everything() -> None:
     """Import what the commands import later, so that forked processes need not."""
+    # Another user may not be able to read the standard library of this one.
+    import importlib.readers  # noqa: F401
+
     import matplotlib.figure  # noqa: F401
     import onnxscript  # noqa: F401
     import torch

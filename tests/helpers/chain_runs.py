@@ -33,7 +33,11 @@ def write_chain(path: Path, num_users: int, num_items: int, length: int, follow:
 
 
 def arguments(output_dir, **options) -> Bert4RecTrainingArguments:
-    defaults = {"num_train_epochs": 2, "use_cpu": True, "warmup_steps": 10, "disable_tqdm": True}
+    # Few evaluations and checkpoints: they take most of the time of a run as short as these.
+    defaults = {
+        "num_train_epochs": 2, "use_cpu": True, "warmup_steps": 10, "disable_tqdm": True, "eval_steps": 0.25,
+        "save_steps": 0.25,
+    }  # fmt: skip
     return Bert4RecTrainingArguments(str(output_dir), **(defaults | options))
 
 

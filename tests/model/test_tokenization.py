@@ -361,3 +361,9 @@ def test_decode_shows_raw_ids():
     assert tokenizer.decode(ids, skip_special_tokens=True) == "[MASK] a b \\[PAD]"
     assert tokenizer.decode(torch.tensor(ids[:1])) == tokenizer.decode(ids[0]) == "[MASK]"
     assert tokenizer.batch_decode([ids[:1], ids[1:2]]) == ["[MASK]", "a b"]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()  # the library raises Exception itself
+    with pytest.raises(OSError, match=r"cannot write the tokenizer into .*Is a directory"):
+        tokenizer.save_pretrained(tmp_path)

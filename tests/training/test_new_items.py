@@ -57,7 +57,10 @@ def shop(tmp_path_factory):
         filter_seen_items=False,
     )
     train_prepared(
-        folder / "data", arguments(folder / "model", num_train_epochs=6), hidden_size=32, intermediate_size=64
+        folder / "data",
+        arguments(folder / "model", num_train_epochs=6, eval_steps=0.1, save_steps=0.1),
+        hidden_size=32,
+        intermediate_size=64,
     )
     return folder
 
@@ -125,7 +128,7 @@ def test_the_trade_is_that_of_ranking_anew_with_each_offset(shop):
     histories, _, _ = read_prepared(shop / "data", tokenizer)
     rows = ranking_rows(histories, tokenizer, "validation", filter_seen_items=False)
     trades, _ = trade_new_items(model, tokenizer, rows)
-    for trade in trades[1:]:
+    for trade in trades[1::6]:
         set_offset(model, tokenizer, trade.offset)
         ranks = []
         for row in rows:

@@ -60,30 +60,31 @@ def test_the_example_with_a_loop_of_its_own_runs_on_two_processes(chain, tmp_pat
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path, launcher):
+def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path):
     data = chain[0]
-    command = {
+    launchers = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
         "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
-    }[launcher]
+    }
 
-    def launch(*words) -> str:
+    def launch(launcher, *words) -> str:
         # The processes may abort at interpreter exit after their work, so their files are checked and not their status.
         outcome = subprocess.run(
-            [sys.executable, "-m", *command, str(free_port()), "-m", "bert4rec_hf", *map(str, words)],
+            [sys.executable, "-m", *launchers[launcher], str(free_port()), "-m", "bert4rec_hf", *map(str, words)],
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         return outcome.stdout
 
     model, log = tmp_path / "model", data.parent / "log.csv"
-    printed = launch("train", "--data", log, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32")
+    printed = launch(
+        "accelerate", "train", "--data", log, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32"
+    )
     assert [line.split(";")[0] for line in printed.splitlines() if "wrote" in line] == [
         f"wrote {model}-data", f"wrote {model}",
     ]  # fmt: skip
     data = f"{model}-data"
     assert len(list(model.glob("model*.safetensors"))) == 1
-    launch("evaluate", model, "--data", data, "--per_device_eval_batch_size", "64")
+    launch("torchrun", "evaluate", model, "--data", data, "--per_device_eval_batch_size", "64")
     records = json.loads((model / "evaluation.json").read_text())
     two = next(record for record in records if record["protocol"]["part"] == "test")
     one = evaluate_prepared(model, data, use_cpu=True)
