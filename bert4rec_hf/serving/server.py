@@ -23,7 +23,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +30,18 @@ from ..model.configuration_bert4rec import UNK_TOKEN_ID
 from ..reading import read_yaml
 from ..version import __version__
 from .event_store import EventStore
+from .messages import (
+    MAX_ID_LENGTH,
+    MAX_ITEMS,
+    MAX_TOP_K,
+    Events,
+    EventsAnswer,
+    HistoryEvent,
+    Problem,
+    RecommendAnswer,
+    RecommendRequest,
+    SimilarAnswer,
+)
 from .model_thread import MAX_BATCH_SIZE, ModelThread
 from .rules import Rules
 from .served_log import ServedLog
@@ -38,29 +49,14 @@ from .served_model import ServedModel, place_of
 
 logger = logging.getLogger(__name__)
 
-# Limits of a request. A body has room for a history and a list of candidates of the largest size.
-MAX_BODY_BYTES, MAX_ITEMS, MAX_TOP_K, MAX_ID_LENGTH = 2**20, 10_000, 1_000, 1_000
+# A body has room for a history and a list of candidates of the largest size.
+MAX_BODY_BYTES = 2**20
 # Share of the users that get the challenger.
 DEFAULT_SHARE = 0.1
 # Number of connections that may wait to be accepted.
 BACKLOG = 2048
 # Seconds between two looks at the model folder, and seconds that a stopping server waits for its requests.
 WATCH_SECONDS, STOP_SECONDS = 2.0, 30
-
-ItemId = Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
-Items = Annotated[list[ItemId], Field(max_length=MAX_ITEMS)]
-
-
-class HistoryEvent(BaseModel):
-    """An item of a history, with what the user did, for a model of event types."""
-
-    model_config = ConfigDict(extra="forbid")
-    item_id: ItemId
-    event_type: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = None
-
-
-History = Annotated[list[ItemId | HistoryEvent], Field(max_length=MAX_ITEMS)]
-UserId = Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID_LENGTH)]
 
 
 @dataclass(frozen=True)
@@ -113,91 +109,6 @@ class ServerSettings:
         for name in ("max_waiting", "max_batch_size", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0; got {getattr(self, name)}")
-
-
-class RecommendRequest(BaseModel):
-    """What to recommend, and to whom: by `user_id`, whose events the server has, or by `history`."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"history": ["50", "172"], "top_k": 5}, {"user_id": "7", "exclude": ["1"]}]},
-    )
-    user_id: UserId | None = Field(None, description="A user of POST /events. An unknown user has no history.")
-    history: History | None = Field(
-        None,
-        description="Item ids, or items with an event_type, oldest first. An empty list: nothing is known.",
-    )
-    event_type: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = Field(
-        None, description="The target type to recommend for. Left out: the first target type of the model."
-    )
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K, strict=True)] = Field(10, description="Number of items.")
-    candidates: Items | None = Field(None, description="Item ids to choose from. Left out: the catalogue.")
-    exclude: Items | None = Field(None, description="Item ids never to recommend.")
-    filter_seen_items: StrictBool | None = Field(
-        None, description="Whether items of the history are left out. Left out: as the model folder says."
-    )
-    rules: StrictStr | None = Field(None, description="The name of rules of this server.")
-    explain: StrictBool = Field(False, description="Whether each item names the items of the history that carry it.")
-    where: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = Field(
-        None, description="A condition on columns of the item table, if this server allows it."
-    )
-
-
-class Problem(BaseModel):
-    """What is wrong, in a sentence."""
-
-    detail: str
-
-
-class Source(BaseModel):
-    """An item of the history that carries a recommendation."""
-
-    item_id: str
-    title: str | None = None
-    contribution: float
-
-
-class Recommendation(BaseModel):
-    """A recommended or similar item."""
-
-    item_id: str
-    title: str | None = None
-    score: float
-    because: list[Source] | None = None
-
-
-class SimilarAnswer(BaseModel):
-    """The items that are most similar to an item."""
-
-    model_version: str
-    items: list[Recommendation]
-
-
-class RecommendAnswer(BaseModel):
-    """The recommendations for a request, the best item first."""
-
-    request_id: str = Field(description="The id of this answer in the log of what was served.")
-    model_version: str
-    items: list[Recommendation]
-    num_events: int = Field(description="Number of items of the history.")
-    num_unknown_items: int = Field(description="Number of items of the request that the catalogue lacks.")
-
-
-class Events(BaseModel):
-    """New events of a user, oldest first."""
-
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"user_id": "7", "item_ids": ["50", "172"]}]}
-    )
-    user_id: UserId
-    item_ids: Annotated[History, Field(min_length=1, description="Item ids, or items with an event_type.")]
-
-
-class EventsAnswer(BaseModel):
-    """How many events were stored. They are durable when the answer comes."""
-
-    num_events: int
-    num_unknown_items: int = Field(description="Number of items that the catalogue lacks. They are stored too.")
 
 
 class Server:

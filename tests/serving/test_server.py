@@ -33,11 +33,12 @@ from transformers import pipeline
 from bert4rec_hf.model.modeling_bert4rec import Bert4RecForMaskedItemPrediction
 from bert4rec_hf.serving.event_store import EventStore
 from bert4rec_hf.serving.item_table import ItemTable
+from bert4rec_hf.serving.messages import MAX_ITEMS
 from bert4rec_hf.serving.model_thread import ModelThread
 from bert4rec_hf.serving.rules import Rules
 from bert4rec_hf.serving.served_log import SCHEMA
 from bert4rec_hf.serving.served_model import ServedModel
-from bert4rec_hf.serving.server import MAX_BODY_BYTES, MAX_ITEMS, Server, ServerSettings, create_app
+from bert4rec_hf.serving.server import MAX_BODY_BYTES, Server, ServerSettings, create_app
 
 
 @pytest.fixture(scope="module")
