@@ -53,7 +53,7 @@ from .command_line.output import (
 from .command_line.parser import Parser, is_out_of_memory, one_line, true_or_false
 from .data.prepare_options import PrepareOptions
 from .model.configuration_bert4rec import UNK_TOKEN_ID
-from .model.pipeline import events_of
+from .model.pipeline_inputs import events_of
 from .reading import inert
 from .version import __version__
 

@@ -428,6 +428,10 @@ MUTATIONS = {
         ("the last, short batch is dropped", "*order[whole:].tolist()]", "]",
          "training/test_sampler.py::test_batches_are_of_similar_length_and_every_epoch_has_every_row_in_an_order_of_its_own"),
     ],
+    "model/pipeline_inputs": [
+        ("a set is a history", "isinstance(items, set | frozenset)", "False",
+         "model/test_pipeline.py::test_a_wrong_request_among_others_is_an_error_that_says_which_and_what_was_expected"),
+    ],
     "model/pipeline": [
         ("seen items are recommended",
          "if filter_seen_items:", "if False:",
@@ -440,8 +444,6 @@ MUTATIONS = {
         ("the exclusions of the call are forgotten",
          'inputs["exclude_ids"] = torch.cat((inputs["exclude_ids"], shared), dim=1)', "pass",
          "model/test_pipeline.py::test_exclusions_and_candidates_of_call_and_row_meet_in_one_batch"),
-        ("a set is a history", "isinstance(items, set | frozenset)", "False",
-         "model/test_pipeline.py::test_a_wrong_request_among_others_is_an_error_that_says_which_and_what_was_expected"),
         ("items that speak against a recommendation are named", "return source_ids * (contributions > 0),",
          "return source_ids,",
          "model/test_pipeline.py::test_an_explanation_names_the_strongest_items_of_the_history_with_titles"),

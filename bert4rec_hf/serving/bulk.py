@@ -22,7 +22,8 @@ from transformers import pipeline
 from ..files import file_beside, finished, folder_beside
 from ..hub.load import load_model
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
-from ..model.pipeline import UNKNOWN_SHOWN, SequentialRecommendationPipeline, check_count, item_list, warn_unknown
+from ..model.pipeline import UNKNOWN_SHOWN, SequentialRecommendationPipeline, warn_unknown
+from ..model.pipeline_inputs import check_count, item_list
 from .history_files import ROWS_PER_BATCH, Batch, Part, divide, history_files, read_frame, read_part
 from .rules import Rules
 

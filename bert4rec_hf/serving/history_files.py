@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ..data.histories import PREPARATION_FILE, read_preparation
 from ..data.histories import histories_files as prepared_files
 from ..data.logs import LIBRARY_ERRORS, open_log
-from ..model.pipeline import IGNORED_KEYS, check_keys, described, events_of, is_event
+from ..model.pipeline_inputs import IGNORED_KEYS, check_keys, described, events_of, is_event
 
 # Number of histories that are read at once.
 ROWS_PER_BATCH = 8192

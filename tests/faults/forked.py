@@ -3,6 +3,8 @@
 A forked process computes on its own copy, so the parent must not compute: it would start threads, which a fork loses.
 """
 
+import codecs
+import importlib
 import json
 import os
 import random
@@ -51,9 +53,6 @@ class Ended:
 
 def import_everything() -> None:
     """Import what the commands import later, so that forked processes need not."""
-    # Another user may not be able to read the standard library of this one.
-    import importlib.readers  # noqa: F401
-
     import matplotlib.figure  # noqa: F401
     import onnxscript  # noqa: F401
     import torch
@@ -67,6 +66,9 @@ def import_everything() -> None:
     import bert4rec_hf.serving.bulk
     import bert4rec_hf.serving.onnx_export  # noqa: F401
 
+    # Another user may not be able to read the standard library of this one.
+    codecs.lookup("utf-8-sig")
+    importlib.import_module("importlib.readers")
     torch.set_num_threads(1)
 
 
