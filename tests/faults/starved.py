@@ -107,7 +107,7 @@ class Report:
     ) -> None:
         command = str(scenario.words[0])
         line, problems = judged(command, ended, may_end_well=may_end_well)
-        if may_crash and ended.status not in (0, 1, 2):
+        if may_crash and (ended.status not in (0, 1, 2) or line.startswith("OpenBLAS error")):
             line, problems = f"(crashed, status {ended.status}) {line}", []
         if ended.status != 0:
             after = folder_contents(folder)
@@ -115,7 +115,7 @@ class Report:
             lost = sorted(name for name in before if after.get(name) != before[name])
             more = sorted(
                 name for name in after
-                if name not in before and "/checkpoint-" not in f"/{name}" and not (may_crash and ".new/" in name)
+                if name not in before and "/checkpoint-" not in f"/{name}" and not (may_crash and ".new" in name)
             )  # fmt: skip
             if lost:
                 problems.append(f"lost or changed: {', '.join(lost[:3])}")
