@@ -199,12 +199,13 @@ def train_prepared(
 
 def _train_item_features(trainer: Bert4RecTrainer, table: Path, checkpoint: str | None) -> None:
     """Let the projection from item features train, unless the weights of this run or its checkpoint are sharded."""
-    is_sharded = trainer.is_fsdp_enabled or hasattr(trainer.model, "unshard")
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or hasattr(trainer.model, "unshard")
     if not is_sharded and (checkpoint is None or Bert4RecConfig.from_pretrained(checkpoint).num_item_features):
         trainer.train_item_features(read_stored_table(table).to_pydict())
         return
     logger.warning(
-        "item features do not train with FSDP; bert4rec update-items %s --data DATA fits them to the trained model",
+        "item features do not train with FSDP or DeepSpeed; bert4rec update-items %s --data DATA fits them to the "
+        "trained model",
         trainer.args.output_dir,
     )
     trainer.model.config.num_item_features, trainer.model.item_projection.weight = 0, None

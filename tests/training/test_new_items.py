@@ -213,8 +213,9 @@ def test_a_model_without_features_learns_to_make_vectors(shop, tmp_path):
     assert not (tmp_path / "model" / "items.parquet").exists()  # the given folder stays
 
 
-def test_a_model_that_is_trained_further_keeps_its_features(shop, model, tmp_path):
-    train_prepared(shop / "data", arguments(tmp_path / "further", num_train_epochs=1), str(model))
+@pytest.mark.parametrize("num_train_epochs", [0, 1])
+def test_a_model_that_is_trained_further_keeps_its_features(shop, model, tmp_path, num_train_epochs):
+    train_prepared(shop / "data", arguments(tmp_path / "further", num_train_epochs=num_train_epochs), str(model))
     recommend = pipeline("sequential-recommendation", model=str(tmp_path / "further"))
     assert len(recommend.tokenizer.items) == 61
     new = [item for item in recommend.tokenizer.items if "new" in item]
