@@ -19,7 +19,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --no-require-hashe
 # Star Wars, The Empire Strikes Back, Return of the Jedi
 HISTORY := 50 172 181
 
-.PHONY: quickstart test test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo test-daily-job test-fuzz test-processes test-faults lint notebooks docs release clean
+.PHONY: quickstart test test-benchmarks test-conformance test-lineage test-agreement test-adapters test-mutations test-versions test-spark test-postgres test-demo test-daily-job test-fuzz test-processes test-faults lint notebooks docs release clean
 
 quickstart: $(MODEL)/model.safetensors
 	$(BIN)/bert4rec evaluate $(MODEL) --data $(DATA)
@@ -36,6 +36,10 @@ $(MODEL)/model.safetensors: | $(DATA)/preparation.json
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Benchmarks with small sizes.
+test-benchmarks: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m benchmarks tests/test_benchmarks.py tests/test_gpu_benchmark.py
 
 # Transformers' own common tests, from its source distribution, on our model classes.
 test-conformance: $(VENV)/installed-dev

@@ -159,6 +159,7 @@ def test_a_section_takes_the_place_of_the_one_of_its_title(tmp_path):
     assert (tmp_path / "table.md").read_text("utf-8") == "# Table\n\n## a\n\nnew\n\n## a, longer\n\nkept\n"
 
 
+@pytest.mark.benchmarks
 def test_systems_are_followed_to_their_quality_epoch_by_epoch(tmp_path):
     """Tests our model and BertForMaskedLM on a log in which each item has one successor. Chance reaches .15."""
     rows = [(user, (7 * user + place) % 30, place) for user in range(500) for place in range(8)]

@@ -40,6 +40,7 @@ def run_in_process(monkeypatch, tmp_path: Path, sections: list[str], *arguments:
     return status, tables(path.read_text("utf-8"))
 
 
+@pytest.mark.benchmarks
 def test_a_small_run_on_a_cpu_refutes_nothing_and_fills_every_table(tmp_path):
     command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--sizes", "small", "--output"]
     run = subprocess.run([*command, tmp_path / "gpu.md"], capture_output=True, text=True)
@@ -95,6 +96,7 @@ def test_a_refuted_claim_is_shown_and_the_others_are_still_tried(monkeypatch, tm
     assert run_in_process(monkeypatch, tmp_path, ["Claims"])[0] == 0
 
 
+@pytest.mark.benchmarks
 def test_a_part_that_fails_does_not_stop_the_next(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "ceilings", lambda *_: 1 / 0)
     monkeypatch.setattr(gpu, "make_batch", lambda *_: torch.empty(0) @ torch.empty(1))
