@@ -32,7 +32,7 @@ from bert4rec_hf.training.item_feature_training import ItemFeatureTraining, fit_
 
 TABLE = Path(__file__).parent / "results" / "item_feature_step.md"
 # Events, users, items and the length of a history.
-LOGS = [(1_000_209, 6_040, 3_416, 200), (394_908, 40_226, 54_542, 10)]
+LOGS = [(1_000_209, 6_040, 3_416, 200), (198_502, 22_363, 12_101, 9), (394_908, 40_226, 54_542, 10)]
 NUM_VALUES, VALUES_OF_AN_ITEM = 2_000, 5
 ROUNDS = 12
 HEADER = """# The cost of item features in a training step
