@@ -117,6 +117,14 @@ def default_transition_weight(num_events: int, num_items: int, filter_seen_items
     return weight if filter_seen_items else TRANSITION_SHARE * weight
 
 
+def default_train_item_features(num_events: int, num_items: int) -> bool:
+    """Whether item features train together with the item vectors: if items are rare.
+
+    Where items have many events, their own vectors say more than their features, and validation is worse with both.
+    """
+    return _are_rare(num_events, num_items)
+
+
 def default_batch_size(num_rows: int) -> int:
     """Number of rows per training step, over all processes: 32, doubled while an epoch has more than 500 steps.
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..data.histories import AnyHistories, Histories, read_prepared, stream_prepared
 from ..data.item_tables import ITEM_TABLE_FILE, read_stored_table
 from ..data.rows import ranking_rows
-from ..defaults import default_architecture, default_start_with_mean
+from ..defaults import default_architecture, default_start_with_mean, default_train_item_features
 from ..evaluation.seen_targets import check_targets, with_period_of
 from ..hub.load import load_model
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, Bert4RecConfig
@@ -73,7 +73,8 @@ def _new_model(data: str | os.PathLike, args: Bert4RecTrainingArguments, archite
         with_mean = default_start_with_mean(num_events, num_items)
         start_from_cooccurrence(model, histories, num_items, with_mean=with_mean, seed=args.seed)
     table = item_table(data)
-    if tokenizer.item_features is not None and table is not None:
+    trains_features = tokenizer.item_features is not None and default_train_item_features(num_events, num_items)
+    if trains_features and table is not None:
         fit_item_projection(model, tokenizer, read_stored_table(table).to_pydict())
     tokenizer.model_max_length = config.max_position_embeddings
     return model, tokenizer, histories, preparation

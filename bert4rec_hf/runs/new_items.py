@@ -1,5 +1,6 @@
 """The end of a training run with item features: vectors of new items, and how often they are recommended."""
 
+import logging
 import os
 from typing import Any
 
@@ -10,6 +11,8 @@ from ..training.item_feature_training import fit_item_projection
 from ..training.new_items import add_new_items, offer_new_items
 from ..training.trainer import Bert4RecTrainer
 from .model_and_data import read_histories, rows_for
+
+logger = logging.getLogger(__name__)
 
 
 def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[str, Any] | None:
@@ -29,7 +32,11 @@ def make_new_items(trainer: Bert4RecTrainer, data: str | os.PathLike) -> dict[st
     if tokenizer.item_features is None or trainer.item_table is None:
         return None
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    if not model.config.num_item_features:  # the weights are sharded
+    if hasattr(model, "unshard"):
+        logger.warning(
+            "item features do not train with FSDP; bert4rec update-items %s --data %s fits them to the trained model, "
+            "and makes the vectors of new items", args.output_dir, data,
+        )  # fmt: skip
         return None
     table = read_stored_table(trainer.item_table).to_pydict()
     # A regression on the vectors serves new items better than the projection that has trained with them.

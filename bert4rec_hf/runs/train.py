@@ -20,6 +20,7 @@ from ..defaults import (
     UPDATE_WARMUP,
     default_learning_rate,
     default_num_train_epochs,
+    default_train_item_features,
 )
 from ..evaluation.baselines import baseline_ranks
 from ..evaluation.calibration import set_weights, weights_of
@@ -175,7 +176,8 @@ def train_prepared(
             logger.warning("the resumed run goes on with the weights of counted scores of %s", checkpoint)
             set_weights(config, began)
         trainer.add_callback(BestCheckpointHere)
-    if config.num_item_features and trainer.item_table is not None:
+    are_features_trained = default_train_item_features(histories.num_training_events(), tokenizer.num_items)
+    if config.num_item_features and trainer.item_table is not None and are_features_trained:
         _train_item_features(trainer, trainer.item_table, checkpoint)
     if args.eval_on_start:
         trainer.add_callback(StartIsCheckpoint(trainer))
@@ -203,11 +205,6 @@ def _train_item_features(trainer: Bert4RecTrainer, table: Path, checkpoint: str 
     if not is_sharded and (checkpoint is None or Bert4RecConfig.from_pretrained(checkpoint).num_item_features):
         trainer.train_item_features(read_stored_table(table).to_pydict())
         return
-    logger.warning(
-        "item features do not train with FSDP or DeepSpeed; bert4rec update-items %s --data DATA fits them to the "
-        "trained model",
-        trainer.args.output_dir,
-    )
     trainer.model.config.num_item_features, trainer.model.item_projection.weight = 0, None
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from chain_runs import arguments, assert_equal_weights, free_port
 from command_runs import fail, succeed
+from safetensors.torch import load_file
 from transformers import pipeline
 
 from bert4rec_hf import (
@@ -32,7 +33,7 @@ from bert4rec_hf.hub.publish_code import publish_code
 from bert4rec_hf.runs import tune
 from bert4rec_hf.training.sampler import mean_number_of_targets
 
-NUM_USERS, NUM_ITEMS = 41, 12
+NUM_USERS, NUM_ITEMS = 41, 24  # so few events an item that item features train
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 TYPES = {"event_type_column": "event_type", "target_event_types": ["purchase"], "weight_column": "stars"}
 
@@ -110,6 +111,7 @@ def test_a_resumed_run_ends_with_the_unbroken_runs_weights(data, tmp_path, strea
     }  # fmt: skip
     train_prepared(data, arguments(tmp_path / "whole", **options), **SMALL)
     first = min((tmp_path / "whole").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert "item_projection.weight" in load_file(first / "model.safetensors")  # the features train
     shutil.copytree(first, tmp_path / "resumed" / first.name)
     train_prepared(data, arguments(tmp_path / "resumed", resume_from_checkpoint="last", **options), **SMALL)
     assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")

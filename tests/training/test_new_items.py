@@ -11,6 +11,7 @@ import pytest
 import torch
 from chain_runs import arguments
 from command_runs import fail, succeed
+from safetensors.torch import load_file
 from transformers import pipeline
 
 from bert4rec_hf import Bert4RecForMaskedItemPrediction, Bert4RecTokenizer, prepare, train_prepared
@@ -109,6 +110,12 @@ def test_the_folder_says_what_was_chosen(shop):
     assert curve["protocol"]["candidates"] == "all 48 items"
     evaluation = json.loads((shop / "model" / "evaluation.json").read_text())
     assert evaluation[0]["protocol"]["candidates"] == "all 61 items"
+
+
+def test_features_do_not_train_where_items_have_many_events(shop):
+    (checkpoint, *_) = (shop / "model").glob("checkpoint-*")
+    assert "item_projection.weight" not in load_file(checkpoint / "model.safetensors")
+    assert "item_projection.weight" in load_file(shop / "model" / "model.safetensors")
 
 
 def test_new_targets_are_found_at_last(shop):
