@@ -401,6 +401,15 @@ MUTATIONS = {
         ("a hyperparameter search keeps the first collator", "if self.collates_by_args:", "if False:",
          "training/test_trainer_contract.py::test_optuna_searches_with_each_trainer[Bert4RecTrainer]"),
     ],
+    "training/item_feature_training": [
+        ("an own part that was left out has a gradient", "of_vectors[self.chosen], of_biases[self.chosen] = 0.0, 0.0",
+         "pass",
+         "training/test_item_feature_training.py::test_steps_are_those_of_two_tables_whose_sum_the_network_reads[0.3]"),
+        ("the item table lacks the change of the projection", "            table += part\n", "",
+         "training/test_item_feature_training.py::test_steps_are_those_of_two_tables_whose_sum_the_network_reads[0.3]"),
+        ("items without events train the projection", "kept = is_wanted[owners]", "kept = is_wanted[owners] | True",
+         "training/test_item_feature_training.py::test_steps_are_those_of_two_tables_whose_sum_the_network_reads[0.3]"),
+    ],
     "training/model_folder_trainer": [
         ("metrics of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
          "training/test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
