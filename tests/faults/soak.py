@@ -162,7 +162,7 @@ def use_server(running: Any, folder: Path, seconds: float, per_second: float) ->
             case 2:
                 body["rules"] = chance.choice(list(RULES))
             case 3:
-                body |= {"candidates": a_history(chance) or ["0"], "exclude": ["1"]}
+                body |= {"candidates": ["0", *a_history(chance)], "exclude": ["1"]}  # a known one among them
             case 4:
                 expected, body = 422, {"histori": []}
             case 5:
@@ -198,7 +198,8 @@ def main(minutes: float = 3.0, per_second: float = 20.0) -> int:
             watches["pipeline"].stop()
         words = [
             sys.executable, "-m", "bert4rec_hf", "train", "--data", folder / "data", "--output_dir", folder / "run",
-            "--num_train_epochs", NUM_CHECKPOINTS, "--save_total_limit", 2, "--hidden_size", 32, "--use_cpu", "true",
+            "--num_train_epochs", NUM_CHECKPOINTS, "--eval_strategy", "epoch", "--save_strategy", "epoch",
+            "--save_total_limit", 2, "--hidden_size", 128, "--use_cpu", "true",
             "--disable_tqdm", "true", "--early_stopping_patience", NUM_CHECKPOINTS,
         ]  # fmt: skip
         training = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
