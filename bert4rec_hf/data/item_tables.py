@@ -62,10 +62,10 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
     log = open_log(path)
     if item_column not in log.columns:
         raise ValueError(f"{path} has the columns {', '.join(log.columns)}; expected {item_column} and others")
-    names = [name for name in log.columns if name != item_column and not _is_no_text(path, name)]
-    if item_column != "item_id" and "item_id" in names:
+    if item_column != "item_id" and "item_id" in log.columns:
         raise ValueError(f"{path} has a column item_id beside {item_column}, which holds the ids: rename or drop it")
     try:
+        names = [name for name in log.columns if name != item_column and not _is_no_text(path, name)]
         rows = log.table([item_column, *names])
         _check_size(rows, path)
         rows = _typed(rows, names) if log.is_text else rows
