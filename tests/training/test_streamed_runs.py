@@ -235,7 +235,7 @@ def test_the_peak_memory_of_a_streamed_run_does_not_grow_with_the_number_of_user
         assert outcome.returncode == 0, outcome.stderr[-3000:]
         peaks.append(int(outcome.stdout.splitlines()[-1]))
     # The same run with the histories in memory needs a third more.
-    assert peaks[1] < 1.05 * peaks[0], peaks
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def train_a_little(data: Path, output: Path, streaming: bool = True) -> int:
