@@ -410,7 +410,7 @@ MUTATIONS = {
         ("items without events train the projection", "kept = is_wanted[owners]", "kept = is_wanted[owners] | True",
          "training/test_item_feature_training.py::test_steps_are_those_of_two_tables_whose_sum_the_network_reads[0.3]"),
     ],
-    "training/model_folder_trainer": [
+    "training/model_folders": [
         ("metrics of other weights are stored", "self.evaluated_step == self.state.global_step\n", "True\n",
          "training/test_trainer.py::test_numbers_of_other_weights_are_not_stored"),
         ("a checkpoint lacks its preparation", "write_file(folder / PREPARATION_FILE,", "print(",

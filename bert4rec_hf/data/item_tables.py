@@ -65,7 +65,8 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
     if item_column != "item_id" and "item_id" in log.columns:
         raise ValueError(f"{path} has a column item_id beside {item_column}, which holds the ids: rename or drop it")
     try:
-        names = [name for name in log.columns if name != item_column and not _is_no_text(path, name)]
+        no_texts = _columns_of_no_text(path) if is_parquet(path) else []
+        names = [name for name in log.columns if name != item_column and name not in no_texts]
         rows = log.table([item_column, *names])
         _check_size(rows, path)
         rows = _typed(rows, names) if log.is_text else rows
@@ -88,17 +89,18 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
     return table
 
 
-def _is_no_text(path: str, name: str) -> bool:
-    """Whether a column has bytes that are no text, such as pictures. It is left out with a warning."""
-    kind = pq.read_schema(path).field(name).type if is_parquet(path) else pa.string()
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)):
-        return False
-    try:
-        pq.read_table(path, columns=[name])[name].cast(pa.string())
-    except pa.ArrowException:
-        logger.warning("%s: the column %s has bytes that are no text, and is left out", path, name)
-        return True
-    return False
+def _columns_of_no_text(path: str) -> list[str]:
+    """The columns of a Parquet file whose bytes are no text, such as pictures. Each is warned of."""
+    found = []
+    for field in pq.read_schema(path):
+        kind = field.type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+            try:
+                pq.read_table(path, columns=[field.name]).column(0).cast(pa.string())
+            except pa.ArrowException:
+                logger.warning("%s: the column %s has bytes that are no text, and is left out", path, field.name)
+                found.append(field.name)
+    return found
 
 
 def read_stored_table(path: str | os.PathLike) -> pa.Table:

@@ -70,16 +70,17 @@ class ItemFeatureTraining(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         weight = model.item_projection.weight
         self.transposed = _transposed(self.rows, self.is_trained, len(weight)).to(weight.device)
-        self.rows = tuple(part.to(weight.device) for part in self.rows)  # type: ignore[assignment]
+        self.rows_on_device = _to(self.rows, weight.device)
 
     @torch.no_grad()
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Leave out the own parts of some items."""
         weight = model.item_projection.weight
         draws = np.random.default_rng((self.seed, state.global_step)).random(len(self.is_trained))
-        is_chosen = (torch.from_numpy(draws < self.share) & self.is_trained).to(weight.device)
-        self.chosen, self.before = is_chosen.nonzero().squeeze(1), weight.clone()
-        projected = product(select_rows(self.rows, is_chosen), weight)
+        # Items are chosen on the CPU, since a device would have to say how many they are.
+        is_chosen = torch.from_numpy(draws < self.share) & self.is_trained
+        self.chosen, self.before = is_chosen.nonzero().squeeze(1).to(weight.device), weight.clone()
+        projected = product(_to(select_rows(self.rows, is_chosen), weight.device), weight)
         self.own = []
         for table, part in zip(_tables(model), (projected[:, :-1], projected[:, -1]), strict=True):
             self.own.append(table[self.chosen] - part)
@@ -97,11 +98,16 @@ class ItemFeatureTraining(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Add the change of the projection to the tables, and put the own parts back."""
         weight = model.item_projection.weight
-        change = product(self.rows, weight - self.before)
+        change = product(self.rows_on_device, weight - self.before)
         for table, part, own in zip(_tables(model), (change[:, :-1], change[:, -1]), self.own, strict=True):
             table += part
             table[self.chosen] += own
         weight.grad = None
+
+
+def _to(rows: SparseRows, device: torch.device) -> SparseRows:
+    places, values, starts = rows
+    return places.to(device), values.to(device), starts.to(device)
 
 
 def _transposed(rows: SparseRows, is_wanted: torch.Tensor, num_numbers: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainingArguments
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import (
     EvalLoopOutput,
@@ -37,7 +37,7 @@ from ..model.losses import IGNORE_INDEX
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .arguments import Bert4RecTrainingArguments
 from .item_feature_training import ItemFeatureTraining
-from .model_folder_trainer import ModelFolderTrainer
+from .model_folders import ModelFolderMixin
 from .sampler import (
     SimilarLengthSampler,
     StreamedRowSampler,
@@ -64,7 +64,7 @@ class ItemLabelSmoother(LabelSmoother):
         return super().__call__(items, labels, *args, **kwargs)
 
 
-class Bert4RecTrainer(ModelFolderTrainer):
+class Bert4RecTrainer(ModelFolderMixin, Trainer):
     """The Transformers Trainer. It evaluates with `search`, the function that serving calls, and writes model folders.
 
     Evaluation rows come from `ranking_rows`. The metrics are those of `ranking_metrics`, and coverage@10, the share of

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints and output are model folders, written whole or not at all."""
+"""What `Bert4RecTrainer` writes: checkpoints and model folders, whole or not at all."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
 
@@ -49,8 +49,12 @@ ARGUMENTS_OF_TRAIN_PREPARED = {
 }  # fmt: skip
 
 
-class ModelFolderTrainer(Trainer):
-    """A Trainer that writes model folders: weights, catalogue, recipe, evaluations, learning curve and card.
+# For the type checker: a class beside the Trainer, whose methods it extends.
+Beside: Any = object
+
+
+class ModelFolderMixin(Beside):
+    """Lets a Trainer write model folders: weights, catalogue, recipe, evaluations, learning curve and card.
 
     Attributes:
         protocol: The protocol of the evaluation rows. None: no metrics are stored in the folder.
