@@ -44,8 +44,8 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
     """Read a file with one row per item.
 
     Args:
-        path: A Parquet or CSV file with a column of item ids, of text or integers, and any others. The columns of CSV
-            become numbers, booleans or timestamps if all of their values are; otherwise they are text.
+        path: A file of Parquet, CSV or JSON lines with a column of item ids, of text or integers, and any others. The
+            text of CSV and JSON becomes numbers, booleans or timestamps if all values of its column are.
         item_column: The column of the ids.
 
     Returns:
@@ -58,7 +58,9 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}; expected an item table, Parquet or CSV with {item_column}")
+        raise FileNotFoundError(
+            f"there is no file {path}; expected an item table, Parquet, CSV or JSON lines, with {item_column}"
+        )
     log = open_log(path)
     if item_column not in log.columns:
         raise ValueError(f"{path} has the columns {', '.join(log.columns)}; expected {item_column} and others")

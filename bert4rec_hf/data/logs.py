@@ -513,13 +513,27 @@ def _json(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
         kinds = [f"list(DISTINCT json_type(json, {pointer}))" for pointer in pointers]
         row = connection.con.execute(f"SELECT {', '.join(['0', *kinds])} FROM {rows}").fetchone()[1:]
         chosen = [FILE] if with_file else []
-        for column, pointer, kind in zip(columns, pointers, map(set, row), strict=True):
-            if odd := kind & {"BOOLEAN", "OBJECT", "ARRAY"}:
+        for column, pointer, kinds in zip(columns, pointers, row, strict=True):
+            kind = set(kinds or ()) - {"NULL", None}
+            value = f"json_extract_string(json, {pointer})"
+            if kind == {"ARRAY"}:
+                elements = f"SELECT unnest(json_extract(json, {pointer})::JSON[]) AS element FROM {rows}"
+                found = connection.con.execute(f"SELECT DISTINCT json_type(element) FROM ({elements})").fetchall()
+                of_elements = {name for (name,) in found} - {"NULL", None}
+                odd = {f"ARRAY of {name}" for name in of_elements & {"BOOLEAN", "OBJECT", "ARRAY"}}
+                is_whole = of_elements <= {"BIGINT", "UBIGINT"}
+                is_text = not of_elements or "VARCHAR" in of_elements
+                element = "VARCHAR" if is_text else "BIGINT" if is_whole else "DOUBLE"
+                value = f"json_extract(json, {pointer})::{element}[]"
+            elif kind == {"BOOLEAN"}:
+                odd, value = set(), f"{value}::BOOLEAN"
+            else:
+                odd = kind & {"BOOLEAN", "OBJECT", "ARRAY"}
+            if odd:
                 raise ValueError(
                     f"column {column!r} of {files.source} has values of the type {', '.join(sorted(odd))}; expected "
-                    "text or numbers"
+                    "text, numbers, or only true and false, or only lists of text or numbers"
                 )
-            value = f"json_extract_string(json, {pointer})"
             if "DOUBLE" in kind and "VARCHAR" not in kind:  # DuckDB calls whole numbers of many digits so, too
                 is_float = f"bool_or(regexp_matches({value}, '[^0-9-]'))"
                 if connection.con.execute(f"SELECT {is_float} FROM {rows}").fetchone()[0]:

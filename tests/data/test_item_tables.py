@@ -164,3 +164,36 @@ def test_bytes_that_are_no_text_are_left_out(tmp_path, caplog, kind):
     table = read_item_table(tmp_path / "items.parquet")
     assert table.to_pydict() == {"item_id": ["a", "b"], "brand": ["k1", "é"]}
     assert "the column picture has bytes that are no text, and is left out" in caplog.text
+
+
+def test_json_lines_hold_what_parquet_holds(tmp_path):
+    rows = [
+        {"item_id": "i1", "year": 1990, "on_sale": True, "tags": ["a", "b"], "codes": [1, 2], "vector": [0.5, 1]},
+        {"item_id": "i2", "year": 1991, "on_sale": False, "tags": [], "codes": [3], "vector": [-1.5, 2]},
+        {"item_id": "i3", "year": None, "on_sale": None, "tags": None, "codes": None, "vector": None},
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    found = read_item_table(tmp_path / "items.jsonl")
+    assert found.to_pylist() == read_item_table(tmp_path / "items.parquet").to_pylist()
+    kinds = {column["name"]: column["kind"] for column in feature_columns(found, found.column_names[1:], "the table")}
+    assert kinds == {
+        "year": "number", "on_sale": "boolean", "tags": "categories", "codes": "categories", "vector": "vector",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([["a"], "b"], "ARRAY"),
+        ([[["a"]], ["b"]], "ARRAY of ARRAY"),
+        ([[True], ["b"]], "ARRAY of BOOLEAN"),
+        ([{"a": 1}, None], "OBJECT"),
+        ([True, "b"], "BOOLEAN"),
+    ],
+)
+def test_json_values_of_several_types_are_refused(tmp_path, values, found):
+    rows = [{"item_id": f"i{row}", "tags": value} for row, value in enumerate(values)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=rf"column 'tags' of .*items.jsonl has values of the type {found}; expected"):
+        read_item_table(tmp_path / "items.jsonl")

@@ -496,7 +496,11 @@ def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, kind, content):
             '{"user_id": {"a": 1}, "item_id": "x", "timestamp": 1}',
             "column 'user_id' of .*log has values of the type OBJ",
         ),
-        ('{"user_id": true, "item_id": "x", "timestamp": 1}', "column 'user_id' of .*log has values of the type BOOL"),
+        (
+            '{"user_id": [true], "item_id": "x", "timestamp": 1}',
+            "column 'user_id' of .*has values of the type ARRAY of B",
+        ),
+        ('{"user_id": true, "item_id": "x", "timestamp": 1}', r"column 'user_id' \(--user_column\) is boolean"),
     ],
 )
 def test_the_error_of_a_library_names_the_file(tmp_path, content, message):
@@ -511,6 +515,17 @@ def test_whole_numbers_in_json_are_ids_of_any_length(tmp_path):
         "".join(f'{{"user_id": {10**40 + i % 2}, "item_id": "0{i}", "timestamp": {i}.5}}\n' for i in range(4))
     )
     assert items_of(path) == {str(10**40): ["00", "02"], str(10**40 + 1): ["01", "03"]}
+
+
+def test_booleans_of_json_select_events_and_are_copied(tmp_path):
+    events = [
+        {"user_id": user, "item_id": str(time), "timestamp": time, "bot": time == 1}
+        for user in "ab"
+        for time in range(3)
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, events)))
+    assert items_of(tmp_path / "log.jsonl", where="NOT bot") == {"a": ["0", "2"], "b": ["0", "2"]}
+    assert rows_of(tmp_path / "log.jsonl", event_columns=["bot"])[0]["bot"] == [False, True, False]
 
 
 def test_event_columns_and_conditions_keep_leading_zeros_and_long_numbers(tmp_path):

@@ -143,11 +143,13 @@ def as_json(value: Any) -> bytes:
 @st.composite
 def odd_bytes(draw: Any, seeds: list[bytes]) -> bytes:
     """Valid bytes with one to six faults, mostly one."""
-    content = draw(st.sampled_from(seeds))
-    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 2, 3, 6]))):
-        start = draw(st.integers(0, 2**16)) * len(content) >> 16  # any place, near the end as often as near the start
-        length = draw(st.sampled_from([0, 1, 1, 2, 4, 8, 30, 200]))
-        match draw(st.integers(0, 8)):
+    # Numbers that Hypothesis draws are often small. These are not, so that any place is as likely as the first byte.
+    chance = draw(st.randoms(use_true_random=True))
+    content = chance.choice(seeds)
+    for _ in range(chance.choice([1, 1, 1, 2, 2, 3, 6])):
+        start = chance.randint(0, len(content))
+        length = chance.choice([0, 1, 1, 2, 4, 8, 30, 200])
+        match chance.randint(0, 8):
             case 0:
                 content = content[:start]
             case 1:
@@ -155,23 +157,21 @@ def odd_bytes(draw: Any, seeds: list[bytes]) -> bytes:
             case 2:
                 content = content[:start] + content[max(0, start - length) :]
             case 3:
-                content = content[:start] + draw(st.binary(max_size=9)) + content[start:]
+                content = content[:start] + chance.randbytes(chance.randint(0, 9)) + content[start:]
             case 4:
                 content = content[:start] + draw(TEXTS).encode("utf-8", "surrogatepass") + content[start + length :]
             case 5:
-                number = draw(st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]))
-                size = draw(st.sampled_from([1, 2, 4, 8]))
+                number = chance.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1])
+                size = chance.choice([1, 2, 4, 8])
                 packed = (number % 256**size).to_bytes(size, "little")
                 content = content[:start] + packed + content[start + size :]
             case 6:
-                other = draw(st.sampled_from(seeds))
-                content = content[:start] + other[draw(st.integers(0, len(other))) :]
+                other = chance.choice(seeds)
+                content = content[:start] + other[chance.randint(0, len(other)) :]
             case 7:
-                content = content[:start] + content[start : start + length] * draw(st.integers(2, 40)) + content[start:]
+                content = content[:start] + content[start : start + length] * chance.randint(2, 40) + content[start:]
             case _ if start < len(content):
-                content = (
-                    content[:start] + bytes([content[start] ^ 1 << draw(st.integers(0, 7))]) + content[start + 1 :]
-                )
+                content = content[:start] + bytes([content[start] ^ 1 << chance.randint(0, 7)]) + content[start + 1 :]
             case _:
                 pass
     return content
