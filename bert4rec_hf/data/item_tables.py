@@ -49,7 +49,8 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
         item_column: The column of the ids.
 
     Returns:
-        The columns of the file in the order of its rows, without those of bytes that are no text, such as pictures.
+        The columns of the file in the order of its rows, without those of bytes that are no text, such as pictures, and
+        those without a name.
         The ids are text, in a column item_id. NaN is null.
 
     Raises:
@@ -68,7 +69,9 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
         raise ValueError(f"{path} has a column item_id beside {item_column}, which holds the ids: rename or drop it")
     try:
         no_texts = _columns_of_no_text(path) if is_parquet(path) else []
-        names = [name for name in log.columns if name != item_column and name not in no_texts]
+        if "" in log.columns:
+            logger.warning("%s: a column has no name, such as the index that pandas writes, and is left out", path)
+        names = [name for name in log.columns if name not in ("", item_column, *no_texts)]
         rows = log.table([item_column, *names])
         _check_size(rows, path)
         rows = _typed(rows, names) if log.is_text else rows
@@ -284,9 +287,9 @@ def _rank_correlation(values: pa.ChunkedArray, events: np.ndarray) -> float:
     if is_there.sum() < 10:
         return 0.0
     given = values.drop_null().cast(pa.float64(), safe=False).to_numpy()
-    ranks = [pc.rank(pa.array(array)).to_numpy().astype(float) for array in (given, events[is_there])]
-    if any(array.std() == 0 for array in (given, events[is_there])):
+    if any(array.min() == array.max() for array in (given, events[is_there])):
         return 0.0
+    ranks = [pc.rank(pa.array(array)).to_numpy().astype(float) for array in (given, events[is_there])]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -297,12 +300,14 @@ def _typed(rows: ir.Table, names: list[str]) -> ir.Table:
     if not texts:
         return rows
     times = {name: text.replace("/", "-").try_cast("timestamp") for name, text in texts.items()}
-    found = {f"is_boolean_{name}": text.lower().isin(["true", "false"]).all() for name, text in texts.items()}
+    # The names of the results hold numbers, since a name of a column may not be fit for a part of another.
+    numbered = list(enumerate(texts.items()))
+    found = {f"is_boolean_{place}": text.lower().isin(["true", "false"]).all() for place, (_, text) in numbered}
     found |= {
-        f"is_time_{name}": (text.isnull() | (text.re_search(LOCAL_TIME) & times[name].notnull())).all()
-        for name, text in texts.items()
+        f"is_time_{place}": (text.isnull() | (text.re_search(LOCAL_TIME) & times[name].notnull())).all()
+        for place, (name, text) in numbered
     }
     is_all = rows.aggregate(**found).to_pyarrow().to_pylist()[0]
-    typed: dict[str, Any] = {name: text for name, text in times.items() if is_all[f"is_time_{name}"]}
-    typed |= {name: text.lower().cast("boolean") for name, text in texts.items() if is_all[f"is_boolean_{name}"]}
+    typed: dict[str, Any] = {name: times[name] for place, (name, _) in numbered if is_all[f"is_time_{place}"]}
+    typed |= {name: text.lower().cast("boolean") for place, (name, text) in numbered if is_all[f"is_boolean_{place}"]}
     return rows.mutate(**typed)

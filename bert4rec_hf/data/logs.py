@@ -78,6 +78,10 @@ class Log:
                 raise ValueError(f"{self.source} has no column {name!r}; its columns are {', '.join(self.columns)}")
             if self.columns.count(name) > 1:
                 raise ValueError(f"{self.source} has the column {name!r} twice; rename one of them")
+            if not name or "\0" in name:
+                raise ValueError(
+                    f"{self.source} has a column with the name {name!r}, which DuckDB cannot have; rename it"
+                )
         for first, second in itertools.combinations(wanted, 2):
             if first.lower() == second.lower():
                 raise ValueError(

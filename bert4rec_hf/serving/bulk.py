@@ -19,6 +19,7 @@ from torch import distributed
 from tqdm.auto import tqdm
 from transformers import pipeline
 
+from ..data.logs import LIBRARY_ERRORS
 from ..files import file_beside, finished, folder_beside
 from ..hub.load import load_model
 from ..model.configuration_bert4rec import UNK_TOKEN_ID
@@ -318,7 +319,7 @@ def _earlier_parts(folder: Path) -> Collection[str]:
 def _is_output(path: Path) -> bool:
     try:
         return pq.read_schema(path).names == COLUMNS
-    except (pa.ArrowException, OSError):
+    except LIBRARY_ERRORS:
         return False
 
 

@@ -204,7 +204,7 @@ def _is_parquet(path: str | os.PathLike) -> bool:
 def _open(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except LIBRARY_ERRORS as error:
         raise ValueError(f"cannot read the Parquet file {path}: {error}") from error
 
 
@@ -258,7 +258,7 @@ def _parquet_batches(part: Part, stop: int) -> Iterator[Batch]:
         while True:
             try:
                 read = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
+            except LIBRARY_ERRORS as error:
                 raise ValueError(f"cannot read the Parquet file {part.path}: {error}") from error
             if read is None:
                 return

@@ -3,6 +3,7 @@
 import json
 import logging
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -164,6 +165,21 @@ def test_bytes_that_are_no_text_are_left_out(tmp_path, caplog, kind):
     table = read_item_table(tmp_path / "items.parquet")
     assert table.to_pydict() == {"item_id": ["a", "b"], "brand": ["k1", "é"]}
     assert "the column picture has bytes that are no text, and is left out" in caplog.text
+
+
+def test_a_column_without_a_name_is_left_out_and_a_name_that_cannot_be_is_refused(tmp_path, caplog):
+    pd.DataFrame({"item_id": ["i1", "i2"], "year": [1990, 1991]}).to_csv(tmp_path / "items.csv")
+    assert read_item_table(tmp_path / "items.csv").to_pydict() == {"item_id": ["i1", "i2"], "year": [1990, 1991]}
+    assert "a column has no name, such as the index that pandas writes, and is left out" in caplog.text
+    pq.write_table(pa.table({"item_id": ["i1"], "": [1], "year": [1990]}), tmp_path / "items.parquet")
+    assert read_item_table(tmp_path / "items.parquet").column_names == ["item_id", "year"]
+    for path in (tmp_path / "items.jsonl", tmp_path / "items.parquet"):
+        (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "i1", "a\0b": "x"}))
+        pq.write_table(pa.table({"item_id": ["i1"], "a\0b": ["x"]}), tmp_path / "items.parquet")
+        with pytest.raises(
+            ValueError, match=r"has a column with the name 'a\\x00b', which DuckDB cannot have; rename it"
+        ):
+            read_item_table(path)
 
 
 def test_json_lines_hold_what_parquet_holds(tmp_path):

@@ -1,9 +1,12 @@
 """Inputs that fuzzing has found faults with, and a few new ones for each reader. `make test-fuzz` has many."""
 
+import io
 import os
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("fastapi")
@@ -12,8 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from readers import Fuzzer
 
 DEEP = b'{"a":' * 100_000
+_file = io.BytesIO()
+pq.write_table(pa.table({"user_id": ["u1"], "item_id": [["i1"]], "exclude": [["i2"]]}), _file)
+PARQUET_NAME_IS_NO_TEXT = _file.getvalue().replace(b"exclude", b"exc\xffude")
 # For each reader, inputs that once left it with another error than those that the command line shows as one line.
 FOUND = {
+    "item features of a table": [b'{"item_id": "i1", "\\u0000": "x"}', PARQUET_NAME_IS_NO_TEXT],
+    "histories files: bytes": [PARQUET_NAME_IS_NO_TEXT],
     "files of item ids": [b"item_id,x\ni1,,2\ni2,3", b"item_id,x\ni1,2\ni2", b"item_id,x\ni\xcf7,2\n"],
     "histories files: values": [DEEP],
     "config.json": [b"null", DEEP, b'{"model_type": "bert4rec", "dtype": []}'],

@@ -77,7 +77,7 @@ def evaluations(trainer) -> list[dict[str, float]]:
         {},
         {"label_smoothing_factor": 0.1},
         {"gradient_checkpointing": True},
-        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+        {"dataloader_num_workers": 2},
         {"bf16": True},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 16},
     ],
