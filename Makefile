@@ -82,7 +82,7 @@ test-fuzz: $(VENV)/installed-dev
 
 # Training in two and four processes, DDP and FSDP2, killed and resumed with other numbers of processes.
 test-processes: $(VENV)/installed-dev
-	TEST_PROCESSES=1 $(BIN)/python -m pytest tests/processes
+	TEST_PROCESSES=1 $(BIN)/python -m pytest tests/processes tests/training/test_fsdp_accelerate.py
 
 # Commands that are killed, starved of disk, memory and permission, and long runs; needs root for its small file systems.
 test-faults: $(VENV)/installed-dev

@@ -1,9 +1,11 @@
 """Training by the command line in several processes: DDP or FSDP2, with a process that is killed at a step.
 
-As a program, this is `bert4rec` for one of the processes. FSDP2 shards over CPU processes, and a process can be killed.
+As a program, this is `bert4rec` for one of the processes. FSDP2 shards over CPU processes, a process can be killed, and
+the peak memory of each can be written to a file.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,4 +89,8 @@ if __name__ == "__main__":
         shard_without_gpus()
     if "KILL" in os.environ:
         kill_at(*map(int, os.environ["KILL"].split(",")))
-    sys.exit(main())
+    status = main()
+    if "PEAKS" in os.environ:
+        peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
+        Path(f"{os.environ['PEAKS']}.peak-{os.environ.get('RANK', 0)}").write_text(str(peak))
+    sys.exit(status)

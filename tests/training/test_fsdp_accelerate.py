@@ -63,7 +63,17 @@ def train_sharded(data: Path, start: Path, output: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 0.1)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [
+        ("no", 1e-5),
+        pytest.param(
+            "bf16",
+            0.1,
+            marks=pytest.mark.skipif("TEST_PROCESSES" not in os.environ, reason="takes long: make test-processes"),
+        ),
+    ],
+)
 def test_weights_that_accelerate_shards_train_and_answer_like_the_whole_ones(tmp_path, precision, tolerance):
     output, config = tmp_path / "output", tmp_path / "fsdp.yaml"
     data, start, model = write_log_and_model(tmp_path)
