@@ -293,11 +293,17 @@ MUTATIONS = {
          "copy_(attention.value.weight.T)", "copy_(attention.value.weight)",
          "data/test_counting.py::test_the_first_layer_hands_on_the_mean_of_a_history"),
     ],
-    "data/logs": [
+    "data/duckdb_tables": [
         ("nanoseconds with a zone lose three digits",
          "if pa.types.is_timestamp(kind) and kind.tz is not None and kind.unit == \"ns\":",
          "if False:",
          "data/test_logs.py::test_pandas_own_times_with_a_zone_are_times"),
+    ],
+    "data/file_formats": [
+        ("lists of whole numbers become vectors", "\"BIGINT\" if is_whole", "\"DOUBLE\" if is_whole",
+         "data/test_item_tables.py::test_json_lines_hold_what_parquet_holds"),
+    ],
+    "data/logs": [
         ("the first of two columns of the same name is read",
          "if self.columns.count(name) > 1:", "if False:",
          "data/test_log_sources.py::test_a_column_that_is_asked_for_and_there_twice_is_refused"),

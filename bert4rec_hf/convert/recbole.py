@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..data.logs import LIBRARY_ERRORS, SOURCE_ROW, open_log, read_titles
+from ..data.duckdb_tables import LIBRARY_ERRORS, SOURCE_ROW
+from ..data.logs import open_log, read_titles
 from ..files import files_beside, finished, folder_beside
 from ..hub.load import load_model
 from ..hub.model_card import write_model_card

@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..model.item_features import KINDS, ItemFeatures
+from .duckdb_tables import LIBRARY_ERRORS, SOURCE_ROW
 from .log_files import is_parquet
-from .logs import LIBRARY_ERRORS, SOURCE_ROW, open_log
+from .logs import open_log
 from .values import LOCAL_TIME, as_id, with_types
 
 logger = logging.getLogger(__name__)

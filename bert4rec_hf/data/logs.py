@@ -1,48 +1,27 @@
 """Reading a raw log from any source into an Ibis table: files, data frames, tables of a database, Spark."""
 
-import csv
-import glob
 import itertools
 import logging
 import math
-import os
-import re
 import sys
-import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import duckdb
 import ibis
 import ibis.expr.types as ir
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from .duckdb_tables import LIBRARY_ERRORS, SOURCE_ROW, connect, first_lines, registered, stored
+from .file_formats import FILE, ROWS_AT_ONCE, csv_columns, damaged, json_columns, parquet_columns
 from .log_files import LogFiles, find_files, is_json, is_parquet
 
 logger = logging.getLogger(__name__)
-
-SOURCE_ROW = "__source_row__"  # column that `Log.table` adds: the number of the row in the source
-DELIMITERS = (",", "\t", ";", "|")
-# Column names of RecBole's atomic files name the type as well, as in item_id:token.
-ATOMIC_NAME = re.compile(r"(.+):(token|token_seq|float|float_seq)")
-MESSAGE_LENGTH = 500  # of a library's message, which may quote a row
-# Where DuckDB begins to advise on its own options and functions, or to quote a query.
-ADVICE = re.compile(
-    r"(?<=\S)\s*(?:Possible [Ff]ix|Possible [Ss]olution|Candidate |Did you mean|Use TRY|You might need to|LINE \d+:)"
-)
-ROWS_AT_ONCE = 100_000
-FILE = "__file__"  # column of the file that a row is from, while partitions are read
-LIBRARY_ERRORS = (duckdb.Error, pa.ArrowException, OSError, UnicodeDecodeError)
-# Reads columns of files, with `FILE` if that is wanted.
-Scan = Callable[[list[str], bool], ir.Table]
 
 
 @dataclass
@@ -145,19 +124,19 @@ def open_log(source: Any, *, delimiter: str | None = None) -> Log:
         return Log(
             name,
             names,
-            lambda columns: _registered(source.lazy().select(columns).collect().to_arrow(compat_level=oldest), name),
+            lambda columns: registered(source.lazy().select(columns).collect().to_arrow(compat_level=oldest), name),
         )
     if hasattr(source, "to_batches") and hasattr(source, "scanner"):  # a pyarrow.dataset
         return Log(
             name,
             source.schema.names,
-            lambda columns: _stored(source.schema, source.to_batches(columns=columns), columns, name),
+            lambda columns: stored(source.schema, source.to_batches(columns=columns), columns, name),
         )
     if isinstance(source, pa.Table):
-        return Log(name, source.schema.names, lambda columns: _registered(source.select(columns), name))
+        return Log(name, source.schema.names, lambda columns: registered(source.select(columns), name))
     if hasattr(source, "__arrow_c_stream__"):
         reader = pa.RecordBatchReader.from_stream(source)
-        return Log(name, reader.schema.names, lambda columns: _stored(reader.schema, reader, columns, name))
+        return Log(name, reader.schema.names, lambda columns: stored(reader.schema, reader, columns, name))
     raise TypeError(f"expected the path of a log, a list of paths, a data frame, or an Ibis table; got {name}")
 
 
@@ -217,15 +196,6 @@ def query(sql: str, database: str) -> Log:
         raise ValueError(f"cannot read {sql!r} from {kind}: {type(error).__name__}: {first_lines(error)}") from error
 
 
-def connect() -> Any:
-    """An in-memory DuckDB. Its temporary files go to the system's folder, not to the working directory."""
-    folder = os.path.join(tempfile.gettempdir(), ibis.util.gen_name("bert4rec"))
-    connection = ibis.duckdb.connect(temp_directory=folder)
-    if sys.stdout.isatty():
-        connection.raw_sql("SET enable_progress_bar = true")  # it appears for queries of more than two seconds
-    return connection
-
-
 def _of_ibis(table: ir.Table) -> Log:
     names = [name for name in table.columns if name != SOURCE_ROW]
     # A table of `ibis.memtable` has no backend until it is used; Ibis then takes DuckDB.
@@ -237,7 +207,7 @@ def _of_ibis(table: ir.Table) -> Log:
         kinds = {column: table[column].type() for column in columns}
         if backend == "duckdb" and any(kind.is_binary() for kind in kinds.values()):
             # DuckDB's own conversion to text spells é as \\xC3\\xA9.
-            return _registered(table.select(columns).to_pyarrow(), name).drop(SOURCE_ROW)
+            return registered(table.select(columns).to_pyarrow(), name).drop(SOURCE_ROW)
         if backend in ("duckdb", "pyspark"):
             return table.select([*columns, SOURCE_ROW] if SOURCE_ROW in table.columns else columns)
         # Whole numbers come as text: with some backends Ibis makes them float64 where a value is null.
@@ -247,7 +217,7 @@ def _of_ibis(table: ir.Table) -> Log:
             chosen = table.select(columns).mutate(**{column: table[column].cast("string") for column in as_text})
             batches = chosen.to_pyarrow_batches()
             # The rows of a database have no order.
-            found = _stored(batches.schema, batches, columns, name).drop(SOURCE_ROW)
+            found = stored(batches.schema, batches, columns, name).drop(SOURCE_ROW)
         except Exception as error:  # each database has errors of its own
             raise ValueError(f"cannot read {name}: {type(error).__name__}: {first_lines(error)}") from error
         for column, kind in whole.items():
@@ -284,8 +254,8 @@ def _of_dataset(dataset: Any, name: str) -> Log:
         batches = (named(batch) for table in tables for batch in table.select(columns).to_batches())
         first = next(batches, None)
         if first is None:
-            return _registered(pa.table({column: pa.array([], pa.string()) for column in columns}), name)
-        return _stored(first.schema, itertools.chain([first], batches), columns, name)
+            return registered(pa.table({column: pa.array([], pa.string()) for column in columns}), name)
+        return stored(first.schema, itertools.chain([first], batches), columns, name)
 
     return Log(name, list(features), read)
 
@@ -307,83 +277,7 @@ def _of_pandas(frame: Any, columns: list[str], name: str) -> ir.Table:
                 f"which make no column of one type ({first_lines(error)}): convert it first, as in "
                 f"frame[{column!r}].astype(str)"
             ) from error
-    return _registered(pa.table(arrays), name)
-
-
-def _registered(table: pa.Table, name: str) -> ir.Table:
-    """An Arrow table in memory, as a table of DuckDB that is not a copy."""
-    table = _plain(table, name)
-    connection = connect()
-    # Registering the table through Ibis fails (ibis-project/ibis issue 12101).
-    connection.con.register("log", table.append_column(SOURCE_ROW, pa.array(np.arange(len(table)))))
-    return connection.table("log")
-
-
-def _stored(
-    schema: pa.Schema, batches: Iterable[pa.RecordBatch], columns: Sequence[str], name: str, connection: Any = None
-) -> ir.Table:
-    """Rows that can be read only once, as a table of DuckDB, which moves to the disk what memory has no room for."""
-    schema = _plain(pa.Table.from_batches([], schema).select(columns), name).schema
-
-    def rows() -> Iterator[pa.RecordBatch]:
-        start = 0
-        for batch in batches:
-            plain = _plain(pa.Table.from_batches([batch]).select(columns), name).cast(schema)
-            numbers = pa.array(np.arange(start, start + len(plain)))
-            start += len(plain)
-            yield from plain.append_column(SOURCE_ROW, numbers).to_batches()
-
-    connection = connect() if connection is None else connection
-    reader = pa.RecordBatchReader.from_batches(schema.append(pa.field(SOURCE_ROW, pa.int64())), rows())
-    connection.con.register("incoming", reader)
-    name = ibis.util.gen_name("log")
-    connection.con.execute(f'CREATE TEMP TABLE "{name}" AS SELECT * FROM incoming')
-    connection.con.unregister("incoming")
-    return connection.table(name)
-
-
-def _plain(table: pa.Table, name: str) -> pa.Table:
-    """The table with types that DuckDB reads without loss."""
-    for index, field in enumerate(table.schema):
-        plain = plain_type(field.type)
-        if isinstance(plain, pa.BaseExtensionType) and not isinstance(plain, pa.UuidType):
-            raise ValueError(
-                f"column {field.name!r} of {name} is {plain.extension_name}; expected text, numbers or times: convert "
-                "it first"
-            )
-        if plain != field.type:
-            try:
-                column = table.column(index)
-                if pa.types.is_dictionary(field.type):
-                    column = column.cast(field.type.value_type)
-                table = table.set_column(index, field.name, column.cast(plain))
-            except pa.ArrowException as error:
-                raise ValueError(
-                    f"column {field.name!r} of {name} is {field.type} and cannot be read as {plain}: "
-                    f"{first_lines(error)}"
-                ) from error
-    return table
-
-
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type as which DuckDB reads a column without loss."""
-    if pa.types.is_dictionary(kind):
-        return plain_type(kind.value_type)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return pa.string()  # Impala and others write text so
-    if pa.types.is_fixed_size_binary(kind):
-        return pa.string()
-    if pa.types.is_timestamp(kind) and kind.tz is not None and kind.unit == "ns":
-        return pa.timestamp("ns")  # in UTC; DuckDB's own type with a zone has microseconds
-    if pa.types.is_float16(kind):
-        return pa.float32()
-    if pa.types.is_decimal256(kind):
-        return pa.string()
-    if isinstance(kind, pa.UuidType):
-        return kind
-    if isinstance(kind, pa.BaseExtensionType) and pa.types.is_string(plain_type(kind.storage_type)):
-        return pa.string()  # such as arrow.json; the numbers of pandas.period mean something else than its text
-    return kind
+    return registered(pa.table(arrays), name)
 
 
 def _of_files(files: LogFiles, delimiter: str | None) -> Log:
@@ -402,9 +296,9 @@ def _of_files(files: LogFiles, delimiter: str | None) -> Log:
     explain = partial(damaged, files, kind)
     try:
         if kind == "CSV":
-            names, scan = _csv(connection, files, delimiter)
+            names, scan = csv_columns(connection, files, delimiter)
         else:
-            names, scan = {"Parquet": _parquet, "JSON": _json}[kind](connection, files)
+            names, scan = {"Parquet": parquet_columns, "JSON": json_columns}[kind](connection, files)
     except LIBRARY_ERRORS as error:
         raise explain(error) from error
     keys = [key for key in files.partitions[first] if key not in names]
@@ -427,218 +321,6 @@ def _of_files(files: LogFiles, delimiter: str | None) -> Log:
         return found.select(*columns, SOURCE_ROW)
 
     return Log(files.source, names + keys, read, kind != "Parquet", explain)
-
-
-def _csv(connection: Any, files: LogFiles, delimiter: str | None) -> tuple[list[str], Scan]:
-    headers = {path: _csv_header(path, files.spelled[path], delimiter) for path in files.paths}
-    first = headers[files.paths[0]]
-    for path, header in headers.items():
-        if header != first:
-            raise ValueError(
-                f"{files.spelled[path]} has another header than {files.spelled[files.paths[0]]}; expected the same "
-                "columns in all files"
-            )
-    # DuckDB is given names of our own, so that it does not rename columns whose names are equal but for case.
-    placeholders = [f"column{number}" for number in range(len(first[1]))]
-
-    def scan(columns: list[str], with_file: bool) -> ir.Table:
-        table = connection.read_csv(
-            [glob.escape(path) for path in files.paths],
-            columns=dict.fromkeys(placeholders, "VARCHAR"),
-            auto_detect=False,  # nothing is guessed
-            header=True,
-            delim=first[0],
-            quote='"',
-            escape='"',
-            comment="",
-            hive_partitioning=False,
-            **({"filename": FILE} if with_file else {}),
-        )
-        chosen = {name: table[placeholders[first[1].index(name)]] for name in columns}
-        return table.select(*([FILE] if with_file else []), ibis.row_number().name(SOURCE_ROW), **chosen)
-
-    return first[1], scan
-
-
-def _csv_header(path: str, spelled: str, delimiter: str | None) -> tuple[str, list[str]]:
-    """The delimiter and the column names of a CSV file, without blanks around them.
-
-    The names of RecBole's atomic files lose their types: item_id:token is item_id.
-    """
-    with open(path, "rb") as file:
-        line = re.split(rb"[\r\n]", file.read(1 << 20), maxsplit=1)[0]
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"{spelled} is neither UTF-8 CSV, nor JSON lines, nor Parquet; convert it first")
-    if not text.strip():
-        raise ValueError(
-            f"the first line of {spelled} is blank; expected a CSV header such as user_id,item_id,timestamp"
-        )
-    try:
-        headers = {mark: next(csv.reader([text], delimiter=mark, skipinitialspace=True)) for mark in DELIMITERS}
-    except csv.Error as error:
-        raise ValueError(f"the first line of {spelled} is no CSV header: {error}") from error
-    if delimiter is not None:
-        if set(delimiter) & set('"\r\n'):
-            raise ValueError(f"a delimiter has no quotes and no line ends; got {delimiter!r}")
-        names = next(csv.reader([text.replace(delimiter, "\x1f")], delimiter="\x1f"))
-    else:
-        delimiter = max(headers, key=lambda mark: len(headers[mark]))
-        names = headers[delimiter]
-    names = [name.strip() for name in names]
-    typed = [ATOMIC_NAME.fullmatch(name) for name in names]
-    return delimiter, [match[1] for match in typed if match] if all(typed) else names
-
-
-def _json(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
-    # DuckDB's reader of columns takes names that differ in case for one, so the values are taken from the objects.
-    paths = ", ".join(_quoted(glob.escape(path)) for path in files.paths)
-    rows = f"read_json_objects([{paths}], filename = '{FILE}')"
-    odd = connection.con.execute(
-        f"SELECT {FILE}, json FROM {rows} WHERE json_type(json) <> 'OBJECT' "
-        "OR len(json_keys(json)) <> len(list_distinct(json_keys(json))) LIMIT 1"
-    ).fetchone()
-    if odd:
-        raise ValueError(
-            f"{files.spelled[odd[0]]} has the value {odd[1][:100]}; expected objects, in which each name is there once"
-        )
-    found = connection.con.execute(
-        "SELECT name FROM (SELECT unnest(names) AS name, generate_subscripts(names, 1) AS position, number FROM "
-        f"(SELECT json_keys(json) AS names, row_number() OVER () AS number FROM {rows})) "
-        "GROUP BY name ORDER BY min((number, position))"
-    )
-    names = [name for (name,) in found.fetchall()]
-
-    def scan(columns: list[str], with_file: bool) -> ir.Table:
-        pointers = [_quoted("/" + name.replace("~", "~0").replace("/", "~1")) for name in columns]
-        kinds = [f"list(DISTINCT json_type(json, {pointer}))" for pointer in pointers]
-        row = connection.con.execute(f"SELECT {', '.join(['0', *kinds])} FROM {rows}").fetchone()[1:]
-        chosen = [FILE] if with_file else []
-        for column, pointer, kinds in zip(columns, pointers, row, strict=True):
-            kind = set(kinds or ()) - {"NULL", None}
-            value = f"json_extract_string(json, {pointer})"
-            if kind == {"ARRAY"}:
-                elements = f"SELECT unnest(json_extract(json, {pointer})::JSON[]) AS element FROM {rows}"
-                found = connection.con.execute(f"SELECT DISTINCT json_type(element) FROM ({elements})").fetchall()
-                of_elements = {name for (name,) in found} - {"NULL", None}
-                odd = {f"ARRAY of {name}" for name in of_elements & {"BOOLEAN", "OBJECT", "ARRAY"}}
-                is_whole = of_elements <= {"BIGINT", "UBIGINT"}
-                is_text = not of_elements or "VARCHAR" in of_elements
-                element = "VARCHAR" if is_text else "BIGINT" if is_whole else "DOUBLE"
-                value = f"json_extract(json, {pointer})::{element}[]"
-            elif kind == {"BOOLEAN"}:
-                odd, value = set(), f"{value}::BOOLEAN"
-            else:
-                odd = kind & {"BOOLEAN", "OBJECT", "ARRAY"}
-            if odd:
-                raise ValueError(
-                    f"column {column!r} of {files.source} has values of the type {', '.join(sorted(odd))}; expected "
-                    "text, numbers, or only true and false, or only lists of text or numbers"
-                )
-            if "DOUBLE" in kind and "VARCHAR" not in kind:  # DuckDB calls whole numbers of many digits so, too
-                is_float = f"bool_or(regexp_matches({value}, '[^0-9-]'))"
-                if connection.con.execute(f"SELECT {is_float} FROM {rows}").fetchone()[0]:
-                    value += "::DOUBLE"
-            chosen.append(f'{value} AS "{column.replace(chr(34), chr(34) * 2)}"')
-        view = ibis.util.gen_name("json")
-        chosen.append(f"row_number() OVER () - 1 AS {SOURCE_ROW}")
-        connection.con.execute(f"CREATE TEMP VIEW {view} AS SELECT {', '.join(chosen)} FROM {rows}")
-        return connection.table(view)
-
-    return names, scan
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _parquet(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
-    schemas = {path: pq.read_schema(path) for path in files.paths}
-    first = files.paths[0]
-    names = schemas[first].names
-
-    def scan(columns: list[str], with_file: bool) -> ir.Table:
-        for path in files.paths:
-            for name in columns:
-                if name not in schemas[path].names:
-                    raise ValueError(
-                        f"{files.spelled[path]} lacks the column {name!r}, which {files.spelled[first]} has"
-                    )
-                kind, expected = schemas[path].field(name).type, schemas[first].field(name).type
-                if _group(kind) != _group(expected):
-                    raise ValueError(
-                        f"expected one type of column {name!r} in all files; got {expected} in {files.spelled[first]} "
-                        f"and {kind} in {files.spelled[path]}: write it with one type in all of them"
-                    )
-        if all(_is_native(path, schemas[path], columns) for path in files.paths):
-            table = connection.read_parquet(
-                [glob.escape(path) for path in files.paths],
-                hive_partitioning=False,
-                union_by_name=True,
-                **({"filename": FILE} if with_file else {}),
-            )
-            return table.select(*columns, *([FILE] if with_file else []))
-        schema = pa.schema([schemas[first].field(name) for name in columns])
-        if with_file:
-            schema = schema.append(pa.field(FILE, pa.string()))
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            for path in files.paths:
-                for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE, columns=columns):
-                    batch = batch.select(columns)
-                    yield batch.append_column(FILE, pa.array([path] * len(batch))) if with_file else batch
-
-        return _stored(schema, batches(), schema.names, files.source, connection)
-
-    return names, scan
-
-
-def _is_native(path: str, schema: pa.Schema, columns: Sequence[str]) -> bool:
-    """Whether DuckDB itself reads these columns of a Parquet file exactly."""
-    lower = [name.lower() for name in schema.names]
-    parquet = pq.ParquetFile(path).schema
-    physical = {column.path: column for column in map(parquet.column, range(len(parquet)))}
-
-    def is_exact(name: str) -> bool:
-        kind, column = schema.field(name).type, physical.get(name)  # None: a nested column
-        if column is not None and column.logical_type.type == "UUID":  # plain bytes for PyArrow before version 21
-            return True
-        # PyArrow before version 21 marked UUIDs in its own metadata only. DuckDB reads these as bytes.
-        if isinstance(kind, pa.UuidType) or (column is not None and column.physical_type == "INT96"):
-            return False
-        return pa.types.is_dictionary(kind) or plain_type(kind) == kind
-
-    return all(lower.count(name.lower()) == 1 and is_exact(name) for name in columns)
-
-
-def _group(kind: pa.DataType) -> str:
-    """What the types have in common that one column may have in different files, since DuckDB finds a type for all."""
-    kind = plain_type(kind)
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return "number"
-    if pa.types.is_date(kind) or (pa.types.is_timestamp(kind) and kind.tz is None):
-        return "time"
-    if pa.types.is_timestamp(kind):
-        return "time with a zone"
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return "text" if is_text else str(kind)
-
-
-def damaged(files: LogFiles, kind: str, error: Exception) -> ValueError:
-    """The error of a library as one that names the file."""
-    text = without_advice(error)
-    for path, spelled in files.spelled.items():
-        text = text.replace(path, spelled)
-    if "state machine reached an invalid state" in text:
-        text = "its line ends are mixed or a quote is not closed; expected one kind of line end, and quotes doubled"
-    if len(text) > MESSAGE_LENGTH:
-        text = f"{text[: MESSAGE_LENGTH // 2]} … {text[-MESSAGE_LENGTH // 2 :]}"
-    named = [spelled for spelled in files.spelled.values() if spelled in text]
-    where = named[0] if named else files.source
-    return ValueError(f"cannot read {where} as {kind}: {text}")
 
 
 def read_titles(
@@ -700,13 +382,3 @@ def read_titles(
     if len(found) < len(catalogue):
         logger.warning("%d of %d items have no title", len(catalogue) - len(found), len(catalogue))
     return found
-
-
-def without_advice(error: BaseException) -> str:
-    """The first lines of an error of DuckDB, without its advice on its own options and functions."""
-    return first_lines(ValueError(ADVICE.split(str(error))[0]))
-
-
-def first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])

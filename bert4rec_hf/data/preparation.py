@@ -28,9 +28,10 @@ from ..files import finished, folder_beside
 from ..model.item_features import ItemFeatures
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from ..reading import read_json
+from .duckdb_tables import LIBRARY_ERRORS, SOURCE_ROW, connect, first_lines
 from .histories import PREPARATION_FILE, histories_file, histories_files
 from .item_tables import ITEM_TABLE_FILE, feature_columns, fit_features, read_item_table, spelled_feature
-from .logs import LIBRARY_ERRORS, SOURCE_ROW, Log, connect, first_lines, open_log, read_titles
+from .logs import Log, open_log, read_titles
 from .named_datasets import NAMED_DATASETS, fetch
 from .prepare_options import PrepareOptions
 from .splits import (

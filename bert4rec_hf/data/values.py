@@ -6,7 +6,7 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from .logs import SOURCE_ROW
+from .duckdb_tables import SOURCE_ROW
 
 INTEGER = r"^\s*[+-]?[0-9]+(\.0*)?\s*$"
 DECIMAL = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)\s*$"

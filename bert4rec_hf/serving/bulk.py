@@ -19,7 +19,7 @@ from torch import distributed
 from tqdm.auto import tqdm
 from transformers import pipeline
 
-from ..data.logs import LIBRARY_ERRORS
+from ..data.duckdb_tables import LIBRARY_ERRORS
 from ..files import file_beside, finished, folder_beside
 from ..hub.load import load_model
 from ..model.configuration_bert4rec import UNK_TOKEN_ID

@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.duckdb_tables import LIBRARY_ERRORS
 from ..data.histories import PREPARATION_FILE, read_preparation
 from ..data.histories import histories_files as prepared_files
-from ..data.logs import LIBRARY_ERRORS, open_log
+from ..data.logs import open_log
 from ..model.pipeline_inputs import IGNORED_KEYS, check_keys, described, events_of, is_event
 
 # Number of histories that are read at once.

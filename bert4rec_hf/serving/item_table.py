@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..data.duckdb_tables import without_advice
 from ..data.item_tables import read_item_table
-from ..data.logs import without_advice
 from ..model.configuration_bert4rec import FIRST_ITEM_ID, UNK_TOKEN_ID
 from ..model.tokenization_bert4rec import Bert4RecTokenizer
 from .conditions import condition_sql

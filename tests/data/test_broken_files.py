@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bert4rec_hf.data.logs import LIBRARY_ERRORS
+from bert4rec_hf.data.duckdb_tables import LIBRARY_ERRORS
 from bert4rec_hf.data.preparation import histories, prepare
 
 NUM_BROKEN = 500

@@ -23,7 +23,8 @@ from logs_on_disk import HEADER, TEMPORAL, items_of, rows_of, write_csv
 
 import bert4rec_hf.data.preparation
 import bert4rec_hf.data.splits
-from bert4rec_hf.data.logs import SOURCE_ROW, read_log, read_titles
+from bert4rec_hf.data.duckdb_tables import SOURCE_ROW
+from bert4rec_hf.data.logs import read_log, read_titles
 from bert4rec_hf.data.preparation import histories, prepare
 from bert4rec_hf.model.tokenization_bert4rec import Bert4RecTokenizer
 
