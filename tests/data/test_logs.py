@@ -352,6 +352,11 @@ def test_pandas_own_times_with_a_zone_are_times(tmp_path):
     frame.to_parquet(tmp_path / "log.parquet")
     for log in (read_log(frame), read_log(tmp_path / "log.parquet")):
         assert items_of(log) == {"a": ["y", "x"], "b": ["z"]}
+    close = pandas.Series(pandas.to_datetime([1_700_000_000_000_000_002, 1_700_000_000_000_000_001, 3], utc=True))
+    frame = pandas.DataFrame({"user_id": list("aab"), "item_id": list("xyz"), "timestamp": close})
+    log = read_log(frame)
+    assert log.timestamp.type().is_timestamp()
+    assert items_of(log) == {"a": ["y", "x"], "b": ["z"]}
 
 
 def test_a_date_whose_year_comes_first_is_a_date_in_any_column_and_others_stay_text(tmp_path):
