@@ -295,6 +295,10 @@ def encoder_costs(hidden_size: int, length: int) -> tuple[int, float]:
     return flops, kept_bytes(model, length) / COUNTED
 
 
+# Rows a second of one of two data-loader workers, by benchmarks/scaling_pieces.py.
+ROWS_OF_WORKER = 19_000
+
+
 def plan(
     num_users: int,
     num_items: int,
@@ -425,7 +429,6 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
     }
     adamw, row_wise, second_moment, factored = bytes_a_number.values()
     epoch = plan(num_users, num_items, 8)["seconds an epoch"]
-    rate = series["users"][-1]["rows a second of `stream_training_rows`"]
     events = num_users * LENGTH
     prepared, tokenizer = (
         [proportional(series[name], f"{unit} of {what}", at) for unit in ("seconds", "GiB at most")]
@@ -438,6 +441,10 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         by_power(series["catalogue, by an index"], name, num_items) * WIDTH / MEASURED_WIDTH
         for name in ("seconds by the index", "milliseconds an item to build it", "bytes an item")
     )
+
+    def piece(anchor: str) -> str:
+        return f"[measured](scaling_pieces.md#{anchor})"
+
     return [
         f"## A plan for {num_users:,} users and {num_items:,} items",
         "",
@@ -449,7 +456,9 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         f"mask ratio {MASK_RATIO}, {NUM_NEGATIVES:,} negatives where they are sampled, one window of {LENGTH} items a "
         "user and epoch. With FSDP2 (`recipes/accelerate/fsdp.yaml`) each GPU owns equally many rows of the item "
         "table, of their gradients and of their optimizer state; but the whole table in bf16 and its gradient pass "
-        "through each GPU in every step.",
+        "through each GPU in every step. With a million items on CPU processes "
+        f"({piece('a-sharded-item-table')}), four instead of two processes save .23 GiB each, where the formula says "
+        ".24, and what passes, in float32, takes .47 GiB, where it says .48.",
         "",
         *table(rows),
         "",
@@ -468,23 +477,22 @@ def plan_lines(series: Mapping[str, list[Point]], num_users: int = 10**8, num_it
         "costs in quality has not been measured. The numbers an optimizer keeps are counted in "
         "`tests/test_benchmarks.py` from a step of the Trainer.",
         f"- **Batches.** An epoch in {epoch / 3600:.2f} hours, on 8 GPUs, reads {num_users / epoch:,.0f} rows a "
-        f"second; a process of `stream_training_rows` gives {rate:,.0f}: {math.ceil(num_users / epoch / rate):,} "
-        'data-loader workers, and as many Parquet files. The rate is that of the last row of "By users". On 100 '
-        "million events in 6 Parquet files, `benchmarks/prepare_large.py` measured 20,823 ([Logs larger than "
-        "memory](prepare_large.md)).",
+        f"second. A data-loader worker of `train --streaming` makes {ROWS_OF_WORKER:,} "
+        f"({piece('rows-from-disk')}), so that takes {math.ceil(num_users / epoch / ROWS_OF_WORKER)} workers, which "
+        "divide the row groups of the Parquet files, of 16,384 users each.",
         f"- **Preparation.** In proportion to the last two points, {events:,} events would take one core "
         f"{prepared[0] / 3600:.1f} hours and {prepared[1]:,.0f} GiB: with a memory limit, 100 million events took 2.7 "
         "GiB ([Logs larger than memory](prepare_large.md), `benchmarks/prepare_large.py`). `prepare` takes a table of "
-        "Spark or a warehouse as well; `make test-spark` shows that the result is equal on two "
-        "workers, and its speed has "
-        f"not been measured. The tokenizer, which every process has, would take {tokenizer[0]:.0f} seconds and "
-        f"{tokenizer[1]:.0f} GiB.",
+        f"Spark or a warehouse as well ({piece('preparation-on-spark')}); `make test-spark` shows that the result is "
+        f"equal. The tokenizer, which every process has, would take {tokenizer[0]:.0f} seconds and {tokenizer[1]:.0f} "
+        "GiB.",
         f"- **Ranking all users once.** Exactly, {num_users * ranking_seconds(num_items) / 3600:.0f} GPU hours. By "
         f"`ItemIndex`, {num_users * searched / 3600:,.0f} core hours after {num_items * built / 3.6e6:,.0f} to build "
         f"it, and {num_items * index_bytes / GIB:.0f} GiB, if each goes on growing with the power between its last two "
-        "points, and in proportion to the width. `bert4rec recommend` divides the files of histories among processes; "
-        "`tests/serving/test_bulk_processes.py` shows that two write what one writes, and their speed-up has not been "
-        "measured.",
+        "points, and in proportion to the width. `bert4rec recommend` divides the files of histories among processes: "
+        "two on two cores answer twice as many histories a second as one "
+        f"({piece('bulk-recommendations')}), and `tests/serving/test_bulk_processes.py` shows that they write what one "
+        "writes.",
     ]
 
 
