@@ -27,6 +27,7 @@ def log_file(tmp_path_factory):
             "position": random.permutation(NUM_EVENTS),
             "rating": pa.array(random.integers(1, 6, NUM_EVENTS), mask=random.random(NUM_EVENTS) < 0.1),
             "event_type": random.choice(["view", "purchase"], NUM_EVENTS),
+            "weight": random.integers(1, 9, NUM_EVENTS) / 4,
         }
     )
     path = tmp_path_factory.mktemp("spark") / "log.parquet"
@@ -56,6 +57,13 @@ CASES = {
     "identical events once": {"duplicates": "drop_identical"},
     "ratings": {"min_rating": 4},
     "columns of events": {"event_columns": ["event_type", "rating"]},
+    "event types": {"event_type_column": "event_type", "target_event_types": ["purchase"]},
+    "event types, temporal": {
+        "event_type_column": "event_type",
+        "target_event_types": ["purchase"],
+        "split": "temporal",
+        "weight_column": "weight",
+    },
     "a condition": {"where": "event_type = 'purchase' AND rating > 1"},
 }
 
