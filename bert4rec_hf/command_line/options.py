@@ -162,8 +162,8 @@ class CompareArguments(RankingArguments):
     items: str | None = field(
         default=None,
         metadata={
-            "help": "Item table for --slice_by: Parquet or CSV with item_id and any columns; default: items.parquet of "
-            "the new model."
+            "help": "Item table for --slice_by: Parquet, CSV or JSON lines with item_id and any columns; default: "
+            "items.parquet of the new model."
         },
     )
     report: str | None = field(
@@ -192,7 +192,7 @@ class UpdateItemsArguments:
     items: str | None = field(
         default=None,
         metadata={
-            "help": "CSV or Parquet file with item_id and a row for each item to add, to change or, in a column "
+            "help": "CSV, JSON lines or Parquet with item_id and a row for each item to add, to change or, in a column "
             "withdrawn, to withdraw; the table of the model folder if left out."
         },
     )
@@ -319,7 +319,9 @@ class ServeArguments:
     device: str | None = field(default=None, metadata={"help": "Device to run on, for example cpu or cuda:0."})
     items: str | None = field(
         default=None,
-        metadata={"help": "Item table: Parquet or CSV with item_id; default: items.parquet of the model folder."},
+        metadata={
+            "help": "Item table: Parquet, CSV or JSON lines, with item_id; default: items.parquet of the model folder."
+        },
     )
     rules: str | None = field(
         default=None,
@@ -362,8 +364,8 @@ class RuleArguments:
     items: str | None = field(
         default=None,
         metadata={
-            "help": "Item table of these rules: Parquet or CSV with item_id and any columns; default: items.parquet of "
-            "the model folder."
+            "help": "Item table of these rules: Parquet, CSV or JSON lines with item_id and any columns; default: "
+            "items.parquet of the model folder."
         },
     )
 
@@ -383,7 +385,9 @@ class DemoArguments:
     port: int = field(default=7860, metadata={"help": "Port to listen on."})
     items: str | None = field(
         default=None,
-        metadata={"help": "Item table: Parquet or CSV with item_id; default: items.parquet of the model folder."},
+        metadata={
+            "help": "Item table: Parquet, CSV or JSON lines, with item_id; default: items.parquet of the model folder."
+        },
     )
     space: str | None = field(
         default=None, metadata={"help": "Show no page; write a folder that a Hugging Face Space runs as it is."}
@@ -431,7 +435,8 @@ class ConvertArguments:
         },
     )
     item_titles: str | None = field(
-        default=None, metadata={"help": "CSV or Parquet file of titles, with the columns item_id and title."}
+        default=None,
+        metadata={"help": "File of titles (CSV, JSON lines, Parquet), with the columns item_id and title."},
     )
     drop_oldest_item: bool = field(
         default=True,

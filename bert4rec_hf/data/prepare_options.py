@@ -57,8 +57,9 @@ class PrepareOptions:
             value of the time column, or an ISO date in UTC. If times are numbers, a date is converted to seconds since
             1970, or to milli-, micro- or nanoseconds if the numbers are that large. None: 0.8.
         test_cut: Cut of the test part, in the same forms as `validation_cut`. None: 0.9.
-        item_titles: Titles by raw item id, or a CSV or Parquet file with `item_column` and a column `title`.
-        items: The item table, a CSV or Parquet file with `item_column`, one row per item, and any other columns. It
+        item_titles: Titles by raw item id, or a file of CSV, JSON lines or Parquet with `item_column`
+            and a column `title`.
+        items: The item table, CSV, JSON lines or Parquet with `item_column`, one row per item, and any columns. It
             goes into the prepared folder and the model folder. Its column `title` has the titles, unless `item_titles`
             has them. None: no item table, except that of a named dataset if there are item features.
         item_features: Columns of the item table from which vectors of new items are made, as `NAME`, `NAME:KIND` or
@@ -146,10 +147,10 @@ class PrepareOptions:
         },
     )
     item_titles: Mapping[str, str] | str | Path | None = field(
-        default=None, metadata={"help": "CSV or Parquet file of titles, with the item column and a column title."}
+        default=None, metadata={"help": "File of titles (CSV, JSON lines, Parquet), with the item column and title."}
     )
     items: str | Path | None = field(
-        default=None, metadata={"help": "CSV or Parquet file of items, one row each, with the item column."}
+        default=None, metadata={"help": "File of items (CSV, JSON lines, Parquet), one row each, with the item column."}
     )
     item_features: list[str] = field(
         default_factory=list,

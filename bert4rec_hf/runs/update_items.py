@@ -49,7 +49,7 @@ def update_items(
 
     Args:
         model: A model folder.
-        items: The item table, a Parquet or CSV file with item_id. Items that it lacks stay as they are. None: the table
+        items: The item table, a file with item_id. Items that it lacks stay as they are. None: the table
             of the folder, for `data` or `new_item_offset`.
         output: The folder to write. None: the model folder itself, which is replaced in one step.
         data: A prepared folder with item features. The vectors are then made anew from the vectors that have trained,

@@ -65,8 +65,8 @@ class ItemTable:
         """Read a file with one row per item.
 
         Args:
-            path: A Parquet or CSV file with the column item_id, of text or integers, and any others. The columns of CSV
-                become numbers, booleans or timestamps if all of their values are; otherwise they are text.
+            path: A file of Parquet, CSV or JSON lines with the column item_id and any others. The text of CSV and JSON
+                becomes numbers, booleans or timestamps if all values of its column are.
             tokenizer: The catalogue. Rows of items that it lacks are left out, with a warning.
 
         Raises:
