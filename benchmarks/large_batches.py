@@ -38,9 +38,9 @@ TABLE = Path(__file__).resolve().parent / "results" / "large_batches.md"
 HEADER = """# Large batches
 
 Each row is a way to train with batches of 1,024 histories, beside the default batches of 32 at equal epochs.
-`benchmarks/large_batches.py` says what a way is. All train in bfloat16; everything else is the default. NDCG@10 counts the best of ten
-evaluations, with the weights of the counted scores calibrated on the same validation targets. ± is the standard
-deviation over seeds. Minutes are CPU time.
+`benchmarks/large_batches.py` says what a way is. All train in bfloat16; everything else is the default. NDCG@10 counts
+the best of ten evaluations, with the weights of the counted scores calibrated on the same validation targets. ± is the
+standard deviation over seeds. Minutes are CPU time.
 """
 # A step of 1,024 histories, in parts of similar length: one padded batch takes four times as long on a CPU.
 LARGE = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 32, "bf16": True}

@@ -17,7 +17,8 @@ SOURCE_ROW = "__source_row__"  # column that `Log.table` adds: the number of the
 LIBRARY_ERRORS = (duckdb.Error, pa.ArrowException, OSError, UnicodeDecodeError)
 # Where DuckDB begins to advise on its own options and functions, or to quote a query.
 ADVICE = re.compile(
-    r"(?<=\S)\s*(?:Possible [Ff]ix|Possible [Ss]olution|Candidate |Did you mean|Use TRY|You might need to|LINE \d+:)"
+    r"(?<=\S)\s*(?:Possible [Ff]ix|Possible [Ss]olution|Candidate |Did you mean|Use TRY|Try increasing|You might need"
+    r"|LINE \d+:)"
 )
 
 

@@ -114,30 +114,23 @@ def json_columns(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
         kinds = [f"list(DISTINCT json_type(json, {pointer}))" for pointer in pointers]
         row = connection.con.execute(f"SELECT {', '.join(['0', *kinds])} FROM {rows}").fetchone()[1:]
         chosen = [FILE] if with_file else []
-        for column, pointer, kinds in zip(columns, pointers, row, strict=True):
-            kind = set(kinds or ()) - {"NULL", None}
+        for column, pointer, found in zip(columns, pointers, row, strict=True):
+            types = set(found or ()) - {"NULL", None}
             value = f"json_extract_string(json, {pointer})"
-            if kind == {"ARRAY"}:
-                elements = f"SELECT unnest(json_extract(json, {pointer})::JSON[]) AS element FROM {rows}"
-                found = connection.con.execute(f"SELECT DISTINCT json_type(element) FROM ({elements})").fetchall()
+            elements = f"SELECT unnest(json_extract(json, {pointer})::JSON[]) AS value FROM {rows}"
+            if types == {"ARRAY"}:
+                found = connection.con.execute(f"SELECT DISTINCT json_type(value) FROM ({elements})").fetchall()
                 of_elements = {name for (name,) in found} - {"NULL", None}
-                odd = {f"ARRAY of {name}" for name in of_elements & {"BOOLEAN", "OBJECT", "ARRAY"}}
-                is_whole = of_elements <= {"BIGINT", "UBIGINT"}
-                is_text = not of_elements or "VARCHAR" in of_elements
-                element = "VARCHAR" if is_text else "BIGINT" if is_whole else "DOUBLE"
-                value = f"json_extract(json, {pointer})::{element}[]"
-            elif kind == {"BOOLEAN"}:
-                odd, value = set(), f"{value}::BOOLEAN"
-            else:
-                odd = kind & {"BOOLEAN", "OBJECT", "ARRAY"}
-            if odd:
-                raise ValueError(
-                    f"column {column!r} of {files.source} has values of the type {', '.join(sorted(odd))}; expected "
-                    "text, numbers, or only true and false, or only lists of text or numbers"
-                )
-            if "DOUBLE" in kind and "VARCHAR" not in kind:  # DuckDB calls whole numbers of many digits so, too
-                is_float = f"bool_or(regexp_matches({value}, '[^0-9-]'))"
-                if connection.con.execute(f"SELECT {is_float} FROM {rows}").fetchone()[0]:
+                if not of_elements & {"BOOLEAN", "OBJECT", "ARRAY"}:
+                    value = f"json_extract(json, {pointer})::{_type_of_numbers(connection, elements, of_elements)}[]"
+                    types = set()
+            elif types == {"BOOLEAN"}:
+                value, types = f"{value}::BOOLEAN", set()
+            if types & {"BOOLEAN", "OBJECT", "ARRAY"}:
+                raise JSONColumnError(column, files.source, types)
+            if "DOUBLE" in types:
+                values = f"SELECT json_extract(json, {pointer}) AS value FROM {rows}"
+                if _type_of_numbers(connection, values, types) == "DOUBLE":
                     value += "::DOUBLE"
             chosen.append(f'{value} AS "{column.replace(chr(34), chr(34) * 2)}"')
         view = ibis.util.gen_name("json")
@@ -146,6 +139,28 @@ def json_columns(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
         return connection.table(view)
 
     return names, scan
+
+
+class JSONColumnError(ValueError):
+    """A column of JSON with objects, nested lists, or values of several types, which makes no column of one type."""
+
+    def __init__(self, column: str, source: str, types: set[str]):
+        self.column = column
+        found = "lists of booleans, lists or objects" if types == {"ARRAY"} else " and ".join(sorted(types))
+        super().__init__(
+            f"column {column!r} of {source} has {found}; expected values of one type: text, numbers, true and false, "
+            "or lists of text or numbers: write it so, or leave the column out"
+        )
+
+
+def _type_of_numbers(connection: Any, values: str, types: set[str]) -> str:
+    """The type of DuckDB for JSON values, text or numbers. Whole numbers that are too long for it are text."""
+    if not types or "VARCHAR" in types:
+        return "VARCHAR"
+    texts = f"SELECT value ->> '$' AS text FROM ({values}) WHERE json_type(value) <> 'NULL'"
+    tests = "bool_and(regexp_full_match(text, '-?[0-9]+')), bool_and(TRY_CAST(text AS BIGINT) IS NOT NULL)"
+    is_whole, fits = connection.con.execute(f"SELECT {tests} FROM ({texts})").fetchone()
+    return "DOUBLE" if not is_whole else "BIGINT" if fits else "VARCHAR"
 
 
 def _quoted(text: str) -> str:

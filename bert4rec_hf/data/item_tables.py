@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 
 from ..model.item_features import KINDS, ItemFeatures
 from .duckdb_tables import LIBRARY_ERRORS, SOURCE_ROW
+from .file_formats import JSONColumnError
 from .log_files import is_parquet
-from .logs import open_log
+from .logs import Log, open_log
 from .values import LOCAL_TIME, as_id, with_types
 
 logger = logging.getLogger(__name__)
@@ -41,18 +42,18 @@ ROWS_PER_BYTE, MORE_ROWS = 8, 10_000_000
 LENGTH_PER_BYTE, MORE_LENGTH = 100, 2**32
 
 
-def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa.Table:
+def read_item_table(path: str | os.PathLike, item_column: str = "item_id", *, texts: Collection[str] = ()) -> pa.Table:
     """Read a file with one row per item.
 
     Args:
         path: A file of Parquet, CSV or JSON lines with a column of item ids, of text or integers, and any others. The
             text of CSV and JSON becomes numbers, booleans or timestamps if all values of its column are.
         item_column: The column of the ids.
+        texts: Columns of CSV and JSON that stay text.
 
     Returns:
-        The columns of the file in the order of its rows, without those of bytes that are no text, such as pictures, and
-        those without a name.
-        The ids are text, in a column item_id. NaN is null.
+        The columns of the file in the order of its rows, without those that have no name, hold bytes that are no text
+        (pictures), or objects or values of several types (JSON). The ids are text, in a column item_id. NaN is null.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -73,9 +74,9 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
         if "" in log.columns:
             logger.warning("%s: a column has no name, such as the index that pandas writes, and is left out", path)
         names = [name for name in log.columns if name not in ("", item_column, *no_texts)]
-        rows = log.table([item_column, *names])
+        rows = _of_one_type(log, item_column, names)
         _check_size(rows, path)
-        rows = _typed(rows, names) if log.is_text else rows
+        rows = _typed(rows, [name for name in names if name not in texts]) if log.is_text else rows
         rows = rows.mutate(item_id=as_id(rows, item_column, path)).order_by(SOURCE_ROW)
         table = rows.select("item_id", *names).to_pyarrow()
     except LIBRARY_ERRORS as error:
@@ -93,6 +94,18 @@ def read_item_table(path: str | os.PathLike, item_column: str = "item_id") -> pa
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
             table = table.set_column(number, table.column_names[number], column)
     return table
+
+
+def _of_one_type(log: Log, item_column: str, names: list[str]) -> ir.Table:
+    """The columns, without those of JSON that hold objects or several types; these are also taken from `names`."""
+    while True:
+        try:
+            return log.table([item_column, *names])
+        except JSONColumnError as error:
+            if error.column == item_column:
+                raise
+            logger.warning("%s; it is left out", error)
+            names.remove(error.column)
 
 
 def _columns_of_no_text(path: str) -> list[str]:
@@ -306,6 +319,7 @@ def _typed(rows: ir.Table, names: list[str]) -> ir.Table:
     found = {f"is_boolean_{place}": text.lower().isin(["true", "false"]).all() for place, (_, text) in numbered}
     found |= {
         f"is_time_{place}": (text.isnull() | (text.re_search(LOCAL_TIME) & times[name].notnull())).all()
+        & text.notnull().any()
         for place, (name, text) in numbered
     }
     is_all = rows.aggregate(**found).to_pyarrow().to_pylist()[0]

@@ -32,7 +32,7 @@ class Log:
         source: How messages call the source.
         columns: Names of the columns, as the source spells them.
         read: Makes an Ibis table of some of the columns.
-        is_text: Whether the values have no types, as in CSV: every column that is read is text.
+        is_text: Whether values have no types, as in CSV, or few, as in JSON: numbers and times may be text.
         explain: Turns the error of a library into one that names the file.
     """
 
@@ -49,7 +49,7 @@ class Log:
             The columns, and `SOURCE_ROW` if the source has an order, so that events of the same time keep it.
 
         Raises:
-            ValueError: If a column is missing, or is there twice, or cannot be read.
+            ValueError: If a column is missing, is there twice, has a name that cannot be, or cannot be read.
         """
         wanted = list(dict.fromkeys(columns))
         for name in wanted:
@@ -58,9 +58,9 @@ class Log:
             if self.columns.count(name) > 1:
                 raise ValueError(f"{self.source} has the column {name!r} twice; rename one of them")
             if not name or "\0" in name:
-                raise ValueError(
-                    f"{self.source} has a column with the name {name!r}, which DuckDB cannot have; rename it"
-                )
+                raise ValueError(f"{self.source} has a column named {name!r}, which DuckDB does not allow; rename it")
+            if name in (SOURCE_ROW, FILE):
+                raise ValueError(f"{self.source} has a column {name}, a name that this package uses itself; rename it")
         for first, second in itertools.combinations(wanted, 2):
             if first.lower() == second.lower():
                 raise ValueError(
@@ -149,15 +149,17 @@ def read_log(source: Any, *, delimiter: str | None = None) -> ir.Table:
     Args:
         source: One of
             - a path, a glob pattern, a folder, or a list of these. The files are CSV (UTF-8, with a header), JSON
-              lines, or Parquet, and may be compressed with gzip, zstd or bzip2; what a file is, is read from its
-              content. Folders named day=2026-01-31 are columns. A path with :// is fetched through fsspec.
+              lines or a JSON list of objects, or Parquet, and may be compressed with gzip, zstd or bzip2; what a file
+              is, is read from its content. Folders named day=2026-01-31 are columns. A path with :// is fetched through
+              fsspec.
             - a data frame of pandas, Polars (also lazy) or Spark, a `datasets.Dataset`, or anything else that has an
               Arrow stream.
             - an Ibis table of any backend.
         delimiter: Of CSV files. None: the comma, tab, semicolon or bar that the header has most of.
 
     Returns:
-        The columns of the log and `SOURCE_ROW`. All columns of CSV and JSON files are text.
+        The columns of the log that have a name, and `SOURCE_ROW`. All columns of CSV are text; those of JSON are text,
+        numbers with a fraction, booleans or lists.
 
     Raises:
         TypeError: If the source is of another type.
@@ -166,7 +168,7 @@ def read_log(source: Any, *, delimiter: str | None = None) -> ir.Table:
             the types of columns; or if a column is there twice.
     """
     log = open_log(source, delimiter=delimiter)
-    return log.table(log.columns)
+    return log.table(filter(None, log.columns))
 
 
 def query(sql: str, database: str) -> Log:
@@ -354,11 +356,10 @@ def read_titles(
                     f"got {', '.join(log.columns)}"
                 )
         table = log.table((item_column, "title"))
-        if table[item_column].type().is_floating():
-            raise ValueError(
-                f"ids must be text or whole numbers; column {item_column!r} of {item_titles} is "
-                f"{table[item_column].type()}: convert it first"
-            )
+        for column, expected in ((item_column, "ids must be text or whole numbers"), ("title", "titles must be text")):
+            kind = table[column].type()
+            if kind.is_nested() or kind.is_boolean() or (kind.is_floating() and column == item_column):
+                raise ValueError(f"{expected}; column {column!r} of {item_titles} is {kind}: convert it first")
         try:
             table = table.select(item_id=table[item_column].cast("string"), title=table.title.cast("string"))
             table = table.to_pyarrow()

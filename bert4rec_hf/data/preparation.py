@@ -147,6 +147,9 @@ def prepare(
         name = log.source
     table, columns = _item_table(items, options)
     if table is not None and item_titles is None and "title" in table.column_names:
+        kind = table["title"].type
+        if pa.types.is_nested(kind) or pa.types.is_boolean(kind):
+            raise ValueError(f"titles must be text; column 'title' of {items} is {kind}: convert or rename it")
         item_titles = dict(zip(table["item_id"].to_pylist(), table["title"].cast("string").to_pylist(), strict=True))
     events, collect, origin = _events(log, options, memory_limit)
     with folder_beside(output, last_file=PREPARATION_FILE, own_files=_files_to_replace) as folder:

@@ -74,7 +74,13 @@ def update_items(
     path = items or next((found for found in (item_table(data), item_table(source)) if found), None)
     if path is None:
         raise ValueError(f"{model} has no item table: name one, with a row for each item to add or to change")
-    table = read_item_table(path)
+    stored = source / ITEM_TABLE_FILE
+    texts = (
+        [field.name for field in read_stored_table(stored).schema if pa.types.is_string(field.type)]
+        if stored.is_file()
+        else []
+    )
+    table = read_item_table(path, texts=texts)
     if data is not None:
         check_prepared(data)
         features = Bert4RecTokenizer.from_pretrained(data).item_features
@@ -162,12 +168,33 @@ def _merged(path: Path, table: pa.Table) -> pa.Table:
         places = pa.array([rows.get(item) for item in table["item_id"].to_pylist()], pa.int64())
         for name in lacking:
             table = table.append_column(name, joined[name].take(places))
+    for number, field in enumerate(table.schema):
+        place = old.schema.get_field_index(field.name)
+        if place >= 0:
+            try:
+                table = table.set_column(number, field.name, _like(table.column(number), old.schema.types[place]))
+            except pa.ArrowException as error:
+                raise ValueError(
+                    f"column {field.name!r} of the new item table is {field.type}, and {old.schema.types[place]} in "
+                    f"{path}: {error}; write it with the same type"
+                ) from error
     try:
         return pa.concat_tables([old.filter(is_kept), table], promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(
             f"the new item table has a column of another type than {path}: {error}; write it with the same type"
         ) from error
+
+
+def _like(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column without values, or of lists, with the type that it had before: rows of CSV and JSON alone do not say it.
+
+    Raises:
+        pa.ArrowInvalid: If the values do not fit, such as fractions in lists of whole numbers.
+    """
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), kind)])
+    return column.cast(kind) if pa.types.is_list(column.type) and pa.types.is_list(kind) else column
 
 
 def _write(

@@ -176,9 +176,7 @@ def test_a_column_without_a_name_is_left_out_and_a_name_that_cannot_be_is_refuse
     for path in (tmp_path / "items.jsonl", tmp_path / "items.parquet"):
         (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "i1", "a\0b": "x"}))
         pq.write_table(pa.table({"item_id": ["i1"], "a\0b": ["x"]}), tmp_path / "items.parquet")
-        with pytest.raises(
-            ValueError, match=r"has a column with the name 'a\\x00b', which DuckDB cannot have; rename it"
-        ):
+        with pytest.raises(ValueError, match=r"has a column named 'a\\x00b', which DuckDB does not allow; rename it"):
             read_item_table(path)
 
 
@@ -201,15 +199,59 @@ def test_json_lines_hold_what_parquet_holds(tmp_path):
 @pytest.mark.parametrize(
     ("values", "found"),
     [
-        ([["a"], "b"], "ARRAY"),
-        ([[["a"]], ["b"]], "ARRAY of ARRAY"),
-        ([[True], ["b"]], "ARRAY of BOOLEAN"),
+        ([["a"], "b"], "ARRAY and VARCHAR"),
+        ([[["a"]], ["b"]], "lists of booleans, lists or objects"),
+        ([[True], ["b"]], "lists of booleans, lists or objects"),
         ([{"a": 1}, None], "OBJECT"),
-        ([True, "b"], "BOOLEAN"),
+        ([True, "b"], "BOOLEAN and VARCHAR"),
+        ([True, 1], "BOOLEAN and UBIGINT"),
     ],
 )
-def test_json_values_of_several_types_are_refused(tmp_path, values, found):
-    rows = [{"item_id": f"i{row}", "tags": value} for row, value in enumerate(values)]
+def test_json_values_that_make_no_column_of_one_type_are_left_out(tmp_path, caplog, values, found):
+    rows = [{"item_id": f"i{row}", "odd": value, "year": 1990} for row, value in enumerate(values)]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ValueError, match=rf"column 'tags' of .*items.jsonl has values of the type {found}; expected"):
+    assert read_item_table(tmp_path / "items.jsonl").column_names == ["item_id", "year"]
+    expected = f"column 'odd' of {tmp_path / 'items.jsonl'} has {found}; expected values of one type"
+    assert expected in caplog.text
+    ids = [{"item_id": value} for value in values]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, ids)))
+    with pytest.raises(ValueError, match=f"column 'item_id' of .* has {found}; expected values of one type"):
         read_item_table(tmp_path / "items.jsonl")
+
+
+def test_whole_numbers_of_any_length_keep_their_digits_in_lists(tmp_path):
+    for values, kind in (([1, 2**63 - 1], pa.int64()), ([2**63], pa.string()), ([10**22 + 1, 5], pa.string())):
+        (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "i1", "codes": values}))
+        found = read_item_table(tmp_path / "items.jsonl")["codes"]
+        assert found.type.value_type == kind
+        assert list(map(str, found.to_pylist()[0])) == list(map(str, values))
+    (tmp_path / "items.jsonl").write_text('{"item_id": "i1", "x": [1, 2.5, null]}')
+    assert read_item_table(tmp_path / "items.jsonl").to_pylist() == [{"item_id": "i1", "x": [1.0, 2.5, None]}]
+
+
+def test_a_column_without_values_is_no_time(tmp_path):
+    for name, text in (("items.csv", "item_id,price\ni1,\ni2,\n"), ("items.jsonl", '{"item_id": "i1", "price": null}')):
+        (tmp_path / name).write_text(text)
+        assert read_item_table(tmp_path / name).schema.field("price").type == pa.string()
+
+
+def test_titles_are_text(log, tmp_path):
+    for title in (["T"], True):
+        rows = [{"item_id": str(item), "title": title} for item in range(9)]
+        (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for options in ({"items": tmp_path / "items.jsonl"}, {"item_titles": tmp_path / "items.jsonl"}):
+            with pytest.raises(ValueError, match=r"titles must be text; column 'title' of .*items.jsonl is "):
+                prepare(log, tmp_path / "data", **options)
+    (tmp_path / "items.jsonl").write_text('{"item_id": ["1"], "title": "T"}')
+    with pytest.raises(
+        ValueError, match=r"ids must be text or whole numbers; column 'item_id' of .*items.jsonl is array"
+    ):
+        prepare(log, tmp_path / "data", item_titles=tmp_path / "items.jsonl")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["__source_row__", "__file__"])
+def test_names_that_the_package_uses_itself_are_refused(tmp_path, name):
+    pq.write_table(pa.table({"item_id": ["i1"], name: [1]}), tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match=f"has a column {name}, a name that this package uses itself; rename it"):
+        read_item_table(tmp_path / "items.parquet")

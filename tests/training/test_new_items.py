@@ -188,6 +188,31 @@ def test_items_are_added_changed_and_withdrawn(model, tmp_path):
     assert "0-0" in [entry["item_id"] for entry in recommend(["0-1", "0-0"], top_k=62)]
 
 
+def test_rows_of_json_get_the_types_that_the_columns_have(model, tmp_path):
+    """The types of a few rows alone would be others: a title of digits is no number, and an empty list has no type."""
+    first = {"item_id": ["0-0"], "title": ["T"], "tags": [["a"]], "sizes": [[1, 2]], "price": [1.5], "sale": [True]}
+    pq.write_table(pa.table(first), tmp_path / "first.parquet")
+    update_items(model, tmp_path / "first.parquet")
+    types = {field.name: field.type for field in pq.read_schema(model / "items.parquet")}
+    rows = [
+        {"item_id": "0-1", "title": "1984", "tags": [1, 2], "sizes": []},
+        {"item_id": "0-2", "title": None, "tags": None, "price": None, "sale": None},
+    ]
+    for row in rows:
+        (tmp_path / "row.jsonl").write_text(json.dumps(row))
+        update_items(model, tmp_path / "row.jsonl")
+    table = pq.read_table(model / "items.parquet")
+    assert {field.name: field.type for field in table.schema} == types
+    found = {row["item_id"]: row for row in table.to_pylist()}
+    assert (found["0-1"]["title"], found["0-1"]["tags"], found["0-1"]["sizes"]) == ("1984", ["1", "2"], [])
+    assert (found["0-2"]["tags"], found["0-2"]["sale"], found["0-0"]["sizes"]) == (None, None, [1, 2])
+    (tmp_path / "row.jsonl").write_text('{"item_id": "0-3", "sizes": [1, 2.5]}')
+    before = (model / "items.parquet").read_bytes()
+    with pytest.raises(ValueError, match=r"column 'sizes' of the new item table is list.*double.*, and list.*int64"):
+        update_items(model, tmp_path / "row.jsonl")
+    assert (model / "items.parquet").read_bytes() == before
+
+
 def test_the_offset_is_the_users_choice(model):
     assert update_items(model, new_item_offset=50.0)["offset"] == 50.0
     recommend = pipeline("sequential-recommendation", model=str(model))
