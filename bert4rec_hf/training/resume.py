@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,22 +143,43 @@ def is_of_lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
+class _ToldToEndError(BaseException):
+    """SIGTERM has come. It is no Exception, so that no library takes it for an error of its own."""
+
+
 @contextlib.contextmanager
 def named_if_lost(args: TrainingArguments) -> Iterator[None]:
-    """Raise a ConnectionError that says how to go on, if another process of the run ends early."""
+    """Raise a ConnectionError that says how to go on, if another process of the run ends early.
+
+    Either a process notices by itself, when it exchanges data, or the launcher notices first and sends SIGTERM.
+    """
+    takes_signals = args.world_size > 1 and threading.current_thread() is threading.main_thread()
+
+    def end(*_: Any) -> None:
+        raise _ToldToEndError
+
+    before = signal.signal(signal.SIGTERM, end) if takes_signals else None
     try:
         yield
-    except RuntimeError as error:
-        if args.world_size == 1 or not is_of_lost_process(error):
+    except (RuntimeError, _ToldToEndError) as error:
+        if isinstance(error, RuntimeError) and (args.world_size == 1 or not is_of_lost_process(error)):
             raise
         assert args.output_dir is not None  # for the type checker
         last = last_checkpoint(Path(args.output_dir))
         advice = f"go on from {Path(last).name} with --resume_from_checkpoint last" if last else "start the run again"
+        happened = (
+            "has lost another one, which has ended or cannot be reached (without a message of its own, it was killed, "
+            "for example for want of memory)"
+            if isinstance(error, RuntimeError)
+            else "was told to end (SIGTERM), as launchers do when another process has ended"
+        )
         raise ConnectionError(
-            f"process {args.process_index} of {args.world_size} has lost another one, which has ended or cannot be "
-            f"reached (without a message of its own, it was killed, for example for want of memory): {advice}; the "
-            "number of processes may change"
+            f"process {args.process_index} of {args.world_size} {happened}: {advice}; the number of processes may "
+            "change"
         ) from error
+    finally:
+        if takes_signals:
+            signal.signal(signal.SIGTERM, before)
 
 
 def check_output(folder: str | os.PathLike, resume_from_checkpoint: str | None) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -260,3 +262,16 @@ def test_a_lost_process_is_named_with_what_to_do(tmp_path, checkpoint, advice):
         with pytest.raises(RuntimeError) as raised, named_if_lost(args):
             raise error
         assert raised.value is error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM between processes")
+def test_a_process_that_the_launcher_ends_says_how_to_go_on(tmp_path):
+    args = SimpleNamespace(world_size=2, process_index=1, output_dir=str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    expected = r"process 1 of 2 was told to end \(SIGTERM\), as launchers do .*: start the run again; "
+    with pytest.raises(ConnectionError, match=expected), named_if_lost(args):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+    args.world_size = 1
+    with named_if_lost(args):
+        assert signal.getsignal(signal.SIGTERM) is before
