@@ -260,6 +260,8 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, str) and not value.strip():
         return None
+    if isinstance(value, list | tuple) and all(part is None for part in value):
+        return None
     return value
 
 

@@ -57,6 +57,12 @@ def test_an_unknown_value_is_the_rare_one_and_a_lacking_column_is_missing():
     assert dense(features, {}, 1).tolist() == [[1, 0, 0, 1]]
 
 
+@pytest.mark.parametrize("kind", ["categories", "vector"])
+def test_an_empty_list_is_a_missing_value(kind):
+    with pytest.raises(ValueError, match="item feature 'x' has no value for any item that trains: leave it out"):
+        ItemFeatures.fit([{"name": "x", "kind": kind}], {"x": [[], [None], None]})
+
+
 def test_skewed_numbers_are_logarithms_and_a_typing_error_is_cut():
     values = [1.0] * 50 + [10_000.0]
     features = ItemFeatures.fit([{"name": "price", "kind": "number"}], {"price": values})
