@@ -47,6 +47,7 @@ from transformers import pipeline
 from bert4rec_hf import Bert4RecConfig, Bert4RecTokenizer, read_prepared
 from bert4rec_hf.convert.recbole_settings import config_recipe
 from bert4rec_hf.convert.safe_pickle import read_pickle
+from bert4rec_hf.data.file_formats import JSONColumnError
 from bert4rec_hf.data.item_tables import feature_columns, fit_features, read_item_table
 from bert4rec_hf.data.preparation import histories
 from bert4rec_hf.evaluation.seen_targets import json_of_model
@@ -61,8 +62,8 @@ from bert4rec_hf.serving.server import Server, ServerSettings, _read_rules_file,
 SECONDS = 10
 # What the process may grow by, over all inputs of a reader.
 MEGABYTES = 2_000
-# These leave a reader as what it says in one line. Errors that are derived from ValueError are those of libraries.
-REFUSALS = (ValueError, FileNotFoundError, IsADirectoryError, TypeError, OverflowError, ImportError)
+# These leave a reader as what it says in one line. Other errors that are derived from ValueError are those of libraries.
+REFUSALS = (ValueError, JSONColumnError, FileNotFoundError, IsADirectoryError, TypeError, OverflowError, ImportError)
 EVENTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.symlink")
 
 
@@ -267,7 +268,7 @@ class Fuzzer:
             if len(refused) == len(names):
                 raise refused[0] if refused else ValueError("the table has no other column")
             for error in refused:
-                if type(error) is not ValueError:
+                if type(error) not in REFUSALS:
                     raise error
 
         def requests(content: bytes) -> None:
