@@ -62,7 +62,7 @@ from bert4rec_hf.serving.server import Server, ServerSettings, _read_rules_file,
 SECONDS = 10
 # What the process may grow by, over all inputs of a reader.
 MEGABYTES = 2_000
-# These leave a reader as what it says in one line. Other errors that are derived from ValueError are those of libraries.
+# These leave a reader as what it says in one line. Other errors derived from ValueError are those of libraries.
 REFUSALS = (ValueError, JSONColumnError, FileNotFoundError, IsADirectoryError, TypeError, OverflowError, ImportError)
 EVENTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.symlink")
 
