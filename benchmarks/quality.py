@@ -166,7 +166,7 @@ def add_row(
     name: str, data: Path, protocol: Protocol, baselines: Mapping[str, Mapping[str, float]], cells: Sequence[str]
 ) -> None:
     """Add a row below the rows of its log, or replace the row of the same run and number of threads."""
-    log = f"{name} ({checksum(data)})"
+    log, cells = f"{name} ({checksum(data)})", [cell.replace("|", "\\|") for cell in cells]
     lines = (TABLE.read_text("utf-8") if TABLE.is_file() else HEADER).splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("|---")) + 1
     end = next((number for number, line in enumerate(lines) if number >= first and line[:1] != "|"), len(lines))
