@@ -10,23 +10,20 @@ The script writes a section of results/large_batches.md with one line per way. F
 """
 
 import argparse
-import contextlib
 import json
 import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from quality import checksum, log_file, log_name, named_seeds, prepared, spread
 from tables import machine, write_section
-from transformers import TrainerCallback
 
 from bert4rec_hf import (
-    Bert4RecConfig,
     Bert4RecTrainer,
     Bert4RecTrainingArguments,
     evaluate_prepared,
@@ -104,7 +101,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "layer-wise": layer_wise,
 }
 SMALL = "batches of 32"
-# For each way, changes of the defaults. "optimizer" is one of `OPTIMIZERS`, "average" the decay of a moving average.
+# For each way, changes of the defaults. "optimizer" is one of `OPTIMIZERS`.
 WAYS: dict[str, dict[str, Any]] = {
     SMALL: {"gradient_accumulation_steps": 1},
     "AdamW .005": {"learning_rate": 0.005, "warmup_steps": 0.1},
@@ -117,61 +114,16 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-class Average(TrainerCallback):
-    """An exponential moving average of the weights, in whose place it is evaluated and saved."""
-
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.weights, self.decay = dict(model.named_parameters()), decay
-        self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The first steps count as a plain mean, since the start is no estimate of the end.
-        decay = min(self.decay, state.global_step / (state.global_step + 1))
-        for name, weight in self.weights.items():
-            self.average[name].lerp_(weight.detach(), 1 - decay)
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model with the average as its weights."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-    def swap(self) -> None:
-        for name, weight in self.weights.items():
-            weight.data, self.average[name] = self.average[name], weight.data
-
-
-def trainer_with(optimizer: str | None, options: dict[str, Any], average: float | None) -> type[Bert4RecTrainer]:
-    """A Trainer with another optimizer, and with a moving average."""
+def trainer_with(optimizer: str | None) -> type[Bert4RecTrainer]:
+    """A Trainer with another optimizer."""
 
     class ThisTrainer(Bert4RecTrainer):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-            self.averaged = Average(self.model, average) if average else None
-            if self.averaged is not None:
-                self.add_callback(self.averaged)
-
         def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
             if optimizer is None:
                 return super().create_optimizer(*args, **kwargs)
             if self.optimizer is None:
-                self.optimizer = OPTIMIZERS[optimizer](self.model, self.args.learning_rate, **options)
+                self.optimizer = OPTIMIZERS[optimizer](self.model, self.args.learning_rate)
             return self.optimizer
-
-        def in_training(self) -> contextlib.AbstractContextManager[None]:
-            averages = self.averaged is not None and self.is_in_train
-            return self.averaged.in_place() if averages else contextlib.nullcontext()
-
-        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            with self.in_training():
-                return super().evaluate(*args, **kwargs)
-
-        def save_model(self, *args: Any, **kwargs: Any) -> None:
-            with self.in_training():
-                super().save_model(*args, **kwargs)
 
     return ThisTrainer
 
@@ -185,17 +137,15 @@ def measure(data: Path, folder: Path, way: str, epochs: float, seed: int, test: 
     if record is None or record["given"] != given:
         shutil.rmtree(output, ignore_errors=True)
         options = LARGE | WAYS[way]
-        optimizer, average = options.pop("optimizer", None), options.pop("average", None)
-        of_optimizer = options.pop("optimizer_options", {})
-        fields = {name: options.pop(name) for name in WAYS[way].keys() & Bert4RecConfig.__annotations__.keys()}
+        optimizer = options.pop("optimizer", None)
         arguments = Bert4RecTrainingArguments(
             str(output), seed=seed, num_train_epochs=epochs, save_only_model=True, disable_tqdm=True, **options
         )
         start = time.process_time()
         before = training_run.Bert4RecTrainer
-        training_run.Bert4RecTrainer = trainer_with(optimizer, of_optimizer, average)
+        training_run.Bert4RecTrainer = trainer_with(optimizer)
         try:
-            trainer = train_prepared(data, arguments, with_baselines=False, **fields)
+            trainer = train_prepared(data, arguments, with_baselines=False)
         finally:
             training_run.Bert4RecTrainer = before
         record = {

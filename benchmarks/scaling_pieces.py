@@ -5,7 +5,7 @@
 - sharded: training steps with an item table of a million rows, in one process, and sharded by FSDP2 over two and four;
   seconds a step, and memory of a process.
 - streaming: rows a second of the data loader of `train --streaming`, by its workers.
-- bulk: `recommend --histories` in one and two processes, exactly and with an index.
+- bulk: `recommend --histories` in one and two processes.
 - spark: `prepare` from a table of Spark with one and two workers, and from the same Parquet file by DuckDB; needs
   pyspark and Java, as `make test-spark` installs them.
 
@@ -24,8 +24,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from prepare_large import write_log
@@ -179,9 +180,6 @@ def measure_bulk(folder: Path) -> list[str]:
 
 
 def write_histories(folder: Path, size: int, num_items: int) -> None:
-    import numpy as np
-    import pyarrow as pa
-
     folder.mkdir()
     chance = np.random.default_rng(size)
     for part in range(8):
@@ -252,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=", ".join(PIECES))
     options = parser.parse_args()
-    unknown: list[Any] = [piece for piece in options.pieces if piece not in PIECES]
+    unknown = [piece for piece in options.pieces if piece not in PIECES]
     if unknown:
         parser.error(f"expected {', '.join(PIECES)}; got {unknown[0]!r}")
     for piece in options.pieces or PIECES:

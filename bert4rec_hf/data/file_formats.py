@@ -114,11 +114,11 @@ def json_columns(connection: Any, files: LogFiles) -> tuple[list[str], Scan]:
         kinds = [f"list(DISTINCT json_type(json, {pointer}))" for pointer in pointers]
         row = connection.con.execute(f"SELECT {', '.join(['0', *kinds])} FROM {rows}").fetchone()[1:]
         chosen = [FILE] if with_file else []
-        for column, pointer, found in zip(columns, pointers, row, strict=True):
-            types = set(found or ()) - {"NULL", None}
+        for column, pointer, of_column in zip(columns, pointers, row, strict=True):
+            types = set(of_column or ()) - {"NULL", None}
             value = f"json_extract_string(json, {pointer})"
-            elements = f"SELECT unnest(json_extract(json, {pointer})::JSON[]) AS value FROM {rows}"
             if types == {"ARRAY"}:
+                elements = f"SELECT unnest(json_extract(json, {pointer})::JSON[]) AS value FROM {rows}"
                 found = connection.con.execute(f"SELECT DISTINCT json_type(value) FROM ({elements})").fetchall()
                 of_elements = {name for (name,) in found} - {"NULL", None}
                 if not of_elements & {"BOOLEAN", "OBJECT", "ARRAY"}:

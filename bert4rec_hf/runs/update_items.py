@@ -75,11 +75,8 @@ def update_items(
     if path is None:
         raise ValueError(f"{model} has no item table: name one, with a row for each item to add or to change")
     stored = source / ITEM_TABLE_FILE
-    texts = (
-        [field.name for field in read_stored_table(stored).schema if pa.types.is_string(field.type)]
-        if stored.is_file()
-        else []
-    )
+    old = read_stored_table(stored) if stored.is_file() else None
+    texts = [field.name for field in old.schema if pa.types.is_string(field.type)] if old is not None else []
     table = read_item_table(path, texts=texts)
     if data is not None:
         check_prepared(data)
@@ -95,7 +92,7 @@ def update_items(
         ]
         table, _ = with_text_vectors(table, kept, text_encoder)
     withdrawn = _withdrawn(table, path)
-    merged = _merged(source / ITEM_TABLE_FILE, table)
+    merged = table if old is None else _merged(old, table, stored)
     columns = merged.slice(len(merged) - len(table)).to_pydict()
     titles = dict(zip(columns["item_id"], columns.get("title", ()), strict=False))
     before = list(tokenizer.titles or [None] * tokenizer.num_items)
@@ -154,11 +151,8 @@ def _withdrawn(table: pa.Table, path: Any) -> list[bool] | None:
     return values.to_pylist()
 
 
-def _merged(path: Path, table: pa.Table) -> pa.Table:
+def _merged(old: pa.Table, table: pa.Table, path: Path) -> pa.Table:
     """The item table of the folder, with the rows and columns of the new one in place of its own."""
-    if not path.is_file():
-        return table
-    old = read_stored_table(path)
     given = set(table["item_id"].to_pylist())
     is_kept = pa.array([item not in given for item in old["item_id"].to_pylist()])
     lacking = [name for name in old.column_names if name not in table.column_names]

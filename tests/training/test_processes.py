@@ -77,21 +77,9 @@ def test_two_processes_evaluate_like_one_and_save_one_model(chain, tmp_path):
 
     model, log = tmp_path / "model", data.parent / "log.csv"
     printed = launch(
-        "accelerate",
-        "train",
-        "--data",
-        log,
-        "--output_dir",
-        model,
-        "--num_train_epochs",
-        "1",
-        "--hidden_size",
-        "32",
-        "--eval_steps",
-        "0.5",
-        "--save_steps",
-        "0.5",
-    )
+        "accelerate", "train", "--data", log, "--output_dir", model, "--num_train_epochs", "1", "--hidden_size", "32",
+        "--eval_steps", "0.5", "--save_steps", "0.5",
+    )  # fmt: skip
     assert [line.split(";")[0] for line in printed.splitlines() if "wrote" in line] == [
         f"wrote {model}-data", f"wrote {model}",
     ]  # fmt: skip
