@@ -581,9 +581,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 2
         parser.parse_args(arguments or ["--help"])
-    if arguments[0] != "train" and threading.current_thread() is threading.main_thread():
-        # SIGTERM ends a command like Ctrl-C, without half-written files. The Trainer's workers handle it themselves.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        if arguments[0] != "train":  # the Trainer's workers handle SIGTERM themselves
+            signal.signal(signal.SIGTERM, _interrupt)  # ends a command like Ctrl-C, without half-written files
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
     if logging.lastResort is not None:  # it shows the warnings, which may quote data
         logging.lastResort.setFormatter(_InertFormatter())
     # Reading and writing weights is too short for a progress bar. Downloads keep theirs.
@@ -606,6 +608,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bert4rec {arguments[0]}: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal that ends the command.
+
+    Where a KeyboardInterrupt itself has passed through exec, as in imports of dataclasses, Python run with `-m` ends by
+    SIGINT though it was caught (python/cpython, `run_eval_code_obj`), and the exit status of the command is lost.
+    """
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise _Interrupted
 
 
 def _known_problem(error: Exception) -> str | None:

@@ -219,13 +219,16 @@ def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """
     name_unfinished(parent, name)
     prefix, suffix = UNFINISHED.format(name=name, random="/").split("/")
-    temporary = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, suffix=suffix)
+    temporary = None
     try:
+        with _signals_held():  # an interrupt here would leave a folder that nothing removes
+            temporary = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, suffix=suffix)
         with _names_full_disk(parent):
             yield Path(temporary.name)
     finally:
-        with _signals_held():
-            temporary.cleanup()
+        if temporary is not None:
+            with _signals_held():
+                temporary.cleanup()
 
 
 @contextmanager

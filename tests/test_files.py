@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_a_signal_does_not_interrupt_the_removal_after_an_error(tmp_path, monkey
         fail()
     assert "no memory is left" in str(raised.value.__context__)
     assert {*tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_folder_is_made_leaves_none(tmp_path, monkeypatch, number):
+    make = tempfile.mkdtemp
+
+    def interrupted(*arguments, **options):
+        folder = make(*arguments, **options)
+        signal.raise_signal(number)
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "out", "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -1,9 +1,11 @@
 """Errors of the command line: one line on standard error, exit status 2."""
 
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
@@ -449,3 +451,24 @@ def test_an_error_of_the_program_itself_is_no_error_of_memory(monkeypatch):
     monkeypatch.setitem(COMMANDS, "prepare", raise_it)
     with pytest.raises(RuntimeError, match="the shapes differ"):
         run("prepare")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM between processes")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_gives_status_130_though_it_comes_while_python_executes_text(tmp_path, name):
+    # Python ends itself by SIGINT where a KeyboardInterrupt has passed through exec, though it was caught.
+    code = f"""
+import signal, sys
+from bert4rec_hf import cli
+def told(arguments):
+    "A command."
+    exec("signal.raise_signal(signal.{name})")
+cli.COMMANDS["prepare"] = told
+sys.exit(cli.main(["prepare"]))
+"""
+    (tmp_path / "told.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "told"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stderr) == (130, "bert4rec prepare: interrupted\n")
