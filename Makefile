@@ -35,7 +35,7 @@ $(MODEL)/model.safetensors: | $(DATA)/preparation.json
 		$(if $(wildcard $(MODEL)/checkpoint-*),--resume_from_checkpoint last)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Benchmarks with small sizes.
 test-benchmarks: $(VENV)/installed-dev

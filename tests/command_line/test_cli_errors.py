@@ -464,6 +464,7 @@ def told(arguments):
     "A command."
     exec("signal.raise_signal(signal.{name})")
 cli.COMMANDS["prepare"] = told
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets processes in the background ignore it
 sys.exit(cli.main(["prepare"]))
 """
     (tmp_path / "told.py").write_text(code)
