@@ -7,6 +7,7 @@ the package, are:
 
 - average=.999: the exponential moving average of the weights, if it is better on the validation targets;
 - residual: the state of a [MASK] gets w Σ .5^d e(item d places to the left), for the nearest eight, w learnt;
+- start=1: the input of a [MASK] gets w e(item before it), w learnt and first this number;
 - drop_items=.1: each item of the input is left out with this probability;
 - soft_targets=.1: this share of the label goes to the successors of the item before it, counted on other users;
 - contrast=.1: the states of two passes with other dropout must find each other among the states of the batch;
@@ -53,7 +54,7 @@ from bert4rec_hf.data.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.data.histories import Histories
 from bert4rec_hf.defaults import default_architecture, default_num_train_epochs, default_start_with_mean
 from bert4rec_hf.evaluation import calibration
-from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.model.history_scores import WEIGHT_FIELDS
 from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen
 
@@ -133,6 +134,8 @@ def run(
     keep_transitions(model, histories, num_items)
     if "residual" in changes:
         add_residual(model)
+    if "start" in changes:
+        add_start(model, changes["start"])
 
     length = config.max_position_embeddings
     rows = {
@@ -350,6 +353,21 @@ def add_residual(model: Bert4RecForMaskedItemPrediction) -> None:
         return outputs
 
     model.model.forward = with_residual
+
+
+def add_start(model: Bert4RecForMaskedItemPrediction, weight: float) -> None:
+    """Let the input of a [MASK] have the vector of the item before it."""
+    model.start = nn.Parameter(torch.full((model.config.hidden_size,), weight))
+    embeddings = model.model.embeddings
+
+    def with_start(input_ids: torch.Tensor, _: Any, position_ids: torch.Tensor, *types: Any) -> torch.Tensor:
+        vectors = embeddings.item_embeddings(input_ids)
+        items = vectors * (input_ids >= FIRST_ITEM_ID).unsqueeze(-1)
+        before = items.gather(1, (position_ids - 1).clamp(min=0).unsqueeze(-1).expand_as(vectors))
+        has_start = (position_ids > 0) & (input_ids == MASK_TOKEN_ID)
+        return embeddings.dropout(vectors + model.start * before * has_start.unsqueeze(-1))
+
+    embeddings.forward = with_start
 
 
 def some_of(row: Sequence[int], share: float, random: np.random.Generator) -> np.ndarray:
