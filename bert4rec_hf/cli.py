@@ -613,8 +613,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Interrupted(KeyboardInterrupt):
     """A signal that ends the command.
 
-    Where a KeyboardInterrupt itself has passed through exec, as in imports of dataclasses, Python run with `-m` ends by
-    SIGINT though it was caught (python/cpython, `run_eval_code_obj`), and the exit status of the command is lost.
+    It is no plain KeyboardInterrupt: where one has passed through exec, as it can while a dataclass is defined,
+    `python -m` later ends by SIGINT, though it was caught. The exit status of the command would be lost.
     """
 
 
