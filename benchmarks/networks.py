@@ -56,7 +56,7 @@ from bert4rec_hf.defaults import default_architecture, default_num_train_epochs,
 from bert4rec_hf.evaluation import calibration
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 from bert4rec_hf.model.history_scores import WEIGHT_FIELDS
-from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen
+from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen, seen_at_labels
 
 TABLE = Path(__file__).parent / "results" / "networks.md"
 HEADER = """# Changes of the network
@@ -130,7 +130,8 @@ def run(
     given |= {"filter_seen_items": preparation["filter_seen_items"]}
     config = Bert4RecConfig(vocab_size=len(tokenizer), **default_architecture(num_events, num_items, given))
     model = Bert4RecForMaskedItemPrediction(config)
-    start_from_cooccurrence(model, histories, num_items, with_mean=default_start_with_mean(num_events, num_items))
+    if settings.get("item_initialization") != "random":
+        start_from_cooccurrence(model, histories, num_items, with_mean=default_start_with_mean(num_events, num_items))
     keep_transitions(model, histories, num_items)
     if "residual" in changes:
         add_residual(model)
@@ -257,7 +258,9 @@ class ChangedTrainer(Bert4RecTrainer):
         logits[..., :FIRST_ITEM_ID] = -torch.inf
         of_passes = labels.unsqueeze(1).expand(-1, passes)
         if model.config.filter_seen_items:
-            logits = mask_seen(logits, inputs["input_ids"][rows], of_passes)
+            places, types = inputs["position_ids"], inputs.get("event_type_ids")
+            seen_ids = seen_at_labels(inputs["input_ids"], inputs["masked_positions"], places, types)
+            logits = mask_seen(logits, seen_ids[rows, columns], of_passes)
         logs = logits.log_softmax(dim=-1)
         loss = -logs.gather(-1, of_passes.unsqueeze(-1)).mean()
         if "soft_targets" in changes:
@@ -365,7 +368,7 @@ def add_start(model: Bert4RecForMaskedItemPrediction, weight: float) -> None:
         items = vectors * (input_ids >= FIRST_ITEM_ID).unsqueeze(-1)
         before = items.gather(1, (position_ids - 1).clamp(min=0).unsqueeze(-1).expand_as(vectors))
         has_start = (position_ids > 0) & (input_ids == MASK_TOKEN_ID)
-        return embeddings.dropout(vectors + model.start * before * has_start.unsqueeze(-1))
+        return embeddings.dropout(embeddings.norm(vectors + model.start * before * has_start.unsqueeze(-1)))
 
     embeddings.forward = with_start
 
