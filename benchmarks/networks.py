@@ -9,6 +9,8 @@ the package, are:
 - residual: the state of a [MASK] gets w Σ .5^d e(item d places to the left), for the nearest eight, w learnt;
 - start=1: the input of a [MASK] gets w e(item before it), w learnt and first this number;
 - drop_items=.1: each item of the input is left out with this probability;
+- later_items=1: the loss ranks a label above the later items of its row too, which serving may recommend; the package
+  leaves out all items of the row where seen items are filtered;
 - soft_targets=.1: this share of the label goes to the successors of the item before it, counted on other users;
 - contrast=.1: the states of two passes with other dropout must find each other among the states of the batch;
 - rdrop=1: the symmetric divergence of the predictions of two such passes is added to the loss (Liang et al. 2021);
@@ -54,9 +56,9 @@ from bert4rec_hf.data.data_collator import DataCollatorForMaskedItemPrediction
 from bert4rec_hf.data.histories import Histories
 from bert4rec_hf.defaults import default_architecture, default_num_train_epochs, default_start_with_mean
 from bert4rec_hf.evaluation import calibration
-from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
+from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
 from bert4rec_hf.model.history_scores import WEIGHT_FIELDS
-from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen, seen_at_labels
+from bert4rec_hf.model.losses import IGNORE_INDEX, mask_seen
 
 TABLE = Path(__file__).parent / "results" / "networks.md"
 HEADER = """# Changes of the network
@@ -69,6 +71,7 @@ GAINS_FILE = "gains.npz"
 NUM_FOLDS = 5
 # Temperature of the contrast, and number of places of the residual.
 TEMPERATURE, PLACES = 0.1, 8
+CHANGED_LOSSES = {"later_items", "soft_targets", "counted", "contrast", "rdrop"}
 
 
 def main() -> None:
@@ -232,7 +235,7 @@ class ChangedTrainer(Bert4RecTrainer):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             model.config.causal_attention = True
             return loss
-        if not model.training or not changes.keys() & {"soft_targets", "counted", "contrast", "rdrop"}:
+        if not model.training or not changes.keys() & CHANGED_LOSSES:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         passes = 2 if changes.keys() & {"contrast", "rdrop"} else 1
         labels = inputs.pop("labels")
@@ -243,9 +246,10 @@ class ChangedTrainer(Bert4RecTrainer):
         states = model.head(states.last_hidden_state.unflatten(0, (passes, -1))[:, rows, columns]).transpose(0, 1)
         vectors, biases = model._item_rows(range(model.config.vocab_size))
         logits = nn.functional.linear(states, vectors, biases).float()
+        # (labels,) the place of each label in its history
+        places = inputs["position_ids"].gather(1, inputs["masked_positions"].clamp(min=0))[rows, columns]
         if folds is not None:
             # (labels, places) the items before the label, newest first, and the successors of each.
-            places = inputs["position_ids"].gather(1, inputs["masked_positions"].clamp(min=0))[rows, columns]
             before = places.unsqueeze(1) - torch.arange(1, PLACES + 1)
             newest_ids = inputs["input_ids"][rows.unsqueeze(1), before.clamp(min=0)] * (before >= 0)
             item_ids, scores = (table[folds[rows].unsqueeze(1), newest_ids] for table in self.tables)
@@ -258,9 +262,10 @@ class ChangedTrainer(Bert4RecTrainer):
         logits[..., :FIRST_ITEM_ID] = -torch.inf
         of_passes = labels.unsqueeze(1).expand(-1, passes)
         if model.config.filter_seen_items:
-            places, types = inputs["position_ids"], inputs.get("event_type_ids")
-            seen_ids = seen_at_labels(inputs["input_ids"], inputs["masked_positions"], places, types)
-            logits = mask_seen(logits, seen_ids[rows, columns], of_passes)
+            seen_ids = inputs["input_ids"][rows]
+            if "later_items" in changes:
+                seen_ids = seen_ids.where(inputs["position_ids"][rows] < places.unsqueeze(1), PAD_TOKEN_ID)
+            logits = mask_seen(logits, seen_ids, of_passes)
         logs = logits.log_softmax(dim=-1)
         loss = -logs.gather(-1, of_passes.unsqueeze(-1)).mean()
         if "soft_targets" in changes:

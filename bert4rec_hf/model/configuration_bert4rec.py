@@ -136,10 +136,8 @@ class Bert4RecConfig(PreTrainedConfig):
             [PAD] itself is never recommended.
         filter_seen_items (`bool`, defaults to `False`):
             Whether serving never recommends the items of a user's history. The item loss then excludes these items too,
-            so that the model learns nothing about repeats: the items of the row, and with causal attention only those
-            before the label, since serving does not know the later ones. With event types, these are only the items
-            that the history has with the type that is predicted: what was viewed or put into the cart can still be
-            bought.
+            so that the model learns nothing about repeats. With event types, these are only the items that the history
+            has with the type that is predicted: what was viewed or put into the cart can still be bought.
     """
 
     model_type = "bert4rec"

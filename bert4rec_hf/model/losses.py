@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
+from .configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID
 
 IGNORE_INDEX = -100
 # Chunk size of the logits, in values: a quarter of a GiB in float32.
@@ -48,38 +48,6 @@ def softmax_loss(
     needs_gradient = any(tensor.requires_grad for tensor in inputs)
     loss, *_ = _CrossEntropy.apply(*inputs, labels, excluded_ids, weights, needs_gradient)
     return _per_label(loss, labels, num_items_in_batch)
-
-
-def seen_at_labels(
-    input_ids: torch.Tensor,
-    masked_positions: torch.Tensor | None,
-    position_ids: torch.Tensor | None = None,
-    event_type_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The ids that the loss of each label leaves out, where seen items are filtered: what serving would leave out.
-
-    Args:
-        input_ids: (batch, length) token ids.
-        masked_positions: (batch, P) positions of the labels in the input; negative ones have none. None: all positions.
-        position_ids: With causal attention, (batch, length) or (1, length) the place of each token in the history: a
-            label sees only the items before it. None: it sees all items of the row.
-        event_type_ids: (batch, length) types of the events: a label sees only items of its own type. None: no types.
-
-    Returns:
-        (batch, P, length) token ids; [PAD] for those that are not seen.
-    """
-    wanted = None if masked_positions is None else masked_positions.clamp(min=0)
-
-    def at_labels(values: torch.Tensor) -> torch.Tensor:
-        return (values if wanted is None else values.gather(1, wanted)).unsqueeze(2)
-
-    seen_ids = input_ids.unsqueeze(1).expand(-1, input_ids.shape[1] if wanted is None else wanted.shape[1], -1)
-    if position_ids is not None:
-        places = position_ids.expand_as(input_ids)
-        seen_ids = seen_ids.where(places.unsqueeze(1) < at_labels(places), PAD_TOKEN_ID)
-    if event_type_ids is not None:
-        seen_ids = seen_ids.where(event_type_ids.unsqueeze(1) == at_labels(event_type_ids), PAD_TOKEN_ID)
-    return seen_ids
 
 
 def mask_seen(logits: torch.Tensor, seen_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

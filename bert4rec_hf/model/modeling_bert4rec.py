@@ -26,7 +26,7 @@ from .explanation import ExplanationMixin
 from .folder_checks import check_links, check_weight_files
 from .history_scores import HistoryScores
 from .item_features import ItemProjection
-from .losses import IGNORE_INDEX, item_loss, seen_at_labels
+from .losses import IGNORE_INDEX, item_loss
 
 # Logit of special tokens. It removes them from the softmax, and is finite in half precision.
 SPECIAL_TOKEN_LOGIT = -1e4
@@ -561,8 +561,7 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, CatalogueMixin, Bert4Rec
             labels: (batch, length) token ids to predict, or (batch, P) beside `masked_positions`; -100 where there is
                 nothing to predict. Special tokens are never predicted. In training, the loss is
                 `config.item_loss`; in evaluation, it is the cross-entropy of the logits. With
-                `config.filter_seen_items`, both exclude the items of the input row, and with causal attention only
-                those before the label (`mask_seen`).
+                `config.filter_seen_items`, both exclude the items of the input row (`mask_seen`).
             masked_positions: (batch, P) positions whose logits are computed, padded with -1. None: all positions.
                 Training is fastest with them, since the last layer computes only these positions.
             num_items_in_batch: The number of labels in all batches of one optimizer step, which the loss is divided
@@ -616,11 +615,13 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, CatalogueMixin, Bert4Rec
         if labels is not None:
             seen_ids = None
             if input_ids is not None and self.config.filter_seen_items:
-                if self.config.causal_attention and position_ids is None:
-                    of_tokens = input_ids.ne(PAD_TOKEN_ID) if attention_mask is None else attention_mask
-                    position_ids = self.model.positions(input_ids, of_tokens)
-                places = position_ids if self.config.causal_attention else None
-                seen_ids = seen_at_labels(input_ids, masked_positions, places, event_type_ids)
+                seen_ids = input_ids.unsqueeze(1).expand(*labels.shape, -1)
+                if event_type_ids is not None:
+                    at_labels = event_type_ids
+                    if masked_positions is not None:
+                        at_labels = event_type_ids.gather(1, masked_positions.clamp(min=0))
+                    is_of_type = event_type_ids.unsqueeze(1) == at_labels.unsqueeze(2)
+                    seen_ids = seen_ids.where(is_of_type, PAD_TOKEN_ID)
             # Only the states of labels are needed. Selecting them on a device would wait for their number.
             if self.training and skip_logits and (masked_positions is None or _is_eager_on_cpu(states)):
                 is_label = labels != IGNORE_INDEX

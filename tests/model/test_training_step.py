@@ -125,41 +125,12 @@ def test_the_loss_is_that_of_the_logits(model, filter_seen_items, pad_in_softmax
     input_ids = torch.tensor([[9, MASK, MASK, 11], [MASK, 9, 12, PAD]])
     batch = at_masks({"input_ids": input_ids, "labels": torch.tensor([[-100, 5, 17, -100], [9, -100, -100, -100]])})
     outputs = model(**batch)
-    # With causal attention, what comes after the label is not seen.
-    seen_ids = torch.tensor([[9, PAD], [PAD, PAD]]) if model.config.causal_attention else input_ids
-    logits = mask_seen(outputs.logits, seen_ids, batch["labels"]) if filter_seen_items else outputs.logits
+    logits = mask_seen(outputs.logits, input_ids, batch["labels"]) if filter_seen_items else outputs.logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     torch.testing.assert_close(outputs.loss, expected)
     torch.testing.assert_close(model.train()(**batch).loss, expected)
     unmasked = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten())
     assert filter_seen_items == bool((unmasked - expected).abs() > 1e-3)
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-def test_a_causal_row_has_the_losses_of_its_prefixes_as_serving_sees_them(padding):
-    model = make_model(causal_attention=True, filter_seen_items=True).eval()
-    tokenizer = Bert4RecTokenizer.from_items(range(NUM_ITEMS), model_max_length=12)
-    collator = DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=1.0, causal=True)
-    # Item 9 comes twice, so that it is once a later item and once a seen one.
-    rows = [[9, 5, 17, 9, 11], [5, 6, 7]]
-    of_rows, of_prefixes = [], []
-    for row in rows:
-        batch = collator([{"input_ids": row}])
-        of_rows.append(model(**batch).loss)
-        losses = []
-        for end, label in enumerate(row):
-            tokens, labels = [*row[:end], MASK], [*[-100] * end, label]
-            pad = [PAD] * 2
-            tokens, labels = (
-                (pad + tokens, [-100] * 2 + labels) if padding == "left" else (tokens + pad, labels + [-100] * 2)
-            )
-            losses.append(model(input_ids=torch.tensor([tokens]), labels=torch.tensor([labels])).loss)
-        of_prefixes.append(torch.stack(losses).mean())
-    torch.testing.assert_close(of_rows, of_prefixes)
-    # Only the items before a label are left out.
-    model.config.filter_seen_items = False
-    with_seen = model(**collator([{"input_ids": rows[1]}])).loss
-    assert with_seen > of_rows[1] + 1e-4
 
 
 @pytest.mark.parametrize(
@@ -257,10 +228,7 @@ def test_where_seen_items_are_filtered_a_row_shows_no_alternatives_to_its_labels
     logits = model(input_ids=input_ids).logits[[0, 0, 1], [1, 2, 0]]
     alternatives = torch.ones(3, VOCAB, dtype=torch.bool)
     alternatives[:, :FIRST] = False
-    # With causal attention, a row shows a label only what comes before it.
-    seen = [[9], [9], []] if model.config.causal_attention else [[9, 11], [9, 11], [12]]
-    for row, item_ids in enumerate(seen):
-        alternatives[row, item_ids] = False
+    alternatives[[[0, 0], [1, 1], [2, 2]], [[9, 11], [9, 11], [12, 12]]] = False
     sums = logits.masked_fill(~alternatives, -torch.inf).logsumexp(dim=1)
     torch.testing.assert_close(loss, (sums - logits[range(3), [5, 17, 9]]).mean())
 
