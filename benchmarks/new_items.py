@@ -65,10 +65,11 @@ hundredth, few new items are found there, fewer than the nearest neighbours by f
 Among the first hundred, and at a higher offset among the first ten, the vectors from features find far more than any
 baseline. On the groceries, whose split is in time, they do so at no cost.
 
-The sections were measured before features trained with the network. With them, the run on Beauty (one seed) has HR@10
-.0240, HR@100 .2530 and NDCG@10 .0084 of new items and .0560 of all targets with the chosen offset, .0564 without new
-items (without features: .0537). The projection that has trained serves new items less well than a regression on the
-trained vectors: .0202, .2346 and .0069 at the same .0560. [Quality](quality.md) has the defaults with features.
+The sections of Beauty and of the groceries were measured before features trained with the network. With them, the run
+on Beauty (one seed) has HR@10 .0240, HR@100 .2530 and NDCG@10 .0084 of new items and .0560 of all targets with the
+chosen offset, .0564 without new items (without features: .0537). The projection that has trained serves new items less
+well than a regression on the trained vectors: .0202, .2346 and .0069 at the same .0560. [Quality](quality.md) has the
+defaults with features.
 
 RecTools 0.19.0 has no row: its SASRec takes item features, but ranks the items of its training events alone
 (`process_dataset_train` makes the item ids from them), so it finds no new item.
