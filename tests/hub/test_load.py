@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 from hub_server import HubServer
@@ -24,14 +23,21 @@ def test_a_name_that_is_no_hub_id_is_told_without_asking_the_hub(name, capsys, m
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once():
-    code = "from bert4rec_hf.hub.load import load_model; load_model('owner/no_such_model')"
-    started = time.monotonic()
+    code = """
+import time
+from bert4rec_hf.hub.load import load_model
+started = time.monotonic()
+try:
+    load_model("owner/no_such_model")
+finally:
+    print(time.monotonic() - started)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False,
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "PATH": ""},
     )  # fmt: skip
     assert "there is no folder owner/no_such_model, and the Hub cannot be reached" in done.stderr
-    assert time.monotonic() - started < 40  # mostly imports; retries would take minutes
+    assert float(done.stdout) < 20  # retries would take minutes
 
 
 def test_a_model_that_the_hub_lacks_is_told(monkeypatch):

@@ -1,8 +1,10 @@
 """`bert4rec tune`: a search over a few settings, which ends in a recipe."""
 
+import itertools
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -62,10 +64,14 @@ def test_a_bad_trial_is_pruned(chain, tmp_path, quick, monkeypatch):
     assert all(len(trial["evaluations"]) < 10 for trial in pruned)
 
 
-def test_without_time_for_one_trial_nothing_is_written(chain, tmp_path, capsys, quick):
+def test_without_time_for_one_trial_nothing_is_written(chain, tmp_path, capsys, quick, monkeypatch):
+    # A clock that each look moves on by .01 s ends the trial after a few steps, however fast the machine is.
+    looks = itertools.count()
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: 0.01 * next(looks)))
     command = ["tune", "--data", str(chain[0]), "--output_dir", str(tmp_path / "search"), "--minutes"]
-    assert main([*command, "0.01"]) == 2
-    assert "not one trial was finished in 0.01 minutes: give more --minutes" in capsys.readouterr().err
+    assert main([*command, "0.001"]) == 2
+    assert next(looks) > 6
+    assert "not one trial was finished in 0.001 minutes: give more --minutes" in capsys.readouterr().err
     assert main([*command, "0"]) == 2
     assert "minutes must be above 0; got 0.0" in capsys.readouterr().err
     assert not (tmp_path / "search").exists()
