@@ -41,8 +41,8 @@ from bert4rec_hf.data.histories import Histories
 from bert4rec_hf.data.rows import training_rows
 from bert4rec_hf.defaults import default_architecture
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID
+from bert4rec_hf.model.layers import Bert4RecRotaryEmbedding, rotate
 from bert4rec_hf.model.losses import softmax_loss
-from bert4rec_hf.model.modeling_bert4rec import Bert4RecRotaryEmbedding, rotate
 
 BATCH, LENGTH, ITEMS, EVENTS, HIDDEN_SIZES = 32, 200, 3416, 1_000_000, (64, 256)
 DTYPE = torch.bfloat16 if "avx512_bf16" in CPU else torch.float32

@@ -4,7 +4,6 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, initialization
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -26,6 +22,14 @@ from .explanation import ExplanationMixin
 from .folder_checks import check_links, check_weight_files
 from .history_scores import HistoryScores
 from .item_features import ItemProjection
+from .layers import (
+    Bert4RecAttention,
+    Bert4RecDropout,
+    Bert4RecLayer,
+    Bert4RecRotaryEmbedding,
+    gather_positions,
+    is_eager_on_cpu,
+)
 from .losses import IGNORE_INDEX, item_loss
 
 # Logit of special tokens. It removes them from the softmax, and is finite in half precision.
@@ -55,19 +59,6 @@ class MaskedItemPredictionOutput(ModelOutput):
     prediction_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class Bert4RecDropout(nn.Dropout):
-    """`nn.Dropout` that uses 16 random bits per element on a CPU, which takes half the time."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        threshold = round(self.p * 2**16)
-        if not self.training or not _is_eager_on_cpu(hidden_states) or not 0 < threshold < 2**16:
-            return super().forward(hidden_states)
-        bits = torch.empty(-(-hidden_states.numel() // 4), dtype=torch.long).random_(-(2**63), None)
-        numbers = bits.view(torch.int16)[: hidden_states.numel()].view(hidden_states.shape)
-        kept = (numbers >= threshold - 2**15).to(hidden_states.dtype)
-        return hidden_states * kept.mul_(2**16 / (2**16 - threshold))
 
 
 class ItemEmbeddings(nn.Embedding):
@@ -140,159 +131,6 @@ class Bert4RecEmbeddings(nn.Module):
         if self.config.position_embedding_type != "rotary":
             hidden_states = hidden_states + self.position_embeddings(position_ids)
         return self.dropout(self.norm(hidden_states))
-
-
-class Bert4RecRotaryEmbedding(nn.Module):
-    """Cosines and sines of positions times frequencies (Su et al. 2021).
-
-    The frequencies, from 1 down to nearly 1 / rope_theta, are not a buffer, since half precision would round them.
-    """
-
-    def __init__(self, config: Bert4RecConfig):
-        super().__init__()
-        self.width, self.rope_theta = config.hidden_size // config.num_attention_heads, config.rope_theta
-
-    @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (batch, length) to cosines and sines for `rotate`, each (batch, 1, length, head width)."""
-        exponents = torch.arange(0, self.width, 2, dtype=torch.float, device=position_ids.device) / self.width
-        angles = position_ids[:, None, :, None].float() * self.rope_theta**-exponents
-        cosines, sines = angles.cos(), angles.sin()
-        return torch.cat((cosines, cosines), dim=-1).to(dtype), torch.cat((-sines, sines), dim=-1).to(dtype)
-
-
-def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (i, i + width / 2) of the last dimension by the angle of its position.
-
-    The sines of the first half are expected to be negated.
-    """
-    first, second = states.chunk(2, dim=-1)
-    return torch.addcmul(states * cosines, torch.cat((second, first), dim=-1), sines)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class Bert4RecAttention(nn.Module):
-    """Multi-head attention (equations 1 and 2)."""
-
-    def __init__(self, config: Bert4RecConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.is_causal = False
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        query_positions: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query_states = hidden_states
-        if query_positions is not None:
-            query_states = _gather(hidden_states, query_positions)
-            if attention_mask is not None and attention_mask.shape[2] > 1:
-                attention_mask = _gather(attention_mask, query_positions)
-        query, key, value = (
-            layer(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-            for layer, states in ((self.query, query_states), (self.key, hidden_states), (self.value, hidden_states))
-        )
-        if rotary is not None:
-            cosines, sines = rotary
-            key = rotate(key, cosines, sines)
-            if query_positions is not None:
-                cosines, sines = _gather(cosines, query_positions), _gather(sines, query_positions)
-            query = rotate(query, cosines, sines)
-        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # On a CPU, attention is slower in half precision than in float32, and its backward pass is much slower.
-            query, key, value = query.float(), key.float(), value.float()
-            autocast = torch.autocast("cpu", enabled=False)
-        else:
-            # With autocast, the rotary positions are float32, while flex attention takes inputs of one dtype only.
-            query, key = query.to(value.dtype), key.to(value.dtype)
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dtype.is_floating_point:  # flex has a BlockMask
-            attention_mask = attention_mask.to(query.dtype)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        with autocast:
-            context, weights = attention(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                scaling=self.head_dim**-0.5,
-                dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            )
-        return self.output(context.flatten(-2)), weights
-
-
-class Bert4RecFeedForward(nn.Module):
-    """Position-wise feed-forward network (equation 3), or its gated variant (Shazeer 2020)."""
-
-    def __init__(self, config: Bert4RecConfig):
-        super().__init__()
-        self.inner = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if config.gated_feed_forward else None
-        self.activation = ACT2FN[config.hidden_act]
-        self.outer = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.gate is not None:
-            return self.outer(self.activation(self.gate(hidden_states)) * self.inner(hidden_states))
-        return self.outer(self.activation(self.inner(hidden_states)))
-
-
-class Bert4RecLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each with a residual connection, dropout and a LayerNorm (equations 4 to 6)."""
-
-    def __init__(self, config: Bert4RecConfig):
-        super().__init__()
-        self.pre_normalization = config.normalization == "pre"
-        self.attention = Bert4RecAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = Bert4RecFeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = Bert4RecDropout(config.hidden_dropout_prob)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        query_positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        normed = self.attention_norm(hidden_states) if self.pre_normalization else hidden_states
-        attended, _ = self.attention(normed, attention_mask, rotary, query_positions)
-        if query_positions is not None:
-            hidden_states = _gather(hidden_states, query_positions)
-        hidden_states = hidden_states + self.dropout(attended)
-        if self.pre_normalization:
-            return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
-        hidden_states = self.attention_norm(hidden_states)
-        return self.feed_forward_norm(hidden_states + self.dropout(self.feed_forward(hidden_states)))
 
 
 class Bert4RecPreTrainedModel(PreTrainedModel):
@@ -462,7 +300,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             positions = wanted if in_last_layer and layer is self.layers[-1] else None
             hidden_states = layer(hidden_states, attention_mask, rotary, positions)
         if wanted is not None and not in_last_layer:
-            hidden_states = _gather(hidden_states, wanted)
+            hidden_states = gather_positions(hidden_states, wanted)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
     def _causal_mask(
@@ -623,7 +461,7 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, CatalogueMixin, Bert4Rec
                     is_of_type = event_type_ids.unsqueeze(1) == at_labels.unsqueeze(2)
                     seen_ids = seen_ids.where(is_of_type, PAD_TOKEN_ID)
             # Only the states of labels are needed. Selecting them on a device would wait for their number.
-            if self.training and skip_logits and (masked_positions is None or _is_eager_on_cpu(states)):
+            if self.training and skip_logits and (masked_positions is None or is_eager_on_cpu(states)):
                 is_label = labels != IGNORE_INDEX
                 states, labels = states[is_label], labels[is_label]
                 seen_ids = None if seen_ids is None else seen_ids[is_label]
@@ -726,18 +564,6 @@ class Bert4RecForMaskedItemPrediction(ExplanationMixin, CatalogueMixin, Bert4Rec
         self.item_bias.resize(self.config.vocab_size)
         self.history_scores.resize(self.config.vocab_size)
         return embeddings
-
-
-def _gather(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Select positions (batch, P) of states (batch, …, length, d): (batch, …, P, d)."""
-    if states.dim() == 4:
-        positions = positions.unsqueeze(1).expand(-1, states.shape[1], -1)
-    return states.gather(-2, positions.unsqueeze(-1).expand(*positions.shape, states.shape[-1]))
-
-
-def _is_eager_on_cpu(states: torch.Tensor) -> bool:
-    """Whether shapes may depend on values. On a device they would wait for it, and they break compiled graphs."""
-    return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _in_float32(states: torch.Tensor) -> contextlib.AbstractContextManager:
