@@ -37,7 +37,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
 from bert4rec_hf.defaults import HEAD_WIDTH
-from bert4rec_hf.model import modeling_bert4rec
+from bert4rec_hf.model import layers, modeling_bert4rec
 from bert4rec_hf.model.configuration_bert4rec import FIRST_ITEM_ID, MASK_TOKEN_ID, PAD_TOKEN_ID
 from bert4rec_hf.model.losses import IGNORE_INDEX, ITEM_LOSSES
 
@@ -231,8 +231,10 @@ def no_waiting(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
     else:
         # The model chooses its code for GPUs.
-        as_on_a_gpu = mock.patch.object(modeling_bert4rec, "_is_eager_on_cpu", return_value=False)
-        with as_on_a_gpu, NoDataDependentOperations():
+        with contextlib.ExitStack() as as_on_a_gpu:
+            for module in (layers, modeling_bert4rec):
+                as_on_a_gpu.enter_context(mock.patch.object(module, "is_eager_on_cpu", return_value=False))
+            as_on_a_gpu.enter_context(NoDataDependentOperations())
             yield
 
 

@@ -41,6 +41,12 @@ MUTATIONS = {
          "model/test_modeling.py::test_the_catalogue_grows_in_one_call_and_old_scores_stay_equal_to_the_bit"),
     ],
     "model/layers": [
+        ("the filter reads the place that it predicts", "gather_positions(filtered, (position_ids - 1).clamp(min=0))",
+         "gather_positions(filtered, position_ids)",
+         "model/test_causal_attention.py::test_one_training_pass_gives_the_scores_that_serving_gives_to_each_prefix"),
+        ("the filter has no average", "torch.lerp(average, newest.to(average.dtype),",
+         "torch.lerp(0 * average, newest.to(average.dtype),",
+         "model/test_causal_attention.py::test_the_filter_is_an_average_and_what_the_newest_item_differs_from_it_by"),
         ("attention without a mask looks back only", "self.is_causal = False", "self.is_causal = True",
          "model/test_positions.py::test_embeddings_without_a_mask_are_attended_to_on_both_sides"),
         ("keys are not rotated", "key = rotate(key, cosines, sines)", "pass",
@@ -55,6 +61,8 @@ MUTATIONS = {
          "model/test_training_step.py::test_masked_positions_change_neither_loss_nor_gradients"),
     ],
     "model/modeling_bert4rec": [
+        ("the filter reads [MASK]s", "is_item & (input_ids != MASK_TOKEN_ID)", "is_item",
+         "model/test_causal_attention.py::test_the_filter_is_an_average_and_what_the_newest_item_differs_from_it_by"),
         ("padding is attended to", "(attention_mask == 0)[:, None, None] * MASKED_SCORE",
          "(attention_mask == 5)[:, None, None] * MASKED_SCORE",
          "model/test_modeling.py::test_an_item_that_is_not_attended_to_counts_for_nothing"),

@@ -37,7 +37,7 @@ ITEM_LOSSES = {"CE": "softmax", "BPR": "bpr"}
 # RecBole's architecture in fields of `Bert4RecConfig`, and its lack of counted scores.
 ARCHITECTURE = {
     "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
-    "causal_attention": False, "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
+    "causal_attention": False, "filter_share": 0.0, "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
 }  # fmt: skip
 
 

@@ -92,6 +92,11 @@ class Bert4RecConfig(PreTrainedConfig):
             Whether an item attends only to the items before it, and a [MASK] only to the items before it. In training,
             a [MASK] is then added for every item of a history, so that one pass predicts all items, each from those
             before it. `False` is the bidirectional attention of the paper.
+        filter_share (`float`, defaults to 0.0):
+            Share of every attention, from 0 to 1, that is a filter of the items before a token instead (after BSARec,
+            Shin et al., AAAI 2024, https://arxiv.org/abs/2312.10325; see `Bert4RecFilter`). The filter tells apart what
+            a user did last and what the user did for long. It needs `causal_attention`. 0 is the attention of the
+            paper.
         prediction_head (`bool`, defaults to `False`):
             Whether a dense layer, GELU and LayerNorm follow the encoder, as in the paper (equation 7).
         item_loss (`str`, defaults to `"softmax"`):
@@ -159,6 +164,7 @@ class Bert4RecConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     normalization: Literal["pre", "post"] = "pre"
     causal_attention: bool = False
+    filter_share: float | int = 0.0
     prediction_head: bool = False
     item_loss: Literal["softmax", "sampled_softmax", "bpr", "gbce"] = "softmax"
     gbce_calibration: float | int = 0.75
@@ -216,6 +222,13 @@ class Bert4RecConfig(PreTrainedConfig):
             raise ValueError(
                 "causal_attention needs positions that do not depend on later items; got position_embedding_type "
                 "learned_from_end: choose rotary or learned_from_start"
+            )
+        if not 0 <= self.filter_share <= 1:
+            raise ValueError(f"filter_share must lie between 0 and 1; got {self.filter_share}")
+        if self.filter_share and not self.causal_attention:
+            raise ValueError(
+                f"filter_share {self.filter_share} needs causal_attention, since the filter reads the items before a "
+                "token: set causal_attention to true, or filter_share to 0"
             )
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"gbce_calibration must lie between 0 and 1; got {self.gbce_calibration}")

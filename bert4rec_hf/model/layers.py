@@ -150,13 +150,55 @@ class Bert4RecFeedForward(nn.Module):
         return self.outer(self.activation(self.inner(hidden_states)))
 
 
+class Bert4RecFilter(nn.Module):
+    """A causal form of the filter of BSARec (Shin et al., AAAI 2024, equations 5 to 8).
+
+    Of the states of the items before a token, n is the newest, and a is an average in which the newest weighs 1/2, and
+    each other one half as much as the next. The filter is a + w² (n - a), with a learned w for each dimension. So a
+    dimension follows either what a user did for a while (w near 0) or what changed last (a large w). BSARec takes a
+    Fourier transform in place of the average, which sees later items.
+    """
+
+    def __init__(self, config: Bert4RecConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(config.hidden_size))
+
+    def forward(
+        self, hidden_states: torch.Tensor, index_of_place: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The filter at some positions.
+
+        Args:
+            hidden_states: (batch, length, hidden size).
+            index_of_place: (batch, places) where in `hidden_states` the first, second, … item is; -1 for no item.
+            position_ids: (batch, P) numbers of the items before each position.
+
+        Returns:
+            (batch, P, hidden size), 0 where no item comes before.
+        """
+        newest = gather_positions(hidden_states, index_of_place.clamp(min=0)) * (index_of_place >= 0).unsqueeze(-1)
+        places = torch.arange(newest.shape[1], device=newest.device)
+        distances = places[:, None] - places
+        shares = torch.where(distances >= 0, 0.5 ** (distances + 1), 0.0)
+        average = torch.matmul(shares.to(newest.dtype), newest)
+        filtered = torch.lerp(average, newest.to(average.dtype), (self.weight**2).to(average.dtype))
+        has_items = (position_ids > 0).unsqueeze(-1)
+        return gather_positions(filtered, (position_ids - 1).clamp(min=0)) * has_items
+
+
 class Bert4RecLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, each with a residual connection, dropout and a LayerNorm (equations 4 to 6)."""
+    """Attention and feed-forward, each with a residual connection, dropout and a LayerNorm (equations 4 to 6).
+
+    With `config.filter_share`, that share of the attention is `Bert4RecFilter`.
+    """
 
     def __init__(self, config: Bert4RecConfig):
         super().__init__()
         self.pre_normalization = config.normalization == "pre"
+        self.filter_share = config.filter_share
         self.attention = Bert4RecAttention(config)
+        if config.filter_share:
+            self.filter = Bert4RecFilter(config)
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = Bert4RecFeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -168,9 +210,16 @@ class Bert4RecLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         query_positions: torch.Tensor | None = None,
+        places: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         normed = self.attention_norm(hidden_states) if self.pre_normalization else hidden_states
         attended, _ = self.attention(normed, attention_mask, rotary, query_positions)
+        if places is not None:
+            index_of_place, position_ids = places
+            if query_positions is not None:
+                position_ids = position_ids.gather(1, query_positions)
+            filtered = self.filter(normed, index_of_place, position_ids)
+            attended = (1 - self.filter_share) * attended + self.filter_share * filtered
         if query_positions is not None:
             hidden_states = gather_positions(hidden_states, query_positions)
         hidden_states = hidden_states + self.dropout(attended)

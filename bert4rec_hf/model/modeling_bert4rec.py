@@ -25,6 +25,7 @@ from .item_features import ItemProjection
 from .layers import (
     Bert4RecAttention,
     Bert4RecDropout,
+    Bert4RecFilter,
     Bert4RecLayer,
     Bert4RecRotaryEmbedding,
     gather_positions,
@@ -193,6 +194,8 @@ class Bert4RecPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.conversion_scores)
         if isinstance(module, ItemProjection) and module.weight is not None:
             initialization.zeros_(module.weight)
+        if isinstance(module, Bert4RecFilter):
+            initialization.normal_(module.weight)
         if isinstance(module, ItemBias):
             # With gBCE, a bias of 0 means that every item is predicted with probability 1/2. The biases start at
             # probability 1 / num_items instead. Otherwise, correcting all probabilities, with all items as negatives,
@@ -274,12 +277,16 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
                 )
         if attention_mask is None and input_ids is not None:
             attention_mask = input_ids.ne(PAD_TOKEN_ID).long()
+        num_places = inputs.shape[1] if position_ids is None else self.config.max_position_embeddings
         if position_ids is None:
             position_ids = self.positions(inputs, attention_mask)
         else:  # one row of positions may stand for all rows
             position_ids = position_ids.expand(inputs.shape[0], -1)
 
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids, event_type_ids)
+        places = None
+        if self.config.filter_share:
+            places = self._index_of_place(input_ids, attention_mask, position_ids, num_places), position_ids
         if self.config.causal_attention and (attention_mask is None or attention_mask.dim() == 2):
             attention_mask = self._causal_mask(input_ids, attention_mask, position_ids)
         elif attention_mask is not None and attention_mask.dim() == 2 and self._computes_part_of_the_queries:
@@ -298,7 +305,7 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
         in_last_layer = wanted is not None and wanted.shape[1] > 0 and self._computes_part_of_the_queries
         for layer in self.layers:
             positions = wanted if in_last_layer and layer is self.layers[-1] else None
-            hidden_states = layer(hidden_states, attention_mask, rotary, positions)
+            hidden_states = layer(hidden_states, attention_mask, rotary, positions, places)
         if wanted is not None and not in_last_layer:
             hidden_states = gather_positions(hidden_states, wanted)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
@@ -314,12 +321,37 @@ class Bert4RecModel(Bert4RecPreTrainedModel):
             raise ValueError(
                 f"causal_attention needs attn_implementation sdpa or eager; got {self.config._attn_implementation}"
             )
-        is_key = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        if input_ids is not None:
-            is_key = is_key & (input_ids != MASK_TOKEN_ID)
+        is_key = self._is_item(input_ids, attention_mask, position_ids)
         allowed = (position_ids[:, None, :] < position_ids[:, :, None]) & is_key[:, None, :]
         itself = torch.eye(position_ids.shape[1], dtype=torch.bool, device=position_ids.device)
         return torch.where(allowed | itself, 0.0, MASKED_SCORE).unsqueeze(1)
+
+    @staticmethod
+    def _is_item(
+        input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, length) which tokens other tokens attend to with causal attention: all but padding and [MASK]s."""
+        is_item = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        return is_item if input_ids is None else is_item & (input_ids != MASK_TOKEN_ID)
+
+    def _index_of_place(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        num_places: int,
+    ) -> torch.Tensor:
+        """(batch, num_places) where in the input the item of each position is; -1 for no item."""
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"filter_share needs an attention_mask of shape (batch, length); got {tuple(attention_mask.shape)}"
+            )
+        batch_size, length = position_ids.shape
+        is_item = self._is_item(input_ids, attention_mask, position_ids) & (position_ids < num_places)
+        # What is no item goes to an additional place, which is left out.
+        place = position_ids.where(is_item, num_places)
+        index = torch.arange(length, device=position_ids.device).expand(batch_size, -1)
+        return place.new_full((batch_size, num_places + 1), -1).scatter(1, place, index)[:, :-1]
 
     @property
     def _computes_part_of_the_queries(self) -> bool:

@@ -399,13 +399,14 @@ def test_help_of_train_says_what_a_field_is_if_it_is_left_out():
     for name in (
         "hidden_size",
         "causal_attention",
+        "filter_share",
         "hidden_dropout_prob",
         "num_attention_heads",
         *counted,
         *feed_forward,
     ):
         assert re.search(rf"--{name} \w+ Architecture\. .{{1,400}}?; {chosen} --", text), name
-    assert text.count(chosen) == 11
+    assert text.count(chosen) == 12
     assert re.search(r"--num_hidden_layers \w+ Architecture\. Number of Transformer layers; default 2\. --", text)
     assert "--no_load_best_model_at_end The same as --load_best_model_at_end false." in text
     assert "--position_embedding_type {rotary,learned_from_start,learned_from_end} " in text

@@ -68,7 +68,7 @@ user_inter_num_interval: "[0,inf)"
 """
 RECBOLE_RECIPE = {
     "position_embedding_type": "learned_from_start", "normalization": "post", "gated_feed_forward": False,
-    "causal_attention": False, "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
+    "causal_attention": False, "filter_share": 0.0, "prediction_head": True, "num_transitions": 0, "repeat_weight": 0.0,
     "item_initialization": "random",
     "calibrate": False,
     "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 256,

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bert4rec_hf.model.layers as layers
 import bert4rec_hf.model.modeling_bert4rec as modeling
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction
 
@@ -14,6 +15,7 @@ VOCAB = FIRST + NUM_ITEMS
 ARCHITECTURES = {
     "rotary-pre": {"position_embedding_type": "rotary", "normalization": "pre", "hidden_act": "gelu"},
     "causal-pre": {"causal_attention": True, "normalization": "pre", "hidden_act": "silu"},
+    "filter-post": {"causal_attention": True, "filter_share": 0.4, "normalization": "post"},
     "from_start-post-head": {
         "position_embedding_type": "learned_from_start",
         "normalization": "post",
@@ -130,7 +132,8 @@ class NoSynchronization(TorchDispatchMode):
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(modeling, "_is_eager_on_cpu", lambda states: False)  # as on a device
+        for module in (modeling, layers):
+            self.patch.setattr(module, "is_eager_on_cpu", lambda states: False)  # as on a device
         return super().__enter__()
 
     def __exit__(self, *error):

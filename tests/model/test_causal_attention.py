@@ -20,7 +20,7 @@ def small_model(implementation="sdpa", **kwargs):
     torch.manual_seed(0)
     config = Bert4RecConfig(
         vocab_size=23, hidden_size=32, num_attention_heads=2, max_position_embeddings=12, initializer_range=0.3,
-        causal_attention=True, attn_implementation=implementation, **kwargs,
+        causal_attention=True, attn_implementation=implementation, **({"filter_share": 0.3} | kwargs),
     )  # fmt: skip
     return Bert4RecForMaskedItemPrediction(config).eval()
 
@@ -35,8 +35,9 @@ ROWS = [[5, 9, 4, 17, 9, 3], [8, 20], [11] * 12, [7]]
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("positions", ["rotary", "learned_from_start"])
-def test_one_training_pass_gives_the_scores_that_serving_gives_to_each_prefix(implementation, positions):
-    model = small_model(implementation, position_embedding_type=positions)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_one_training_pass_gives_the_scores_that_serving_gives_to_each_prefix(implementation, positions, share):
+    model = small_model(implementation, position_embedding_type=positions, filter_share=share)
     batch = collator()([{"input_ids": row} for row in ROWS])
     labels = batch.pop("labels")
     with torch.no_grad():
@@ -60,6 +61,46 @@ def test_padding_and_later_items_change_nothing(implementation):
         hidden = [model.model(torch.tensor([[5, 9, 4, last]])).last_hidden_state for last in (7, 8)]
     torch.testing.assert_close(hidden[0][0, :3], hidden[1][0, :3], atol=1e-6, rtol=0)
     assert not torch.allclose(hidden[0][0, 3], hidden[1][0, 3])
+
+
+def test_the_filter_is_an_average_and_what_the_newest_item_differs_from_it_by():
+    torch.manual_seed(0)
+    model = small_model(num_hidden_layers=1, filter_share=1.0)
+    layer = model.model.layers[0]
+    states, weight = torch.randn(1, 4, 32), layer.filter.weight
+    one, two, _, _ = states[0]
+    # Three items, and a [MASK] that is to predict what follows the second: it sees two of them.
+    indices, at = torch.tensor([[0, 1, 2, -1]]), torch.tensor([[0, 1, 2, 2]])
+    ids = torch.tensor([[5, 9, 4, MASK_TOKEN_ID]])
+    seen = []
+    with torch.no_grad():
+        found = layer.filter(states, indices, at)[0]
+        average = 0.25 * one + 0.5 * two
+        torch.testing.assert_close(found[3], average + weight**2 * (two - average))
+        assert torch.equal(found[2], found[3])
+        torch.testing.assert_close(found[1], 0.5 * one + weight**2 * 0.5 * one)
+        assert not found[0].any()
+        layer.filter.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+        model(input_ids=ids, position_ids=at)
+        model.mask_states(torch.tensor([[0, 0, 5, 9, MASK_TOKEN_ID]]))
+        model(input_ids=ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    at_all_positions = [0, 1, 2, *[-1] * 9]  # given positions may be up to max_position_embeddings
+    assert [index.tolist() for index in seen] == [[at_all_positions], [[2, 3, -1, -1, -1]], [[0, 2, -1, -1]]]
+    with pytest.raises(
+        ValueError, match=r"filter_share needs an attention_mask of shape \(batch, length\); got \(1, 1"
+    ):
+        model(input_ids=ids, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
+
+
+def test_a_filter_of_share_1_leaves_no_attention_and_of_share_0_no_weights():
+    ids = torch.tensor([[5, 9, 4, MASK_TOKEN_ID]])
+    model = small_model(filter_share=1.0)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for layer in model.model.layers:
+            layer.attention.output.weight.mul_(2)
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert not any("filter" in name for name in small_model(filter_share=0.0).state_dict())
 
 
 def test_a_bidirectional_model_looks_at_later_items():
@@ -109,6 +150,10 @@ def test_a_share_of_the_items_can_be_predicted():
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="causal_attention needs positions that do not depend on later items"):
         Bert4RecConfig(causal_attention=True, position_embedding_type="learned_from_end")
+    with pytest.raises(ValueError, match=r"filter_share must lie between 0 and 1; got 1\.5"):
+        Bert4RecConfig(causal_attention=True, filter_share=1.5)
+    with pytest.raises(ValueError, match=r"filter_share 0\.3 needs causal_attention.*set causal_attention to true, or"):
+        Bert4RecConfig(filter_share=0.3)
     tokenizer = Bert4RecTokenizer.from_items(ITEMS)
     with pytest.raises(ValueError, match="mask_ratio must lie between 0 and 1, both excluded; got 1"):
         DataCollatorForMaskedItemPrediction(tokenizer, mask_ratio=1.0)

@@ -20,7 +20,7 @@ from small_models import (
 )
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-import bert4rec_hf.model.modeling_bert4rec as modeling
+import bert4rec_hf.model.layers as layers
 from bert4rec_hf import Bert4RecConfig, Bert4RecForMaskedItemPrediction, Bert4RecTokenizer
 
 
@@ -65,13 +65,13 @@ def test_flex_attention_gives_the_scores_of_sdpa(model):
 
 
 def test_autocast_on_a_device_gives_attention_its_inputs_in_one_dtype(model, monkeypatch):
-    dtypes, eager = [], modeling.eager_attention_forward
+    dtypes, eager = [], layers.eager_attention_forward
 
     def attention(module, query, key, value, *args, **kwargs):
         dtypes.append([query.dtype, key.dtype, value.dtype])
         return eager(module, query, key, value, *args, **kwargs)
 
-    monkeypatch.setattr(modeling, "eager_attention_forward", attention)
+    monkeypatch.setattr(layers, "eager_attention_forward", attention)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # what a CPU does otherwise is left out
     model.set_attn_implementation("eager")
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,6 +19,7 @@ from small_models import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
+import bert4rec_hf.model.layers as layers
 import bert4rec_hf.model.modeling_bert4rec as modeling
 from bert4rec_hf import Bert4RecTokenizer, DataCollatorForMaskedItemPrediction
 from bert4rec_hf.model.losses import mask_seen, softmax_loss
@@ -285,7 +286,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_dropout_drops_its_share_and_keeps_the_mean(p):
     torch.manual_seed(0)
-    dropout = modeling.Bert4RecDropout(p)
+    dropout = layers.Bert4RecDropout(p)
     states = torch.full((1001, 999), 2.0, requires_grad=True)  # the size is not a multiple of four
     dropped = dropout(states)
     kept = dropped != 0
@@ -313,7 +314,8 @@ def test_a_step_on_a_device_and_on_a_cpu_have_the_same_loss_and_gradients(monkey
     assert (batch["masked_positions"] < 0).any()
     found = []
     for eager_on_cpu in (True, False):
-        monkeypatch.setattr(modeling, "_is_eager_on_cpu", lambda states, answer=eager_on_cpu: answer)
+        for module in (modeling, layers):
+            monkeypatch.setattr(module, "is_eager_on_cpu", lambda states, answer=eager_on_cpu: answer)
         loss = model(**batch).loss
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for one, other in zip(*found, strict=True):

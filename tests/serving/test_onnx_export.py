@@ -16,6 +16,7 @@ SWITCHES = [
     {"repeat_weight": 0.8},
     {"num_transitions": 5, "next_item_weight": 2.0, "repeat_weight": 0.8, "recency_weight": 1.5},
     {"causal_attention": True},
+    {"causal_attention": True, "filter_share": 0.3},
     {"withdrawn_item_ids": [5, 7, 30]},
 ]
 # (batch, length, excluded, candidates)
@@ -78,7 +79,9 @@ def assert_same(found, wanted) -> None:
 
 
 @pytest.mark.parametrize(
-    "switches", SWITCHES, ids=["default", "paper", "from_end", "transitions", "repeats", "both", "causal", "withdrawn"]
+    "switches",
+    SWITCHES,
+    ids=["default", "paper", "from_end", "transitions", "repeats", "both", "causal", "filter", "withdrawn"],
 )
 def test_onnxruntime_answers_like_the_model_at_any_batch_size_and_length(tmp_path, switches):
     model = make_model(switches)
