@@ -61,9 +61,9 @@ column has the command.
   rows with "all but test trains", the validation targets train too, and the model is that of the last step.
 - **Spread.** ± is the standard deviation over seeds. It does not include the sampling error over users, which is about
   .0036 NDCG@10 for 6,040 users and .0075 for 943. `benchmarks/compare.py` compares two rows user by user.
-- **Versions.** "Defaults" are those of this version, with causal attention. "Defaults of 0.2.0" had bidirectional
-  attention, 20 epochs everywhere, and no calibration. The other sections of this page are about the defaults
-  and recipes of 0.2.0.
+- **Versions.** "Defaults" are those of this version, with causal attention and its filter. "Defaults of 0.2.0" had
+  bidirectional attention, 20 epochs everywhere, and no calibration. The other sections of this page are about the
+  defaults and recipes of 0.2.0, unless they say `filter_share=0`, which this version had before the filter.
 - **Columns.** The checksum of a log is that of its prepared histories. It does not depend on the format of the file.
   Parameters are the learnt ones, without transitions. Epochs link to the learning curve of the first seed.
 
