@@ -15,7 +15,8 @@ RARE_BELOW_EVENTS_PER_ITEM = 30
 PREDICTED_ITEMS, MIN_CAUSAL_MASK_RATIO = 120_000, 0.25
 # Above this number of items, a model has no transitions, and its width is not raised to 256.
 LARGE_CATALOGUE = 100_000
-# Share of causal attention that is a filter; see benchmarks/results/networks.md.
+# Share of causal attention that is a filter where seen items are filtered; see benchmarks/results/networks.md. A filter
+# carries the newest item into the scores, which does not help where that item may be recommended again.
 FILTER_SHARE = 0.3
 # Width of an attention head.
 HEAD_WIDTH = 32
@@ -53,7 +54,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     - Width: 64, and 128 from 500,000 training events on. If items are rare (fewer than 30 events per item) and there
       are at most 100,000 of them, 256. Attention heads have width 32.
     - Dropout: .1, and .5 if items are rare.
-    - Attention: causal, unless the positions are learned from the end. Where it is causal, .3 of it is a filter.
+    - Attention: causal, unless the positions are learned from the end. Where it is causal and seen
+      items are filtered, .3 of it is a filter.
     - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
     - Transitions: 64 per item for at most 100,000 items, otherwise none.
     - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; with
@@ -78,7 +80,7 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
         "hidden_size": hidden_size,
         "hidden_dropout_prob": 0.5 if are_rare else 0.1,
         "causal_attention": causal_attention,
-        "filter_share": FILTER_SHARE if causal_attention else 0.0,
+        "filter_share": FILTER_SHARE if causal_attention and filter_seen_items else 0.0,
         "num_transitions": default_num_transitions(num_items),
         "transition_weight": default_transition_weight(num_events, num_items, filter_seen_items),
         "next_item_weight": 0.0 if filter_seen_items and not given.get("num_event_types") else NEXT_ITEM_WEIGHT,

@@ -75,7 +75,7 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
     assert small == {
         "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 160, "gated_feed_forward": True,
         "hidden_act": "silu", "hidden_dropout_prob": 0.1, "num_transitions": 64, "transition_weight": 0.0625,
-        "next_item_weight": 1.0, "repeat_weight": 1.0, "causal_attention": True, "filter_share": 0.3,
+        "next_item_weight": 1.0, "repeat_weight": 1.0, "causal_attention": True, "filter_share": 0.0,
     }  # fmt: skip
     large = default_architecture(600_000, 20_000, {})
     assert (large["hidden_size"], large["num_attention_heads"], large["intermediate_size"]) == (128, 4, 320)
@@ -88,13 +88,18 @@ def test_a_new_models_width_and_dropout_follow_from_the_log_and_the_rest_from_th
     filtered = default_architecture(90_000, 1_000, {"filter_seen_items": True})
     weights = [filtered[name] for name in ("transition_weight", "next_item_weight", "repeat_weight")]
     assert weights == [0.25, 0.0, 0.0]
+    # The filter is for causal models of logs whose seen items are filtered.
+    assert filtered["filter_share"] == 0.3
+    for given in ({"causal_attention": False}, {"position_embedding_type": "learned_from_end"}):
+        model = default_architecture(90_000, 1_000, {"filter_seen_items": True} | given)
+        assert (model["causal_attention"], model["filter_share"]) == (False, 0.0)
     plain = default_architecture(
         500_000, 20_000, {"hidden_size": 48, "gated_feed_forward": False, "hidden_act": "relu"}
     )
     assert plain == {
         "hidden_size": 48, "intermediate_size": 192, "gated_feed_forward": False, "hidden_act": "relu",
         "hidden_dropout_prob": 0.5, "num_transitions": 64, "transition_weight": 0.2,
-        "next_item_weight": 1.0, "repeat_weight": 1.0, "causal_attention": True, "filter_share": 0.3,
+        "next_item_weight": 1.0, "repeat_weight": 1.0, "causal_attention": True, "filter_share": 0.0,
     }  # fmt: skip
 
 

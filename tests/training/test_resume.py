@@ -99,7 +99,7 @@ def test_a_run_resumed_from_its_start_goes_back_to_it_if_nothing_better_follows(
     data, _ = chain
     train_prepared(data, arguments(tmp_path / "old", calibrate=False), **SMALL)
     options = {
-        "num_train_epochs": 1, "learning_rate": 10.0, "update_rows": "all", "calibrate": False,
+        "num_train_epochs": 1, "learning_rate": 1.0, "update_rows": "all", "calibrate": False,
         "metric_for_best_model": "loss",
     }  # fmt: skip
     train_prepared(data, arguments(tmp_path / "run", **options), model_name_or_path=tmp_path / "old")

@@ -58,8 +58,18 @@ def test_a_bad_trial_is_pruned(chain, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(tune, "TRIALS_BEFORE_PRUNING", 1)
     monkeypatch.setattr(tune, "EVALUATIONS_BEFORE_PRUNING", 1)
     monkeypatch.setattr(tune, "SEARCHED", SEARCHED | {"hidden_size": [32], "num_train_epochs": [2]})
-    found = tune.tune_prepared(chain[0], tmp_path / "search", minutes=0.25, use_cpu=True)
-    pruned = [trial for trial in found["trials"] if trial["state"] == "pruned"]
+    evaluated = tune._Watch.on_evaluate
+
+    def with_a_value_that_falls_with_dropout(self, args, state, control, metrics=None, **kwargs):
+        metrics = metrics | {"eval_NDCG@10": 1 - self.trial.params["hidden_dropout_prob"]}
+        evaluated(self, args, state, control, metrics, **kwargs)
+
+    monkeypatch.setattr(tune._Watch, "on_evaluate", with_a_value_that_falls_with_dropout)
+    for minutes in (0.25, 1.0, 4.0):  # as many as the machine needs
+        found = tune.tune_prepared(chain[0], tmp_path / f"search {minutes}", minutes=minutes, use_cpu=True)
+        pruned = [trial for trial in found["trials"] if trial["state"] == "pruned"]
+        if pruned:
+            break
     assert pruned
     assert all(len(trial["evaluations"]) < 10 for trial in pruned)
 
