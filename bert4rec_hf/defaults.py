@@ -54,8 +54,8 @@ def default_architecture(num_events: int, num_items: int, given: Mapping[str, An
     - Width: 64, and 128 from 500,000 training events on. If items are rare (fewer than 30 events per item) and there
       are at most 100,000 of them, 256. Attention heads have width 32.
     - Dropout: .1, and .5 if items are rare.
-    - Attention: causal, unless the positions are learned from the end. Where it is causal and seen
-      items are filtered, .3 of it is a filter.
+    - Attention: causal, unless the positions are learned from the end. Where it is causal and seen items are filtered,
+      .3 of it is a filter.
     - Feed-forward layers: gated SiLU, with as many weights as ungated layers of four times the width.
     - Transitions: 64 per item for at most 100,000 items, otherwise none.
     - Weights of counted scores: `next_item_weight` and `repeat_weight` are 1 if seen items are kept, otherwise 0; with
